@@ -1,0 +1,28 @@
+"""Paint by Example: exemplar-based image editing with latent diffusion.
+
+`load_model` builds the model of a config and loads a checkpoint into it; `Editor` edits pictures.
+Both are imported on first use, so that importing a part of the package does not import all of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.editing import Editor
+    from ldm.latent_diffusion import load_model
+
+__all__ = ["Editor", "load_model"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Editor":
+        from ldm.editing import Editor
+
+        return Editor
+    if name == "load_model":
+        from ldm.latent_diffusion import load_model
+
+        return load_model
+    raise AttributeError(f"module 'ldm' has no attribute {name!r}")

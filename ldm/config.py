@@ -1,0 +1,234 @@
+"""Configuration: typed schemas, loading, command-line overrides.
+
+A config file is YAML with the sections of `Config` below. The schemas are the single place where
+a setting has a name, a type and a default; `load_config` merges files and overrides into them and
+refuses every key that they do not declare. `docs/config.md` maps the keys of the original
+`configs/v1.yaml` to these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A config file or override that cannot be used; the message says which key and what to do."""
+
+
+def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
+    choices = list(choices)
+    if value not in choices:
+        raise ConfigError(f"{key}: got {value!r}, expected one of {', '.join(choices)}")
+
+
+@dataclass
+class ScheduleConfig:
+    """Noise schedule; the defaults are Stable Diffusion's (`linear` in the original's naming)."""
+
+    name: str = "scaled_linear"  # scaled_linear | linear | cosine
+    num_timesteps: int = 1000
+    linear_start: float = 0.00085
+    linear_end: float = 0.0120
+    cosine_s: float = 0.008
+
+    def __post_init__(self) -> None:
+        _one_of("schedule.name", self.name, ("scaled_linear", "linear", "cosine"))
+
+
+@dataclass
+class UNetConfig:
+    """Denoising UNet; the defaults are the paper's (Stable Diffusion v1 with 9 input channels)."""
+
+    in_channels: int = 9
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
+    num_res_blocks: int = 2
+    attention_resolutions: list[int] = field(default_factory=lambda: [4, 2, 1])  # downsampling factors
+    num_heads: int = 8
+    transformer_depth: int = 1
+    context_dim: int = 768
+    dropout: float = 0.0
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class AutoencoderConfig:
+    """First stage (KL-regularised autoencoder); the defaults are Stable Diffusion's, f = 8."""
+
+    in_channels: int = 3
+    ch: int = 128
+    ch_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
+    num_res_blocks: int = 2
+    z_channels: int = 4
+    embed_dim: int = 4
+    dropout: float = 0.0
+
+
+@dataclass
+class ExemplarEncoderConfig:
+    """CLIP image tower and mapper; the defaults are CLIP ViT-L/14 and the paper's five blocks."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_layers: int = 24
+    num_heads: int = 16
+    mapper_layers: int = 5
+
+
+@dataclass
+class ModelConfig:
+    """The whole model: pixels, latents, tokens."""
+
+    image_size: int = 512  # pixels, side of the square that the model edits
+    scale_factor: float = 0.18215  # latent = scale_factor * posterior sample
+    parameterization: str = "eps"  # what the UNet predicts: eps | v | x0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    first_stage: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    exemplar_encoder: ExemplarEncoderConfig = field(default_factory=ExemplarEncoderConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("model.parameterization", self.parameterization, ("eps", "v", "x0"))
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from and how they are made."""
+
+    kind: str = "open_images"  # open_images: JPEGs + boxes | cached: written by scripts/cache_latents.py
+    root: str = "dataset/open-images"
+    batch_size: int = 2  # per device
+    val_batch_size: int = 2
+    num_workers: int = 8
+    arbitrary_mask_percent: float = 0.5  # share of arbitrary shapes among the holes
+    max_val_samples: int = 2000  # validation reads at most this many samples
+
+    def __post_init__(self) -> None:
+        _one_of("data.kind", self.kind, ("open_images", "cached"))
+
+
+@dataclass
+class TrainingConfig:
+    """Objective and optimizer of the diffusion model."""
+
+    base_lr: float = 1.0e-5
+    lr_schedule: str = "constant"  # after warm-up: constant | cosine (to 5 % of base_lr at the last step)
+    warmup_steps: int = 10_000
+    weight_decay: float = 0.01
+    p_uncond: float = 0.2  # how often the exemplar is replaced by the null token
+    null_drop: str = "per_sample"  # per_sample | per_batch (as the original)
+    ema_decay: float = 0.0  # 0 switches EMA off; the paper trains with 0.9999
+    train_tower: bool = False  # train the CLIP tower too (for models without a pretrained one)
+    compile: bool = False  # torch.compile the UNet
+
+    def __post_init__(self) -> None:
+        _one_of("training.null_drop", self.null_drop, ("per_sample", "per_batch"))
+        _one_of("training.lr_schedule", self.lr_schedule, ("constant", "cosine"))
+
+
+@dataclass
+class FirstStageTrainingConfig:
+    """Objective of the first stage: L1 + perceptual + KL, with an optional patch discriminator."""
+
+    base_lr: float = 4.5e-6
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    kl_weight: float = 1.0e-6
+    colour_weight: float = 0.0  # of an extra L1 between pictures averaged over each latent cell
+    perceptual_weight: float = 0.0
+    adversarial_weight: float = 0.0
+    adversarial_start: int = 50_001  # first step at which the discriminator acts
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("first_stage_training.lr_schedule", self.lr_schedule, ("constant", "cosine"))
+
+
+@dataclass
+class LoggingConfig:
+    """What a run writes beside its checkpoints."""
+
+    image_every: int = 5000  # steps between image grids; 0 switches them off
+    num_images: int = 4
+    sampler_steps: int = 50
+    guidance_scale: float = 5.0
+    checkpoint_every: int = 5000  # steps
+    keep_last: int = 2  # periodic checkpoints kept beside `last` and `best`
+
+
+@dataclass
+class Config:
+    """A run: one model, one data source, one trainer."""
+
+    stage: str = "diffusion"  # what is trained: diffusion | first_stage
+    seed: int = 23  # of weights, data order and noise
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    first_stage_training: FirstStageTrainingConfig = field(default_factory=FirstStageTrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)  # keyword arguments of Lightning's Trainer
+
+    def __post_init__(self) -> None:
+        _one_of("stage", self.stage, ("diffusion", "first_stage"))
+
+
+def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[str] = ()) -> Config:
+    """Merge config files (later ones win) and dotlist overrides into a validated `Config`.
+
+    Args:
+        sources: YAML paths, OmegaConf nodes or `Config` objects, merged from left to right.
+        overrides: `section.key=value` strings, applied last.
+
+    Raises:
+        ConfigError: a file is missing or is not YAML, a key is unknown, or a value has the wrong type.
+    """
+    config = OmegaConf.structured(Config)
+    for source in sources:
+        if isinstance(source, (str, Path)):
+            config = _merge(config, _read_yaml(Path(source)), str(source))
+        else:
+            config = _merge(config, OmegaConf.structured(source), "config")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r}: expected section.key=value")
+        config = _merge(config, OmegaConf.from_dotlist([override]), f"override {override!r}")
+    loaded = OmegaConf.to_object(config)
+    assert isinstance(loaded, Config)
+    return loaded
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML, every default written out; `load_config` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        node = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; configs/ holds the ones that come with the project") from None
+    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
+        raise ConfigError(f"{path}: not a readable YAML file: {error}") from error
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping with the sections model, data, training, …")
+    return node
+
+
+def _merge(config: DictConfig, node: DictConfig, source: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(config, node)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{source}: {error.full_key or 'config'}: {reason}; see ldm/config.py for the keys") from error
+    assert isinstance(merged, DictConfig)
+    return merged

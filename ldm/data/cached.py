@@ -1,0 +1,126 @@
+"""Samples whose latents were computed beforehand, so that a training step is the UNet alone.
+
+`scripts/cache_latents.py` writes one `.safetensors` file per split with these arrays, N samples each:
+`image_moments`, `masked_moments` (N, 2Z, h, w) float16, the posterior means and log variances of image
+and masked image; `keep_mask` (N, 1, h, w) uint8, 255 = keep; `exemplar` (N, E, E, 3) uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data.transforms import clip_normalise
+
+FIELDS = ("image_moments", "masked_moments", "keep_mask", "exemplar")
+
+
+class CachedDataset(Dataset[dict[str, Tensor]]):
+    """Reads `ROOT/{split}.safetensors`; the file is mapped, not read into memory.
+
+    Raises:
+        FileNotFoundError: the split has not been cached.
+        ValueError: the file is damaged or lacks an array.
+    """
+
+    def __init__(self, root: str | Path, split: str, *, max_samples: int | None = None) -> None:
+        path = Path(root) / f"{split}.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no cached samples; write them with scripts/cache_latents.py")
+        remedy = "write it again with scripts/cache_latents.py"
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.arrays = {name: file.get_tensor(name) for name in FIELDS}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}; {remedy}") from None
+        counts = {len(array) for array in self.arrays.values()}
+        if len(counts) != 1:
+            raise ValueError(
+                f"{path}: arrays of {sorted(counts)} samples; write it again with scripts/cache_latents.py"
+            )
+        count = counts.pop()
+        self.length = count if max_samples is None else min(count, max_samples)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
+        """The epoch of an (epoch, index) item has no effect: the draws were made when caching.
+
+        Returns:
+            `image_moments`, `masked_moments` (2Z, h, w), `keep_mask` (1, h, w) in [0, 1], `exemplar` (3, E, E).
+        """
+        index = item[1] if isinstance(item, tuple) else item
+        return {
+            "image_moments": self.arrays["image_moments"][index].float(),
+            "masked_moments": self.arrays["masked_moments"][index].float(),
+            "keep_mask": self.arrays["keep_mask"][index].float() / 255.0,
+            "exemplar": clip_normalise(self.arrays["exemplar"][index].numpy()),
+        }
+
+
+def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
+    """Write a cache from batches of arrays, one at a time: memory does not grow with the number of samples.
+
+    Args:
+        path: gets the finished file; until then there is only `.NAME.part` beside it.
+        num_samples: N, the total over all batches.
+        batches: dicts with the arrays of `FIELDS`, samples first, in the types of the module's docstring.
+
+    Raises:
+        ValueError: the batches hold another number of samples.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    arrays: dict[str, np.memmap] = {}
+    written = 0
+    try:
+        for batch in batches:
+            if not arrays:
+                arrays = _allocate(part, num_samples, batch)
+            count = len(batch["keep_mask"])
+            for name, array in arrays.items():
+                array[written : written + count] = batch[name]
+            written += count
+        if written != num_samples:
+            raise ValueError(f"{path}: got {written} samples, expected {num_samples}")
+        for array in arrays.values():
+            array.flush()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _allocate(path: Path, num_samples: int, first: Mapping[str, np.ndarray]) -> dict[str, np.memmap]:
+    """Lay out a safetensors file of N samples and map its arrays for writing."""
+    types = {"float16": "F16", "uint8": "U8"}
+    header, offset = {}, 0
+    for name in FIELDS:
+        shape = [num_samples, *first[name].shape[1:]]
+        end = offset + int(np.prod(shape)) * first[name].itemsize
+        header[name] = {"dtype": types[first[name].dtype.name], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + offset)  # a full disk is an error now, not a crash later
+    return {
+        name: np.memmap(
+            path,
+            first[name].dtype,
+            "r+",
+            8 + len(text) + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+        )
+        for name, entry in header.items()
+    }

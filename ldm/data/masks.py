@@ -1,0 +1,196 @@
+"""Geometry of a sample: growing the box, drawing the hole, choosing the crop. Pure; no pixels are read here.
+
+Boxes are in pixels of the source image, right and bottom exclusive. Every random number comes from the
+`numpy.random.Generator` that is passed in, in the order of the original code, so its recorded draws can be replayed.
+
+Lengths that the recipe states in pixels (±5 px jitter, 10 px exemplar padding) were chosen for photographs of
+Open Images' size, which the model sees at 512 px. On a smaller image they would eat the object, so callers
+multiply them by `pixel_scale`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+GROWTH = 0.4  # share of the free space on a side that the hole may take
+ZOOM = 0.6  # share of the free space around the hole that the crop may cut off
+JITTER = 5  # pixels, of an arbitrary shape's outline
+REFERENCE_SIDE = 512  # short side from which on lengths in pixels are taken as they are
+_CURVE_T = np.arange(1, 20)[:, None] * 0.05  # the original stops at 0.90, which leaves every curve's end open
+
+
+class Box(NamedTuple):
+    """Pixel box: left and top inclusive, right and bottom exclusive."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def inside(self, width: int, height: int) -> bool:
+        """Whether no part lies outside an image of that size."""
+        return self.left >= 0 and self.top >= 0 and self.right <= width and self.bottom <= height
+
+    def contains(self, other: Box) -> bool:
+        return (
+            self.left <= other.left
+            and self.top <= other.top
+            and self.right >= other.right
+            and self.bottom >= other.bottom
+        )
+
+    def transposed(self) -> Box:
+        return Box(self.top, self.left, self.bottom, self.right)
+
+
+def pixel_scale(size: tuple[int, int]) -> float:
+    """Factor in (0, 1] for lengths in pixels on an image of `size` (width, height): short side / 512, at most 1."""
+    return min(1.0, min(size) / REFERENCE_SIDE)
+
+
+def clip_box(x_min: float, y_min: float, x_max: float, y_max: float, size: tuple[int, int]) -> Box:
+    """The box truncated to whole pixels, inside the image and at least 1 px wide and high.
+
+    Args:
+        x_min, y_min, x_max, y_max: corners in pixels, possibly fractional or outside the image.
+        size: (width, height) of the image.
+    """
+    width, height = size
+    left = min(max(int(x_min), 0), width - 1)
+    top = min(max(int(y_min), 0), height - 1)
+    right = min(max(int(x_max), left + 1), width)
+    bottom = min(max(int(y_max), top + 1), height)
+    return Box(left, top, right, bottom)
+
+
+def pad_box(box: Box, size: tuple[int, int], padding: int) -> Box:
+    """`box` with up to `padding` pixels more on each side, as far as the image reaches."""
+    width, height = size
+    return Box(
+        max(box.left - padding, 0),
+        max(box.top - padding, 0),
+        min(box.right + padding, width),
+        min(box.bottom + padding, height),
+    )
+
+
+def grow_box(box: Box, size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """Move every side outwards by a uniform whole number of pixels, at most 40 % of the free space there.
+
+    Four draws: left, top, right, bottom.
+    """
+    width, height = size
+    return Box(
+        box.left - _up_to(GROWTH * box.left, rng),
+        box.top - _up_to(GROWTH * box.top, rng),
+        box.right + _up_to(GROWTH * (width - box.right), rng),
+        box.bottom + _up_to(GROWTH * (height - box.bottom), rng),
+    )
+
+
+def rectangle_hole(size: tuple[int, int], grown: Box) -> Image.Image:
+    """Hole mask (mode L, white = hole) that is the grown box itself."""
+    hole = Image.new("L", size, 0)
+    hole.paste(255, grown)
+    return hole
+
+
+def polygon_hole(size: tuple[int, int], polygon: np.ndarray) -> Image.Image:
+    """Hole mask (mode L, white = hole) of a closed polygon (n, 2) of x, y."""
+    hole = Image.new("L", size, 0)
+    ImageDraw.Draw(hole).polygon([(float(x), float(y)) for x, y in polygon], fill=255)
+    return hole
+
+
+def outline_curves(box: Box, grown: Box) -> np.ndarray:
+    """Points on the four quadratic Bezier curves of an arbitrary shape, before jitter.
+
+    A curve joins two neighbouring corners of the box; its control point is above the middle of that side, on the edge
+    of the grown box, so the curve reaches half of the way there.
+
+    Returns:
+        (4, 19, 2) float64 x, y at t = 0.05 … 0.95: top, right, bottom, left; clockwise from the top left corner.
+    """
+    corners = _corners(box)
+    middle = (corners + np.roll(corners, -1, axis=0)) / 2
+    control = middle.copy()
+    control[[0, 2], 1] = grown.top, grown.bottom
+    control[[1, 3], 0] = grown.right, grown.left
+    t = _CURVE_T
+    start, end = corners[:, None], np.roll(corners, -1, axis=0)[:, None]
+    return (1 - t) ** 2 * start + 2 * t * (1 - t) * control[:, None] + t**2 * end
+
+
+def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: int = JITTER) -> np.ndarray:
+    """Outline of an arbitrary hole: the jittered curves between the corners of the box.
+
+    The original's jitter cuts into the object and ties the outline in knots where points are close. Here a
+    jittered point never gets inside the box, and the points of a side stay in order along it. Each side is then a
+    graph over its edge of the box, so the polygon is simple and contains the box.
+
+    Args:
+        jitter: largest shift of a point per axis, whole pixels.
+
+    Returns:
+        (80, 2) float64 x, y, clockwise from the top left corner of the box.
+    """
+    curves = outline_curves(box, grown)
+    curves += rng.integers(-jitter, jitter, size=curves.shape, endpoint=True)
+    top, right, bottom, left = curves
+    top[:, 1] = np.minimum(top[:, 1], box.top)
+    right[:, 0] = np.maximum(right[:, 0], box.right)
+    bottom[:, 1] = np.maximum(bottom[:, 1], box.bottom)
+    left[:, 0] = np.minimum(left[:, 0], box.left)
+    top[:, 0] = np.sort(top[:, 0].clip(box.left, box.right))
+    bottom[:, 0] = np.sort(bottom[:, 0].clip(box.left, box.right))[::-1]
+    right[:, 1] = np.sort(right[:, 1].clip(box.top, box.bottom))
+    left[:, 1] = np.sort(left[:, 1].clip(box.top, box.bottom))[::-1]
+    return np.concatenate([_corners(box)[:, None], curves], axis=1).reshape(-1, 2)
+
+
+def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> Box:
+    """Square window that holds the grown box, at a random place and zoom.
+
+    A square image is taken whole (as in the recipe). Otherwise the window starts as a square of the short side,
+    anywhere along the long side where it holds the grown box, and loses up to 60 % of the least free space around
+    the box on all sides. When the grown box is longer than the short side, no such square exists; the original then
+    squashes the image (and also when the box touches an end of the long side). Here the window is as long as the
+    image, zoomed by the same rule, and overhangs the short side evenly on both sides: the caller pads.
+
+    Two draws (place, zoom); none for a square image, one (zoom) for an overhanging window.
+
+    Args:
+        size: (width, height) of the image.
+        grown: box inside the image.
+
+    Returns:
+        A square that contains `grown`; inside the image unless `grown` is longer than the image's short side.
+    """
+    width, height = size
+    if width == height:
+        return Box(0, 0, width, height)
+    if width < height:
+        return crop_window((height, width), grown.transposed(), rng).transposed()
+    first, last = max(0, grown.right - height), min(width - height, grown.left)
+    if first > last:
+        margin = _up_to(ZOOM * min(grown.left, width - grown.right), rng)
+        side = width - 2 * margin
+        top = (height - side) // 2
+        return Box(margin, top, margin + side, top + side)
+    left = int(rng.integers(first, last, endpoint=True))
+    free = min(grown.left - left, grown.top, left + height - grown.right, height - grown.bottom)
+    margin = _up_to(ZOOM * free, rng)
+    return Box(left + margin, margin, left + height - margin, height - margin)
+
+
+def _up_to(limit: float, rng: np.random.Generator) -> int:
+    return int(rng.integers(0, int(limit), endpoint=True))
+
+
+def _corners(box: Box) -> np.ndarray:
+    """(4, 2) float64 corners, clockwise from the top left."""
+    left, top, right, bottom = box
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=np.float64)

@@ -1,0 +1,248 @@
+"""Open Images box annotations => one text file of pixel boxes per image.
+
+A line is `x_min y_min x_max y_max` in pixels of the stored image. Boxes are kept when they cover 2 % to 80 % of the
+image. Only the files' headers are read for their sizes. EXIF orientation is ignored: Open Images' boxes refer to the
+pixels as stored (its rotation column says how far image and boxes should be turned together), and the dataset reader
+ignores it too.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+ANNOTATIONS = {
+    "train": "oidv6-train-annotations-bbox.csv",
+    "validation": "validation-annotations-bbox.csv",
+    "test": "test-annotations-bbox.csv",
+}
+MIN_AREA, MAX_AREA = 0.02, 0.80  # share of the image, inclusive
+_COLUMNS = ("ImageID", "XMin", "XMax", "YMin", "YMax")
+
+
+class AnnotationError(ValueError):
+    """Annotations or images that cannot be used; the message names the file and the remedy."""
+
+
+@dataclass
+class Summary:
+    """What `read_bbox` did for one split.
+
+    Attributes:
+        written: text files written in this run.
+        resumed: text files that were already there.
+        boxes: boxes kept in the CSV.
+        rows: rows in the CSV.
+        problems: images with kept boxes but no text file, by reason.
+        report: tab-separated list of these images, or None when there are none.
+    """
+
+    written: int = 0
+    resumed: int = 0
+    boxes: int = 0
+    rows: int = 0
+    problems: dict[str, int] = field(default_factory=dict)
+    report: Path | None = None
+
+
+def read_bbox(csv_path: Path, images: Path, split: str, out: Path, *, overwrite: bool = False) -> Summary:
+    """Write the kept boxes of one split as text files.
+
+    Memory: the kept boxes are held as 36 bytes each plus about 200 bytes per image (the order of the CSV's rows
+    therefore does not matter): under 1 GB for the 14.6 million rows of the official training CSV.
+
+    Text files that exist and are not empty are left alone, so an interrupted run goes on where it was. Each file
+    appears complete or not at all; they are not flushed to disk one by one, which would take hours for 1.7 million.
+
+    Args:
+        csv_path: annotations with a header that names ImageID, XMin, XMax, YMin, YMax.
+        images: folder that holds the image folders (`train` or `train_0` … `train_f`, `validation`, `test`).
+        split: train, validation or test.
+        out: folder for the text files, created when missing.
+        overwrite: write existing text files again.
+
+    Raises:
+        AnnotationError: the CSV is missing or malformed, or there is no image of the split.
+    """
+    folders = find_images(images, split)
+    if not folders:
+        raise AnnotationError(f"{images}: no .jpg under {split}/ or {split}_0/ …; unpack the images there")
+    out.mkdir(parents=True, exist_ok=True)
+    done = set() if overwrite else _finished(out)
+    names, rows, image_index, corners = _kept_boxes(csv_path)
+    summary = Summary(rows=rows, boxes=len(image_index))
+    order = np.argsort(image_index, kind="stable")  # the CSV's order within an image
+    corners = corners[order]
+    ends = np.cumsum(np.bincount(image_index, minlength=len(names)))
+    temporary = out / f".{split}.{os.getpid()}.tmp"
+    problems: list[tuple[str, str]] = []
+    start = 0
+    try:
+        for name, end in zip(tqdm(names, desc=f"{split}: boxes", unit=" images"), ends.tolist(), strict=True):
+            boxes, start = corners[start:end], end
+            if name in done:
+                summary.resumed += 1
+                continue
+            try:
+                if name not in folders:
+                    raise JpegError("missing")
+                width, height = jpeg_size(os.path.join(folders[name], name + ".jpg"))
+            except JpegError as error:
+                problems.append((name, str(error)))
+                continue
+            lines = [f"{a * width} {b * height} {c * width} {d * height}\n" for a, b, c, d in boxes.tolist()]
+            with open(temporary, "w", encoding="ascii") as file:
+                file.writelines(lines)
+            os.replace(temporary, out / f"{name}.txt")
+            summary.written += 1
+    finally:
+        temporary.unlink(missing_ok=True)
+    for _, reason in problems:
+        summary.problems[reason] = summary.problems.get(reason, 0) + 1
+    summary.report = _write_report(out.parent / f"{split}-problems.tsv", problems)
+    return summary
+
+
+def find_images(images: Path, split: str) -> dict[str, str]:
+    """Image id => folder, for every .jpg below `images/split` and `images/split_*` (Open Images' train_0 … train_f)."""
+    found: dict[str, str] = {}
+    for root in sorted([images / split, *images.glob(f"{split}_*")]):
+        for folder, _, names in os.walk(root, followlinks=True):
+            found.update((name[:-4], folder) for name in names if name.endswith(".jpg"))
+    return found
+
+
+def _finished(out: Path) -> set[str]:
+    """Ids with a text file; an empty one is what a power failure may leave."""
+    return {e.name[:-4] for e in os.scandir(out) if e.name.endswith(".txt") and e.stat().st_size}
+
+
+# ---- CSV ----
+
+
+def _kept_boxes(csv_path: Path) -> tuple[list[str], int, np.ndarray, np.ndarray]:
+    """Stream the CSV; keep boxes of 2 % to 80 % of the image.
+
+    Returns:
+        Image ids with a kept box, number of rows, and per kept box its image's index (n,) int32 and corners (n, 4)
+        float64 x_min, y_min, x_max, y_max in [0, 1].
+    """
+    index_of: dict[bytes, int] = {}
+    image_index, corners, row_count = array("i"), array("d"), 0
+    for image, x_min, x_max, y_min, y_max in _rows(csv_path):
+        row_count += 1
+        if MIN_AREA <= (x_max - x_min) * (y_max - y_min) <= MAX_AREA:
+            image_index.append(index_of.setdefault(image, len(index_of)))
+            corners.extend((x_min, y_min, x_max, y_max))
+    names = [name.decode() for name in index_of]
+    return names, row_count, np.frombuffer(image_index, np.int32), np.frombuffer(corners).reshape(-1, 4)
+
+
+def _rows(csv_path: Path) -> Iterator[tuple[bytes, float, float, float, float]]:
+    try:
+        file = open(csv_path, "rb", buffering=1 << 20)  # noqa: SIM115 (closed below)
+    except FileNotFoundError:
+        raise AnnotationError(f"{csv_path}: no such file; dataset/README.md says where the CSVs come from") from None
+    with file, tqdm(total=os.path.getsize(csv_path), desc=csv_path.name, unit="B", unit_scale=True) as bar:
+        header = file.readline().decode(errors="replace").strip().split(",")
+        if not set(_COLUMNS) <= set(header):
+            got = ",".join(header)[:100]
+            raise AnnotationError(f"{csv_path}: expected a header with {', '.join(_COLUMNS)}; got {got!r}")
+        i, x0, x1, y0, y1 = (header.index(column) for column in _COLUMNS)
+        cut = max(i, x0, x1, y0, y1) + 1
+        for number, line in enumerate(file, start=2):
+            try:
+                f = line.split(b",", cut)
+                yield f[i], float(f[x0]), float(f[x1]), float(f[y0]), float(f[y1])
+            except (ValueError, IndexError):
+                if line.strip():
+                    got = line[:80].decode(errors="replace")
+                    raise AnnotationError(
+                        f"{csv_path}, line {number}: expected numbers in XMin … YMax, got {got!r}; download it again"
+                    ) from None
+            if number % 65536 == 0:
+                bar.update(file.tell() - bar.n)
+        bar.update(file.tell() - bar.n)
+
+
+def _write_report(path: Path, problems: list[tuple[str, str]]) -> Path | None:
+    if not problems:
+        path.unlink(missing_ok=True)
+        return None
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(f"{name}\t{reason}\n" for name, reason in problems)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return path
+
+
+# ---- JPEG headers ----
+
+
+class JpegError(ValueError):
+    """Why an image has no usable size: `missing`, `not a JPEG`, `truncated` or `unreadable`."""
+
+
+# Start-of-frame markers carry the size; C4, C8 and CC in their range are tables.
+_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_TAIL = 1024  # the end marker may be followed by padding
+
+
+def jpeg_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of a JPEG as stored, from its header; also checks that the file has its end marker.
+
+    Raises:
+        JpegError: the reason in two words.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = _frame_size(file)
+            file.seek(-min(_TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            if b"\xff\xd9" not in file.read():
+                raise JpegError("truncated")
+            return size
+    except FileNotFoundError:
+        raise JpegError("missing") from None
+    except OSError:
+        raise JpegError("unreadable") from None
+
+
+def _frame_size(file: BinaryIO) -> tuple[int, int]:
+    """Walk the segments up to the frame header. `block` holds the file from offset `base` on."""
+    base, block = 0, file.read(4096)
+    if block[:2] != b"\xff\xd8":
+        raise JpegError("not a JPEG")
+    position = 2
+    while True:
+        if position + 9 > base + len(block):
+            file.seek(position)
+            base, block = position, file.read(4096)
+            if len(block) < 9:
+                raise JpegError("truncated")
+        at = position - base
+        if block[at] != 0xFF:
+            raise JpegError("not a JPEG")
+        marker = block[at + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+        elif marker in _FRAME:
+            height, width = struct.unpack_from(">HH", block, at + 5)
+            if not width or not height:
+                raise JpegError("not a JPEG")
+            return width, height
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
+            position += 2
+        elif marker in (0xD9, 0xDA):  # image ends or starts without a frame header
+            raise JpegError("not a JPEG")
+        else:
+            position += 2 + struct.unpack_from(">H", block, at + 2)[0]

@@ -1,0 +1,195 @@
+"""Images to tensors and back, reading image files, and the exemplar's augmentation.
+
+Shared by training, editing and evaluation: each conversion is defined once, here.
+Dimension key: H, W pixels · E side of the exemplar.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MID_GREY = (128, 128, 128)  # 0 in the model's range, as the inside of a hole
+
+
+class ImageFileError(ValueError):
+    """An image file that cannot be used; the message names the file and the remedy."""
+
+
+# ---- files ----
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file as people see it.
+
+    EXIF orientation is applied; palette, grey, CMYK and 16-bit images are converted; transparent parts are laid over
+    mid-grey, which is what the model sees where it knows nothing. Of an animation the first frame is taken.
+
+    Returns:
+        RGB image, fully loaded.
+
+    Raises:
+        ImageFileError: the file is missing, damaged, not an image, or beyond Pillow's limit of 179 million pixels.
+    """
+    return _read(Path(path), background=MID_GREY)
+
+
+def load_mask(path: str | Path) -> Image.Image:
+    """Read a hole mask: white = paint here. Transparent parts count as black (keep).
+
+    Returns:
+        Mode L image, fully loaded.
+
+    Raises:
+        ImageFileError: as for `open_image`.
+    """
+    return _read(Path(path), background=(0, 0, 0)).convert("L")
+
+
+def _read(path: Path, background: tuple[int, int, int]) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a warning from 89 million pixels on
+            with Image.open(path) as image:
+                return _flatten(ImageOps.exif_transpose(image), background)
+    except FileNotFoundError:
+        raise ImageFileError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise ImageFileError(f"{path}: is a folder; give the path of an image file") from None
+    except UnidentifiedImageError:
+        raise ImageFileError(f"{path}: not an image file that can be read; save it as PNG or JPEG") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise ImageFileError(f"{path}: has more than {limit:.0f} million pixels; reduce its size first") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+        raise ImageFileError(f"{path}: damaged or unsupported image ({error}); re-save it as PNG or JPEG") from None
+
+
+def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Any mode to RGB, transparent parts over `background`."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+# ---- tensors ----
+
+
+def pil_to_tensor(image: Image.Image) -> Tensor:
+    """RGB image => (3, H, W) float32 in [-1, 1]."""
+    return _unit_tensor(image) * 2 - 1
+
+
+def tensor_to_pil(x: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] (values outside are clipped) => RGB image; rounds to the nearest of 256 levels."""
+    levels = (x.detach().float().clamp(-1, 1) + 1) * 127.5
+    return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def mask_to_tensor(hole_mask: Image.Image) -> Tensor:
+    """Hole mask (mode L, white = hole) => keep mask (1, H, W) float32: 0 where the grey level is >= 128, else 1."""
+    hole = torch.from_numpy(np.array(hole_mask.convert("L")))
+    return (hole < 128).float()[None]
+
+
+def soft_mask_to_tensor(hole_mask: Image.Image) -> Tensor:
+    """Hole mask (mode L, white = hole) => keep mask (1, H, W) float32 in [0, 1], soft edges kept (training)."""
+    return 1 - torch.from_numpy(np.array(hole_mask)).float()[None] / 255
+
+
+def exemplar_to_tensor(exemplar: Image.Image, size: int) -> Tensor:
+    """Exemplar as the tower sees it when editing: squashed to a square (bicubic), CLIP-normalised (3, size, size)."""
+    return clip_normalise(exemplar.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def clip_normalise(image: Image.Image | np.ndarray) -> Tensor:
+    """RGB image or (H, W, 3) uint8 => (3, H, W) float32 with CLIP's mean and standard deviation removed."""
+    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    return (_unit_tensor(image) - mean[:, None, None]) / std[:, None, None]
+
+
+def exemplar_to_pixels(x: Tensor) -> Tensor:
+    """The inverse of `clip_normalise` on tensors (..., 3, E, E), to pixels in [-1, 1]."""
+    mean, std = x.new_tensor(CLIP_MEAN), x.new_tensor(CLIP_STD)
+    return 2 * (x * std[:, None, None] + mean[:, None, None]) - 1
+
+
+def _unit_tensor(image: Image.Image | np.ndarray) -> Tensor:
+    """RGB => (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+
+
+# ---- exemplar augmentation ----
+
+
+class ExemplarAugmentation(NamedTuple):
+    """What is done to an exemplar, in this order. The defaults do nothing."""
+
+    flip: bool = False  # left-right
+    angle: float = 0.0  # degrees, counter-clockwise, about the centre
+    blur: int = 0  # side of the box filter, pixels; 0 = none
+    shifts: np.ndarray | None = None  # (3, 2) pixels x, y: how far the affine map moves its three points
+
+
+def draw_augmentation(rng: np.random.Generator, size: int) -> ExemplarAugmentation:
+    """Random augmentation for an exemplar of side `size`.
+
+    The recipe names albumentations 0.4.3's HorizontalFlip, Rotate(limit=20), Blur(p=0.3) and ElasticTransform(p=0.3).
+    The last one's displacement field is at most 0.018 px and is left out; what acts is its random affine map: three
+    points moved by up to 50 px each. Lengths in pixels are the recipe's at 224 px and scaled to `size`.
+    """
+    flip = rng.random() < 0.5
+    angle = float(rng.uniform(-20, 20)) if rng.random() < 0.5 else 0.0
+    scale = size / 224
+    blur = int(rng.choice([3, 5, 7]) * scale) | 1 if rng.random() < 0.3 else 0  # | 1: to the next odd side
+    shifts = rng.uniform(-50 * scale, 50 * scale, size=(3, 2)) if rng.random() < 0.3 else None
+    return ExemplarAugmentation(flip, angle, blur, shifts)
+
+
+def augment_exemplar(pixels: np.ndarray, size: int, augmentation: ExemplarAugmentation) -> np.ndarray:
+    """Squash an exemplar to a square and augment it. Borders are filled by reflection.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        size: side E of the result.
+
+    Returns:
+        (E, E, 3) uint8.
+    """
+    import cv2  # part of the training extra; editing does not augment
+
+    flip, angle, blur, shifts = augmentation
+    pixels = cv2.resize(np.ascontiguousarray(pixels), (size, size), interpolation=cv2.INTER_LINEAR)
+    if flip:
+        pixels = cv2.flip(pixels, 1)
+    if angle:
+        pixels = _warp(pixels, cv2.getRotationMatrix2D((size / 2, size / 2), angle, 1.0))
+    if blur:
+        pixels = cv2.blur(pixels, (blur, blur))
+    if shifts is not None:
+        centre, arm = size // 2, size // 3
+        points = centre + np.array([(arm, arm), (arm, -arm), (-arm, -arm)], dtype=np.float32)
+        pixels = _warp(pixels, cv2.getAffineTransform(points, points + shifts.astype(np.float32)))
+    return pixels
+
+
+def _warp(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    import cv2
+
+    side = pixels.shape[0]
+    return cv2.warpAffine(pixels, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)

@@ -1,0 +1,434 @@
+"""Editing pictures of any size: fit the scene to the model, paint the hole, put it back.
+
+Dimension key: B samples · S the model's picture side, pixels · W, H scene size, pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from ldm.config import Config
+from ldm.data.transforms import (
+    MID_GREY,
+    _flatten,
+    exemplar_to_tensor,
+    load_mask,
+    mask_to_tensor,
+    open_image,
+    pil_to_tensor,
+    tensor_to_pil,
+)
+from ldm.latent_diffusion import LatentDiffusion, load_model
+from ldm.samplers import OnStep
+
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "pretrained_models" / "mini"
+MAX_ENLARGEMENT = 4  # a scene pixel covers at most this many model pixels per side
+
+Picture = Image.Image | str | Path
+
+
+class EditingError(ValueError):
+    """A scene, mask or setting that cannot be edited; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The square of the scene that the model sees; it may reach beyond the scene's borders."""
+
+    left: int
+    top: int
+    side: int
+
+
+def fit_window(
+    hole: tuple[int, int, int, int],
+    size: tuple[int, int],
+    *,
+    context_margin: float = 0.5,
+    min_side: int = 1,
+    whole_image: bool = False,
+) -> Window:
+    """Choose the square that shows the hole with context around it.
+
+    The square's side is the hole's longer side plus `context_margin` of it on both sides. Where that
+    is more than the scene's short side, the margin shrinks to fit, down to half; beyond that the
+    square reaches over the border. It is never larger than the scene's long side, is centred on the
+    hole, and is moved inside the scene on every axis on which it fits.
+
+    Args:
+        hole: bounding box of the hole: left, top, right, bottom in pixels, right and bottom exclusive.
+        size: (W, H) of the scene.
+        context_margin: context on each side as a share of the hole's longer side, at least 0.
+        min_side: least side in pixels, as far as the scene is that large.
+        whole_image: take the smallest square that holds the whole scene.
+    """
+    x0, y0, x1, y1 = hole
+    width, height = size
+    if whole_image:
+        side = max(size)
+    else:
+        longest = max(x1 - x0, y1 - y0)
+        wanted = max(round(longest * (1 + 2 * context_margin)), min_side)
+        least = round(longest * (1 + context_margin))
+        side = min(wanted, max(min(size), least), max(size))
+    return Window(_place(x0, x1, width, side), _place(y0, y1, height, side), side)
+
+
+def _place(start: int, stop: int, length: int, side: int) -> int:
+    """Left end of an interval of `side`: around [start, stop) inside [0, length) if it fits, else centred there."""
+    if side > length:
+        return -((side - length) // 2)
+    return min(max((start + stop - side) // 2, 0), length - side)
+
+
+class Editor:
+    """Paint by Example for pictures: replace the hole of a scene by what an exemplar shows.
+
+    Args:
+        model: from `load_model`; its device and precision are used as they are.
+
+    Raises:
+        EditingError: the model is float16 on the CPU.
+    """
+
+    def __init__(self, model: LatentDiffusion) -> None:
+        parameter = model.null_context
+        if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
+            raise EditingError("got float16 on the CPU, expected float32 or bfloat16 there; pass dtype=torch.float32")
+        self.model = model
+        self.device = parameter.device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        *,
+        config: str | Path | DictConfig | Config | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Editor:
+        """Load a model and make an editor of it.
+
+        Args:
+            path: checkpoint file, or a folder with `config.yaml` and `model.safetensors`; None is the
+                bundled small model.
+            config: the model's config; None takes the `config.yaml` beside the checkpoint.
+            device: `cpu`, `cuda`, `mps`, or `auto` for the fastest one present.
+            dtype: precision of the weights; float16 is not for the CPU.
+
+        Raises:
+            EditingError: the device, the checkpoint or its config is not there.
+            ConfigError, CheckpointError, ValueError: the files cannot be used, or float16 is asked for on the CPU.
+        """
+        chosen = pick_device(device)
+        checkpoint = BUNDLED_MODEL if path is None else Path(path)
+        if path is None and not (checkpoint / "model.safetensors").is_file():
+            raise EditingError(
+                f"{checkpoint}: the bundled model is not there (an installed copy does not hold it); "
+                "run from a clone of the repository, or name a checkpoint"
+            )
+        if checkpoint.is_dir():
+            checkpoint = checkpoint / "model.safetensors"
+        if not checkpoint.is_file():
+            raise EditingError(
+                f"{checkpoint}: no such checkpoint; see pretrained_models/README.md for where weights come from"
+            )
+        if config is None:
+            config = checkpoint.parent / "config.yaml"
+            if not config.is_file():
+                raise EditingError(
+                    f"{checkpoint}: no config.yaml beside it; name its config (configs/v1.yaml for the published model)"
+                )
+        return cls(load_model(config, checkpoint, device=chosen, dtype=dtype))
+
+    def edit(
+        self,
+        scene: Picture,
+        hole_mask: Picture,
+        exemplar: Picture | None,
+        *,
+        sampler: str = "dpm_solver_pp",
+        num_steps: int = 20,
+        guidance_scale: float = 5.0,
+        eta: float = 0.0,
+        seed: int | Sequence[int] = 0,
+        n_samples: int = 1,
+        context_margin: float = 0.5,
+        feather: int = 0,
+        whole_image: bool = False,
+        on_step: OnStep | None = None,
+    ) -> Image.Image | list[Image.Image]:
+        """Replace the hole of a scene by what the exemplar shows.
+
+        The hole and its surroundings are cropped square, resized to the model's size, painted, and put
+        back at the scene's size. Every pixel outside the hole (and the feather around it) equals the
+        scene's bit for bit; the scene counts as what it looks like: turned upright as its EXIF data
+        say, transparent parts over mid-grey, 8 bits, RGB.
+
+        Args:
+            scene: picture or path, any size, aspect and mode.
+            hole_mask: white (>= 128) is painted; a mask of another size is resized (nearest) with a warning.
+                A mask that is white everywhere is allowed: the whole scene is made up from the exemplar.
+            exemplar: picture or path; squashed to the exemplar encoder's square, as in the paper. None
+                uses the model's null token, that is, inpaints without an exemplar.
+            sampler: ddpm | ddim | plms | dpm_solver_pp | unipc.
+            num_steps: denoising steps.
+            guidance_scale: 1 follows the exemplar without guidance; the paper uses 5.
+            eta: DDIM's stochasticity in [0, 1].
+            seed: sample i uses `seed + i`, or the i-th entry of a list. Equal seeds give the same picture
+                alone or among others; across devices and batch sizes up to rounding.
+            n_samples: pictures to make; with a list of seeds, its length.
+            context_margin: surroundings on each side as a share of the hole's longer side; `fit_window`.
+            feather: pixels around the hole over which the painted square fades into the scene.
+            whole_image: show the model the whole scene instead of a crop, as the paper does. A scene that
+                is not square is extended by reflection, not squashed.
+            on_step: called after each step as `on_step(step, num_steps, x_t, x_0)`.
+
+        Returns:
+            An RGB picture of the scene's size; a list of them for n_samples > 1 or a list of seeds.
+
+        Raises:
+            EditingError: the mask is empty or a setting is out of range.
+            OSError, ValueError: a file cannot be read.
+        """
+        if isinstance(seed, int):
+            if n_samples < 1:
+                raise EditingError(f"n_samples: got {n_samples}, expected at least 1")
+            seeds = [seed + i for i in range(n_samples)]
+        else:
+            seeds = list(seed)
+            if not seeds or n_samples not in (1, len(seeds)):
+                raise EditingError(f"got {len(seeds)} seeds for {n_samples} samples, expected one seed per sample")
+        if context_margin < 0 or feather < 0:
+            raise EditingError(f"got context_margin={context_margin}, feather={feather}, expected 0 or more")
+
+        fitted = fit_scene(
+            scene, hole_mask, self.model.config.image_size, context_margin=context_margin, whole_image=whole_image
+        )
+        image = fitted.image.expand(len(seeds), -1, -1, -1)
+        keep_mask = fitted.keep_mask.expand(len(seeds), -1, -1, -1)
+        pixel_values = None if exemplar is None else self.exemplar_tensor(exemplar).expand(len(seeds), -1, -1, -1)
+        painted = self.paint(
+            image,
+            keep_mask,
+            pixel_values,
+            seeds,
+            sampler=sampler,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            on_step=on_step,
+        )
+        results = [fitted.put_back(pixels, feather=feather) for pixels in painted]
+        return results[0] if isinstance(seed, int) and n_samples == 1 else results
+
+    def exemplar_tensor(self, exemplar: Picture) -> Tensor:
+        """(1, 3, E, E), an exemplar squashed to the encoder's square and normalised for it."""
+        return exemplar_to_tensor(as_rgb(exemplar), self.model.config.exemplar_encoder.image_size)[None]
+
+    @torch.inference_mode()
+    def paint(
+        self,
+        image: Tensor,
+        keep_mask: Tensor,
+        pixel_values: Tensor | None,
+        seeds: Sequence[int],
+        **sampling: Any,
+    ) -> Tensor:
+        """Edit pictures that have the model's size already.
+
+        Args:
+            image: (B, 3, S, S) in [-1, 1]; what is inside the hole is never looked at.
+            keep_mask: (B, 1, S, S) in [0, 1], 1 = keep.
+            pixel_values: (B, 3, E, E) exemplars, CLIP-normalised; None uses the null token.
+            seeds: B seeds.
+            **sampling: passed to `LatentDiffusion.sample`.
+
+        Returns:
+            (B, 3, S, S) float32 in [-1, 1] on the CPU, the hole and the model's rendering of the rest.
+        """
+        model = self.model
+        # Drawn on the CPU, one generator per sample: the same noise on every device and in every batch.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        image, keep_mask = image.to(self.device), keep_mask.to(self.device)
+        if pixel_values is None:
+            context = model.null_context.expand(len(seeds), -1, -1)
+        else:
+            context = model.encode_exemplar(pixel_values.to(self.device))
+        z_masked = model.encode_image(image * keep_mask, generators)  # pixels [-1, 1] => scaled latents
+        z = model.sample(z_masked, keep_mask, context, generator=generators, **sampling)
+        return model.decode_latents(z).clamp(-1, 1).float().cpu()
+
+
+@dataclass(frozen=True)
+class FittedScene:
+    """A scene, and the square of it in the model's size.
+
+    Attributes:
+        scene: the whole picture, RGB.
+        hole: its hole, mode L, 0 or 255.
+        window: where the square lies.
+        image: (1, 3, S, S) in [-1, 1], the square's pixels.
+        keep_mask: (1, 1, S, S), 0 in the hole, 1 elsewhere.
+    """
+
+    scene: Image.Image
+    hole: Image.Image
+    window: Window
+    image: Tensor
+    keep_mask: Tensor
+
+    def put_back(self, painted: Tensor, *, feather: int = 0) -> Image.Image:
+        """Paste the painted square (3, S, S) into the scene, inside the hole and its feather only."""
+        left, top, side = self.window.left, self.window.top, self.window.side
+        box = _clipped(self.window, self.scene.size)
+        square = tensor_to_pil(painted)
+        if square.size != (side, side):
+            square = square.resize((side, side), Image.Resampling.BICUBIC)
+        inside = square.crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
+        result = self.scene.copy()
+        # Blending is exact at both ends: weight 255 takes the painted pixel, 0 leaves the scene's.
+        result.paste(inside, box[:2], _feathered(self.hole.crop(box), feather))
+        return result
+
+
+def fit_scene(
+    scene: Picture,
+    hole_mask: Picture,
+    image_size: int,
+    *,
+    context_margin: float = 0.5,
+    whole_image: bool = False,
+) -> FittedScene:
+    """Crop the hole and its surroundings square and resize them to the model's size.
+
+    At the model's size a pixel is part of the hole when any scene pixel in it is, so that nothing of
+    what is to be replaced is shown to the model as something to keep.
+
+    Raises:
+        EditingError: the mask is empty.
+    """
+    picture, hole = as_rgb(scene), as_hole(hole_mask)
+    if hole.size != picture.size:
+        warnings.warn(
+            f"the mask is {hole.width}x{hole.height}, the scene {picture.width}x{picture.height}: "
+            "resized the mask to the scene (nearest)",
+            stacklevel=3,
+        )
+        hole = hole.resize(picture.size, Image.Resampling.NEAREST)
+    bounds = hole.getbbox()
+    if bounds is None:
+        raise EditingError("the mask's hole vanished when it was resized to the scene; give a mask of the scene's size")
+    window = fit_window(
+        bounds,
+        picture.size,
+        context_margin=context_margin,
+        min_side=-(-image_size // MAX_ENLARGEMENT),
+        whole_image=whole_image,
+    )
+    # Where the square reaches over the border, the hole is reflected with the scene: what must not be
+    # seen inside must not be seen in its mirror image either.
+    square, square_hole = _cut(picture, window), _cut(hole, window)
+    if window.side != image_size:
+        square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        share = square_hole.convert("F").resize((image_size, image_size), Image.Resampling.BOX)
+        square_hole = Image.fromarray(np.uint8(255) * (np.asarray(share) > 0))
+    return FittedScene(picture, hole, window, pil_to_tensor(square)[None], mask_to_tensor(square_hole)[None])
+
+
+def as_rgb(picture: Picture) -> Image.Image:
+    """A picture or file as upright 8-bit RGB, transparent parts over mid-grey."""
+    if not isinstance(picture, Image.Image):
+        return open_image(picture)
+    return _flatten(ImageOps.exif_transpose(picture), MID_GREY)
+
+
+def as_hole(mask: Picture) -> Image.Image:
+    """A mask or file as mode L, 255 where it says paint (grey level 128 or more) and 0 elsewhere.
+
+    Raises:
+        EditingError: there is nothing to paint.
+    """
+    if isinstance(mask, Image.Image):
+        grey, name = _flatten(ImageOps.exif_transpose(mask), (0, 0, 0)).convert("L"), "the mask"
+    else:
+        grey, name = load_mask(mask), str(mask)
+    lightest = int(np.asarray(grey).max())
+    if lightest < 128:
+        raise EditingError(
+            f"{name}: empty, got no grey level above {lightest}; paint what is to be replaced white (255)"
+        )
+    return grey.point([0] * 128 + [255] * 128)
+
+
+def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG, whole or not at all, with `text` in its metadata (tEXt, or iTXt beyond Latin-1)."""
+    path = Path(path)
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            image.save(file, format="png", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cut(picture: Image.Image, window: Window) -> Image.Image:
+    box = _clipped(window, picture.size)
+    inside = picture.crop(box)
+    left, top = box[0] - window.left, box[1] - window.top
+    right, bottom = window.side - left - inside.width, window.side - top - inside.height
+    if not (left or top or right or bottom):
+        return inside
+    pixels = np.asarray(inside)
+    channels = [(0, 0)] * (pixels.ndim - 2)
+    return Image.fromarray(np.pad(pixels, [(top, bottom), (left, right), *channels], mode="reflect"))
+
+
+def _clipped(window: Window, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    left, top, side = window.left, window.top, window.side
+    return max(left, 0), max(top, 0), min(left + side, size[0]), min(top + side, size[1])
+
+
+def _feathered(hole: Image.Image, feather: int) -> Image.Image:
+    """Mode L: 255 in the hole, falling linearly to 0 at feather + 1 pixels from it (chessboard distance)."""
+    if feather == 0:
+        return hole
+    total = np.asarray(hole, np.float32)
+    grown = hole
+    for _ in range(feather):
+        grown = grown.filter(ImageFilter.MaxFilter(3))
+        total = total + np.asarray(grown)
+    return Image.fromarray(np.rint(total / (feather + 1)).astype(np.uint8))
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device of that name; `auto` is cuda, mps or cpu, the first that is there.
+
+    Raises:
+        EditingError: the device is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name, there in present.items() if there))
+    chosen = torch.device(device)
+    if not present.get(chosen.type, False):
+        there = ", ".join(name for name, there in present.items() if there)
+        raise EditingError(f"device: got {device}, which this machine or this PyTorch lacks; expected auto, {there}")
+    return chosen

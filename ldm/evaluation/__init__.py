@@ -1,0 +1,1 @@
+"""How well a set of edited pictures does: features, and the measures computed from them."""

@@ -1,0 +1,1 @@
+"""The networks: denoising UNet, first stage, exemplar encoder."""

@@ -1,0 +1,223 @@
+"""The first stage: pixels to latents and back.
+
+Dimensions: B batch · H, W pixels · h, w latent cells (H / f, W / f) · Z latent channels.
+Source: Rombach et al. 2022, section 3.1 and appendix G (KL-regularised autoencoder).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.config import AutoencoderConfig
+from ldm.models.layers import attention
+from ldm.noise import Generators, draw_noise
+
+
+class DiagonalGaussian:
+    """A Gaussian posterior with a diagonal covariance.
+
+    Args:
+        moments: (B, 2Z, h, w), means first, then log variances, which are clamped to [-30, 20].
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def mode(self) -> Tensor:
+        """(B, Z, h, w), the most likely latent."""
+        return self.mean
+
+    def sample(self, generator: Generators = None) -> Tensor:
+        """(B, Z, h, w), a draw; `generator` may be one per sample."""
+        noise = draw_noise(self.mean.shape, generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """(B,) divergence from the standard normal, in nats, summed over the latent."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions and a residual."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + hidden
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions, with a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (rearrange(proj(normed), "b c h w -> b (h w) c") for proj in (self.q, self.k, self.v))
+        mixed = rearrange(attention(q, k, v, num_heads=1), "b (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(mixed)
+
+
+class Downsample(nn.Module):
+    """Halve the grid; padding on the right and the bottom only, as in the checkpoint's training."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the grid: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Blocks of one resolution, followed by the change of resolution where the level has one."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        dropout: float,
+        *,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
+        if downsample:
+            self.downsample = Downsample(out_channels)
+        if upsample:
+            self.upsample = Upsample(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Two blocks around an attention, at the lowest resolution."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Pixels to posterior moments, before `quant_conv`."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.ch * multiplier for multiplier in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        last = len(widths) - 1
+        self.down = nn.ModuleList(
+            Level(a, b, config.num_res_blocks, config.dropout, downsample=i < last)
+            for i, (a, b) in enumerate(pairwise([config.ch, *widths]))
+        )
+        self.mid = Middle(widths[-1], config.dropout)
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels, after `post_quant_conv`; one block more per level than the encoder."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.ch * multiplier for multiplier in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.dropout)
+        # `up` is indexed by resolution, finest first, and run from the coarsest.
+        self.up = nn.ModuleList(
+            Level(a, b, config.num_res_blocks + 1, config.dropout, upsample=i > 0)
+            for i, (b, a) in enumerate(pairwise([*widths, widths[-1]]))
+        )
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """KL-regularised autoencoder with a Gaussian posterior.
+
+    Args:
+        config: sizes; see `ldm.config.AutoencoderConfig`.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell and side: 8 for Stable Diffusion."""
+        return 2 ** (len(self.config.ch_mult) - 1)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """(B, 3, H, W) pixels in [-1, 1] to the posterior of the (B, Z, h, w) latent, not yet scaled."""
+        return DiagonalGaussian(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, Z, h, w) unscaled latents to (B, 3, H, W) pixels, about [-1, 1] and not clamped."""
+        return self.decoder(self.post_quant_conv(z))

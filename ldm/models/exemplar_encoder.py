@@ -1,0 +1,107 @@
+"""The exemplar encoder: a picture to one token.
+
+Dimensions: B batch · S side of the exemplar in pixels · L tokens (1) · D tower width.
+Source: Yang et al. 2023 (Paint by Example), section 3.2: the pooled CLIP token alone is passed on,
+an information bottleneck that keeps the network from copying the exemplar.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import ExemplarEncoderConfig
+from ldm.models.layers import attention
+
+
+class MapperAttention(nn.Module):
+    """Single-head self-attention with one fused projection (rows: queries, keys, values)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_qkv = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.c_qkv(x).chunk(3, dim=-1)
+        return self.c_proj(attention(q, k, v, num_heads=1))
+
+
+class MapperMLP(nn.Module):
+    """Feed-forward, four times as wide inside, exact GELU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(nn.functional.gelu(self.c_fc(x)))
+
+
+class MapperBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = MapperAttention(width)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = MapperMLP(width)
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Mapper(nn.Module):
+    """The blocks between the tower's token and the UNet's context."""
+
+    def __init__(self, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(MapperBlock(width) for _ in range(num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class ExemplarEncoder(nn.Module):
+    """CLIP image tower, mapper and final norm.
+
+    Args:
+        config: sizes; see `ldm.config.ExemplarEncoderConfig`.
+    """
+
+    def __init__(self, config: ExemplarEncoderConfig) -> None:
+        super().__init__()
+        # A second of import that nobody should pay who builds no tower.
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        self.config = config
+        self.transformer = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+                projection_dim=config.hidden_size,  # CLIP's own projection is not used
+            )
+        )
+        self.mapper = Mapper(config.hidden_size, config.mapper_layers)
+        self.final_ln = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S), normalised as for CLIP, to (B, 1, D)."""
+        pooled = self.transformer(pixel_values=pixel_values).pooler_output
+        return self.final_ln(self.mapper(pooled[:, None]))
+
+    def restore_position_ids(self, device: torch.device | str) -> None:
+        """Recreate the tower's index buffer, which no file holds, after a build on the meta device."""
+        embeddings = self.transformer.embeddings
+        position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+        embeddings.register_buffer("position_ids", position_ids, persistent=False)

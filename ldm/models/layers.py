@@ -1,0 +1,137 @@
+"""Layers shared by the networks. Attribute names are those of the published checkpoint.
+
+Dimensions: B batch · C channels · H, W grid · N = H·W positions · L context tokens · D token channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding of timesteps, cosines first.
+
+    Args:
+        t: (B,) timesteps, integer or fractional.
+        dim: number of channels, even.
+
+    Returns:
+        (B, dim) float32 in [-1, 1].
+
+    Source: Ho et al. 2020 (DDPM), section 4, after Vaswani et al. 2017.
+    """
+    half = dim // 2
+    # in the published code's order: one unit in the last place of a frequency moves the angle at t = 999 by 6e-5
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    frequencies = torch.exp(exponents)
+    angles = t[:, None].float() * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Multi-head scaled dot-product attention: (B, N, C), (B, L, C), (B, L, C) -> (B, N, C)."""
+    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=num_heads) for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+class CrossAttention(nn.Module):
+    """Attention from N positions to L context tokens; without a context, self-attention."""
+
+    def __init__(
+        self, query_dim: int, context_dim: int | None = None, num_heads: int = 8, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        context_dim = query_dim if context_dim is None else context_dim
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(query_dim, query_dim, bias=False)
+        self.to_k = nn.Linear(context_dim, query_dim, bias=False)
+        self.to_v = nn.Linear(context_dim, query_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, N, C), (B, L, D) -> (B, N, C)."""
+        context = x if context is None else context
+        return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads))
+
+    def single_token(self, context: Tensor) -> Tensor:
+        """What `forward` gives at every position when the context is one token: (B, 1, D) -> (B, 1, C).
+
+        A softmax over one key is 1 whatever the query, so queries, keys and the norm before them
+        have no effect and need not be computed. Exact, not an approximation.
+        """
+        return self.to_out(self.to_v(context))
+
+
+class GEGLU(nn.Module):
+    """Gated GELU, value first, gate second. Source: Shazeer 2020 (GLU variants), Eq. 6."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU feed-forward of a transformer block, four times as wide inside."""
+
+    def __init__(self, dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward, each pre-normed and residual."""
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, num_heads, dropout)
+        self.ff = FeedForward(dim, dropout)
+        self.attn2 = CrossAttention(dim, context_dim, num_heads, dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, N, C), (B, L, D) -> (B, N, C)."""
+        x = x + self.attn1(self.norm1(x))
+        single = context.shape[1] == 1
+        x = x + (self.attn2.single_token(context) if single else self.attn2(self.norm2(x), context))
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, with a residual around them."""
+
+    def __init__(self, channels: int, num_heads: int, depth: int, context_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        blocks = [TransformerBlock(channels, num_heads, context_dim, dropout) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B, L, D) -> (B, C, H, W)."""
+        height = x.shape[2]
+        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height))
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Set every parameter to zero: a residual branch that starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

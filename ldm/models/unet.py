@@ -1,0 +1,196 @@
+"""The denoising UNet of Stable Diffusion, with as many input channels as the task needs.
+
+Dimensions: B batch · h, w latent cells · L context tokens · D token channels.
+Sources: Dhariwal & Nichol 2021 (ADM) for the layout, Rombach et al. 2022 for the transformers,
+Yang et al. 2023 (Paint by Example) for the nine input channels and the one-token context.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.config import ConfigError, UNetConfig
+from ldm.models.layers import SpatialTransformer, timestep_embedding, zero_init
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the timestep embedding added in between, and a residual."""
+
+    def __init__(self, channels: int, embedding_channels: int, out_channels: int, dropout: float) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, C, h, w), (B, E) -> (B, C_out, h, w)."""
+        hidden = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(hidden)
+
+
+class Downsample(nn.Module):
+    """Halve the grid with a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double the grid: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.ModuleList):
+    """Layers applied in turn, each given what it takes: timestep embedding, context, or neither."""
+
+    activation_checkpointing = False
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(layers)
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = self._run(layer, x, embedding)
+            elif isinstance(layer, SpatialTransformer):
+                x = self._run(layer, x, context)
+            else:
+                x = layer(x)
+        return x
+
+    def _run(self, layer: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, x, condition, use_reentrant=False)
+        return layer(x, condition)
+
+
+class UNetModel(nn.Module):
+    """Predicts the noise (or v, or x_0) in a latent, given timestep and context.
+
+    Args:
+        config: sizes; see `ldm.config.UNetConfig`.
+
+    Raises:
+        ConfigError: widths that the 32-group norms or the heads do not divide.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.model_channels * multiplier for multiplier in config.channel_mult]
+        for width in [config.model_channels, *widths]:
+            if width % 32 or width % config.num_heads:
+                raise ConfigError(
+                    f"model.unet: a width of {width} channels is not divisible by 32 groups and "
+                    f"{config.num_heads} heads; change model_channels, channel_mult or num_heads"
+                )
+        embedding_channels = 4 * config.model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(config.model_channels, embedding_channels),
+            nn.SiLU(),
+            nn.Linear(embedding_channels, embedding_channels),
+        )
+
+        def res_block(channels: int, out_channels: int) -> ResBlock:
+            return ResBlock(channels, embedding_channels, out_channels, config.dropout)
+
+        def transformer(channels: int) -> SpatialTransformer:
+            return SpatialTransformer(
+                channels, config.num_heads, config.transformer_depth, config.context_dim, config.dropout
+            )
+
+        channels, factor = config.model_channels, 1
+        input_blocks = [Stage(nn.Conv2d(config.in_channels, channels, 3, padding=1))]
+        skip_channels = [channels]
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                layers: list[nn.Module] = [res_block(channels, width)]
+                channels = width
+                if factor in config.attention_resolutions:
+                    layers.append(transformer(channels))
+                input_blocks.append(Stage(*layers))
+                skip_channels.append(channels)
+            if level < len(widths) - 1:
+                input_blocks.append(Stage(Downsample(channels)))
+                skip_channels.append(channels)
+                factor *= 2
+        self.input_blocks = nn.ModuleList(input_blocks)
+
+        self.middle_block = Stage(res_block(channels, channels), transformer(channels), res_block(channels, channels))
+
+        output_blocks = []
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(config.num_res_blocks + 1):
+                layers = [res_block(channels + skip_channels.pop(), width)]
+                channels = width
+                if factor in config.attention_resolutions:
+                    layers.append(transformer(channels))
+                if level > 0 and i == config.num_res_blocks:
+                    layers.append(Upsample(channels))
+                    factor //= 2
+                output_blocks.append(Stage(*layers))
+        self.output_blocks = nn.ModuleList(output_blocks)
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, channels),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(channels, config.out_channels, 3, padding=1)),
+        )
+        for module in self.modules():
+            if isinstance(module, SpatialTransformer):
+                zero_init(module.proj_out)
+            elif isinstance(module, Stage):
+                module.activation_checkpointing = config.activation_checkpointing
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """Predict from a noisy latent.
+
+        Args:
+            x: (B, in_channels, h, w); for Paint by Example `[x_t, z_masked, keep_mask]`. h and w are
+                divisible by the UNet's own downsampling factor.
+            t: (B,) timesteps in [0, T).
+            context: (B, L, D) tokens.
+
+        Returns:
+            (B, out_channels, h, w) in the dtype of the computation.
+        """
+        embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(context.dtype))
+        skips = []
+        for stage in self.input_blocks:
+            x = stage(x, embedding, context)
+            skips.append(x)
+        x = self.middle_block(x, embedding, context)
+        for stage in self.output_blocks:
+            x = stage(torch.cat([x, skips.pop()], dim=1), embedding, context)
+        return self.out(x)
+
+    def single_token_dead_parameters(self) -> list[nn.Parameter]:
+        """Parameters without effect when the context is one token: `attn2`'s norm, queries and keys.
+
+        They stay in the file format. An optimizer should not hold them, and DDP must not wait for
+        their gradients.
+        """
+        suffixes = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")
+        return [p for name, p in self.named_parameters() if "transformer_blocks" in name and name.endswith(suffixes)]

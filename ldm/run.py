@@ -1,0 +1,183 @@
+"""A training run: a config becomes model, data and Lightning trainer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ldm.callbacks import Interrupted, MetricsFile, SafeCheckpointIO, run_callbacks
+from ldm.checkpoint.io import CheckpointError, read_checkpoint
+from ldm.checkpoint.keys import FIRST_STAGE, SCHEDULE_BUFFERS, check_keys, to_module_keys
+from ldm.config import Config, ConfigError, dump_config
+from ldm.data.datamodule import DataModule
+from ldm.training import DiffusionTraining, FirstStageTraining, uninitialised
+
+EXPECTED_WARNINGS = (
+    ".*in eval mode at the start of training.*",  # frozen parts are
+    ".*your dataloader is not resumable.*",  # the data module resumes it
+    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's does
+    ".*does not have many workers.*",  # data.num_workers is the user's choice
+    ".*callback used in the previous run.*|.*callbacks used to create the checkpoint.*",
+    ".*LeafSpec.*",  # Lightning's own use of torch
+)
+
+
+class Run:
+    """Everything that `main.py` needs of one run.
+
+    Args:
+        config: what to train, on what, how.
+        run_dir: gets `config.yaml`, `checkpoints/`, `images/`, TensorBoard events and `metrics.csv`.
+        scale_lr: multiply the config's base learning rate by accumulation, processes and batch size.
+
+    Raises:
+        ConfigError: `trainer` holds something that Lightning's Trainer does not take.
+        FileNotFoundError, ValueError: the data cannot be used.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, *, scale_lr: bool = False) -> None:
+        _quiet()
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        self.config, self.run_dir = config, run_dir
+        self.data = DataModule(config)
+        self.trainer = _trainer(config, run_dir)
+        self.global_batch = self.trainer.accumulate_grad_batches * self.trainer.world_size * config.data.batch_size
+        diffusion = config.stage == "diffusion"
+        self.options = config.training if diffusion else config.first_stage_training
+        if scale_lr:  # into the config, so that a resumed run finds it there
+            self.options.base_lr *= self.global_batch
+        self.module = DiffusionTraining(config) if diffusion else FirstStageTraining(config)
+
+    def initialise(self, checkpoint: str | None, *, from_scratch: bool, resuming: bool) -> None:
+        """Give the weights their starting values and list those that stay random.
+
+        Args:
+            checkpoint: file in the published layout; it may lack the parts that Paint by Example adds.
+            from_scratch: whether every trained part may start from random weights.
+            resuming: the trainer will restore a whole state; nothing to check.
+
+        Raises:
+            CheckpointError: the file does not fit, or a frozen part would stay random.
+        """
+        if resuming:
+            return
+        given = to_module_keys(read_checkpoint(checkpoint)) if checkpoint else {}
+        if isinstance(self.module, FirstStageTraining):
+            if checkpoint:
+                given = {name: tensor for name, tensor in given.items() if name.startswith(FIRST_STAGE)}
+                check_keys(self._shapes(FIRST_STAGE), given, source=checkpoint)
+                self.module.load_state_dict(given, strict=False)
+            return
+        unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config's schedule; what the first stage was trained with
+        given = {name: tensor for name, tensor in given.items() if not name.startswith(unused)}
+        acceptable, refused = uninitialised(self.module, set(given), from_scratch=from_scratch)
+        if refused:
+            parts = sorted({".".join(name.split(".")[:2]) for name in refused})
+            raise CheckpointError(
+                f"{checkpoint or 'no checkpoint given'}: {len(refused)} tensors would stay random: {', '.join(parts)}. "
+                "Frozen parts need trained weights: prepare one complete file with scripts/modify_checkpoints.py "
+                "and pass it as --pretrained-model; --train-from-scratch allows trained parts to start from nothing"
+            )
+        check_keys(self._shapes(), given, source=checkpoint or "", allow_missing=acceptable)
+        self.module.load_state_dict(given, strict=False)
+        if acceptable and self.trainer.is_global_zero:
+            parts = sorted({".".join(name.split(".")[:2]) for name in acceptable})
+            Console().print(f"starting from random weights: {', '.join(parts)} ({len(acceptable)} tensors)")
+
+    def _shapes(self, prefix: str = "") -> dict[str, tuple[int, ...]]:
+        state: dict[str, Tensor] = self.module.state_dict()
+        return {
+            name: tuple(tensor.shape)
+            for name, tensor in state.items()
+            if name.startswith(prefix) and name not in SCHEDULE_BUFFERS
+        }
+
+    def summary(self) -> str:
+        """Parameters trained and frozen, batch, learning rate and steps, as text."""
+        parts = {name: list(child.parameters()) for name, child in self.module.named_children()}
+        parts["null token"] = list(self.module.parameters(recurse=False))
+        parts["total"] = list(self.module.parameters())
+        table = Table("part", "trained", "frozen")
+        for name, parameters in parts.items():
+            counts = [sum(p.numel() for p in parameters if p.requires_grad is trained) for trained in (True, False)]
+            if any(counts):
+                table.add_row(name, *(f"{count:,}" for count in counts))
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(table)
+        per_rank = len(self.data.train_set) // self.trainer.world_size // self.config.data.batch_size
+        return (
+            f"{capture.get()}samples: {len(self.data.train_set):,} train, {len(self.data.val_set):,} validation\n"
+            f"batch: {self.global_batch} samples per step, learning rate {self.options.base_lr:g}\n"
+            f"steps per epoch: {math.ceil(per_rank / self.trainer.accumulate_grad_batches):,}"
+        )
+
+    def fit(self, checkpoint: Path | None) -> int:
+        """Train, from `checkpoint` on if given.
+
+        Returns:
+            The exit status: 0, or 128 + the number of the signal that ended the run.
+        """
+        leader = self.trainer.is_global_zero
+        if leader:
+            self._write_config()
+            print(f"run directory: {self.run_dir}\n{self.summary()}")
+        try:
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint)
+        except Interrupted as stop:
+            if not leader:
+                return 0  # Lightning kills the first process as soon as another one reports a failure
+            remedy = (
+                f"saved {stop.saved}; continue with --resume {self.run_dir}" if stop.saved else "nothing to save yet"
+            )
+            print(f"{stop}: {remedy}")
+            return 128 + stop.number
+        return 0
+
+    def _write_config(self) -> None:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            temporary = self.run_dir / ".config.yaml.tmp"
+            temporary.write_text(dump_config(self.config))
+            os.replace(temporary, self.run_dir / "config.yaml")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.run_dir}: cannot write here ({error.strerror}); choose another --logdir"
+            ) from error
+
+
+def _trainer(config: Config, run_dir: Path) -> pl.Trainer:
+    known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self", "callbacks", "logger", "plugins"}
+    if unknown := set(config.trainer) - known:
+        raise ConfigError(
+            f"trainer.{', trainer.'.join(sorted(unknown))}: unknown; Lightning's Trainer takes {sorted(known)}"
+        )
+    try:
+        return pl.Trainer(
+            **{"enable_model_summary": False, "default_root_dir": run_dir, **config.trainer},
+            callbacks=run_callbacks(config, run_dir),
+            logger=[TensorBoardLogger(run_dir, name="", version=""), MetricsFile(run_dir)],
+            plugins=[SafeCheckpointIO()],
+            use_distributed_sampler=False,  # the data module splits by rank itself
+        )
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says about things that are meant to be so."""
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for package in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)

@@ -1,0 +1,277 @@
+"""Training on Lightning: one step, the optimizer, what a run must survive.
+
+Dimensions: B batch · h, w latent cells · Z latent channels · T diffusion steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from ldm.checkpoint.keys import NEW_PARTS
+from ldm.config import Config, FirstStageTrainingConfig, TrainingConfig
+from ldm.evaluation.features import load_feature_network, normalise
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.discriminator import PatchDiscriminator
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the last checkpoint from before is untouched."""
+
+
+def check_finite(loss: Tensor, module: pl.LightningModule, batch_idx: int) -> None:
+    """Raise NonFiniteLoss, naming the step, when the loss is NaN or infinite in any process."""
+    value = loss.item()
+    if module.trainer.strategy.reduce_boolean_decision(not math.isfinite(value), all=False):
+        found = f"loss is {value}" if not math.isfinite(value) else "loss is NaN or infinite in another process,"
+        raise NonFiniteLoss(
+            f"{found} at step {module.global_step}, batch {batch_idx}: training stopped and the last good "
+            "checkpoint kept. Resume from it with a lower learning rate, gradient clipping "
+            "(trainer.gradient_clip_val=1.0) or trainer.precision=32-true"
+        )
+
+
+def lr_factor(warmup_steps: int, schedule: str, total_steps: int) -> Callable[[int], float]:
+    """Learning rate over its base value, by optimizer step.
+
+    Linear from 1e-6 to 1 over `warmup_steps`, then constant, or a cosine down to 0.05 at `total_steps`.
+
+    Source: the original's `LambdaLinearScheduler` (warm-up); Loshchilov & Hutter 2017, Eq. 5 (cosine).
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return 1e-6 + (1.0 - 1e-6) * step / warmup_steps
+        if schedule == "constant" or total_steps <= warmup_steps:
+            return 1.0
+        progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+        return 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return factor
+
+
+class DiffusionTraining(LatentDiffusion, pl.LightningModule):
+    """The diffusion model with its training step; keys in checkpoints are those of the plain model.
+
+    Trained: UNet, mapper, final norm, projection, null token, and the image tower where the config asks
+    for it. Frozen: the rest, and whatever has no effect on a one-token context.
+
+    Args:
+        config: the run.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.model)
+        self.options = config.training
+        self.first_stage_model.requires_grad_(False)
+        self.cond_stage_model.transformer.requires_grad_(self.options.train_tower)
+        for parameter in self.unet.single_token_dead_parameters():
+            parameter.requires_grad_(False)
+        if self.options.compile:
+            self.unet.compile()
+
+    def train(self, mode: bool = True) -> DiffusionTraining:
+        """Frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self.first_stage_model.eval()
+        if not self.options.train_tower:
+            self.cond_stage_model.transformer.eval()
+        return self
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        torch.manual_seed(int(batch["key"][0]))  # dropout: the only draw that is not made per sample
+        losses, t = self.losses(batch)
+        loss = losses.mean()
+        check_finite(loss, self, batch_idx)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        quartile = 4 * t // self.config.schedule.num_timesteps
+        for q in quartile.unique().tolist():
+            self.log(f"train/loss_t{q + 1}of4", losses.detach()[quartile == q].mean())
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """The training loss, under the EMA weights where EMA is on; the noise is the same in every epoch."""
+        losses, _ = self.losses(batch)
+        self.log("val/loss", losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
+
+    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Per-sample losses (B,) and the timesteps (B,) they were drawn at.
+
+        Every draw comes from the sample's own generator, seeded by its `key`, in the order: posterior noise of
+        image and masked image, t, eps, null-drop.
+        """
+        generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
+        z_0, z_masked = self.latents(batch, generators)
+        t = torch.stack([torch.randint(self.config.schedule.num_timesteps, (), generator=g) for g in generators])
+        eps = torch.stack([torch.randn(z_0.shape[1:], generator=g) for g in generators]).to(z_0)
+        u = torch.stack([torch.rand((), generator=g) for g in generators])
+        if self.options.null_drop == "per_batch":
+            u = u[:1].expand_as(u)
+        t, dropped = t.to(z_0.device), (u < self.options.p_uncond).to(z_0.device)
+        context = self.drop_exemplar(self.encode_exemplar(batch["exemplar"]), dropped)
+        return self.loss(z_0, z_masked, batch["keep_mask"], context, t, eps), t
+
+    @torch.no_grad()
+    def latents(self, batch: dict[str, Tensor], generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Scaled latents (B, Z, h, w) of image and masked image, encoded in one call or drawn from cached moments."""
+        if "image_moments" in batch:
+            posteriors = [DiagonalGaussian(batch[name]) for name in ("image_moments", "masked_moments")]
+            z_0, z_masked = (self.config.scale_factor * p.sample(generators) for p in posteriors)
+            return z_0, z_masked
+        pixels = torch.cat([batch["image"], batch["masked_image"]])
+        z_0, z_masked = self.encode_image(pixels, [*generators, *generators]).chunk(2)
+        return z_0, z_masked
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        options = self.options
+        optimizer = torch.optim.AdamW(trained, lr=options.base_lr, weight_decay=options.weight_decay)
+        return _with_schedule(optimizer, options, self.trainer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        _obey_config(checkpoint, lr=self.options.base_lr, weight_decay=self.options.weight_decay)
+
+
+class PerceptualDistance:
+    """Mean absolute difference of what a frozen ImageNet classifier sees, over its resolutions.
+
+    No part of the module that uses it: its weights are in no checkpoint and are loaded with the first call.
+
+    Source: Johnson et al. 2016, Eq. 2 (feature reconstruction), here with L1 and EfficientNet-Lite0.
+    """
+
+    def __init__(self) -> None:
+        self._network: Any = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance (a scalar) of pixels (B, 3, H, W) in [-1, 1]; 0 for equal pictures, differentiable in both."""
+        if self._network is None:
+            self._network = load_feature_network(x.device)
+        stages = zip(self._stages(x), self._stages(y), strict=True)
+        return torch.stack([F.l1_loss(a, b) for a, b in stages]).mean()
+
+    def _stages(self, x: Tensor) -> list[Tensor]:
+        """The last features at each resolution of the network."""
+        network, last = self._network, {}
+        x = normalise(127.5 * (x + 1.0))
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        for block in network._blocks:
+            x = block(x)
+            last[x.shape[2:]] = x
+        return list(last.values())
+
+
+class FirstStageTraining(pl.LightningModule):
+    """The autoencoder with its training step: L1 + perceptual + KL, and a patch discriminator if asked for.
+
+    One optimizer serves both sides of the adversarial game: the autoencoder sees the discriminator with
+    detached weights, the discriminator sees detached reconstructions, so that neither's gradient reaches
+    the other. The adversarial weight is fixed, not balanced by gradient norms.
+
+    Args:
+        config: the run.
+
+    Source: Rombach et al. 2022, appendix G; Esser et al. 2021, Eq. 6 (hinge game).
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.options = config.first_stage_training
+        self.first_stage_model = AutoencoderKL(config.model.first_stage)
+        # A posterior that starts as wide as the prior drowns colour in noise for the first thousands of steps.
+        with torch.no_grad():
+            self.first_stage_model.quant_conv.bias.chunk(2)[1].fill_(-6.0)
+        self.discriminator = PatchDiscriminator() if self.options.adversarial_weight > 0 else None
+        self.perceptual = PerceptualDistance() if self.options.perceptual_weight > 0 else None
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self._loss(batch, "train")
+        check_finite(loss, self, batch_idx)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._loss(batch, "val")
+
+    def _loss(self, batch: dict[str, Tensor], split: str) -> Tensor:
+        image, options = batch["image"], self.options
+        generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
+        posterior = self.first_stage_model.encode(image)
+        reconstruction = self.first_stage_model.decode(posterior.sample(generators)).float()
+        terms = {"l1": F.l1_loss(reconstruction, image), "kl": posterior.kl().mean()}
+        loss = terms["l1"] + options.kl_weight * terms["kl"]
+        if options.colour_weight > 0:
+            # One value per latent cell and channel: what detail there is cannot outvote its colour.
+            cell = self.first_stage_model.downsampling
+            terms["colour"] = F.l1_loss(F.avg_pool2d(reconstruction, cell), F.avg_pool2d(image, cell))
+            loss = loss + options.colour_weight * terms["colour"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(reconstruction, image)
+            loss = loss + options.perceptual_weight * terms["perceptual"]
+        terms["psnr"] = -10.0 * torch.log10(F.mse_loss(reconstruction.clamp(-1, 1), image) / 4.0)
+        terms["loss"] = loss
+        if self.discriminator is not None and self.global_step >= options.adversarial_start and split == "train":
+            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+            terms["generator"] = -functional_call(self.discriminator, frozen, (reconstruction,)).mean()
+            real, fake = self.discriminator(image), self.discriminator(reconstruction.detach())
+            terms["discriminator"] = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+            loss = loss + options.adversarial_weight * terms["generator"] + terms["discriminator"]
+        self.log_dict(
+            {f"{split}/{name}": value.detach() for name, value in terms.items()},
+            prog_bar=True,
+            sync_dist=split == "val",
+            batch_size=len(image),
+        )
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.options.base_lr, betas=(0.5, 0.9))
+        return _with_schedule(optimizer, self.options, self.trainer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        _obey_config(checkpoint, lr=self.options.base_lr)
+
+
+def _with_schedule(
+    optimizer: torch.optim.Optimizer, options: TrainingConfig | FirstStageTrainingConfig, trainer: pl.Trainer
+) -> dict[str, Any]:
+    factor = lr_factor(options.warmup_steps, options.lr_schedule, int(trainer.estimated_stepping_batches))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _obey_config(checkpoint: dict[str, Any], *, lr: float, **settings: float) -> None:
+    """Put the config's settings in the place of a checkpoint's, which would silently win on resume."""
+    for optimizer, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
+        factor = lr / scheduler["base_lrs"][0]
+        scheduler["base_lrs"] = [lr for _ in scheduler["base_lrs"]]
+        scheduler["_last_lr"] = [factor * last for last in scheduler["_last_lr"]]
+        for group in optimizer["param_groups"]:
+            group.update(settings, initial_lr=lr, lr=factor * group["lr"])
+
+
+def uninitialised(model: DiffusionTraining, given: set[str], *, from_scratch: bool) -> tuple[list[str], list[str]]:
+    """Parameters that a checkpoint leaves at random initial values, as (acceptable, refused) names.
+
+    Acceptable are the parts that Paint by Example adds; from scratch, everything that is trained.
+    Never acceptable is a frozen part with an effect: nothing would ever give it values.
+
+    Args:
+        model: with `requires_grad` set as it will be trained.
+        given: names that the checkpoint holds.
+        from_scratch: whether every trained part may start from random weights.
+    """
+    harmless = {id(p) for p in model.unet.single_token_dead_parameters()}
+    acceptable, refused = [], []
+    for name, parameter in model.named_parameters():
+        if name not in given:
+            from_nothing = from_scratch and (parameter.requires_grad or id(parameter) in harmless)
+            (acceptable if name.startswith(NEW_PARTS) or from_nothing else refused).append(name)
+    return acceptable, refused

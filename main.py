@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""Train or resume: a config to a run directory with checkpoints, curves and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+from ldm.config import Config, ConfigError, dump_config, load_config
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="Further arguments, section.key=value, override the config."
+    )
+    add = parser.add_argument
+    flag: dict[str, Any] = {"nargs": "?", "const": True, "type": _boolean, "metavar": "BOOL"}
+    add("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs, merged from left to right")
+    add("-l", "--logdir", default="logs", help="where run directories are made (default: logs)")
+    add("-n", "--name", default="", help="name of the run, appended to its date")
+    add("-r", "--resume", help="run directory or checkpoint to continue")
+    add("--pretrained-model", "--pretrained_model", metavar="FILE", help="checkpoint to start the weights from")
+    add("--train-from-scratch", "--train_from_scratch", **flag, default=False,
+        help="allow trained parts that the checkpoint does not hold to start from random weights")  # fmt: skip
+    add("--scale-lr", "--scale_lr", **flag, default=False,
+        help="learning rate = accumulation * processes * batch size * base_lr")  # fmt: skip
+    add("-s", "--seed", type=int, help="seed of weights, order and noise (default: the config's)")
+    add("-t", "--train", **flag, default=True, help="train (default)")
+    add("--no-test", "--no_test", **flag, default=True,
+        help="accepted for the original's command lines; there is no test stage")  # fmt: skip
+    add("-d", "--debug", **flag, default=False, help="post-mortem debugger on an error")
+    add("--dry-run", action="store_true", help="print config, parameter counts and steps per epoch, and stop")
+    args, overrides = parser.parse_known_args(argv)
+    # --base takes every word that follows, overrides too.
+    overrides = [word for word in args.base if "=" in word and not Path(word).exists()] + overrides
+    args.base = [word for word in args.base if word not in overrides]
+    unknown = [o for o in overrides if o.startswith("-") or "=" not in o]
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}; overrides are written section.key=value")
+    if not args.base and not args.resume:
+        parser.error("nothing to train: give --base CONFIG, for instance --base configs/v1.yaml, or --resume RUN")
+    args.overrides = overrides if args.seed is None else [*overrides, f"seed={args.seed}"]
+    return args
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
+
+
+def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
+    """Config, run directory and, when resuming, the checkpoint to continue from."""
+    if not args.resume:
+        stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+        name = args.name or Path(args.base[-1]).stem
+        return load_config(*args.base, overrides=args.overrides), Path(args.logdir) / f"{stamp}_{name}", None
+    resume = Path(args.resume)
+    if not resume.exists():
+        raise ConfigError(
+            f"--resume {resume}: no such file or directory; give a run directory or one of its checkpoints"
+        )
+    run_dir = resume if resume.is_dir() else resume.parent.parent
+    checkpoint = run_dir / "checkpoints" / "last.ckpt" if resume.is_dir() else resume
+    if not checkpoint.is_file():
+        raise ConfigError(f"--resume {resume}: {checkpoint} does not exist; name the checkpoint to continue from")
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"--resume {resume}: {run_dir} is no run directory (it lacks config.yaml)")
+    return load_config(run_dir / "config.yaml", *args.base, overrides=args.overrides), run_dir, checkpoint
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        config, run_dir, checkpoint = resolve_run(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    # Seconds of imports that a mistyped config should not cost.
+    import torch
+
+    from ldm.run import Run
+    from ldm.training import NonFiniteLoss
+
+    try:
+        run = Run(config, run_dir, scale_lr=args.scale_lr and checkpoint is None)
+        run.initialise(args.pretrained_model, from_scratch=args.train_from_scratch, resuming=checkpoint is not None)
+        if args.dry_run or not args.train:
+            if run.trainer.is_global_zero:
+                print(f"{dump_config(config)}\n{run.summary()}")
+            return 0
+        return run.fit(checkpoint)
+    except torch.OutOfMemoryError as error:
+        remedy = (
+            "lower data.batch_size, raise trainer.accumulate_grad_batches, model.unet.activation_checkpointing=true"
+        )
+        return _failed(f"{str(error).splitlines()[0]} do: {remedy}", args.debug)
+    except (NonFiniteLoss, OSError, ValueError) as error:  # ConfigError and CheckpointError among them
+        return _failed(str(error), args.debug)
+
+
+def _failed(message: str, debug: bool) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if debug:
+        import pdb
+
+        pdb.post_mortem()
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Compute the latents of training samples beforehand, so that a training step is the UNet alone.
+
+Draws several (crop, hole, augmentation) variants of every image, encodes image and masked image with the first stage,
+and writes OUT/train.safetensors and OUT/validation.safetensors for `data.kind: cached`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm.checkpoint.io import CheckpointError, read_checkpoint
+from ldm.checkpoint.keys import FIRST_STAGE, check_keys
+from ldm.config import ConfigError, ModelConfig, load_config
+from ldm.data.cached import write_cache
+from ldm.data.open_images import OpenImagesDataset
+from ldm.data.transforms import exemplar_to_pixels
+from ldm.models.autoencoder import AutoencoderKL
+
+
+def load_first_stage(config: ModelConfig, checkpoint: Path, device: str) -> AutoencoderKL:
+    """The autoencoder of a checkpoint that may hold more than that."""
+    model = AutoencoderKL(config.first_stage)
+    given = read_checkpoint(checkpoint)
+    own = {name.removeprefix(FIRST_STAGE): x.float() for name, x in given.items() if name.startswith(FIRST_STAGE)}
+    check_keys({name: x.shape for name, x in model.state_dict().items()}, own, source=checkpoint)
+    model.load_state_dict(own)
+    return model.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def encoded(
+    model: AutoencoderKL, loader: DataLoader[dict[str, torch.Tensor]], device: str
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of samples as the arrays of `ldm.data.cached`."""
+    for batch in loader:
+        pixels = torch.cat([batch["image"], batch["masked_image"]]).to(device)
+        posterior = model.encode(pixels)
+        moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
+        image_moments, masked_moments = moments.half().cpu().numpy().reshape(2, -1, *moments.shape[1:])
+        mask = F.interpolate(batch["keep_mask"], size=moments.shape[2:], mode="bilinear", align_corners=False)
+        exemplar = (exemplar_to_pixels(batch["exemplar"]).clamp(-1, 1) + 1) * 127.5
+        yield {
+            "image_moments": image_moments,
+            "masked_moments": masked_moments,
+            "keep_mask": (mask * 255).round().byte().numpy(),
+            "exemplar": exemplar.round().byte().permute(0, 2, 3, 1).numpy(),
+        }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", default="configs/mini.yaml", help="model config (default: configs/mini.yaml)")
+    add("--checkpoint", type=Path, required=True, help="file with a trained first stage")
+    add("--root", type=Path, default=Path("dataset/mini"), help="images and boxes (default: dataset/mini)")
+    add("--out", type=Path, default=Path("dataset/mini-cache"), help="where the caches go (default: dataset/mini-cache)")
+    add("--draws", type=int, default=3, help="variants of every training image (default: 3)")
+    add("--batch-size", type=int, default=64)
+    add("--workers", type=int, default=2)
+    add("--seed", type=int, default=23)
+    add("--device", default="cpu")
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(args.config)
+        model = load_first_stage(config.model, args.checkpoint, args.device)
+        for split, draws in (("train", args.draws), ("validation", 1)):
+            dataset = OpenImagesDataset(
+                args.root,
+                split,
+                image_size=config.model.image_size,
+                exemplar_size=config.model.exemplar_encoder.image_size,
+                arbitrary_mask_percent=config.data.arbitrary_mask_percent,
+                seed=args.seed,
+            )
+            variants = [(epoch, index) for epoch in range(draws) for index in range(len(dataset))]
+            loader = DataLoader(dataset, batch_size=args.batch_size, sampler=variants, num_workers=args.workers)
+            bar = tqdm(encoded(model, loader, args.device), total=len(loader), desc=f"{split}: latents", unit="batch")
+            write_cache(args.out / f"{split}.safetensors", len(variants), bar)
+    except (CheckpointError, ConfigError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    scale = latent_scale(args.out / "validation.safetensors")
+    print(f"{args.out}: done. Latents have unit variance with model.scale_factor={scale:.4f}; set it in the config")
+    return 0
+
+
+def latent_scale(path: Path) -> float:
+    """1 / standard deviation of the cached latents of images, the scale at which a diffusion model expects them."""
+    from safetensors.numpy import load_file
+
+    mean, logvar = np.split(load_file(path)["image_moments"].astype(np.float64), 2, axis=1)
+    return float(1.0 / np.sqrt(mean.var() + np.exp(logvar).mean()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

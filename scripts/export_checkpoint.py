@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Turn a training checkpoint into a file to share: weights alone, published names, half the size, no pickle.
+
+Of a run with EMA the averaged weights are taken. The noise schedule stays float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from ldm.checkpoint.io import CheckpointError, read_checkpoint, sha256_file, write_safetensors
+from ldm.checkpoint.keys import SCHEDULE_BUFFERS, to_file_keys
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, help="checkpoint of a run, such as logs/…/checkpoints/last.ckpt")
+    parser.add_argument("output", type=Path, help="file to write, ending in .safetensors")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="type of the weights (default: float16)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    args = parser.parse_args(argv)
+    try:
+        if args.output.suffix != ".safetensors":
+            raise CheckpointError(f"{args.output}: got extension {args.output.suffix!r}, expected .safetensors")
+        if args.output.exists() and not args.overwrite:
+            raise CheckpointError(f"{args.output}: exists already; pass --overwrite to replace it")
+        state = to_file_keys(read_checkpoint(args.input))
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and name not in SCHEDULE_BUFFERS:
+                state[name] = tensor.to(DTYPES[args.dtype])
+                if not state[name].isfinite().all():
+                    raise CheckpointError(f"{args.input}: {name} does not fit into {args.dtype}; use --dtype float32")
+        command = shlex.join(["scripts/export_checkpoint.py", *(sys.argv[1:] if argv is None else argv)])
+        write_safetensors(args.output, state, {"input_sha256": sha256_file(args.input), "command": command})
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.output}: {len(state)} tensors, {args.output.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,359 @@
+"""Reading never runs anything; writing is all or nothing."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import types
+import zipfile
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ldm.checkpoint.io import (
+    CheckpointError,
+    read_checkpoint,
+    read_metadata,
+    sha256_file,
+    write_safetensors,
+    write_torch,
+)
+
+both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+
+
+def save(path: Path, content: object, zipped: bool) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(got) == list(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor.detach()), name
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    block = torch.randn(10)
+    return {
+        "weight": torch.randn(3, 4),
+        "parameter": nn.Parameter(torch.randn(5)),
+        "half": torch.randn(4).half(),
+        "bfloat": torch.randn(3).bfloat16(),
+        "integers": torch.arange(4),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 2),
+        "transposed": torch.randn(4, 6).t(),
+        "flags": torch.tensor([True, False]),
+        "complex": torch.randn(2, dtype=torch.complex64),
+        "first half of a storage": block[:5],
+        "second half of a storage": block[5:],
+    }
+
+
+@both_formats
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"module": s}])
+def test_reads_what_torch_saves(tmp_path: Path, state: dict[str, torch.Tensor], wrap: Any, zipped: bool) -> None:
+    assert_equal(read_checkpoint(save(tmp_path / "a.ckpt", wrap(state), zipped)), state)
+
+
+def test_reads_dtypes_without_a_storage_class(tmp_path: Path) -> None:
+    state = {"unsigned": torch.arange(3).to(torch.uint16)}
+    assert_equal(read_checkpoint(save(tmp_path / "a.ckpt", state, zipped=True)), state)
+
+
+@both_formats
+def test_reads_modules_state(tmp_path: Path, zipped: bool) -> None:
+    state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).state_dict()  # an OrderedDict with _metadata
+    assert_equal(read_checkpoint(save(tmp_path / "a.pth", state, zipped)), dict(state))
+
+
+def test_the_content_decides_not_the_extension(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "a.ckpt", {"w": torch.ones(2)})
+    write_torch(tmp_path / "b.safetensors", {"w": torch.ones(2)})
+    for name in ("a.ckpt", "b.safetensors"):
+        assert_equal(read_checkpoint(tmp_path / name), {"w": torch.ones(2)})
+
+
+def test_zip_is_mapped_and_private(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.ckpt", {"w": torch.zeros(1000)}, zipped=True)
+    read_checkpoint(path)["w"].fill_(1.0)
+    assert_equal(read_checkpoint(path), {"w": torch.zeros(1000)})
+
+
+def test_reads_a_zip_that_somebody_compressed(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    source = save(tmp_path / "a.ckpt", state, zipped=True)
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(tmp_path / "b.ckpt", "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    assert_equal(read_checkpoint(tmp_path / "b.ckpt"), state)
+
+
+# --- pickles that hold more than tensors
+
+
+class Call:
+    """Pickles as a call of a function; loading such a pickle calls it."""
+
+    def __init__(self, function: Any, *args: object) -> None:
+        self.reduced = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@both_formats
+@pytest.mark.parametrize("function", [os.system, eval, exec, subprocess.check_output, importlib.import_module, getattr])
+def test_code_is_refused(tmp_path: Path, function: Any, zipped: bool) -> None:
+    trace = tmp_path / "trace"
+    code = f"touch {trace}" if function in (os.system, subprocess.check_output) else f"open({str(trace)!r}, 'w')"
+    content = {"state_dict": {"w": torch.ones(2)}, "callbacks": [Call(function, code)]}
+    path = save(tmp_path / "evil.ckpt", content, zipped)
+    with pytest.raises(CheckpointError, match=rf"evil\.ckpt: refused: .*\.{function.__name__}"):
+        read_checkpoint(path)
+    assert not trace.exists()
+
+
+def test_code_in_a_bare_pickle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Call(os.system, f"touch {tmp_path / 'trace'}")))
+    with pytest.raises(CheckpointError, match=r"refused: .*\.system"):
+        read_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "trace").exists()
+
+
+@both_formats
+def test_other_functions_are_not_called(tmp_path: Path, zipped: bool) -> None:
+    # Third-party functions aren't known to be harmful by their names; they are inert all the same.
+    calls = [Call(np.save, str(tmp_path / "trace.npy"), [1]), Call(torch.load, str(tmp_path / "other.ckpt"))]
+    path = save(tmp_path / "a.ckpt", {"state_dict": {"w": torch.ones(2)}, "calls": calls}, zipped)
+    assert_equal(read_checkpoint(path), {"w": torch.ones(2)})
+    assert not (tmp_path / "trace.npy").exists()
+
+
+@both_formats
+def test_callback_objects_are_dropped_with_a_log_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
+    module: Any = types.ModuleType("lightning_like")
+
+    class ModelCheckpoint:
+        def __init__(self) -> None:
+            self.best, self.path, self.scores = np.float64(0.5), Path("a/b"), np.arange(3)
+
+    class History(dict[str, int]): ...
+
+    class Steps(list[int]): ...
+
+    for kind in (ModelCheckpoint, History, Steps):
+        kind.__module__, kind.__qualname__ = "lightning_like", kind.__name__
+        setattr(module, kind.__name__, kind)
+    monkeypatch.setitem(sys.modules, "lightning_like", module)
+    content = {
+        "state_dict": OrderedDict(w=torch.ones(2)),
+        "callbacks": {ModelCheckpoint: ModelCheckpoint()},
+        "history": [History(a=1), Steps([1, 2]), defaultdict(list, a=[1])],
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}}],
+        "version": "1.4.2",
+    }
+    path = save(tmp_path / "a.ckpt", content, zipped)
+    monkeypatch.delitem(sys.modules, "lightning_like")
+    with caplog.at_level(logging.WARNING):
+        assert_equal(read_checkpoint(path), {"w": torch.ones(2)})
+    assert len(caplog.records) == 1
+    for name in ("lightning_like.ModelCheckpoint", "lightning_like.History", "multiarray.scalar", "pathlib"):
+        assert name in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+def test_numbers_of_unknown_types_are_named(tmp_path: Path) -> None:
+    state = {"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}
+    with pytest.raises(CheckpointError, match="QInt8Storage"):
+        read_checkpoint(save(tmp_path / "a.ckpt", state, zipped=True))
+
+
+@both_formats
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_a_whole_module_is_not_a_checkpoint(tmp_path: Path, zipped: bool) -> None:
+    path = save(tmp_path / "a.pt", nn.Linear(2, 2), zipped)
+    with pytest.raises(
+        CheckpointError, match=r"a\.pt: holds no named tensors, but .*torch\.nn\.modules\.linear\.Linear"
+    ):
+        read_checkpoint(path)
+
+
+# --- files that are no checkpoints
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"\n <!DOCTYPE html><html>Sign in</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"not a checkpoint at all", "damaged"),
+        (b"\x89PNG\r\n\x1a\n", "damaged"),
+        (pickle.dumps({"w": 1}), "torch.save"),
+    ],
+)
+def test_other_files(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"a\.ckpt: .*{message}"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_checkpoint(tmp_path / "none.ckpt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_checkpoint(tmp_path)
+
+
+def test_no_tensors(tmp_path: Path) -> None:
+    for content in ({"epoch": 1, "state_dict": {}}, [torch.ones(2)], {"model": {"w": torch.ones(2)}}):
+        path = save(tmp_path / "a.ckpt", content, zipped=True)
+        with pytest.raises(CheckpointError, match="holds no named tensors"):
+            read_checkpoint(path)
+    write_safetensors(tmp_path / "a.safetensors", {})
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_foreign_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(CheckpointError, match="not one that torch"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("kept", [0.02, 0.3, 0.9, 0.9999])
+def test_truncated(tmp_path: Path, kind: str, kept: float) -> None:
+    path = tmp_path / "a.ckpt"
+    state = {f"w{i}": torch.randn(5000) for i in range(3)}
+    if kind == "safetensors":
+        write_safetensors(path, state)
+    else:
+        save(path, state, zipped=kind == "zip")
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: truncated or damaged"):
+        read_checkpoint(path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), zipped=st.booleans())
+def test_damage_ends_in_one_error_or_tensors(tmp_path: Path, data: st.DataObject, zipped: bool) -> None:
+    path = save(tmp_path / "a.ckpt", {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}, zipped)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        tensors = read_checkpoint(path)
+    except CheckpointError as error:
+        assert str(error).startswith(str(path))
+    else:
+        assert all(tensor.sum() is not None for tensor in tensors.values())  # memory is really there
+
+
+# --- writing
+
+
+dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+shapes = st.lists(st.integers(0, 4), max_size=3)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layout=st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(dtypes, shapes), min_size=1, max_size=4))
+def test_round_trips(tmp_path: Path, layout: dict[str, tuple[torch.dtype, list[int]]]) -> None:
+    layout.pop("__metadata__", None)  # reserved by the format
+    state = {name: torch.randint(0, 2, shape).to(dtype) for name, (dtype, shape) in layout.items()}
+    write_safetensors(tmp_path / "a.safetensors", state)
+    write_torch(tmp_path / "a.ckpt", state)
+    for file in ("a.safetensors", "a.ckpt"):
+        got = read_checkpoint(tmp_path / file)
+        assert_equal({name: got[name] for name in state}, state)
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_torch])
+def test_views_and_shared_tensors_are_written_in_full(
+    tmp_path: Path, state: dict[str, torch.Tensor], write: Any
+) -> None:
+    state["again"] = state["weight"]
+    write(tmp_path / "a", state)
+    got = read_checkpoint(tmp_path / "a")
+    assert_equal({name: got[name] for name in state}, state)
+    slim = torch.zeros(1_000_000)[:2]
+    write(tmp_path / "b", {"w": slim})
+    assert (tmp_path / "b").stat().st_size < 5000  # the rest of its storage is not written
+
+
+def test_metadata(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(2)}, {"command": "x"})
+    write_torch(tmp_path / "a.ckpt", {"w": torch.ones(2)}, {"command": "x"})
+    assert read_metadata(tmp_path / "a.safetensors")["command"] == "x"
+    assert read_metadata(tmp_path / "a.ckpt") == {}
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["provenance"] == {"command": "x"}
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_torch])
+def test_a_folder_that_is_a_file(tmp_path: Path, write: Any) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="check the folder"):
+        write(tmp_path / "file" / "a", {"w": torch.ones(2)})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permission bits are POSIX")
+@pytest.mark.parametrize("write", [write_safetensors, write_torch])
+def test_permissions_are_those_of_any_new_file(tmp_path: Path, write: Any) -> None:
+    (tmp_path / "plain").touch()
+    write(tmp_path / "a", {"w": torch.ones(2)})
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    # The test vector of FIPS 180-2.
+    assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+@pytest.mark.parametrize("write", [write_safetensors, write_torch])
+def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, write: Any) -> None:
+    import resource
+
+    write(tmp_path / "a", {"w": torch.ones(2)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # writing beyond this fails half-way
+    try:
+        with pytest.raises(CheckpointError, match="nothing was changed"):
+            write(tmp_path / "a", {"w": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert_equal(read_checkpoint(tmp_path / "a"), {"w": torch.ones(2)})
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_torch])
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    write(tmp_path / "a", {"w": torch.ones(2)})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        write(tmp_path / "a", {"w": torch.zeros(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert_equal(read_checkpoint(tmp_path / "a"), {"w": torch.ones(2)})

@@ -1,0 +1,117 @@
+"""Names in files and names in modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.checkpoint.io import CheckpointError
+from ldm.checkpoint.keys import (
+    EMA_COUNTERS,
+    INPUT_CONV,
+    NEW_PARTS,
+    POSITION_IDS,
+    SCHEDULE_BUFFERS,
+    check_keys,
+    to_file_keys,
+    to_module_keys,
+)
+
+
+def layout(state: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+
+
+def test_there_and_back_is_the_published_layout(official: dict[str, Tensor]) -> None:
+    modules = to_module_keys(official)
+    assert len(official) == 1403
+    assert len(modules) == 1402  # all but position_ids
+    assert not any("vision_model" in name or "position_ids" in name for name in modules)
+    assert layout(to_file_keys(modules)) == layout(official)
+    assert set(SCHEDULE_BUFFERS) <= set(modules)
+
+
+def test_maps_leave_their_own_results_alone(official: dict[str, Tensor]) -> None:
+    modules = to_module_keys(official)
+    assert layout(to_module_keys(modules)) == layout(modules)
+    assert layout(to_file_keys(official)) == layout(official)
+
+
+def test_position_ids_are_made_anew() -> None:
+    state = to_file_keys({"cond_stage_model.transformer.embeddings.position_embedding.weight": torch.randn(17, 8)})
+    assert torch.equal(state[POSITION_IDS], torch.arange(17)[None])
+
+
+def test_averaged_weights_are_dropped_or_take_over(sd_full_ema: dict[str, Tensor]) -> None:
+    last = to_module_keys(sd_full_ema)
+    averaged = to_module_keys(sd_full_ema, use_ema=True)
+    assert len(sd_full_ema) == 1143 + 688
+    assert layout(last) == layout(averaged)
+    assert len(last) == 1143
+    unet = [name for name in last if name.startswith("model.")]
+    assert len(unet) == 686
+    assert all(averaged[name] is not last[name] for name in unet)
+    assert all(averaged[name] is last[name] for name in last if name not in unet)
+    dotless = "model_ema.diffusion_modelinput_blocks00weight"
+    assert averaged[INPUT_CONV] is sd_full_ema[dotless]
+
+
+def test_averaged_weights_that_are_not_there() -> None:
+    state = {INPUT_CONV: torch.zeros(1), EMA_COUNTERS[0]: torch.tensor(0.9)}
+    assert list(to_module_keys(state)) == [INPUT_CONV]
+    with pytest.raises(CheckpointError, match="without EMA"):
+        to_module_keys(state, use_ema=True)
+
+
+def test_a_checkpoint_that_fits(official: dict[str, Tensor]) -> None:
+    modules = to_module_keys(official)
+    expected = {name: tensor.shape for name, tensor in modules.items()}
+    assert check_keys(expected, modules) == []
+    old_parts = {name: tensor for name, tensor in modules.items() if not name.startswith(NEW_PARTS)}
+    with pytest.raises(CheckpointError, match="65 missing"):
+        check_keys(expected, old_parts)
+    assert (
+        len(check_keys(expected, old_parts, allow_missing=NEW_PARTS)) == 65
+    )  # mapper 60, final_ln 2, proj_out 2, token
+
+
+def test_every_kind_of_difference_is_listed() -> None:
+    expected = {f"a{i}": (2, 3) for i in range(40)}
+    got = {name: torch.zeros(2, 3) for name in list(expected)[:25]} | {"a0": torch.zeros(2), "extra": torch.zeros(1)}
+    with pytest.raises(CheckpointError) as caught:
+        check_keys(expected, got, source="file.ckpt")
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("file.ckpt: ")
+    assert "  15 missing:" in lines
+    assert "    … and 5 more" in lines
+    assert "    extra" in lines
+    assert "    a0: got [2], expected [2, 3]" in lines
+    assert lines[-1].startswith("do: ")
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        (["cond_stage_model.transformer.text_model.final_layer_norm.weight"], "modify_checkpoints.py"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "diffusers"),
+        (["vision_model.post_layernorm.weight"], "CLIP by itself"),
+        (["encoder.conv_in.weight", "decoder.conv_in.weight"], "autoencoder by itself"),
+        (["first_stage_model.encoder.conv_in.weight"], "autoencoder by itself"),
+    ],
+)
+def test_known_files_are_recognised(official: dict[str, Tensor], names: list[str], remedy: str) -> None:
+    expected = {name: tensor.shape for name, tensor in to_module_keys(official).items()}
+    with pytest.raises(CheckpointError, match=f"do: .*{remedy}"):
+        check_keys(expected, {name: torch.zeros(1) for name in names})
+
+
+def test_four_channels_and_other_sizes_are_recognised(official: dict[str, Tensor]) -> None:
+    modules = to_module_keys(official)
+    expected = {name: tensor.shape for name, tensor in modules.items()}
+    four = modules[INPUT_CONV][:, :4]
+    with pytest.raises(CheckpointError, match=r"modify_checkpoints\.py"):
+        check_keys(expected, modules | {INPUT_CONV: four})
+    smaller = {name: tensor[:1] if tensor.ndim else tensor for name, tensor in modules.items()}
+    with pytest.raises(CheckpointError, match="another size"):
+        check_keys(expected, smaller)

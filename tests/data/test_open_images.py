@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from ldm.data import transforms
+from ldm.data.masks import Box
+from ldm.data.open_images import DatasetError, OpenImagesDataset, crop
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "data"
+SIZES = [(96, 72), (72, 96), (64, 64), (120, 40), (9, 7)]
+
+
+def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def add(root: Path, name: str, image: Image.Image, boxes: list[str], folder: str = "validation") -> None:
+    for path in (root / "images" / folder, root / "bbox" / "validation"):
+        path.mkdir(parents=True, exist_ok=True)
+    image.save(root / "images" / folder / f"{name}.jpg", "JPEG", quality=95)
+    (root / "bbox/validation" / f"{name}.txt").write_text("".join(f"{box}\n" for box in boxes))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for i, (width, height) in enumerate(SIZES):
+        boxes = [f"{0.2 * width} {0.3 * height} {0.6 * width} {0.8 * height}", f"0.0 0.0 {float(width)} {0.5 * height}"]
+        add(tmp_path, f"{i:016x}", photo((width, height), i), boxes)
+    return tmp_path
+
+
+def make(root: Path, **options: object) -> OpenImagesDataset:
+    settings = {"split": "validation", "image_size": 32, "exemplar_size": 28, **options}
+    return OpenImagesDataset(root, **settings)  # type: ignore[arg-type]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("arbitrary", [0.0, 1.0])
+def test_shapes_ranges_and_the_hole(root: Path, arbitrary: float) -> None:
+    dataset = make(root, arbitrary_mask_percent=arbitrary)
+    assert len(dataset) == len(SIZES)
+    for epoch in range(5):
+        for sample in (dataset[epoch, i] for i in range(len(dataset))):
+            image, keep = sample["image"], sample["keep_mask"]
+            assert image.shape == sample["masked_image"].shape == (3, 32, 32)
+            assert keep.shape == (1, 32, 32) and sample["exemplar"].shape == (3, 28, 28)
+            assert all(value.dtype == torch.float32 for value in sample.values())
+            assert image.abs().max() <= 1 and keep.min() == 0 and keep.max() <= 1
+            torch.testing.assert_close(sample["masked_image"], image * keep, rtol=0, atol=0)
+            assert sample["exemplar"].isfinite().all()
+
+
+def test_items_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
+    dataset, again = make(root, seed=3), make(root, seed=3)
+    first = [dataset[i] for i in range(5)]
+    assert all(same(again[i], first[i]) for i in reversed(range(5)))
+    assert all(same(again[0, i], first[i]) for i in range(5))
+    assert not any(same(again[1, i], first[i]) for i in range(4))  # the last image has too few choices
+    assert not any(same(make(root, seed=4)[i], first[i]) for i in range(4))
+
+
+def test_workers_give_the_same_items(root: Path) -> None:
+    dataset = make(root)
+    keys = [(epoch, i) for epoch in (0, 1) for i in range(len(dataset))]
+    loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=2)  # type: ignore[arg-type]
+    assert all(same(item, dataset[key]) for key, item in zip(keys, loader, strict=True))
+
+
+def test_no_image_is_squashed(tmp_path: Path) -> None:
+    """A disc stays a disc, be it cropped or padded; padding is mid-grey and kept."""
+    for name, size, box in (("wide", (240, 120), "90 40 130 80"), ("long", (240, 120), "20 10 230 110")):
+        x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+        disc = ((x - 110) ** 2 + (y - 60) ** 2 < 20**2) * np.uint8(255)
+        add(tmp_path, name, Image.fromarray(disc).convert("RGB"), [box])
+    dataset = make(tmp_path, image_size=120, arbitrary_mask_percent=0.0)
+    for epoch in range(10):
+        for index in (0, 1):
+            sample = dataset[epoch, index]
+            ys, xs = torch.nonzero(sample["image"][0] > 0.5, as_tuple=True)
+            width, height = (xs.max() - xs.min()).item(), (ys.max() - ys.min()).item()
+            assert abs(width - height) <= 2, "edges are soft, and JPEG's too"
+        long, wide = (
+            dataset[epoch, int(np.flatnonzero([name in path for path in dataset.paths])[0])]
+            for name in ("long", "wide")
+        )
+        for edge in (0, -1):
+            assert (long["image"][:, edge] - 0).abs().max() < 0.01 and long["keep_mask"][:, edge].min() == 1
+            assert wide["image"][:, edge].mean() < -0.9
+
+
+def test_hole_covers_the_object_and_the_exemplar_shows_it(tmp_path: Path) -> None:
+    """A red square on blue: no red is left outside the hole, and the exemplar is mostly red."""
+    image = Image.new("RGB", (160, 120), (0, 0, 255))
+    image.paste((255, 0, 0), (50, 40, 90, 80))
+    add(tmp_path, "a", image, ["50.0 40.0 90.0 80.0"])
+    dataset = make(tmp_path, image_size=64)
+    for epoch in range(30):
+        sample = dataset[epoch, 0]
+        outside = sample["masked_image"][0] * (sample["keep_mask"][0] == 1)
+        assert outside.max() < 0.2, "JPEG's and the resize's soft edges only"
+        std, mean = torch.tensor(transforms.CLIP_STD), torch.tensor(transforms.CLIP_MEAN)
+        exemplar = sample["exemplar"] * std[:, None, None] + mean[:, None, None]
+        assert (exemplar[0] > exemplar[2]).float().mean() > 0.35  # of a padded 44 px crop it fills 83 %, less if warped
+
+
+def test_reduced_decoding_changes_little(tmp_path: Path) -> None:
+    """Large photographs are decoded at a fraction; against full decoding only the resampling differs."""
+    image = photo((1600, 1200), 1)
+    add(tmp_path, "a", image, ["400.0 300.0 1200.0 1000.0"])
+    reduced = make(tmp_path)
+    decode = OpenImagesDataset._decode
+    full = make(tmp_path)
+    full._decode = lambda file, window, padded: (file.convert("RGB"), 1)  # type: ignore[method-assign]
+    with Image.open(tmp_path / "images/validation/a.jpg") as file:
+        decoded, reduction = decode(reduced, file, Box(200, 0, 1400, 1200), Box(390, 290, 1210, 1010))
+    assert reduction == 8 and decoded.size == (200, 150)
+    a, b = reduced[0], full[0]
+    assert torch.equal(a["keep_mask"], b["keep_mask"])
+    assert (a["image"] - b["image"]).abs().max() < 0.06  # 8 grey levels
+    assert (a["exemplar"] - b["exemplar"]).abs().mean() < 0.06
+
+
+def test_crop_shows_the_window_that_the_original_showed() -> None:
+    """Its tensors are reproduced by its own resize (bilinear, not antialiased) of our window, exactly."""
+    window = Box(13, 37, 179, 203)
+    golden = load_file(GOLDEN / "tensors_64.safetensors")["b_tall_s1/GT"]
+    image = Image.open(GOLDEN / "b_tall.png").convert("RGB")
+    cropped = transforms.pil_to_tensor(crop(image, window, 166, 0))
+    resized = torch.nn.functional.interpolate(cropped[None], size=(64, 64), mode="bilinear")[0]
+    torch.testing.assert_close(resized, golden, rtol=0, atol=1e-6)
+
+
+def test_unreadable_files_are_skipped_and_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = sorted((root / "images/validation").iterdir())
+    images[0].write_bytes(images[0].read_bytes()[:200])
+    images[1].write_bytes(b"not a JPEG")
+    (root / "bbox/validation" / f"{images[2].stem}.txt").write_text("1 2 three 4\n")
+    dataset = make(root)
+    with caplog.at_level(logging.WARNING):
+        items = [dataset[i] for i in range(3)]
+    assert dataset.num_skipped >= 3
+    assert all(images[i].name in caplog.text for i in range(3))
+    assert all(same(make(root)[i], items[i]) for i in range(3))
+
+
+def test_a_dataset_without_one_readable_image_stops(tmp_path: Path) -> None:
+    add(tmp_path, "a", photo((20, 20)), ["0 0 10 10"])
+    (tmp_path / "images/validation/a.jpg").write_bytes(b"")
+    with pytest.raises(DatasetError, match="20 samples in a row"):
+        make(tmp_path)[0]
+
+
+def test_folders_and_limits(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(make(root, max_samples=2)) == 2
+    add(root, "x", photo((20, 20)), ["0 0 10 10"], folder="validation/deeper")
+    assert len(make(root)) == len(SIZES) + 1
+    (root / "images/validation/deeper/x.jpg").unlink()
+    assert len(make(root)) == len(SIZES) and "1 of 6 have no image" in caplog.text
+    with pytest.raises(DatasetError, match=r"read_bbox\.py"):
+        make(root, split="train")
+    (root / "bbox/train").mkdir()
+    with pytest.raises(DatasetError, match="none with an image"):
+        make(root, split="train")

@@ -1,0 +1,143 @@
+"""The import rule: rooms import downward only, and editing starts without the training stack.
+
+Read from the source, so nothing is imported here; `if TYPE_CHECKING:` does not count, a function's own import does,
+but for the rules about start-up, which are about what an import statement outside of functions brings in.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the bottom up: a module may import from lower floors, and within its own.
+FLOORS = (
+    ("ldm.config", "ldm.noise"),
+    ("ldm.checkpoint", "ldm.diffusion", "ldm.data.transforms", "ldm.data.masks", "ldm.evaluation"),
+    ("ldm.samplers", "ldm.models", "ldm.data"),
+    ("ldm.latent_diffusion",),
+    ("ldm.training", "ldm.editing"),
+    ("ldm.callbacks",),
+    ("ldm.run",),
+    ("ldm",),  # the package itself, which offers the public names
+    ("main", "inference", "scripts", "benchmarks"),
+)
+# Rooms that know nothing of each other, whatever their floor.
+APART = (
+    ("ldm.data", "ldm.models"),
+    ("ldm.samplers", "ldm.models"),
+    ("ldm.models", "ldm.samplers"),
+    ("ldm.models", "ldm.data"),
+    ("ldm.models", "ldm.checkpoint"),
+    ("ldm.samplers", "ldm.data"),
+    ("ldm.editing", "ldm.training"),
+    ("ldm.evaluation", "ldm.latent_diffusion"),
+)
+# The path of an edit, and what it must start without.
+EDITING = ("inference", "ldm.editing", "ldm")
+HEAVY = {"pytorch_lightning", "lightning_fabric", "cv2", "gradio", "transformers", "tensorboard", "sklearn", "scipy"}
+
+
+def modules() -> dict[str, Path]:
+    paths = [*ROOT.glob("*.py"), *(p for room in ("ldm", "scripts", "benchmarks") for p in (ROOT / room).rglob("*.py"))]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    names.pop("setup")
+    return names
+
+
+MODULES = modules()
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports(node: ast.AST, *, inside_functions: bool) -> Iterator[str]:
+    """Full names of what a piece of source imports, `from a import b` as `a.b`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "relative imports hide where they point"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif is_type_checking(child):
+            assert isinstance(child, ast.If)
+            yield from imports(ast.Module(child.orelse, []), inside_functions=inside_functions)
+        elif inside_functions or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from imports(child, inside_functions=inside_functions)
+
+
+def imported(module: str, *, inside_functions: bool) -> set[str]:
+    return set(imports(ast.parse(MODULES[module].read_text()), inside_functions=inside_functions))
+
+
+def own(name: str) -> str | None:
+    """The module of this project that an imported name is or is part of."""
+    while name not in MODULES and "." in name:
+        name = name.rpartition(".")[0]
+    return name if name in MODULES else None
+
+
+def within(module: str, room: str) -> bool:
+    return module == room or (room != "ldm" and module.startswith(f"{room}."))
+
+
+def floor(module: str) -> int:
+    rooms = [(len(room), i) for i, rooms in enumerate(FLOORS) for room in rooms if within(module, room)]
+    assert rooms, f"{module} has no floor; give it one in {Path(__file__).name}"
+    return max(rooms)[1]  # the longest name is the most specific
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_downward(module: str) -> None:
+    for name in imported(module, inside_functions=True):
+        target = own(name)
+        if target is None or target == module:
+            continue
+        if target == "ldm":  # a public name, or the version
+            assert floor(module) > floor("ldm"), f"{module} imports {name}"
+        elif module != "ldm":
+            assert floor(target) <= floor(module), f"{module} imports {target} from above"
+        for importer, forbidden in APART:
+            assert not (within(module, importer) and within(target, forbidden)), f"{module} imports {target}"
+
+
+def test_nothing_imports_an_entry_point() -> None:
+    for module in MODULES:
+        targets = {own(name) for name in imported(module, inside_functions=True)} - {module, None}
+        assert not any(floor(target) == floor("main") for target in targets if target), module
+
+
+@pytest.mark.parametrize("start", EDITING)
+def test_editing_starts_without_the_training_stack(start: str) -> None:
+    """What functions import of this project is followed too; heavy packages may come in only inside functions."""
+    seen, waiting = set[str](), [start]
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        brought = {name.partition(".")[0] for name in imported(module, inside_functions=False)}
+        assert not brought & HEAVY, f"{start} reaches {module}, which imports {brought & HEAVY}"
+        targets = {own(name) for name in imported(module, inside_functions=True)}
+        waiting += [target for target in targets if target and target not in seen]
+    assert not any(within(module, room) for module in seen for room in ("ldm.training", "ldm.run", "ldm.callbacks"))
+
+
+def test_heavy_packages_that_are_always_imported_late() -> None:
+    for module in MODULES:
+        brought = {name.partition(".")[0] for name in imported(module, inside_functions=False)}
+        assert not brought & {"transformers", "cv2", "gradio", "pandas", "diffusers"}, module
+
+
+def test_the_checkpoint_room_knows_no_modules() -> None:
+    for module in MODULES:
+        if within(module, "ldm.checkpoint"):
+            names = imported(module, inside_functions=True)
+            assert not any(name.startswith("torch.nn") for name in names), module
+
+
+def test_no_room_for_odds_and_ends() -> None:
+    assert not [name for name in MODULES if name.rpartition(".")[2] in ("utils", "util", "helpers", "misc", "common")]

@@ -1,0 +1,114 @@
+"""Configs: what is merged, what is refused, and that nothing is lost on the way to disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from ldm.config import Config, ConfigError, dump_config, load_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_the_papers() -> None:
+    config = load_config()
+    assert config == Config()
+    assert config.model.unet.in_channels == 9
+    assert (config.model.schedule.linear_start, config.model.schedule.linear_end) == (0.00085, 0.012)
+    assert (config.training.base_lr, config.training.p_uncond) == (1e-5, 0.2)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_bundled_configs_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert load_config(written(tmp_path / "copy.yaml", dump_config(config))) == config
+
+
+def test_dump_writes_every_default_out() -> None:
+    assert OmegaConf.to_container(OmegaConf.create(dump_config(Config()))) == OmegaConf.to_container(
+        OmegaConf.structured(Config)
+    )
+
+
+def test_later_files_and_overrides_win(tmp_path: Path) -> None:
+    first = written(tmp_path / "a.yaml", "model: {image_size: 64, unet: {model_channels: 32, num_heads: 4}}\n")
+    second = written(tmp_path / "b.yaml", "model: {unet: {model_channels: 96, channel_mult: [1, 3]}}\n")
+    config = load_config(first, second, overrides=["model.unet.num_heads=2", "trainer.max_steps=7"])
+    assert config.model.image_size == 64
+    assert config.model.unet.model_channels == 96
+    assert config.model.unet.channel_mult == [1, 3]  # lists are replaced, not joined
+    assert config.model.unet.num_heads == 2
+    assert config.trainer == {"max_steps": 7}
+    assert load_config(second, first).model.unet.model_channels == 32
+
+
+def test_sources_of_any_kind(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.yaml", "model: {image_size: 64}\n")
+    config = load_config(str(path), OmegaConf.create({"stage": "first_stage"}))
+    assert (config.model.image_size, config.stage) == (64, "first_stage")
+    assert load_config(config, overrides=["data.batch_size=3"]).data.batch_size == 3
+    assert config.data.batch_size == Config().data.batch_size  # what was passed in is left as it was
+
+
+@given(st.floats(1e-8, 1.0), st.integers(1, 10_000), st.lists(st.integers(1, 8), min_size=1, max_size=5))
+def test_values_survive_overrides_and_dump(lr: float, size: int, ch_mult: list[int]) -> None:
+    overrides = [f"training.base_lr={lr!r}", f"model.image_size={size}", f"model.first_stage.ch_mult={ch_mult}"]
+    config = load_config(overrides=overrides)
+    assert (config.training.base_lr, config.model.image_size, config.model.first_stage.ch_mult) == (lr, size, ch_mult)
+    assert load_config(OmegaConf.create(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {unet: {modle_channels: 32}}\n", r"a\.yaml: model\.unet\.modle_channels: .*see ldm/config\.py"),
+        ("modle: {}\n", r"a\.yaml: modle: "),
+        ("model: {image_size: big}\n", r"a\.yaml: model\.image_size: .*'big'"),
+        ("model: {unet: {channel_mult: 4}}\n", r"a\.yaml: model\.unet\.channel_mult: "),
+        ("model: 3\n", r"a\.yaml: model: "),
+        ("stage: third\n", "stage: got 'third', expected one of diffusion, first_stage"),
+        ("model: {parameterization: z}\n", r"model\.parameterization: got 'z', expected one of eps, v, x0"),
+        ("model: {schedule: {name: sigmoid}}\n", r"schedule\.name: got 'sigmoid', expected one of scaled_linear"),
+        ("training: {null_drop: never}\n", r"training\.null_drop: got 'never'"),
+        ("data: {kind: zip}\n", r"data\.kind: got 'zip', expected one of open_images, cached"),
+        ("- model\n- data\n", r"a\.yaml: expected a mapping with the sections model, data"),
+        ("model: {image_size: [1\n", r"a\.yaml: not a readable YAML file: "),
+        ("model: {image_size: ${nothing}}\n", r"model\.image_size|nothing"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    path = written(tmp_path / "a.yaml", text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batchsize=3", r"override 'data\.batchsize=3': data\.batchsize: "),
+        ("data.batch_size=many", r"override 'data\.batch_size=many': data\.batch_size: "),
+        ("data.batch_size", r"override 'data\.batch_size': expected section\.key=value"),
+        ("training.lr_schedule=step", r"training\.lr_schedule: got 'step', expected one of constant, cosine"),
+    ],
+)
+def test_overrides_that_cannot_be_used(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(overrides=[override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.yaml: no such config file; configs/ holds"):
+        load_config(tmp_path / "no.yaml")
+    with pytest.raises(ConfigError, match="not a readable YAML file"):
+        load_config(tmp_path)  # a folder
+    assert load_config(written(tmp_path / "empty.yaml", "")) == Config()
