@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from ldm.config import Config, ConfigError, dump_config, load_config
+
+OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -33,13 +36,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="accepted for the original's command lines; there is no test stage")  # fmt: skip
     add("-d", "--debug", **flag, default=False, help="post-mortem debugger on an error")
     add("--dry-run", action="store_true", help="print config, parameter counts and steps per epoch, and stop")
-    args, overrides = parser.parse_known_args(argv)
-    # --base takes every word that follows, overrides too.
-    overrides = [word for word in args.base if "=" in word and not Path(word).exists()] + overrides
-    args.base = [word for word in args.base if word not in overrides]
-    unknown = [o for o in overrides if o.startswith("-") or "=" not in o]
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}; overrides are written section.key=value")
+    words = sys.argv[1:] if argv is None else argv
+    # Taken out first: options such as --base and --debug would swallow an override that follows them.
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    args = parser.parse_args([word for word in words if not OVERRIDE.match(word)])
     if not args.base and not args.resume:
         parser.error("nothing to train: give --base CONFIG, for instance --base configs/v1.yaml, or --resume RUN")
     args.overrides = overrides if args.seed is None else [*overrides, f"seed={args.seed}"]

@@ -6,7 +6,7 @@ The reference's inputs and outputs are in `tests/golden/`: float32 on a CPU, wit
 names. Everything is also computed here in float64; its distance from the reference is what the reference itself owes
 to float32, and no float32 implementation can be expected much closer to it than that.
 
-`--full` adds the networks at full size (minutes, 4 GB of memory).
+`--full` adds the networks at full size (half a minute, 4 GB of memory).
 """
 
 from __future__ import annotations
@@ -70,9 +70,24 @@ class Trajectory(NamedTuple):
     x_0: Tensor
 
 
+class _Recorder:
+    """Keeps what a sampler reports after every step."""
+
+    def __init__(self) -> None:
+        self.x: list[Tensor] = []
+        self.x_0: list[Tensor] = []
+
+    def __call__(self, step: int, num_steps: int, x_t: Tensor, x_0: Tensor) -> None:
+        self.x.append(x_t)
+        self.x_0.append(x_0)
+
+    def trajectory(self) -> Trajectory:
+        return Trajectory(torch.stack(self.x), torch.stack(self.x_0))
+
+
 def trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run) -> Trajectory:
     """A run of the reference, by the model's own `sample`."""
-    x, x_0 = [], []
+    record = _Recorder()
     model.sample(
         golden["sample/z_inpaint"],
         golden["sample/mask"],
@@ -83,9 +98,9 @@ def trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run) -> T
         eta=run.eta,
         x_T=golden["sample/x_T"],
         generator=torch.Generator().manual_seed(ETA_SEED),
-        on_step=lambda _step, _num_steps, x_t, x_0_pred: (x.append(x_t), x_0.append(x_0_pred)),
+        on_step=record,
     )
-    return Trajectory(torch.stack(x), torch.stack(x_0))
+    return record.trajectory()
 
 
 def expected_trajectory(golden: dict[str, Tensor], run: Run) -> Trajectory:
@@ -100,7 +115,7 @@ def exact_trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run
         golden[f"sample/{name}"].double() for name in ("x_T", "z_inpaint", "mask", "cond", "uncond")
     )
     noises = iter(golden["sample/eta1_noise_seed123"].double())
-    x, x_0 = [], []
+    record = _Recorder()
 
     def denoise(x_t: Tensor, t: int) -> Tensor:
         channels, steps = torch.cat([x_t, z_masked, mask], dim=1), torch.full((len(x_t),), t)
@@ -117,9 +132,9 @@ def exact_trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run
         run.num_steps,
         eta=run.eta,
         noise=lambda: next(noises),
-        on_step=lambda _step, _num_steps, x_t, x_0_pred: (x.append(x_t), x_0.append(x_0_pred)),
+        on_step=record,
     )
-    return Trajectory(torch.stack(x), torch.stack(x_0))
+    return record.trajectory()
 
 
 class Comparison(NamedTuple):

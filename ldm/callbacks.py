@@ -135,7 +135,13 @@ class Checkpoints(Callback):
             raise Interrupted(number, self.directory / "last.ckpt")
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self._agreed(trainer):
             raise StopIteration  # ends the validation in good order; averaged weights are swapped back

@@ -54,6 +54,7 @@ class UNetConfig:
     num_heads: int = 8
     transformer_depth: int = 1
     context_dim: int = 768
+    norm_groups: int = 32  # of the group norms; with few channels per group they erase absolute colour
     dropout: float = 0.0
     activation_checkpointing: bool = False
 
@@ -68,6 +69,7 @@ class AutoencoderConfig:
     num_res_blocks: int = 2
     z_channels: int = 4
     embed_dim: int = 4
+    norm_groups: int = 32  # as in the UNet
     dropout: float = 0.0
 
 
@@ -143,7 +145,7 @@ class FirstStageTrainingConfig:
     lr_schedule: str = "constant"
     warmup_steps: int = 0
     kl_weight: float = 1.0e-6
-    colour_weight: float = 0.0  # of an extra L1 between pictures averaged over each latent cell
+    colour_weight: float = 0.0  # of the squared error between pictures averaged over each latent cell
     perceptual_weight: float = 0.0
     adversarial_weight: float = 0.0
     adversarial_start: int = 50_001  # first step at which the discriminator acts
@@ -199,10 +201,11 @@ def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[
         else:
             config = _merge(config, OmegaConf.structured(source), "config")
     for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r}: expected section.key=value")
-        config = _merge(config, OmegaConf.from_dotlist([override]), f"override {override!r}")
-    loaded = OmegaConf.to_object(config)
+        config = _merge(config, _read_override(override), f"override {override!r}")
+    try:
+        loaded = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # a value that refers to another one which is not there
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}; give it a value") from error
     assert isinstance(loaded, Config)
     return loaded
 
@@ -218,10 +221,19 @@ def _read_yaml(path: Path) -> DictConfig:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; configs/ holds the ones that come with the project") from None
     except Exception as error:  # PyYAML's errors share no base with OmegaConf's
-        raise ConfigError(f"{path}: not a readable YAML file: {error}") from error
+        raise ConfigError(f"{path}: not a readable YAML file: {_one_line(error)}") from error
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{path}: expected a mapping with the sections model, data, training, …")
     return node
+
+
+def _read_override(override: str) -> DictConfig:
+    if "=" not in override:
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:  # as above
+        raise ConfigError(f"override {override!r}: not a YAML value: {_one_line(error)}") from error
 
 
 def _merge(config: DictConfig, node: DictConfig, source: str) -> DictConfig:
@@ -229,6 +241,11 @@ def _merge(config: DictConfig, node: DictConfig, source: str) -> DictConfig:
         merged = OmegaConf.merge(config, node)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{source}: {error.full_key or 'config'}: {reason}; see ldm/config.py for the keys") from error
+        key = error.full_key or "config"
+        raise ConfigError(f"{source}: {key}: {reason}; see ldm/config.py for the keys") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -5,7 +5,6 @@ Dimension key: B samples · S the model's picture side, pixels · W, H scene siz
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +20,15 @@ from torch import Tensor
 from ldm.config import Config
 from ldm.data.transforms import (
     MID_GREY,
-    _flatten,
     exemplar_to_tensor,
+    flatten,
     load_mask,
     mask_to_tensor,
     open_image,
     pil_to_tensor,
     tensor_to_pil,
 )
+from ldm.files import replacing
 from ldm.latent_diffusion import LatentDiffusion, load_model
 from ldm.samplers import OnStep
 
@@ -351,7 +351,7 @@ def as_rgb(picture: Picture) -> Image.Image:
     """A picture or file as upright 8-bit RGB, transparent parts over mid-grey."""
     if not isinstance(picture, Image.Image):
         return open_image(picture)
-    return _flatten(ImageOps.exif_transpose(picture), MID_GREY)
+    return flatten(ImageOps.exif_transpose(picture), MID_GREY)
 
 
 def as_hole(mask: Picture) -> Image.Image:
@@ -361,7 +361,7 @@ def as_hole(mask: Picture) -> Image.Image:
         EditingError: there is nothing to paint.
     """
     if isinstance(mask, Image.Image):
-        grey, name = _flatten(ImageOps.exif_transpose(mask), (0, 0, 0)).convert("L"), "the mask"
+        grey, name = flatten(ImageOps.exif_transpose(mask), (0, 0, 0)).convert("L"), "the mask"
     else:
         grey, name = load_mask(mask), str(mask)
     lightest = int(np.asarray(grey).max())
@@ -374,19 +374,11 @@ def as_hole(mask: Picture) -> Image.Image:
 
 def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG, whole or not at all, with `text` in its metadata (tEXt, or iTXt beyond Latin-1)."""
-    path = Path(path)
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            image.save(file, format="png", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        image.save(partial, format="png", pnginfo=info)
 
 
 def _cut(picture: Image.Image, window: Window) -> Image.Image:

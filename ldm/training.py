@@ -75,6 +75,7 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         self.cond_stage_model.transformer.requires_grad_(self.options.train_tower)
         for parameter in self.unet.single_token_dead_parameters():
             parameter.requires_grad_(False)
+        self.unet.to(memory_format=torch.channels_last)
         if self.options.compile:
             self.unet.compile()
 
@@ -208,9 +209,10 @@ class FirstStageTraining(pl.LightningModule):
         terms = {"l1": F.l1_loss(reconstruction, image), "kl": posterior.kl().mean()}
         loss = terms["l1"] + options.kl_weight * terms["kl"]
         if options.colour_weight > 0:
-            # One value per latent cell and channel: what detail there is cannot outvote its colour.
+            # One value per latent cell and channel, so that detail cannot outvote colour; squared, so that
+            # the few saturated cells cannot be outvoted by the many grey ones.
             cell = self.first_stage_model.downsampling
-            terms["colour"] = F.l1_loss(F.avg_pool2d(reconstruction, cell), F.avg_pool2d(image, cell))
+            terms["colour"] = F.mse_loss(F.avg_pool2d(reconstruction, cell), F.avg_pool2d(image, cell))
             loss = loss + options.colour_weight * terms["colour"]
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(reconstruction, image)

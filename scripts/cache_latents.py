@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--config", default="configs/mini.yaml", help="model config (default: configs/mini.yaml)")
     add("--checkpoint", type=Path, required=True, help="file with a trained first stage")
     add("--root", type=Path, default=Path("dataset/mini"), help="images and boxes (default: dataset/mini)")
-    add("--out", type=Path, default=Path("dataset/mini-cache"), help="where the caches go (default: dataset/mini-cache)")
+    add(
+        "--out", type=Path, default=Path("dataset/mini-cache"), help="where the caches go (default: dataset/mini-cache)"
+    )
     add("--draws", type=int, default=3, help="variants of every training image (default: 3)")
     add("--batch-size", type=int, default=64)
     add("--workers", type=int, default=2)

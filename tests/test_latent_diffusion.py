@@ -150,9 +150,10 @@ def test_trajectory(golden: dict[str, Tensor], tiny_model: LatentDiffusion, run:
     else:
         # Guidance 5 weighs the rounding of two evaluations (2e-6 each) with 5 and 4, x_0 divides it by alpha (0.07 at
         # first), and this network, whose weights mean nothing, drives x to 68. The reference itself is then up to 7e-5
-        # (x) and 4e-4 (x_0) away from the same calculation in float64, farther than this project is from either:
-        # docs/parity.md. So: relative to the largest value.
-        tolerance_x, tolerance_x_0 = 2e-6 * expected.x.abs().max().item(), 1e-5 * expected.x_0.abs().max().item()
+        # (x) and 4e-4 (x_0) away from the same calculation in float64 (docs/parity.md), so that no float32
+        # implementation can be within 2e-5 of it but by chance. Hence relative to the largest value: measured on
+        # three instruction sets, 1.8e-6 (x) and 8.7e-6 (x_0); allowed about twice as much.
+        tolerance_x, tolerance_x_0 = 4e-6 * expected.x.abs().max().item(), 2e-5 * expected.x_0.abs().max().item()
     torch.testing.assert_close(got.x, expected.x, rtol=0, atol=tolerance_x)
     torch.testing.assert_close(got.x_0, expected.x_0, rtol=0, atol=tolerance_x_0)
     torch.testing.assert_close(got.x[-1], golden[f"sample/{run.name}/final"], rtol=0, atol=tolerance_x)
@@ -202,14 +203,11 @@ def test_the_originals_script_from_its_seed(
     if "uncond" in expected:
         close(script_model.null_context, expected["uncond"])
     samples = script_model.sample(z_masked, keep_mask, context, num_steps=10, x_T=x_T, generator=generator, **settings)
-    # relative to the largest value, for the reason given in test_trajectory
-    torch.testing.assert_close(
-        samples, expected["samples"], rtol=0, atol=max(2e-5, 2e-6 * expected["samples"].abs().max().item())
-    )
+    # relative to the largest value, as in test_trajectory
+    tolerance = max(2e-5, 4e-6 * expected["samples"].abs().max().item())
+    torch.testing.assert_close(samples, expected["samples"], rtol=0, atol=tolerance)
     decoded = script_model.decode_latents(samples)
-    torch.testing.assert_close(
-        decoded, expected["decoded"], rtol=0, atol=max(2e-5, 2e-6 * expected["samples"].abs().max().item())
-    )
+    torch.testing.assert_close(decoded, expected["decoded"], rtol=0, atol=tolerance)
     if x_T is None:
         painted = Editor(script_model).paint(image, keep_mask, exemplar, [seed], num_steps=10, **settings)
         torch.testing.assert_close(painted, decoded.clamp(-1, 1), rtol=0, atol=2e-5)
@@ -218,7 +216,7 @@ def test_the_originals_script_from_its_seed(
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
 
-def scene(golden: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+def scene(golden: dict[str, Tensor], batch: int) -> dict[str, Any]:
     """Inputs of `sample` for up to four samples that all differ."""
     generator = seeded(0)
     return {
@@ -233,7 +231,7 @@ def test_equal_seed_equal_result_whatever_the_batch(
     golden: dict[str, Tensor], tiny_model: LatentDiffusion, sampler: str
 ) -> None:
     inputs = scene(golden, 3)
-    settings = {"sampler": sampler, "num_steps": 4, "eta": 1.0 if sampler == "ddim" else 0.0}
+    settings: dict[str, Any] = {"sampler": sampler, "num_steps": 4, "eta": 1.0 if sampler == "ddim" else 0.0}
     together = tiny_model.sample(**inputs, generator=[seeded(s) for s in (7, 8, 9)], **settings)
     assert together.shape == (3, 4, 8, 8)
     assert together.dtype == torch.float32

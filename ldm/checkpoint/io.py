@@ -25,7 +25,7 @@ import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -34,6 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+
+from ldm.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -424,22 +426,11 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @contextmanager
 def _atomic_target(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` when the block succeeds and vanishes when not."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode  # what the umask gives; safetensors replaces the file by a private one
-        yield partial
-        os.chmod(partial, mode)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            yield partial
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's errors
         full = any(getattr(cause, "errno", None) in _DISK_FULL for cause in (error, error.__context__))
         full = full or "No space left" in str(error)
         remedy = "the disk is full; free some space and run again" if full else f"check the folder ({error})"
         raise CheckpointError(f"{path}: could not be written, nothing was changed: {remedy}") from error
-    finally:
-        with suppress(OSError):  # gone already when all went well
-            partial.unlink()

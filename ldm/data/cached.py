@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.transforms import clip_normalise
+from ldm.files import replacing
 
 FIELDS = ("image_moments", "masked_moments", "keep_mask", "exemplar")
 
@@ -70,7 +71,7 @@ def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[st
     """Write a cache from batches of arrays, one at a time: memory does not grow with the number of samples.
 
     Args:
-        path: gets the finished file; until then there is only `.NAME.part` beside it.
+        path: gets the finished file; until then it has a temporary name.
         num_samples: N, the total over all batches.
         batches: dicts with the arrays of `FIELDS`, samples first, in the types of the module's docstring.
 
@@ -79,11 +80,9 @@ def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[st
         OSError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
     arrays: dict[str, np.memmap] = {}
     written = 0
-    try:
+    with replacing(path) as part:
         for batch in batches:
             if not arrays:
                 arrays = _allocate(part, num_samples, batch)
@@ -95,9 +94,6 @@ def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[st
             raise ValueError(f"{path}: got {written} samples, expected {num_samples}")
         for array in arrays.values():
             array.flush()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _allocate(path: Path, num_samples: int, first: Mapping[str, np.ndarray]) -> dict[str, np.memmap]:

@@ -13,7 +13,6 @@ import csv
 import hashlib
 import json
 import logging
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -30,14 +29,12 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from ldm.data.read_bbox import ANNOTATIONS
+from ldm.files import replacing
+
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-ANNOTATION_FILES = {
-    "train": "oidv6-train-annotations-bbox.csv",
-    "validation": "validation-annotations-bbox.csv",
-    "test": "test-annotations-bbox.csv",
-}
 CLASS_FILE = "oidv6-class-descriptions.csv"
 BOX_HEADER = (
     "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
@@ -584,7 +581,7 @@ def _write_classes(plan: _Plan) -> None:
 
 def _result_file(plan: _Plan, part: str) -> Path:
     """The file whose presence says that a part is complete."""
-    return plan.out / "bench" / "items.csv" if part == "bench" else plan.out / "annotations" / ANNOTATION_FILES[part]
+    return plan.out / "bench" / "items.csv" if part == "bench" else plan.out / "annotations" / ANNOTATIONS[part]
 
 
 def _join_parts(plan: _Plan, part: str, starts: range) -> None:
@@ -648,11 +645,5 @@ def _save(image: Image.Image, path: Path, **options: int) -> None:
 
 def write_file(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file under a temporary name, then rename it: it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path, sync=sync) as temporary:
+        temporary.write_bytes(content)

@@ -59,7 +59,7 @@ def _read(path: Path, background: tuple[int, int, int]) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a warning from 89 million pixels on
             with Image.open(path) as image:
-                return _flatten(ImageOps.exif_transpose(image), background)
+                return flatten(ImageOps.exif_transpose(image), background)
     except FileNotFoundError:
         raise ImageFileError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
@@ -73,7 +73,7 @@ def _read(path: Path, background: tuple[int, int, int]) -> Image.Image:
         raise ImageFileError(f"{path}: damaged or unsupported image ({error}); re-save it as PNG or JPEG") from None
 
 
-def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any mode to RGB, transparent parts over `background`."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.config import AutoencoderConfig
-from ldm.models.layers import attention
+from ldm.models.layers import Upsample, attention
 from ldm.noise import Generators, draw_noise
 
 
@@ -42,18 +42,18 @@ class DiagonalGaussian:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def _norm(groups: int, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """Two convolutions and a residual."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = _norm(norm_groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = _norm(norm_groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -68,9 +68,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions, with a residual."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(norm_groups, channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -94,17 +94,6 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
-    """Double the grid: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
     """Blocks of one resolution, followed by the change of resolution where the level has one."""
 
@@ -113,6 +102,7 @@ class Level(nn.Module):
         in_channels: int,
         out_channels: int,
         num_blocks: int,
+        norm_groups: int,
         dropout: float,
         *,
         downsample: bool = False,
@@ -120,7 +110,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
+        self.block = nn.ModuleList(ResnetBlock(a, b, norm_groups, dropout) for a, b in pairwise(widths))
         if downsample:
             self.downsample = Downsample(out_channels)
         if upsample:
@@ -138,11 +128,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Two blocks around an attention, at the lowest resolution."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, norm_groups: int, dropout: float) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, norm_groups, dropout)
+        self.attn_1 = AttnBlock(channels, norm_groups)
+        self.block_2 = ResnetBlock(channels, channels, norm_groups, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -157,11 +147,11 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
         last = len(widths) - 1
         self.down = nn.ModuleList(
-            Level(a, b, config.num_res_blocks, config.dropout, downsample=i < last)
+            Level(a, b, config.num_res_blocks, config.norm_groups, config.dropout, downsample=i < last)
             for i, (a, b) in enumerate(pairwise([config.ch, *widths]))
         )
-        self.mid = Middle(widths[-1], config.dropout)
-        self.norm_out = _norm(widths[-1])
+        self.mid = Middle(widths[-1], config.norm_groups, config.dropout)
+        self.norm_out = _norm(config.norm_groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,13 +168,13 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.ch * multiplier for multiplier in config.ch_mult]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.dropout)
+        self.mid = Middle(widths[-1], config.norm_groups, config.dropout)
         # `up` is indexed by resolution, finest first, and run from the coarsest.
         self.up = nn.ModuleList(
-            Level(a, b, config.num_res_blocks + 1, config.dropout, upsample=i > 0)
+            Level(a, b, config.num_res_blocks + 1, config.norm_groups, config.dropout, upsample=i > 0)
             for i, (b, a) in enumerate(pairwise([*widths, widths[-1]]))
         )
-        self.norm_out = _norm(widths[0])
+        self.norm_out = _norm(config.norm_groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

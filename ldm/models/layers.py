@@ -113,9 +113,18 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, with a residual around them."""
 
-    def __init__(self, channels: int, num_heads: int, depth: int, context_dim: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        depth: int,
+        context_dim: int,
+        *,
+        norm_groups: int = 32,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         blocks = [TransformerBlock(channels, num_heads, context_dim, dropout) for _ in range(depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
@@ -128,6 +137,17 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height))
+
+
+class Upsample(nn.Module):
+    """Double the grid: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def zero_init(module: nn.Module) -> nn.Module:

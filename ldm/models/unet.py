@@ -8,25 +8,26 @@ Yang et al. 2023 (Paint by Example) for the nine input channels and the one-toke
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.config import ConfigError, UNetConfig
-from ldm.models.layers import SpatialTransformer, timestep_embedding, zero_init
+from ldm.models.layers import SpatialTransformer, Upsample, timestep_embedding, zero_init
 
 
 class ResBlock(nn.Module):
     """Two convolutions with the timestep embedding added in between, and a residual."""
 
-    def __init__(self, channels: int, embedding_channels: int, out_channels: int, dropout: float) -> None:
+    def __init__(
+        self, channels: int, embedding_channels: int, out_channels: int, norm_groups: int, dropout: float
+    ) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.GroupNorm(norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
+            nn.GroupNorm(norm_groups, out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -49,17 +50,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Double the grid: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Stage(nn.ModuleList):
@@ -93,7 +83,7 @@ class UNetModel(nn.Module):
         config: sizes; see `ldm.config.UNetConfig`.
 
     Raises:
-        ConfigError: widths that the 32-group norms or the heads do not divide.
+        ConfigError: widths that the norm groups or the heads do not divide.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -101,9 +91,9 @@ class UNetModel(nn.Module):
         self.config = config
         widths = [config.model_channels * multiplier for multiplier in config.channel_mult]
         for width in [config.model_channels, *widths]:
-            if width % 32 or width % config.num_heads:
+            if width % config.norm_groups or width % config.num_heads:
                 raise ConfigError(
-                    f"model.unet: a width of {width} channels is not divisible by 32 groups and "
+                    f"model.unet: a width of {width} channels is not divisible by {config.norm_groups} groups and "
                     f"{config.num_heads} heads; change model_channels, channel_mult or num_heads"
                 )
         embedding_channels = 4 * config.model_channels
@@ -114,11 +104,16 @@ class UNetModel(nn.Module):
         )
 
         def res_block(channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(channels, embedding_channels, out_channels, config.dropout)
+            return ResBlock(channels, embedding_channels, out_channels, config.norm_groups, config.dropout)
 
         def transformer(channels: int) -> SpatialTransformer:
             return SpatialTransformer(
-                channels, config.num_heads, config.transformer_depth, config.context_dim, config.dropout
+                channels,
+                config.num_heads,
+                config.transformer_depth,
+                config.context_dim,
+                norm_groups=config.norm_groups,
+                dropout=config.dropout,
             )
 
         channels, factor = config.model_channels, 1
@@ -154,7 +149,7 @@ class UNetModel(nn.Module):
         self.output_blocks = nn.ModuleList(output_blocks)
 
         self.out = nn.Sequential(
-            nn.GroupNorm(32, channels),
+            nn.GroupNorm(config.norm_groups, channels),
             nn.SiLU(),
             zero_init(nn.Conv2d(channels, config.out_channels, 3, padding=1)),
         )

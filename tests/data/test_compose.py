@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from ldm.data.compose import (
-    ANNOTATION_FILES,
+    ANNOTATIONS,
     ComposeError,
     SceneSettings,
     compose_dataset,
@@ -80,7 +80,7 @@ def files_in(root: Path) -> dict[str, bytes]:
 
 
 def rows_of(root: Path, split: str) -> list[dict[str, str]]:
-    with (root / "annotations" / ANNOTATION_FILES[split]).open(newline="") as file:
+    with (root / "annotations" / ANNOTATIONS[split]).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -200,7 +200,7 @@ def test_held_out_pictures_are_never_trained_on(dataset: Path) -> None:
     held_out = json.loads((dataset / "settings.json").read_text())["held_out_cutouts"]
     forbidden = {f"/c/{Path(name).with_suffix('').as_posix()}" for name in held_out}
     assert 1 <= len(forbidden) < len(COLOURS)
-    shown = {split: {row["LabelName"] for row in rows_of(dataset, split)} for split in ANNOTATION_FILES}
+    shown = {split: {row["LabelName"] for row in rows_of(dataset, split)} for split in ANNOTATIONS}
     assert not (shown["train"] | shown["validation"]) & forbidden
     assert shown["test"] <= forbidden
     with (dataset / "bench/items.csv").open(newline="") as file:
@@ -256,7 +256,7 @@ def test_an_interrupted_run_is_continued(
     monkeypatch.setattr(os, "replace", replace)
     finished = next(path for path in (tmp_path / "out/images/train").glob("*.jpg"))
     before = finished.stat().st_mtime_ns
-    assert not (tmp_path / "out/annotations" / ANNOTATION_FILES["train"]).exists()
+    assert not (tmp_path / "out/annotations" / ANNOTATIONS["train"]).exists()
     assert files_in(compose(material, tmp_path / "out")) == files_in(dataset)
     untouched = [path for path in (tmp_path / "out/images/train").glob("*.jpg") if path.stat().st_mtime_ns <= before]
     assert len(untouched) >= 1  # the finished chunk was not composed again

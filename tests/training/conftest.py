@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import yaml
 from PIL import Image
@@ -141,36 +140,3 @@ def fit(pretrained: Path) -> Fit:
         return run, run.fit(resume)
 
     return run
-
-
-class Recorder(Callback):
-    """Which samples a run was trained on, and when it validated."""
-
-    def __init__(self) -> None:
-        self.keys: list[list[int]] = []
-        self.validations: list[int] = []
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.keys.append(batch["key"].tolist())
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.validations.append(trainer.global_step)
-
-
-def state_of(run_dir: Path) -> dict[str, Any]:
-    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def assert_same_state(got: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Bit-identical average, trained weights, optimizer, schedule and position."""
-    for part in ("state_dict", "current_model_state"):
-        assert got[part].keys() == expected[part].keys()
-        differing = [name for name, tensor in expected[part].items() if not torch.equal(got[part][name], tensor)]
-        assert not differing, (part, differing)
-    for name, moments in expected["optimizer_states"][0]["state"].items():
-        for key, tensor in moments.items():
-            assert torch.equal(got["optimizer_states"][0]["state"][name][key], tensor), (name, key)
-    for part in ("lr_schedulers", "global_step", "DataModule", "averaging_state"):
-        assert got[part] == expected[part], part
-    groups = [c["optimizer_states"][0]["param_groups"] for c in (got, expected)]
-    assert groups[0] == groups[1]

@@ -7,15 +7,221 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest_training import Fit, MakeConfig, Recorder, assert_same_state, state_of
 from pytorch_lightning.callbacks import Callback
 
+from ldm.config import Config
+from ldm.run import Run
 from main import main
 
 ROOT = Path(__file__).parents[2]
+
+Fit = Callable[..., tuple[Run, int]]
+MakeConfig = Callable[..., Config]
+
+
+class Recorder(Callback):
+    """Which samples a run was trained on, and after which steps it validated, batch by batch."""
+
+    def __init__(self) -> None:
+        self.keys: list[list[int]] = []
+        self.validated: list[int] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.keys.append(batch["key"].tolist())
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.validated.append(trainer.global_step)
+
+
+def state_of(run_dir: Path) -> dict[str, Any]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_state(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Bit-identical average, trained weights, optimizer, schedule and position."""
+    for part in ("state_dict", "current_model_state"):
+        assert got[part].keys() == expected[part].keys()
+        differing = [name for name, tensor in expected[part].items() if not torch.equal(got[part][name], tensor)]
+        assert not differing, (part, differing)
+    for name, moments in expected["optimizer_states"][0]["state"].items():
+        for key, tensor in moments.items():
+            assert torch.equal(got["optimizer_states"][0]["state"][name][key], tensor), (name, key)
+    for part in ("lr_schedulers", "global_step", "DataModule", "averaging_state"):
+        assert got[part] == expected[part], part
+    groups = [c["optimizer_states"][0]["param_groups"] for c in (got, expected)]
+    assert groups[0] == groups[1]
+
+
+class SignalAt(Callback):
+    """Sends a signal to this process while a step, or the validation after it, is under way."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM, *, in_validation: bool = False) -> None:
+        self.step, self.number, self.in_validation = step, number, in_validation
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not self.in_validation and trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.in_validation and trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+BY_EPOCHS = ("trainer.max_epochs=3",)
+BY_STEPS = ("trainer.max_epochs=null", "trainer.max_steps=10", "trainer.val_check_interval=3",
+            "trainer.check_val_every_n_epoch=null")  # fmt: skip
+ACCUMULATED = ("trainer.max_epochs=3", "trainer.accumulate_grad_batches=2", "data.batch_size=2")
+WORKERS = ("trainer.max_epochs=3", "data.num_workers=2", "model.unet.dropout=0.2")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    fit: Fit, make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[tuple[str, ...]], tuple[dict[str, Any], list[list[int]]]]:
+    """Final state and samples of a run, computed once for each set of overrides."""
+    done: dict[tuple[str, ...], tuple[dict[str, Any], list[list[int]]]] = {}
+
+    def run(overrides: tuple[str, ...]) -> tuple[dict[str, Any], list[list[int]]]:
+        if overrides not in done:
+            torch.set_num_threads(1)
+            run_dir, recorder = tmp_path_factory.mktemp("uninterrupted"), Recorder()
+            assert fit(make_config(*overrides), run_dir, callbacks=[recorder])[1] == 0
+            done[overrides] = state_of(run_dir), recorder.keys
+        return done[overrides]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stop"),
+    [
+        pytest.param(BY_EPOCHS, SignalAt(2), id="first epoch"),
+        pytest.param(BY_EPOCHS, SignalAt(4), id="end of first epoch"),
+        pytest.param(BY_EPOCHS, SignalAt(6), id="second epoch"),
+        pytest.param(BY_EPOCHS, SignalAt(8), id="end of second epoch"),
+        pytest.param(BY_EPOCHS, SignalAt(8, in_validation=True), id="validation at the end of an epoch"),
+        pytest.param(WORKERS, SignalAt(6), id="second epoch, with workers and dropout"),
+        pytest.param(WORKERS, SignalAt(4), id="end of first epoch, with workers and dropout"),
+        pytest.param(BY_STEPS, SignalAt(6), id="by steps, validation due"),
+        pytest.param(BY_STEPS, SignalAt(8), id="by steps, end of an epoch"),
+        pytest.param(BY_STEPS, SignalAt(6, in_validation=True), id="by steps, validation"),
+        pytest.param(ACCUMULATED, SignalAt(5), id="accumulated gradients"),
+        pytest.param(ACCUMULATED, SignalAt(4), id="accumulated gradients, end of an epoch"),
+    ],
+)
+def test_a_signal_saves_and_the_resumed_run_is_bit_identical(
+    overrides: tuple[str, ...],
+    stop: SignalAt,
+    uninterrupted: Callable[[tuple[str, ...]], tuple[dict[str, Any], list[list[int]]]],
+    fit: Fit,
+    make_config: MakeConfig,
+    tmp_path: Path,
+) -> None:
+    expected, expected_keys = uninterrupted(overrides)
+    before, after = Recorder(), Recorder()
+    run, code = fit(make_config(*overrides), tmp_path, callbacks=[before, stop])
+    assert code == 128 + signal.SIGTERM
+    assert run.trainer.global_step == stop.step  # it ended at once
+    assert state_of(tmp_path)["global_step"] == stop.step
+    assert before.validated.count(stop.step) == stop.in_validation  # nothing more is validated after the signal
+
+    _, code = fit(make_config(*overrides), tmp_path, resume=tmp_path / "checkpoints" / "last.ckpt", callbacks=[after])
+    assert code == 0
+    assert before.keys + after.keys == expected_keys
+    assert_same_state(state_of(tmp_path), expected)
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "step0000003.ckpt"])
+def test_every_kind_of_checkpoint_can_be_resumed(
+    name: str, uninterrupted: Callable[..., Any], fit: Fit, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    expected, expected_keys = uninterrupted(BY_EPOCHS)
+    # A periodic checkpoint inside an epoch; the best one is written at the end of an epoch, after validation.
+    stop = SignalAt(5 if name == "best.ckpt" else 4)
+    fit(make_config(*BY_EPOCHS, "logging.checkpoint_every=3"), tmp_path, callbacks=[stop])
+    checkpoint = tmp_path / "checkpoints" / name
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert step == (4 if name == "best.ckpt" else 3)
+    after = Recorder()
+    fit(make_config(*BY_EPOCHS), tmp_path, resume=checkpoint, callbacks=[after])
+    assert after.keys == expected_keys[step:]
+    assert_same_state(state_of(tmp_path), expected)
+
+
+def test_a_finished_run_can_be_extended(
+    uninterrupted: Callable[..., Any], fit: Fit, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    expected, expected_keys = uninterrupted(BY_STEPS)
+    first = [o if "max_steps" not in o else "trainer.max_steps=6" for o in BY_STEPS]
+    before, after = Recorder(), Recorder()
+    assert fit(make_config(*first), tmp_path, callbacks=[before])[1] == 0
+    fit(make_config(*BY_STEPS), tmp_path, resume=tmp_path / "checkpoints" / "last.ckpt", callbacks=[after])
+    assert before.keys + after.keys == expected_keys
+    assert_same_state(state_of(tmp_path), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_other_signals_save_too(number: int, fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    handler = signal.getsignal(number)
+    _, code = fit(make_config(), tmp_path, callbacks=[SignalAt(2, number)])
+    assert code == 128 + number
+    assert state_of(tmp_path)["global_step"] == 2
+    assert signal.getsignal(number) == handler
+
+
+def test_overrides_win_over_the_checkpoint(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    fit(make_config("trainer.max_epochs=1"), tmp_path)
+    before = state_of(tmp_path)["optimizer_states"][0]["param_groups"][0]
+    config = make_config("trainer.max_epochs=2", "training.base_lr=2.0e-4", "training.weight_decay=0.5")
+    fit(config, tmp_path, resume=tmp_path / "checkpoints" / "last.ckpt")
+    group = state_of(tmp_path)["optimizer_states"][0]["param_groups"][0]
+    assert (before["lr"], before["weight_decay"]) == (1e-3, 0.01)
+    assert (group["lr"], group["weight_decay"]) == (2e-4, 0.5)
+
+
+def test_curves_of_a_resumed_run_are_appended(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    fit(make_config(), tmp_path, callbacks=[SignalAt(3)])
+    events = {path.name for path in tmp_path.glob("events.out.tfevents*")}
+    fit(make_config(), tmp_path, resume=tmp_path / "checkpoints" / "last.ckpt")
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    step, loss = header.split(",").index("step"), header.split(",").index("train/loss")
+    steps = [int(row.split(",")[step]) for row in rows if row.split(",")[loss]]
+    assert sorted(set(steps)) == list(range(12))
+    assert events < {path.name for path in tmp_path.glob("events.out.tfevents*")}
+
+
+def test_a_killed_process_can_be_resumed(
+    fit: Fit, make_config: MakeConfig, config_file: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """The real thing: another process, SIGKILL in the middle of an epoch, then `main.py --resume`."""
+    endless = ["trainer.max_epochs=null", "logging.checkpoint_every=3", "data.num_workers=1"]
+    command = [sys.executable, "main.py", "-b", str(config_file), "-l", str(tmp_path), "-n", "killed",
+               "--pretrained-model", str(pretrained), *endless, "trainer.max_steps=1000000"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 600
+        while not list(tmp_path.glob("*/checkpoints/step0000003.ckpt")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    (run_dir,) = tmp_path.glob("*_killed")
+    step = state_of(run_dir)["global_step"]
+    end = f"trainer.max_steps={step + 5}"
+    assert main(["--resume", str(run_dir), end]) == 0
+    whole = tmp_path / "whole"
+    fit(make_config(*endless, end), whole)
+    assert_same_state(state_of(run_dir), state_of(whole))

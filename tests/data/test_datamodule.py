@@ -1,0 +1,52 @@
+"""The order of training samples."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm.data.datamodule import EpochSampler
+
+lengths = st.integers(1, 60)
+world_sizes = st.integers(1, 5)
+epochs = st.integers(0, 4)
+
+
+@given(lengths, world_sizes, epochs, st.integers(0, 3))
+def test_ranks_share_the_samples_of_one_order(length: int, world_size: int, epoch: int, seed: int) -> None:
+    """Step for step, W ranks see what one process with a W times larger batch sees."""
+    whole = list(EpochSampler(length, seed=seed, epoch=epoch))
+    assert sorted(index for _, index in whole) == list(range(length))
+    assert {e for e, _ in whole} == {epoch}
+    ranks = [
+        list(EpochSampler(length, seed=seed, rank=rank, world_size=world_size, epoch=epoch))
+        for rank in range(world_size)
+    ]
+    assert len({len(own) for own in ranks}) == 1
+    assert [pair for step in zip(*ranks, strict=True) for pair in step] == whole[: length // world_size * world_size]
+
+
+@given(lengths, world_sizes, st.data())
+def test_a_start_leaves_out_what_was_seen_and_only_once(length: int, world_size: int, data: st.DataObject) -> None:
+    share = length // world_size
+    start = data.draw(st.integers(0, share))
+    rank = data.draw(st.integers(0, world_size - 1))
+    common = {"length": length, "seed": 3, "rank": rank, "world_size": world_size}
+    whole, resumed = EpochSampler(**common, epoch=2), EpochSampler(**common, epoch=2, start=start)
+    assert len(whole) == len(resumed) == share  # Lightning counts from the epoch's beginning
+    assert list(resumed) == list(whole)[start:]
+    for sampler in (whole, resumed):
+        sampler.set_epoch(3)
+    assert list(resumed) == list(whole)
+
+
+def test_epochs_and_seeds_are_shuffled_differently() -> None:
+    orders = {
+        (seed, epoch): [index for _, index in EpochSampler(200, seed=seed, epoch=epoch)]
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len({tuple(order) for order in orders.values()}) == 4
+    in_place = [np.mean(np.array(order) == np.arange(200)) for order in orders.values()]
+    assert max(in_place) < 0.1

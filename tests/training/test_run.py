@@ -1,0 +1,260 @@
+"""What a run starts from, writes and refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
+from ldm.checkpoint.keys import NEW_PARTS, to_module_keys
+from ldm.config import Config, load_config
+from ldm.latent_diffusion import load_model
+from ldm.run import Run
+from ldm.training import DiffusionTraining, NonFiniteLoss
+from main import main
+
+ROOT = Path(__file__).parents[2]
+
+Fit = Callable[..., tuple[Run, int]]
+MakeConfig = Callable[..., Config]
+Weights = dict[str, Tensor]
+
+
+def last(run_dir: Path) -> dict[str, Any]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+class TestStart:
+    """Which tensors a checkpoint may leave out."""
+
+    @pytest.fixture
+    def start(self, make_config: MakeConfig, weights: Weights, tmp_path: Path) -> Callable[..., Run]:
+        def run(*without: str, overrides: tuple[str, ...] = (), from_scratch: bool = False) -> Run:
+            path = tmp_path / "start.safetensors"
+            write_safetensors(path, {name: x for name, x in weights.items() if not name.startswith(without or "-")})
+            run = Run(make_config(*overrides), tmp_path)
+            run.initialise(str(path), from_scratch=from_scratch, resuming=False)
+            return run
+
+        return run
+
+    def test_the_new_parts_may_be_missing_and_are_listed(
+        self, start: Callable[..., Run], weights: Weights, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = start(*NEW_PARTS)
+        listed = capsys.readouterr().out
+        for part in ("cond_stage_model.mapper", "cond_stage_model.final_ln", "proj_out", "learnable_vector"):
+            assert part in listed
+        for name, tensor in run.module.state_dict().items():
+            if name in weights and not name.startswith(NEW_PARTS):
+                assert torch.equal(tensor, weights[name]), name
+
+    def test_a_complete_checkpoint_leaves_nothing_random(
+        self, start: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        start()
+        assert "random" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize("part", ["first_stage_model.decoder", "cond_stage_model.transformer"])
+    @pytest.mark.parametrize("from_scratch", [False, True])
+    def test_a_frozen_part_is_never_random(self, part: str, from_scratch: bool, start: Callable[..., Run]) -> None:
+        with pytest.raises(CheckpointError, match=part):
+            start(part, from_scratch=from_scratch)
+
+    def test_other_trained_parts_start_from_scratch_when_asked(self, start: Callable[..., Run]) -> None:
+        with pytest.raises(CheckpointError, match=r"model\.diffusion_model.*--train-from-scratch"):
+            start("model.")
+        start("model.", from_scratch=True)
+        start("model.", "cond_stage_model.", from_scratch=True, overrides=("training.train_tower=true",))
+
+    def test_another_model_s_checkpoint(self, start: Callable[..., Run]) -> None:
+        with pytest.raises(CheckpointError, match="of another shape"):
+            start(overrides=("model.unet.context_dim=64",))
+
+    def test_first_stage(self, make_config: MakeConfig, pretrained: Path, weights: Weights, tmp_path: Path) -> None:
+        run = Run(make_config("stage=first_stage"), tmp_path)
+        run.initialise(str(pretrained), from_scratch=False, resuming=False)
+        for name, tensor in run.module.state_dict().items():
+            assert torch.equal(tensor, weights[name])
+        partial = tmp_path / "partial.safetensors"
+        write_safetensors(partial, {n: x for n, x in weights.items() if "decoder" not in n})
+        with pytest.raises(CheckpointError, match="missing"):
+            run.initialise(str(partial), from_scratch=False, resuming=False)
+
+
+def test_a_first_stage_with_its_discriminator_starts_a_diffusion_run(
+    fit: Fit, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """What the two recipes of a small model do, one after the other; with pictures of both."""
+    common = ("trainer.max_epochs=1", "logging.image_every=2", "model.image_size=32")
+    first = make_config(
+        "stage=first_stage",
+        *common,
+        "first_stage_training.adversarial_weight=0.5",
+        "first_stage_training.adversarial_start=2",
+        "first_stage_training.ema_decay=0.9",
+    )
+    assert fit(first, tmp_path / "first")[1] == 0
+    picture = Image.open(tmp_path / "first" / "images" / "step0000002.png")
+    assert picture.size == (2 * 32, 2 * 32)  # two samples; scene, reconstruction
+
+    run = Run(make_config(*common, "training.train_tower=true"), tmp_path / "second")
+    autoencoder = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    run.initialise(str(autoencoder), from_scratch=True, resuming=False)
+    assert run.fit(None) == 0
+    picture = Image.open(tmp_path / "second" / "images" / "step0000002.png")
+    assert picture.size == (2 * 32, 4 * 32)  # scene, masked scene, exemplar, sample
+
+    # The run's own checkpoint is an ordinary model file, with the averaged weights.
+    model = load_model(tmp_path / "second" / "config.yaml", tmp_path / "second" / "checkpoints" / "last.ckpt")
+    averaged = last(tmp_path / "second")["state_dict"]["proj_out.weight"]
+    assert torch.equal(model.proj_out.weight, averaged)
+    assert not torch.equal(averaged, last(tmp_path / "second")["current_model_state"]["proj_out.weight"])
+
+
+def test_what_a_run_leaves_behind(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("logging.checkpoint_every=2", "logging.keep_last=2")
+    fit(config, tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "last.ckpt",
+        "best.ckpt",
+        "step0000010.ckpt",
+        "step0000012.ckpt",
+    }
+    assert load_config(tmp_path / "config.yaml") == config
+    assert list(tmp_path.glob("events.out.tfevents*"))
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    for name in ("train/loss", "train/loss_t1of4", "train/grad_norm", "train/samples_per_s", "val/loss"):
+        assert name in header
+
+
+def test_average_follows_its_formula(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("trainer.max_epochs=1", "logging.checkpoint_every=1", "logging.keep_last=9")
+    fit(config, tmp_path)
+    steps = [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("checkpoints/step*.ckpt"))]
+    average = steps[0]["current_model_state"]["proj_out.weight"]  # the first step's weights are its start
+    for n, state in enumerate(steps):
+        if n > 0:
+            decay = min(0.9, (1 + n) / (10 + n))
+            average = decay * average + (1 - decay) * state["current_model_state"]["proj_out.weight"]
+        torch.testing.assert_close(state["state_dict"]["proj_out.weight"], average, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulated_batches_are_one_step(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    """Two accumulated batches of two give the gradient of one batch of four (rounding: 1e-4 of the largest)."""
+    moments = []
+    for name, overrides in (("whole", ()), ("halves", ("data.batch_size=2", "trainer.accumulate_grad_batches=2"))):
+        fit(make_config("trainer.max_epochs=null", "trainer.max_steps=1", *overrides), tmp_path / name)
+        state = last(tmp_path / name)
+        assert state["global_step"] == 1
+        moments.append([x["exp_avg"] for x in state["optimizer_states"][0]["state"].values()])
+    assert_gradients_close(*moments)
+
+
+def test_two_processes_give_the_gradients_of_one(
+    fit: Fit, make_config: MakeConfig, config_file: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """Gloo, DDP, two samples each, against one process with all four."""
+    end = ["trainer.max_epochs=null", "trainer.max_steps=1"]
+    command = [sys.executable, "main.py", "-b", str(config_file), "-l", str(tmp_path), "-n", "two",
+               "--pretrained-model", str(pretrained), *end, "data.batch_size=2", "trainer.devices=2",
+               "trainer.strategy=ddp"]  # fmt: skip
+    # Processes without a network: rendezvous and rings stay on the loopback device.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "batch: 4 samples per step" in done.stdout
+    (two,) = tmp_path.glob("*_two")
+    fit(make_config(*end), tmp_path / "one")
+    one_state, two_state = last(tmp_path / "one"), last(two)
+    assert two_state["global_step"] == 1
+    assert_gradients_close(
+        *([x["exp_avg"] for x in s["optimizer_states"][0]["state"].values()] for s in (one_state, two_state))
+    )
+
+
+def assert_gradients_close(first: list[Tensor], second: list[Tensor]) -> None:
+    """Adam's first moment after one step is a tenth of the gradient. Only the order of float32 sums differs: 1e-5."""
+    assert len(first) == len(second) > 100
+    scale = max(x.abs().max().item() for x in first)
+    assert scale > 1e-4
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * scale)
+
+
+class TestNonFinite:
+    def test_loss(
+        self,
+        config_file: Path,
+        pretrained: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        original = DiffusionTraining.losses
+
+        def losses(self: DiffusionTraining, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            values, t = original(self, batch)
+            return (values * torch.nan if self.training and self.global_step == 5 else values), t
+
+        monkeypatch.setattr(DiffusionTraining, "losses", losses)
+        arguments = ["-b", str(config_file), "-l", str(tmp_path), "--pretrained-model", str(pretrained)]
+        assert main([*arguments, "logging.checkpoint_every=1"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "loss is nan at step 5, batch 1" in error
+        (run_dir,) = tmp_path.iterdir()
+        assert last(run_dir)["global_step"] == 5  # the state before the step that failed
+        assert all(x.isfinite().all() for x in last(run_dir)["current_model_state"].values())
+
+    def test_weights_are_not_saved(
+        self, fit: Fit, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = DiffusionTraining.losses
+
+        def losses(self: DiffusionTraining, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            values, t = original(self, batch)
+            if self.training and self.global_step == 2:  # finite, but with an infinite slope
+                values = values + (self.learnable_vector - self.learnable_vector.detach()).abs().sqrt().sum()
+            return values, t
+
+        monkeypatch.setattr(DiffusionTraining, "losses", losses)
+        with pytest.raises(NonFiniteLoss, match="after step 3"):
+            fit(make_config("logging.checkpoint_every=1"), tmp_path)
+        assert last(tmp_path)["global_step"] == 2
+
+
+def test_resuming_from_weights_alone(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(CheckpointError, match="no training state"):
+        fit(make_config(), tmp_path / "run", resume=path)
+
+
+def test_a_malicious_checkpoint_is_not_run(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "owned",))
+
+    path = tmp_path / "bad.ckpt"
+    torch.save({"optimizer_states": [], "payload": Payload()}, path)
+    with pytest.raises(CheckpointError):
+        fit(make_config(), tmp_path / "run", resume=path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_checkpoints_hold_the_names_of_the_plain_model(
+    fit: Fit, make_config: MakeConfig, weights: Weights, tmp_path: Path
+) -> None:
+    fit(make_config("trainer.max_epochs=1", "training.ema_decay=0"), tmp_path)
+    saved = to_module_keys(read_checkpoint(tmp_path / "checkpoints" / "last.ckpt"))
+    assert weights.keys() <= saved.keys()
