@@ -23,6 +23,7 @@ from torch import Tensor
 from ldm.checkpoint.io import CheckpointError
 from ldm.config import Config, LoggingConfig
 from ldm.data.transforms import exemplar_to_pixels, tensor_to_pil
+from ldm.files import replacing
 from ldm.training import DiffusionTraining, FirstStageTraining, NonFiniteLoss
 
 
@@ -43,17 +44,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name and renames it; reads one without running what is in it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
@@ -61,7 +53,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # damaged files raise nearly anything
-            raise CheckpointError(f"{path}: not a checkpoint to resume from: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{path}: not a checkpoint to resume from: {reason}") from error
         if not isinstance(checkpoint, dict) or "optimizer_states" not in checkpoint:
             raise CheckpointError(
                 f"{path}: holds weights but no training state, so nothing can be resumed; start a new run from it with "
@@ -79,7 +72,8 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float) -> None:
         def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
             n = float(num_averaged)
-            torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1.0 + n) / (10.0 + n)))
+            weight = 1.0 - min(decay, (1.0 + n) / (10.0 + n))
+            torch._foreach_lerp_(averaged, current, weight)  # pyright: ignore[reportPrivateImportUsage]
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
 

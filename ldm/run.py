@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import os
 import warnings
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import FIRST_STAGE, SCHEDULE_BUFFERS, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, dump_config
 from ldm.data.datamodule import DataModule
+from ldm.files import replacing
 from ldm.training import DiffusionTraining, FirstStageTraining, uninitialised
 
 EXPECTED_WARNINGS = (
@@ -147,10 +147,8 @@ class Run:
 
     def _write_config(self) -> None:
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            temporary = self.run_dir / ".config.yaml.tmp"
-            temporary.write_text(dump_config(self.config))
-            os.replace(temporary, self.run_dir / "config.yaml")
+            with replacing(self.run_dir / "config.yaml") as temporary:
+                temporary.write_text(dump_config(self.config))
         except OSError as error:
             raise ConfigError(
                 f"{self.run_dir}: cannot write here ({error.strerror}); choose another --logdir"

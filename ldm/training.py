@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.func import functional_call
 
@@ -75,9 +76,10 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         self.cond_stage_model.transformer.requires_grad_(self.options.train_tower)
         for parameter in self.unet.single_token_dead_parameters():
             parameter.requires_grad_(False)
-        self.unet.to(memory_format=torch.channels_last)
+        self.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if self.options.compile:
             self.unet.compile()
+        self.train()
 
     def train(self, mode: bool = True) -> DiffusionTraining:
         """Frozen parts stay in evaluation mode."""
@@ -131,7 +133,7 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         z_0, z_masked = self.encode_image(pixels, [*generators, *generators]).chunk(2)
         return z_0, z_masked
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         trained = [p for p in self.parameters() if p.requires_grad]
         options = self.options
         optimizer = torch.optim.AdamW(trained, lr=options.base_lr, weight_decay=options.weight_decay)
@@ -188,8 +190,10 @@ class FirstStageTraining(pl.LightningModule):
         self.options = config.first_stage_training
         self.first_stage_model = AutoencoderKL(config.model.first_stage)
         # A posterior that starts as wide as the prior drowns colour in noise for the first thousands of steps.
+        bias = self.first_stage_model.quant_conv.bias
+        assert bias is not None
         with torch.no_grad():
-            self.first_stage_model.quant_conv.bias.chunk(2)[1].fill_(-6.0)
+            bias.chunk(2)[1].fill_(-6.0)
         self.discriminator = PatchDiscriminator() if self.options.adversarial_weight > 0 else None
         self.perceptual = PerceptualDistance() if self.options.perceptual_weight > 0 else None
 
@@ -233,7 +237,7 @@ class FirstStageTraining(pl.LightningModule):
         )
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.options.base_lr, betas=(0.5, 0.9))
         return _with_schedule(optimizer, self.options, self.trainer)
 
@@ -243,7 +247,7 @@ class FirstStageTraining(pl.LightningModule):
 
 def _with_schedule(
     optimizer: torch.optim.Optimizer, options: TrainingConfig | FirstStageTrainingConfig, trainer: pl.Trainer
-) -> dict[str, Any]:
+) -> OptimizerLRScheduler:
     factor = lr_factor(options.warmup_steps, options.lr_schedule, int(trainer.estimated_stepping_batches))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

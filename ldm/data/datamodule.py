@@ -129,7 +129,7 @@ class DataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Epoch and batch (of one rank) that come next after the checkpoint."""
         assert self.trainer is not None
-        epoch = self.trainer.fit_loop.epoch_progress.current.processed
+        epoch = self.trainer.fit_loop.epoch_progress.current.processed  # pyright: ignore[reportAttributeAccessIssue]
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         if progress.is_last_batch:
             return {"epoch": epoch + 1, "batch": 0}

@@ -1,0 +1,75 @@
+"""From composed-scene layout to a shareable file: cache, train on the cache, export, load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import main as train
+from ldm import load_model
+from ldm.checkpoint.io import read_checkpoint, write_safetensors
+from scripts import cache_latents, export_checkpoint
+
+
+def test_cache_train_export_load(
+    tmp_path: Path, dataset: Path, config_file: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, log, weights = tmp_path / "cache", tmp_path / "logs", tmp_path / "model.safetensors"
+    options = [
+        "--config",
+        str(config_file),
+        "--checkpoint",
+        str(pretrained),
+        "--root",
+        str(dataset),
+        "--out",
+        str(cache),
+    ]
+    assert (
+        cache_latents.main([*options, "--out", str(cache), "--draws", "2", "--workers", "0", "--batch-size", "5"]) == 0
+    )
+    assert "scale_factor=" in capsys.readouterr().out
+    with safe_open(cache / "train.safetensors", "np") as file:
+        assert file.get_slice("keep_mask").get_shape()[0] == 2 * len(list((dataset / "bbox/train").iterdir()))
+
+    overrides = ["data.kind=cached", f"data.root={cache}", "trainer.max_epochs=null", "trainer.max_steps=2"]
+    arguments = ["-b", str(config_file), "-l", str(log), "-n", "run", "--pretrained-model", str(pretrained)]
+    assert train.main([*arguments, *overrides]) == 0
+    (checkpoint,) = log.glob("*/checkpoints/last.ckpt")
+
+    assert export_checkpoint.main([str(checkpoint), str(weights)]) == 0
+    trained, shared = read_checkpoint(checkpoint), read_checkpoint(weights)
+    assert shared["betas"].dtype == torch.float32
+    assert shared["learnable_vector"].dtype == torch.float16
+    assert "cond_stage_model.transformer.vision_model.post_layernorm.weight" in shared
+    model = load_model(config_file, weights)
+    # float16 has 11 significant bits.
+    torch.testing.assert_close(model.null_context, trained["learnable_vector"], rtol=2**-11, atol=1e-6)
+
+
+def test_export_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_safetensors(tmp_path / "in.safetensors", {"learnable_vector": torch.zeros(1, 1, 4)})
+    (tmp_path / "out.safetensors").write_bytes(b"precious")
+    arguments = [str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]
+    assert export_checkpoint.main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out.safetensors").read_bytes() == b"precious"
+
+
+def test_export_refuses_what_float16_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_safetensors(tmp_path / "in.safetensors", {"learnable_vector": torch.full((1, 1, 4), 1e6)})
+    assert export_checkpoint.main([str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]) == 2
+    assert "learnable_vector" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_cache_names_what_is_missing(
+    tmp_path: Path, config_file: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--config", str(config_file), "--checkpoint", str(pretrained), "--root", str(tmp_path / "nothing")]
+    assert cache_latents.main([*options, "--out", str(tmp_path / "cache")]) == 2
+    assert "nothing" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
