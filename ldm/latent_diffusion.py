@@ -268,6 +268,8 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
     """
     state = to_module_keys(state)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in SCHEDULE_BUFFERS}
+    weights = {name: tensor.to(dtype) for name, tensor in state.items() if name not in SCHEDULE_BUFFERS}
+    check_keys(expected, weights, source=source)
     schedule = model.schedule.buffers()
     for name in set(SCHEDULE_BUFFERS) & state.keys():
         rtol = 1e-2 if state[name].dtype == torch.bfloat16 else 1e-3  # files in half precision hold it so, too
@@ -278,7 +280,5 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
                 f"{source}: its noise schedule ({name}) is not the config's; "
                 "set model.schedule to what it was trained with"
             )
-    weights = {name: tensor.to(dtype) for name, tensor in state.items() if name not in SCHEDULE_BUFFERS}
-    check_keys(expected, weights, source=source)
     model.load_state_dict({**weights, **schedule}, strict=True, assign=True)
     model.cond_stage_model.restore_position_ids(model.learnable_vector.device)
