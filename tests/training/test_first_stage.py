@@ -14,6 +14,8 @@ from ldm.config import Config, ConfigError
 from ldm.data.datamodule import DataModule
 from ldm.training import FirstStageTraining, PerceptualDistance
 
+pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # there is no trainer here
+
 MakeConfig = Callable[..., Config]
 Batch = dict[str, Tensor]
 

@@ -202,27 +202,49 @@ def test_curves_of_a_resumed_run_are_appended(fit: Fit, make_config: MakeConfig,
     assert events < {path.name for path in tmp_path.glob("events.out.tfevents*")}
 
 
+ENDLESS = ("trainer.max_epochs=null", "logging.checkpoint_every=3", "data.num_workers=1")
+
+
+@pytest.fixture
+def stopped_by(config_file: Path, pretrained: Path, tmp_path: Path) -> Callable[[int], tuple[Path, int]]:
+    """Starts `main.py` as a process group, signals all of it after three steps, gives run directory and exit code."""
+
+    def run(number: int) -> tuple[Path, int]:
+        command = [sys.executable, "main.py", "-b", str(config_file), "-l", str(tmp_path), "-n", "stopped",
+                   "--pretrained-model", str(pretrained), *ENDLESS, "trainer.max_steps=1000000"]  # fmt: skip
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 600
+            while not list(tmp_path.glob("*/checkpoints/step0000003.ckpt")):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.killpg(process.pid, number)
+            code = process.wait(timeout=300)
+        finally:
+            process.kill()
+        (run_dir,) = tmp_path.glob("*_stopped")
+        return run_dir, code
+
+    return run
+
+
 def test_a_killed_process_can_be_resumed(
-    fit: Fit, make_config: MakeConfig, config_file: Path, pretrained: Path, tmp_path: Path
+    stopped_by: Callable[[int], tuple[Path, int]], fit: Fit, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     """The real thing: another process, SIGKILL in the middle of an epoch, then `main.py --resume`."""
-    endless = ["trainer.max_epochs=null", "logging.checkpoint_every=3", "data.num_workers=1"]
-    command = [sys.executable, "main.py", "-b", str(config_file), "-l", str(tmp_path), "-n", "killed",
-               "--pretrained-model", str(pretrained), *endless, "trainer.max_steps=1000000"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 600
-        while not list(tmp_path.glob("*/checkpoints/step0000003.ckpt")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.kill()
-        process.wait()
-    (run_dir,) = tmp_path.glob("*_killed")
-    step = state_of(run_dir)["global_step"]
-    end = f"trainer.max_steps={step + 5}"
+    run_dir, code = stopped_by(signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    end = f"trainer.max_steps={state_of(run_dir)['global_step'] + 5}"
     assert main(["--resume", str(run_dir), end]) == 0
     whole = tmp_path / "whole"
-    fit(make_config(*endless, end), whole)
+    fit(make_config(*ENDLESS, end), whole)
     assert_same_state(state_of(run_dir), state_of(whole))
+
+
+def test_a_signal_to_the_whole_group_spares_the_workers(stopped_by: Callable[[int], tuple[Path, int]]) -> None:
+    """Ctrl-C in a terminal reaches them as well, and the step in progress still needs them."""
+    run_dir, code = stopped_by(signal.SIGINT)
+    assert code == 128 + signal.SIGINT
+    assert state_of(run_dir)["global_step"] >= 3
