@@ -24,6 +24,13 @@ from ldm.noise import Generators, draw_noise
 from ldm.samplers import SAMPLERS, OnStep
 
 
+def latent_mask(keep_mask: Tensor, z: Tensor) -> Tensor:
+    """A keep mask (B, 1, H, W) on the grid and in the dtype of latents z (B, Z, h, w): bilinear, no antialiasing."""
+    if keep_mask.shape[2:] != z.shape[2:]:
+        keep_mask = F.interpolate(keep_mask.float(), size=z.shape[2:], mode="bilinear", align_corners=False)
+    return keep_mask.to(z.dtype)
+
+
 class DiffusionWrapper(nn.Module):
     """Holds the UNet one level down, where the published checkpoint has it."""
 
@@ -111,7 +118,7 @@ class LatentDiffusion(nn.Module):
         Returns:
             (B, 2 Z + 1, h, w).
         """
-        return torch.cat([x_t, z_masked, self._latent_mask(keep_mask, z_masked)], dim=1)
+        return torch.cat([x_t, z_masked, latent_mask(keep_mask, z_masked)], dim=1)
 
     def loss(self, z_0: Tensor, z_masked: Tensor, keep_mask: Tensor, context: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The denoising objective, per sample.
@@ -176,7 +183,7 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
         device, dtype = z_masked.device, self.weight_dtype
         guided = guidance_scale != 1.0
-        still = torch.cat([z_masked, self._latent_mask(keep_mask, z_masked)], dim=1).to(dtype)
+        still = torch.cat([z_masked, latent_mask(keep_mask, z_masked)], dim=1).to(dtype)
         context = context.to(dtype)
         if guided:
             still = still.repeat(2, 1, 1, 1)
@@ -204,12 +211,6 @@ class LatentDiffusion(nn.Module):
     def weight_dtype(self) -> torch.dtype:
         """The type that inputs are cast to before a network sees them."""
         return self.learnable_vector.dtype
-
-    @staticmethod
-    def _latent_mask(keep_mask: Tensor, z: Tensor) -> Tensor:
-        if keep_mask.shape[2:] != z.shape[2:]:
-            keep_mask = F.interpolate(keep_mask.float(), size=z.shape[2:], mode="bilinear", align_corners=False)
-        return keep_mask.to(z.dtype)
 
 
 def load_model(
@@ -268,8 +269,8 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
     """
     state = to_module_keys(state)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in SCHEDULE_BUFFERS}
-    weights = {name: tensor.to(dtype) for name, tensor in state.items() if name not in SCHEDULE_BUFFERS}
-    check_keys(expected, weights, source=source)
+    given = {name: tensor for name, tensor in state.items() if name not in SCHEDULE_BUFFERS}
+    check_keys(expected, given, source=source)
     schedule = model.schedule.buffers()
     for name in set(SCHEDULE_BUFFERS) & state.keys():
         rtol = 1e-2 if state[name].dtype == torch.bfloat16 else 1e-3  # files in half precision hold it so, too
@@ -280,5 +281,6 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
                 f"{source}: its noise schedule ({name}) is not the config's; "
                 "set model.schedule to what it was trained with"
             )
+    weights = {name: tensor.to(dtype) for name, tensor in given.items()}
     model.load_state_dict({**weights, **schedule}, strict=True, assign=True)
     model.cond_stage_model.restore_position_ids(model.learnable_vector.device)

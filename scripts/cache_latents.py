@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from ldm.config import ConfigError, ModelConfig, load_config
 from ldm.data.cached import write_cache
 from ldm.data.open_images import OpenImagesDataset
 from ldm.data.transforms import exemplar_to_pixels
+from ldm.latent_diffusion import latent_mask
 from ldm.models.autoencoder import AutoencoderKL
 
 
@@ -47,7 +47,7 @@ def encoded(
         posterior = model.encode(pixels)
         moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
         image_moments, masked_moments = moments.half().cpu().numpy().reshape(2, -1, *moments.shape[1:])
-        mask = F.interpolate(batch["keep_mask"], size=moments.shape[2:], mode="bilinear", align_corners=False)
+        mask = latent_mask(batch["keep_mask"], moments)
         exemplar = (exemplar_to_pixels(batch["exemplar"]).clamp(-1, 1) + 1) * 127.5
         yield {
             "image_moments": image_moments,
