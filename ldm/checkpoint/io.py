@@ -19,6 +19,7 @@ import hashlib
 import logging
 import os
 import pickle
+import pickletools
 import struct
 import sys
 import tarfile
@@ -26,6 +27,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -223,7 +225,7 @@ def _read_zip(path: Path) -> tuple[object, list[str]]:
                     _fill(loaded[key], archive.open(member))
             return _checked_storage(dtype, loaded[key], numel)
 
-        unpickler = _Unpickler(archive.open(pickles[0]), storage)
+        unpickler = _Unpickler(BytesIO(archive.read(pickles[0])), storage)
         return unpickler.load(), sorted(unpickler.dropped)
 
 
@@ -372,10 +374,25 @@ _DATA_MODULES = {
 _REFUSED_MODULES = (set(sys.stdlib_module_names) | {"__builtin__", "commands", "distutils", "imp"}) - _DATA_MODULES
 
 
+def _check_memo(file: IO[bytes]) -> None:
+    """Raise CheckpointError where the pickle at the file's position numbers its objects wildly.
+
+    Unpickling makes room for the largest number first: four damaged bytes are worth 64 GiB.
+    """
+    start, memoised = file.tell(), 0
+    for opcode, number, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memoised += 1
+            if number is not None and number > memoised:  # honest ones count up, from 0 or from 1
+                raise CheckpointError(_DOWNLOAD_AGAIN)
+    file.seek(start)
+
+
 class _Unpickler(pickle.Unpickler):
     """Rebuilds tensors and containers; see the rule at the top of this file."""
 
     def __init__(self, file: IO[bytes], storage: Callable[..., _Storage]) -> None:
+        _check_memo(file)
         super().__init__(file, encoding="utf-8")
         self.storage = storage
         self.dropped: set[str] = set()

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import types
@@ -266,6 +267,28 @@ def test_damage_ends_in_one_error_or_tensors(tmp_path: Path, data: st.DataObject
         assert str(error).startswith(str(path))
     else:
         assert all(tensor.sum() is not None for tensor in tensors.values())  # memory is really there
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_wild_number_of_an_object_costs_no_memory(tmp_path: Path, zipped: bool) -> None:
+    """One damaged byte turns "remember this as number n" into a number of four bytes."""
+    weights = pickle.dumps({"w": 1.0}, protocol=2)
+    program = weights.replace(b"q\0", b"r\xff\xff\xff\x7f", 1)
+    assert program != weights
+    path = tmp_path / "a.ckpt"
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/data.pkl", program)
+    else:
+        path.write_bytes(program)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))  # 1 GiB more than now: 32 would be asked for
+    try:
+        with pytest.raises(CheckpointError, match=r"a\.ckpt: truncated or damaged"):
+            read_checkpoint(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 # --- writing
