@@ -69,14 +69,16 @@ class AutoencoderConfig:
     num_res_blocks: int = 2
     z_channels: int = 4
     embed_dim: int = 4
-    norm_groups: int = 32  # as in the UNet
+    patch_size: int = 1  # side of the squares of pixels that enter and leave as channels (space to depth)
+    norm_groups: int = 32  # as in the UNet; 0: no norms
     dropout: float = 0.0
 
 
 @dataclass
 class ExemplarEncoderConfig:
-    """CLIP image tower and mapper; the defaults are CLIP ViT-L/14 and the paper's five blocks."""
+    """Image tower and mapper; the defaults are CLIP ViT-L/14 and the paper's five blocks."""
 
+    tower: str = "clip"  # clip (the four sizes after patch_size are its) | efficientnet-lite0 (ImageNet weights)
     image_size: int = 224
     patch_size: int = 14
     hidden_size: int = 1024
@@ -87,6 +89,7 @@ class ExemplarEncoderConfig:
     tokens: str = "pooled"  # the tower's output that is passed on: pooled (the paper's bottleneck) | all
 
     def __post_init__(self) -> None:
+        _one_of("model.exemplar_encoder.tower", self.tower, ("clip", "efficientnet-lite0"))
         _one_of("model.exemplar_encoder.tokens", self.tokens, ("pooled", "all"))
 
 
@@ -153,6 +156,7 @@ class FirstStageTrainingConfig:
     kl_weight: float = 1.0e-6
     colour_weight: float = 0.0  # of the squared error between pictures averaged over each latent cell
     perceptual_weight: float = 0.0
+    perceptual_start: int = 0  # first step with the perceptual term: before it there is little to be judged by it
     adversarial_weight: float = 0.0
     adversarial_start: int = 50_001  # first step at which the discriminator acts
     ema_decay: float = 0.0

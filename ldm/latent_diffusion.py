@@ -108,7 +108,11 @@ class LatentDiffusion(nn.Module):
 
     def encode_exemplar(self, pixel_values: Tensor) -> Tensor:
         """Exemplars (B, 3, S, S), normalised as for CLIP, to context (B, L, D)."""
-        return self.proj_out(self.cond_stage_model(pixel_values.to(self.weight_dtype)))
+        return self.encode_features(self.cond_stage_model.features(pixel_values.to(self.weight_dtype)))
+
+    def encode_features(self, features: Tensor) -> Tensor:
+        """What the image tower saw, `ExemplarEncoder.features`, to context (B, L, D)."""
+        return self.proj_out(self.cond_stage_model.tokens(features.to(self.weight_dtype)))
 
     def unet_input(self, x_t: Tensor, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
         """The UNet's channels in the published order: `[x_t, z_masked, keep_mask]`.
@@ -285,6 +289,6 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
                 f"{source}: its noise schedule ({name}) is not the config's; "
                 "set model.schedule to what it was trained with"
             )
-    weights = {name: tensor.to(dtype) for name, tensor in given.items()}
+    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
     model.load_state_dict({**weights, **schedule}, strict=True, assign=True)
     model.cond_stage_model.restore_position_ids(model.learnable_vector.device)

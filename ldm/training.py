@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from ldm.checkpoint.keys import NEW_PARTS
 from ldm.config import Config, FirstStageTrainingConfig, TrainingConfig
-from ldm.evaluation.features import load_feature_network, normalise
+from ldm.evaluation.features import efficientnet_stages, load_feature_network, normalise
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.discriminator import PatchDiscriminator
@@ -120,7 +120,11 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         if self.options.null_drop == "per_batch":
             u = u[:1].expand_as(u)
         t, dropped = t.to(z_0.device), (u < self.options.p_uncond).to(z_0.device)
-        context = self.drop_exemplar(self.encode_exemplar(batch["exemplar"]), dropped)
+        if "exemplar_features" in batch:
+            context = self.encode_features(batch["exemplar_features"])
+        else:
+            context = self.encode_exemplar(batch["exemplar"])
+        context = self.drop_exemplar(context, dropped)
         return self.loss(z_0, z_masked, batch["keep_mask"], context, t, eps), t
 
     @torch.no_grad()
@@ -159,18 +163,8 @@ class PerceptualDistance:
         """Distance (a scalar) of pixels (B, 3, H, W) in [-1, 1]; 0 for equal pictures, differentiable in both."""
         if self._network is None:
             self._network = load_feature_network(x.device)
-        stages = zip(self._stages(x), self._stages(y), strict=True)
-        return torch.stack([F.l1_loss(a, b) for a, b in stages]).mean()
-
-    def _stages(self, x: Tensor) -> list[Tensor]:
-        """The last features at each resolution of the network."""
-        network, last = self._network, {}
-        x = normalise(127.5 * (x + 1.0))
-        x = network._swish(network._bn0(network._conv_stem(x)))
-        for block in network._blocks:
-            x = block(x)
-            last[x.shape[2:]] = x
-        return list(last.values())
+        stages = (efficientnet_stages(self._network, normalise(127.5 * (pixels + 1.0))) for pixels in (x, y))
+        return torch.stack([F.l1_loss(a, b) for a, b in zip(*stages, strict=True)]).mean()
 
 
 class FirstStageTraining(pl.LightningModule):
@@ -219,7 +213,7 @@ class FirstStageTraining(pl.LightningModule):
             cell = self.first_stage_model.downsampling
             terms["colour"] = F.mse_loss(F.avg_pool2d(reconstruction, cell), F.avg_pool2d(image, cell))
             loss = loss + options.colour_weight * terms["colour"]
-        if self.perceptual is not None:
+        if self.perceptual is not None and self.global_step >= options.perceptual_start:
             terms["perceptual"] = self.perceptual(reconstruction, image)
             loss = loss + options.perceptual_weight * terms["perceptual"]
         terms["psnr"] = -10.0 * torch.log10(F.mse_loss(reconstruction.clamp(-1, 1), image) / 4.0)

@@ -17,19 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.config import ConfigError, load_config
 from ldm.files import write_text
+from ldm.steps import ROOT, Step, StepError, newest, perform, script, words
 
-ROOT = Path(__file__).resolve().parent.parent
 OVERLAYS = ROOT / "configs" / "ablation"
 ROWS = {
     "baseline": "Baseline",
@@ -48,30 +44,6 @@ PAPER = {
     "guidance": {"FID": 3.18, "QS": 77.80, "CLIP score": 84.97},
 }
 PAPER_METRICS = ("FID", "QS", "CLIP score")
-NEWEST = "*"  # in a command: the newest run of a folder of runs
-
-
-class AblationError(ValueError):
-    """A table that cannot go on; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the table.
-
-    Attributes:
-        name: unique; names the file that remembers it.
-        words: script and arguments; `FOLDER/*/FILE` is FILE of the newest run in FOLDER.
-        runs: of a training, the folder of its runs, where an unfinished one is looked for.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    runs: Path | None = None
-
-    def __str__(self) -> str:
-        words = (word if NEWEST in word else shlex.quote(word) for word in self.words)
-        return f"{shlex.quote(sys.executable)} {' '.join(words)}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -119,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         for step in steps:
             perform(step, args.out / "steps")
         tabulate(args.out, args.rows)
-    except (AblationError, ConfigError, OSError) as error:
+    except (StepError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -177,84 +149,8 @@ def overlay(name: str) -> Path:
     return OVERLAYS / f"{name}.yaml"
 
 
-def script(name: str) -> str:
-    return str(ROOT / "scripts" / f"{name}.py")
-
-
 def figures_path(out: Path, row: str) -> Path:
     return out / row / "metrics.json"
-
-
-def newest(runs: Path, file: str) -> str:
-    return f"{runs}/{NEWEST}/{file}"
-
-
-def words(**options: object) -> tuple[str, ...]:
-    """Options of a command line; those that are None are left out."""
-    given = {f"--{key.replace('_', '-')}": str(value) for key, value in options.items() if value is not None}
-    return tuple(word for pair in given.items() for word in pair)
-
-
-def perform(step: Step, memory: Path) -> None:
-    """Run a step unless it is finished; an unfinished training is resumed.
-
-    Args:
-        memory: folder where commands are remembered that were begun.
-
-    Raises:
-        AblationError: the step fails, or was begun with another command.
-    """
-    path = memory / f"{step.name}.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    if before and before["command"] != list(step.words):
-        raise AblationError(
-            f"{path}: {step.name} was begun as `{shlex.join(before['command'])}`, now it is "
-            f"`{shlex.join(step.words)}`; choose another --out, or remove that file and the step's results"
-        )
-    if before.get("finished"):
-        print(f"{step.name}: there already", flush=True)
-        return
-    remember(path, step, finished=False)
-    run = newest_run(step.runs) if step.runs else None
-    command = [step.words[0], "--resume", str(run)] if run else [resolved(word) for word in step.words]
-    print(f"{step.name}: {shlex.join(command)}", flush=True)
-    status = execute(command)
-    if status != 0:
-        raise AblationError(f"{step.name}: ended with status {status}; the same command goes on from there")
-    remember(path, step, finished=True)
-
-
-def remember(path: Path, step: Step, *, finished: bool) -> None:
-    write_text(path, json.dumps({"command": step.words, "finished": finished}, indent=2) + "\n")
-
-
-def newest_run(runs: Path) -> Path | None:
-    """The newest run directory that can be resumed."""
-    checkpoints = sorted(runs.glob("*/checkpoints/last.ckpt"))  # names of runs begin with their date
-    return checkpoints[-1].parents[1] if checkpoints else None
-
-
-def resolved(word: str) -> str:
-    runs, star, file = word.partition(f"/{NEWEST}/")
-    if not star:
-        return word
-    run = newest_run(Path(runs))
-    if run is None:
-        raise AblationError(f"{runs}: no run with a checkpoint there; remove the step's file in steps/ to train again")
-    return str(run / file)
-
-
-def execute(command: list[str]) -> int:
-    """Run a script of this project and return its exit status; a signal to stop is left to the script."""
-    process = subprocess.Popen([sys.executable, *command])
-    # Ctrl-C reaches the script as well, and what only this process gets is handed on: training saves before it ends.
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 # ---- the table ----
@@ -264,13 +160,13 @@ def read_figures(path: Path, row: str) -> dict[str, dict[str, Any]]:
     """The figures of a row by metric, as scripts/evaluate.py wrote them: `name`, `value`, `low`, `high` and more.
 
     Raises:
-        AblationError: the file holds no figures.
+        StepError: the file holds no figures.
     """
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))["runs"][row]["figures"]
         return {key: figure for key, figure in figures.items() if isinstance(figure["value"], int | float)}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise AblationError(f"{path}: no figures of scripts/evaluate.py ({error!r}); evaluate the row again") from None
+        raise StepError(f"{path}: no figures of scripts/evaluate.py ({error!r}); evaluate the row again") from None
 
 
 def tabulate(out: Path, rows: Iterable[str]) -> None:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Compute the latents of training samples beforehand, so that a training step is the UNet alone.
 
-Draws several (crop, hole, augmentation) variants of every image, encodes image and masked image with the first stage,
-and writes OUT/train.safetensors and OUT/validation.safetensors for `data.kind: cached`.
+Draws several (crop, hole, augmentation) variants of every image, encodes image and masked image with the first stage
+and, where the image tower is frozen, the exemplar with that. Writes OUT/train.safetensors and
+OUT/validation.safetensors for `data.kind: cached`, and OUT/latents.yaml, a config with the latents' scale.
 """
 
 from __future__ import annotations
@@ -14,47 +15,75 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
-from ldm.checkpoint.keys import FIRST_STAGE, check_keys
-from ldm.config import ConfigError, ModelConfig, load_config
+from ldm.checkpoint.keys import FIRST_STAGE, TOWER, check_keys, to_module_keys
+from ldm.config import Config, ConfigError, load_config
 from ldm.data.cached import write_cache
 from ldm.data.open_images import OpenImagesDataset
 from ldm.data.transforms import exemplar_to_pixels
+from ldm.evaluation.features import FeatureError
+from ldm.files import write_text
 from ldm.latent_diffusion import latent_mask
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder
+
+LATENTS_CONFIG = "latents.yaml"
 
 
-def load_first_stage(config: ModelConfig, checkpoint: Path, device: str) -> AutoencoderKL:
-    """The autoencoder of a checkpoint that may hold more than that."""
-    model = AutoencoderKL(config.first_stage)
-    given = read_checkpoint(checkpoint)
-    own = {name.removeprefix(FIRST_STAGE): x.float() for name, x in given.items() if name.startswith(FIRST_STAGE)}
-    check_keys({name: x.shape for name, x in model.state_dict().items()}, own, source=checkpoint)
-    model.load_state_dict(own)
-    return model.eval().requires_grad_(False).to(device)
+def load_part(module: nn.Module, given: dict[str, Tensor], prefix: str, source: Path) -> None:
+    """Give a module its tensors of a checkpoint that may hold more."""
+    own = {name.removeprefix(prefix): x.float() for name, x in given.items() if name.startswith(prefix)}
+    check_keys({name: x.shape for name, x in module.state_dict().items()}, own, source=source)
+    module.load_state_dict(own)
+
+
+def load_encoders(config: Config, checkpoint: Path, device: str) -> tuple[AutoencoderKL, ExemplarEncoder | None]:
+    """First stage and, where its tower is frozen, exemplar encoder; the latter's mapper is not loaded, nor used."""
+    given = to_module_keys(read_checkpoint(checkpoint))
+    first_stage = AutoencoderKL(config.model.first_stage)
+    load_part(first_stage, given, FIRST_STAGE, checkpoint)
+    exemplar_encoder = None
+    if not config.training.train_tower:
+        exemplar_encoder = ExemplarEncoder(config.model.exemplar_encoder)
+        tower = exemplar_encoder.transformer
+        if isinstance(tower, EfficientNetTower) and not any(name.startswith(TOWER) for name in given):
+            tower.load_state_dict(tower.imagenet_state())
+        else:
+            load_part(tower, given, TOWER, checkpoint)
+    for module in filter(None, (first_stage, exemplar_encoder)):
+        module.eval().requires_grad_(False).to(device)
+        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return first_stage, exemplar_encoder
 
 
 @torch.no_grad()
 def encoded(
-    model: AutoencoderKL, loader: DataLoader[dict[str, torch.Tensor]], device: str
+    first_stage: AutoencoderKL,
+    exemplar_encoder: ExemplarEncoder | None,
+    loader: DataLoader[dict[str, torch.Tensor]],
+    device: str,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of samples as the arrays of `ldm.data.cached`."""
     for batch in loader:
         pixels = torch.cat([batch["image"], batch["masked_image"]]).to(device)
-        posterior = model.encode(pixels)
+        posterior = first_stage.encode(pixels)
         moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
         image_moments, masked_moments = moments.half().cpu().numpy().reshape(2, -1, *moments.shape[1:])
         mask = latent_mask(batch["keep_mask"], moments)
         exemplar = (exemplar_to_pixels(batch["exemplar"]).clamp(-1, 1) + 1) * 127.5
-        yield {
+        arrays = {
             "image_moments": image_moments,
             "masked_moments": masked_moments,
             "keep_mask": (mask * 255).round().byte().numpy(),
             "exemplar": exemplar.round().byte().permute(0, 2, 3, 1).numpy(),
         }
+        if exemplar_encoder is not None:
+            arrays["exemplar_features"] = exemplar_encoder.features(batch["exemplar"].to(device)).half().cpu().numpy()
+        yield arrays
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         config = load_config(*args.config)
-        model = load_first_stage(config.model, args.checkpoint, args.device)
+        first_stage, exemplar_encoder = load_encoders(config, args.checkpoint, args.device)
         for split, draws in (("train", args.draws), ("validation", 1)):
             dataset = OpenImagesDataset(
                 args.root,
@@ -88,13 +117,18 @@ def main(argv: list[str] | None = None) -> int:
             )
             variants = [(epoch, index) for epoch in range(draws) for index in range(len(dataset))]
             loader = DataLoader(dataset, batch_size=args.batch_size, sampler=variants, num_workers=args.workers)
-            bar = tqdm(encoded(model, loader, args.device), total=len(loader), desc=f"{split}: latents", unit="batch")
+            batches = encoded(first_stage, exemplar_encoder, loader, args.device)
+            bar = tqdm(batches, total=len(loader), desc=f"{split}: latents", unit="batch")
             write_cache(args.out / f"{split}.safetensors", len(variants), bar)
-    except (CheckpointError, ConfigError, OSError, ValueError) as error:
+    except (CheckpointError, ConfigError, FeatureError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     scale = latent_scale(args.out / "validation.safetensors")
-    print(f"{args.out}: done. Latents have unit variance with model.scale_factor={scale:.4f}; set it in the config")
+    write_text(args.out / LATENTS_CONFIG, f"# measured on this cache\nmodel:\n  scale_factor: {scale:.4f}\n")
+    print(
+        f"{args.out}: done. Latents have unit variance with model.scale_factor={scale:.4f}; set it in the config, "
+        f"or merge {args.out / LATENTS_CONFIG} after it"
+    )
     return 0
 
 

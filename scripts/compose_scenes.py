@@ -26,6 +26,12 @@ def main(argv: list[str] | None = None) -> int:
         "--backgrounds", type=Path, metavar="DIR", help="photographs (default: backgrounds/ of --from-debian)"
     )
     parser.add_argument(
+        "--extra-cutouts",
+        type=Path,
+        metavar="DIR",
+        help="cut-outs of any style that training scenes alone show (default: extras/ of --from-debian)",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="dataset to write; without it, --from-debian only fetches"
     )
     parser.add_argument(
@@ -58,6 +64,20 @@ def main(argv: list[str] | None = None) -> int:
         help="how often an object is recoloured (default: %(default)s)",
     )
     parser.add_argument(
+        "--extra-share",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="how often an object of a training scene is an extra cut-out (default: never)",
+    )
+    parser.add_argument(
+        "--patch-share",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="how often an object of a training scene is a random piece of a photograph (default: never)",
+    )
+    parser.add_argument(
         "--workers", type=int, default=1, help="processes; the scenes do not depend on it (default: %(default)s)"
     )
     parser.add_argument(
@@ -69,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     material: Path | None = arguments.from_debian
     cutouts: Path | None = arguments.cutouts or (material and material / "cutouts")
     backgrounds: Path | None = arguments.backgrounds or (material and material / "backgrounds")
+    extras: Path | None = arguments.extra_cutouts or (material and material / "extras")
     if cutouts is None or backgrounds is None:
         parser.error("give --cutouts and --backgrounds, or --from-debian")
     if arguments.out is None and material is None:
@@ -81,13 +102,21 @@ def main(argv: list[str] | None = None) -> int:
             bench=arguments.bench,
             hue_jitter=arguments.hue_jitter,
             hue_jitter_share=arguments.hue_jitter_share,
+            extra_share=arguments.extra_share,
+            patch_share=arguments.patch_share,
         )
         if material is not None:
             fetch_material(material)
             print(f"material in {material}; sources and licences in {material / 'LICENSES.md'}")
         if arguments.out is not None:
             compose_dataset(
-                cutouts, backgrounds, arguments.out, settings, workers=arguments.workers, overwrite=arguments.overwrite
+                cutouts,
+                backgrounds,
+                arguments.out,
+                settings,
+                extras_dir=extras,
+                workers=arguments.workers,
+                overwrite=arguments.overwrite,
             )
             print(f"dataset in {arguments.out}; next: python scripts/read_bbox.py")
     except (ComposeError, MaterialError, OSError) as error:

@@ -48,7 +48,10 @@ SCHEDULE_BUFFERS = (
 )
 
 # What Paint by Example adds to Stable Diffusion and CLIP, hence what starts at random in training.
-NEW_PARTS = ("cond_stage_model.mapper.", "cond_stage_model.final_ln.", "proj_out.", "learnable_vector")
+NEW_PARTS = (
+    *("cond_stage_model.reduce.", "cond_stage_model.mapper.", "cond_stage_model.final_ln."),
+    *("proj_out.", "learnable_vector"),
+)
 
 
 def to_module_keys(state: Mapping[str, Tensor], *, use_ema: bool = False) -> dict[str, Tensor]:

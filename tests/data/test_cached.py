@@ -58,6 +58,14 @@ def test_the_file_is_ordinary_safetensors(cache: Path, arrays: dict[str, np.ndar
         np.testing.assert_array_equal(stored[name], array)
 
 
+def test_features_of_exemplars(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    features = np.linspace(-3, 3, 5 * 2 * 6).reshape(5, 2, 6).astype(np.float16)
+    write_cache(tmp_path / "train.safetensors", 5, [{**arrays, "exemplar_features": features}])
+    sample = CachedDataset(tmp_path, "train")[0, 3]
+    assert sample["exemplar_features"].dtype == torch.float32
+    np.testing.assert_array_equal(sample["exemplar_features"], features[3].astype(np.float32))
+
+
 def test_fewer_samples(cache: Path) -> None:
     assert len(CachedDataset(cache, "train", max_samples=3)) == 3
     assert len(CachedDataset(cache, "train", max_samples=30)) == 5

@@ -20,6 +20,7 @@ from ldm.data.compose import (
     compose_dataset,
     compose_scene,
     find_pictures,
+    photo_patch,
 )
 from scripts.compose_scenes import main
 
@@ -57,13 +58,22 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def compose(material: Path, out: Path, *, workers: int = 1, overwrite: bool = False, **changes: float) -> Path:
+def compose(
+    material: Path,
+    out: Path,
+    *,
+    extras: Path | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+    **changes: float,
+) -> Path:
     options = {"count": 12, "size": SIZE, "seed": 3, "bench": 4, **changes}
     compose_dataset(
         material / "cutouts",
         material / "backgrounds",
         out,
         SceneSettings(**options),  # pyright: ignore[reportArgumentType]
+        extras_dir=extras,
         workers=workers,
         overwrite=overwrite,
     )
@@ -73,6 +83,14 @@ def compose(material: Path, out: Path, *, workers: int = 1, overwrite: bool = Fa
 @pytest.fixture(scope="module")
 def dataset(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compose(material, tmp_path_factory.mktemp("dataset") / "out")
+
+
+@pytest.fixture(scope="module")
+def extras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("extras")
+    for index in range(3):
+        cutout((200, 200, 40 * index)).save(root / f"drawing{index}.png")
+    return root
 
 
 def files_in(root: Path) -> dict[str, bytes]:
@@ -332,3 +350,44 @@ def test_the_command_line_composes(material: Path, tmp_path: Path) -> None:
     assert main([*command, "--out", str(tmp_path / "out"), "--count", "2", "--size", "16"]) == 0
     assert len(list((tmp_path / "out/images/train").iterdir())) == 2
     assert not (tmp_path / "out/bench").exists()
+
+
+def test_extras_and_patches_are_for_training_alone(material: Path, extras: Path, dataset: Path, tmp_path: Path) -> None:
+    mixed = compose(material, tmp_path / "out", extras=extras, count=40, extra_share=0.4, patch_share=0.3)
+    kinds = [row["LabelName"].split("/")[2] for row in rows_of(mixed, "train")]
+    # about 80 objects: shares within four standard errors of 0.055
+    assert 0.18 < kinds.count("extra") / len(kinds) < 0.62
+    assert 0.08 < kinds.count("patch") / len(kinds) < 0.52
+    known = {row["LabelName"] for row in rows_of(mixed, "train")}
+    with (mixed / "annotations" / "oidv6-class-descriptions.csv").open(newline="") as file:
+        assert known <= {row["LabelName"] for row in csv.DictReader(file)}
+    for split in ("validation", "test"):
+        assert {row["LabelName"].split("/")[2] for row in rows_of(mixed, split)} <= {"a", "b"}
+    # whatever training shows, the bench is the same
+    assert files_in(mixed / "bench") == files_in(dataset / "bench")
+
+
+def test_extras_must_be_given(material: Path, extras: Path, tmp_path: Path) -> None:
+    with pytest.raises(ComposeError, match="--extra-cutouts"):
+        compose(material, tmp_path / "out", extra_share=0.5)
+    with pytest.raises(ComposeError, match="sum of at most 1"):
+        compose(material, tmp_path / "out", extras=extras, extra_share=0.7, patch_share=0.5)
+    with pytest.raises(ComposeError, match="no such folder"):
+        compose(material, tmp_path / "out", extras=tmp_path / "nothing", extra_share=0.5)
+    assert not (tmp_path / "out").exists()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), width=st.integers(32, 300), height=st.integers(32, 300))
+def test_a_patch_is_a_piece_of_its_photograph(seed: int, width: int, height: int) -> None:
+    rows, columns = np.mgrid[:height, :width]
+    photograph = Image.fromarray(np.stack([rows % 256, columns % 256, rows * 0 + 9], axis=-1).astype(np.uint8))
+    patch = photo_patch(np.random.default_rng(seed), photograph)
+    assert 16 <= min(patch.size) <= max(patch.size) <= max(16, min(width, height) // 2 + 1)
+    pixels = np.asarray(patch).astype(int)
+    inside = pixels[..., 3] == 255
+    assert set(np.unique(pixels[..., 3])) == {0, 255}
+    assert 0.05 < inside.mean() < 1.0
+    assert (pixels[inside][:, 2] == 9).all()
+    assert (np.diff(pixels[..., 0], axis=0) % 256 == 1).all()  # unscaled, unturned
+    assert (np.diff(pixels[..., 1], axis=1) % 256 == 1).all()

@@ -141,6 +141,13 @@ def picture(size: tuple[int, int], suffix: str = "JPEG") -> bytes:
     return content.getvalue()
 
 
+def glyph(colour: tuple[int, int, int]) -> bytes:
+    content, image = BytesIO(), Image.new("RGBA", (32, 32))
+    image.paste((*colour, 255), (4, 4, 28, 28))
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
 def test_material_is_copied_from_unpacked_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -148,6 +155,12 @@ def test_material_is_copied_from_unpacked_packages(
     stamp = "animals/amphibians/frog.png"
     (stamps / stamp).parent.mkdir(parents=True)
     Image.new("RGBA", (40, 30)).save(stamps / stamp)
+    Image.new("RGBA", (40, 30)).save(stamps / "animals" / "drawn.png")
+    font = tmp_path / "packages" / debian.EMOJI_PACKAGE / debian.EMOJI_FONT
+    font.parent.mkdir(parents=True)
+    # glyphs lie between other tables; the third is a shade of the second
+    glyphs = [glyph((255, 0, 0)), glyph((0, 0, 255)), glyph((0, 9, 250)), glyph((0, 255, 0))]
+    font.write_bytes(b"\0\1\0\0CBDT" + b"....".join(glyphs) + b"tail")
     resource = tmp_path / "packages/gcompris-qt-data/usr/share/x.rcc"
     resource.parent.mkdir(parents=True)
     erase: Tree = {
@@ -172,8 +185,12 @@ def test_material_is_copied_from_unpacked_packages(
     with Image.open(tmp_path / "backgrounds/plasma-workspace-wallpapers/Path.jpg") as image:
         assert image.size == (1820, 1024)  # the largest of the sizes, scaled down to 1024 on the short side
     assert (tmp_path / "cutouts" / stamp).is_file()
+    extras = {path.relative_to(tmp_path / "extras").as_posix() for path in (tmp_path / "extras").rglob("*.png")}
+    assert extras == {"drawings/animals/drawn.png", "emoji/0000.png", "emoji/0001.png", "emoji/0003.png"}
+    assert (tmp_path / "extras/emoji/0003.png").read_bytes() == glyphs[3]
     licences = (tmp_path / "LICENSES.md").read_text()
     assert "erase-bee.jpg" in licences
+    assert "3 pictures in fonts/NotoColorEmoji.ttf" in licences
     assert "mate-backgrounds: left out" in caplog.text  # a package that this release does not have
     assert "bad.webp" in caplog.text
 

@@ -69,12 +69,30 @@ def test_equal_generators_equal_samples_whatever_the_batch() -> None:
         DiagonalGaussian(moments).sample([torch.Generator(), torch.Generator()])
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("ch_mult", [[1], [1, 2], [1, 1, 2], [1, 2, 4, 4]])
-def test_downsampling(ch_mult: list[int]) -> None:
-    model = AutoencoderKL(AutoencoderConfig(ch=32, ch_mult=ch_mult, num_res_blocks=1))
+def test_downsampling(ch_mult: list[int], patch_size: int) -> None:
+    model = AutoencoderKL(AutoencoderConfig(ch=32, ch_mult=ch_mult, num_res_blocks=1, patch_size=patch_size))
     factor = model.downsampling
-    assert factor == 2 ** (len(ch_mult) - 1)
+    assert factor == patch_size * 2 ** (len(ch_mult) - 1)
     with torch.no_grad():
         z = model.encode(torch.zeros(1, 3, 2 * factor, 3 * factor)).mode()
         assert z.shape == (1, 4, 2, 3)
         assert model.decode(z).shape == (1, 3, 2 * factor, 3 * factor)
+
+
+def test_without_norms_brightness_is_not_normalised_away() -> None:
+    """Group norms give nearly the same latent for a picture at any contrast; without them it follows the contrast."""
+    picture = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    spread = {}
+    for groups in (0, 1):
+        torch.manual_seed(0)
+        model = AutoencoderKL(AutoencoderConfig(ch=8, ch_mult=[1, 2], num_res_blocks=1, norm_groups=groups))
+        with torch.no_grad():
+            strong, weak = (model.encode(contrast * picture).mean for contrast in (400.0, 100.0))
+        spread[groups] = (strong.std() / weak.std()).item()
+    assert spread[0] == pytest.approx(4.0, rel=0.1)  # so large that biases hardly count
+    assert spread[1] == pytest.approx(1.0, rel=0.1)
+    assert not any(
+        "norm" in name for name, _ in AutoencoderKL(AutoencoderConfig(ch=8, norm_groups=0)).named_parameters()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from ldm import steps
 from ldm.checkpoint.io import write_safetensors
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS
 from ldm.config import Config, load_config
 from ldm.data.datamodule import DataModule
+from ldm.evaluation import cache
 from ldm.run import Run
 from ldm.training import DiffusionTraining
 
@@ -140,3 +143,19 @@ def fit(pretrained: Path) -> Fit:
         return run, run.fit(resume)
 
     return run
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """The commands, run by importing their scripts: the seconds of eighteen interpreters' imports are saved."""
+    done: list[list[str]] = []
+
+    def execute(command: list[str]) -> int:
+        done.append(command)
+        path = Path(command[0])
+        name = path.stem if path.parent == steps.ROOT else f"{path.parent.name}.{path.stem}"
+        return importlib.import_module(name).main(command[1:])
+
+    monkeypatch.setattr(steps, "execute", execute)
+    monkeypatch.setattr(cache, "DEFAULT_PATH", tmp_path / "features.sqlite")
+    return done

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -17,10 +16,10 @@ import torch
 from PIL import Image
 
 import main as train
+from ldm import steps
 from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import FIRST_STAGE, TOWER
 from ldm.config import Config, load_config
-from ldm.evaluation import cache
 from ldm.run import Run
 from scripts import ablation
 
@@ -113,22 +112,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
-    """The commands, run by importing their scripts: the seconds of eighteen interpreters' imports are saved."""
-    done: list[list[str]] = []
-
-    def execute(command: list[str]) -> int:
-        done.append(command)
-        path = Path(command[0])
-        name = path.stem if path.parent == ablation.ROOT else f"{path.parent.name}.{path.stem}"
-        return importlib.import_module(name).main(command[1:])
-
-    monkeypatch.setattr(ablation, "execute", execute)
-    monkeypatch.setattr(cache, "DEFAULT_PATH", tmp_path / "features.sqlite")
-    return done
-
-
-@pytest.fixture
 def arguments(config_file: Path, pretrained: Path, dataset: Path, bench: Path, tmp_path: Path) -> list[str]:
     places = {"--out": tmp_path / "out", "--base": config_file, "--pretrained-model": pretrained}
     places |= {"--scenes": dataset, "--bench": bench}
@@ -208,7 +191,7 @@ class TestCommand:
     def test_a_stopped_training_resumes(
         self, arguments: list[str], in_process: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        execute = ablation.execute
+        execute = steps.execute
         more = ["--rows", "baseline", "--max-steps", "2", "--metrics", "identification"]
 
         def stopped(command: list[str]) -> int:
@@ -217,7 +200,7 @@ class TestCommand:
 
         monkeypatch.setattr(ablation, "execute", stopped)
         assert ablation.main([*arguments, *more]) == 2
-        monkeypatch.setattr(ablation, "execute", execute)
+        monkeypatch.setattr(steps, "execute", execute)
         in_process.clear()
         (checkpoint,) = (tmp_path / "out").glob("baseline/train/*/checkpoints/last.ckpt")
         config = checkpoint.parents[1] / "config.yaml"
@@ -237,13 +220,13 @@ class TestCommand:
     def test_unusable_figures(self, text: str, tmp_path: Path) -> None:
         path = tmp_path / "metrics.json"
         path.write_text(text)
-        with pytest.raises(ablation.AblationError, match="evaluate the row again"):
+        with pytest.raises(steps.StepError, match="evaluate the row again"):
             ablation.read_figures(path, "prior")
 
 
 class TestExecute:
     def test_exit_status(self) -> None:
-        assert ablation.execute(["-c", "raise SystemExit(3)"]) == 3
+        assert steps.execute(["-c", "raise SystemExit(3)"]) == 3
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_leaves_the_script_time_to_save(self, number: int, tmp_path: Path) -> None:
@@ -265,6 +248,6 @@ class TestExecute:
         before = signal.getsignal(number)
         thread = threading.Thread(target=stop)
         thread.start()
-        assert ablation.execute(["-c", code]) == (143 if number == signal.SIGTERM else 7)
+        assert steps.execute(["-c", code]) == (143 if number == signal.SIGTERM else 7)
         thread.join()
         assert signal.getsignal(number) is before

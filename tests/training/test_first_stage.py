@@ -109,6 +109,15 @@ def test_perceptual_network_is_no_part_of_the_checkpoint(make_config: MakeConfig
     assert {name for name, _ in module.named_parameters()} == {name for name, _ in plain.named_parameters()}
 
 
+def test_the_perceptual_term_waits_for_its_step(make_config: MakeConfig, picture_batch: Batch) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    changes = ("stage=first_stage", "first_stage_training.perceptual_weight=1.0")
+    module = FirstStageTraining(make_config(*changes, "first_stage_training.perceptual_start=1"))
+    early = module._loss(picture_batch, "train")
+    module.options.perceptual_start = 0  # and the step is 0
+    assert module._loss(picture_batch, "train") > early
+
+
 def test_cached_latents_have_no_pixels_to_train_on(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"data\.kind"):
         DataModule(make_config("stage=first_stage", "data.kind=cached"))

@@ -47,6 +47,13 @@ def test_gradients_reach_what_is_trained_and_nothing_else(
             assert parameter.grad.any(), name
 
 
+def test_cached_features_stand_for_the_exemplar(make_module: Callable[..., DiffusionTraining], batch: Batch) -> None:
+    module = make_module("training.p_uncond=0.5").eval()
+    features = module.cond_stage_model.features(batch["exemplar"])
+    losses, _ = module.losses({**batch, "exemplar_features": features, "exemplar": torch.zeros(4, 0)})
+    torch.testing.assert_close(losses, module.losses(batch)[0])
+
+
 def test_the_tower_is_trained_where_the_config_says_so(
     make_module: Callable[..., DiffusionTraining], batch: Batch
 ) -> None:

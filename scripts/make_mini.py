@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""A small model from material to figures: scenes, first stage, latents, training, file to share, bench, report.
+
+    python scripts/make_mini.py --out results/mini
+    python scripts/make_mini.py --out results/mini --dry-run
+    python scripts/make_mini.py --out results/mini-128 --overlay configs/mini-128.yaml --count 60000 --device cuda
+
+Without options this is how the bundled model is made, on a CPU; docs/mini.md says what to expect of it. Started again,
+the command goes on where it stopped: finished steps are skipped, a training run resumes from its last checkpoint.
+OUT/model gets the weights and their config, OUT/metrics.json the figures, OUT/report a page of them with the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ldm.config import ConfigError, load_config
+from ldm.steps import ROOT, Step, StepError, newest, perform, script, words
+
+PROTOCOLS = {"mini": "paper", "mini-ours": "ours"}  # runs of the model by their protocol
+BASELINES = ("null-token", "copy-paste", "seamless-clone", "opencv-inpaint")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="gets everything that is made")
+    add("--dry-run", action="store_true", help="print the commands and stop")
+    scenes = parser.add_argument_group("scenes").add_argument
+    scenes("--material", type=Path, metavar="DIR",
+           help="folder with cutouts/, extras/ and backgrounds/ (default: fetched from Debian packages)")  # fmt: skip
+    scenes("--count", type=int, default=20_000, help="training scenes (default: %(default)s)")
+    scenes("--bench", type=int, default=200, metavar="M", help="items of the bench (default: %(default)s)")
+    scenes("--extra-share", type=float, default=0.3, metavar="P",
+           help="of objects that are drawings or emoji (default: %(default)s)")  # fmt: skip
+    scenes("--patch-share", type=float, default=0.25, metavar="P",
+           help="of objects that are pieces of photographs (default: %(default)s)")  # fmt: skip
+    scenes("--workers", type=int, default=2, help="processes that compose and read (default: %(default)s)")
+    training = parser.add_argument_group("training").add_argument
+    training("--first-stage", type=Path, default=Path("configs/mini-autoencoder.yaml"), metavar="YAML",
+             help="default: %(default)s")  # fmt: skip
+    training("--base", type=Path, default=Path("configs/mini.yaml"), metavar="YAML", help="default: %(default)s")
+    training("--overlay", nargs="+", type=Path, default=[], metavar="YAML", help="merged after either")
+    training("--draws", type=int, default=2, help="cached variants of every scene (default: %(default)s)")
+    training("--set-first-stage", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides of main.py")
+    training("--set", nargs="+", default=[], metavar="KEY=VALUE", help="likewise, of the diffusion model")
+    training("--device", metavar="NAME", help="of caching, sampling and evaluation (training: trainer.accelerator)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        steps = plan(args)
+        if args.dry_run:
+            print("\n".join(f"# {step.name}\n{step}" for step in steps))
+            return 0
+        for step in steps:
+            perform(step, args.out / "steps")
+    except (ConfigError, StepError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out / 'model'}: the weights; {args.out / 'report' / 'index.html'}: what they are worth")
+    return 0
+
+
+def plan(args: argparse.Namespace) -> list[Step]:
+    """The commands, in order.
+
+    Raises:
+        ConfigError: a config or an override cannot be used.
+    """
+    out, device = args.out, words(device=args.device)
+    scenes, cache, bench = out / "scenes", out / "cache", out / "scenes" / "bench"
+    first_stage = [str(path) for path in (args.first_stage, *args.overlay)]
+    base = [str(path) for path in (args.base, *args.overlay)]
+    load_config(*first_stage, overrides=args.set_first_stage)
+    size = load_config(*base, overrides=args.set).model.image_size
+
+    if args.material is None:
+        material = words(from_debian=out / "material")
+    else:
+        folders = {name: args.material / name for name in ("cutouts", "backgrounds", "extras")}
+        material = words(
+            cutouts=folders["cutouts"],
+            backgrounds=folders["backgrounds"],
+            extra_cutouts=folders["extras"] if args.extra_share > 0 else None,
+        )
+    composing = words(
+        out=scenes,
+        count=args.count,
+        size=size,
+        seed=0,
+        bench=args.bench,
+        hue_jitter=0.25,
+        extra_share=args.extra_share,
+        patch_share=args.patch_share,
+        workers=args.workers,
+    )
+    encoder, model = (newest(out / run, "checkpoints/last.ckpt") for run in ("first-stage", "train"))
+    train = str(ROOT / "main.py")
+    caching = words(checkpoint=encoder, root=scenes, out=cache, draws=args.draws, workers=args.workers)
+    start = words(pretrained_model=encoder, logdir=out / "train", name="mini")
+    steps = [
+        Step("compose", (script("compose_scenes"), *material, *composing)),
+        Step("boxes", (script("read_bbox"), *words(root=scenes))),
+        Step(
+            "first-stage",
+            (
+                *(train, "--base", *first_stage),
+                *words(logdir=out / "first-stage", name="first-stage"),
+                *(*args.set_first_stage, f"data.root={scenes}"),
+            ),
+            out / "first-stage",
+        ),
+        Step("cache", (script("cache_latents"), "--config", *base, *caching, *device)),
+        Step(
+            "train",
+            (
+                *(train, "--base", *base, str(cache / "latents.yaml")),
+                *(*start, "--train-from-scratch", *args.set, f"data.root={cache}"),
+            ),
+            out / "train",
+        ),
+        Step("export", (script("export_checkpoint"), model, str(out / "model" / "model.safetensors"), "--overwrite")),
+    ]
+    runs = {name: words(checkpoint=out / "model" / "model.safetensors", protocol=p) for name, p in PROTOCOLS.items()}
+    runs |= {name: words(method=name) for name in BASELINES}
+    runs["null-token"] = (*runs["null-token"], *words(checkpoint=out / "model" / "model.safetensors"))
+    for name, options in runs.items():
+        command = (script("inference_test_bench"), str(bench), *words(outdir=out / "results" / name), *options, *device)
+        steps.append(Step(f"sample-{name}", command))
+    figures = words(json=out / "metrics.json")
+    metrics = ("--metrics", "fid", "clip", "identification", "background", "foreground-fid")
+    results = [str(out / "results" / name) for name in runs]
+    steps += [
+        Step("evaluate", (script("evaluate"), str(bench), *results, *metrics, *figures, *device)),
+        Step("report", (script("report"), str(out / "metrics.json"), *words(out=out / "report"))),
+    ]
+    return steps
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
