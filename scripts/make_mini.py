@@ -3,7 +3,9 @@
 
     python scripts/make_mini.py --out results/mini
     python scripts/make_mini.py --out results/mini --dry-run
-    python scripts/make_mini.py --out results/mini-128 --overlay configs/mini-128.yaml --count 60000 --device cuda
+    python scripts/make_mini.py --out results/mini-128 --base configs/mini.yaml configs/mini-128.yaml \\
+        --first-stage configs/mini-autoencoder.yaml configs/mini-128-autoencoder.yaml \\
+        --count 40000 --draws 3 --workers 14 --device cuda
 
 Without options this is how the bundled model is made, on a CPU; docs/mini.md says what to expect of it. Started again,
 the command goes on where it stopped: finished steps are skipped, a training run resumes from its last checkpoint.
@@ -41,10 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
            help="of objects that are pieces of photographs (default: %(default)s)")  # fmt: skip
     scenes("--workers", type=int, default=2, help="processes that compose and read (default: %(default)s)")
     training = parser.add_argument_group("training").add_argument
-    training("--first-stage", type=Path, default=Path("configs/mini-autoencoder.yaml"), metavar="YAML",
-             help="default: %(default)s")  # fmt: skip
-    training("--base", type=Path, default=Path("configs/mini.yaml"), metavar="YAML", help="default: %(default)s")
-    training("--overlay", nargs="+", type=Path, default=[], metavar="YAML", help="merged after either")
+    training("--first-stage", nargs="+", default=["configs/mini-autoencoder.yaml"], metavar="YAML",
+             help="configs, merged from left to right (default: configs/mini-autoencoder.yaml)")  # fmt: skip
+    training("--base", nargs="+", default=["configs/mini.yaml"], metavar="YAML",
+             help="likewise, of the diffusion model (default: configs/mini.yaml)")  # fmt: skip
     training("--draws", type=int, default=2, help="cached variants of every scene (default: %(default)s)")
     training("--set-first-stage", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides of main.py")
     training("--set", nargs="+", default=[], metavar="KEY=VALUE", help="likewise, of the diffusion model")
@@ -76,10 +78,8 @@ def plan(args: argparse.Namespace) -> list[Step]:
     """
     out, device = args.out, words(device=args.device)
     scenes, cache, bench = out / "scenes", out / "cache", out / "scenes" / "bench"
-    first_stage = [str(path) for path in (args.first_stage, *args.overlay)]
-    base = [str(path) for path in (args.base, *args.overlay)]
-    load_config(*first_stage, overrides=args.set_first_stage)
-    size = load_config(*base, overrides=args.set).model.image_size
+    load_config(*args.first_stage, overrides=args.set_first_stage)
+    size = load_config(*args.base, overrides=args.set).model.image_size
 
     if args.material is None:
         material = words(from_debian=out / "material")
@@ -111,17 +111,17 @@ def plan(args: argparse.Namespace) -> list[Step]:
         Step(
             "first-stage",
             (
-                *(train, "--base", *first_stage),
+                *(train, "--base", *args.first_stage),
                 *words(logdir=out / "first-stage", name="first-stage"),
                 *(*args.set_first_stage, f"data.root={scenes}"),
             ),
             out / "first-stage",
         ),
-        Step("cache", (script("cache_latents"), "--config", *base, *caching, *device)),
+        Step("cache", (script("cache_latents"), "--config", *args.base, *caching, *device)),
         Step(
             "train",
             (
-                *(train, "--base", *base, str(cache / "latents.yaml")),
+                *(train, "--base", *args.base, str(cache / "latents.yaml")),
                 *(*start, "--train-from-scratch", *args.set, f"data.root={cache}"),
             ),
             out / "train",

@@ -198,7 +198,7 @@ class TestCommand:
             assert execute([*command, "trainer.max_steps=1"]) == 0
             return 143
 
-        monkeypatch.setattr(ablation, "execute", stopped)
+        monkeypatch.setattr(steps, "execute", stopped)
         assert ablation.main([*arguments, *more]) == 2
         monkeypatch.setattr(steps, "execute", execute)
         in_process.clear()

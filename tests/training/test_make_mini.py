@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm import Editor
 from ldm.config import load_config
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.steps import ROOT
 from scripts import make_mini
 
 
@@ -57,7 +60,7 @@ def test_from_material_to_figures(arguments: list[str], in_process: list[list[st
     assert done[6:] == ["inference_test_bench"] * 6 + ["evaluate", "report"]
     record = json.loads((out / "metrics.json").read_text())
     assert set(record["runs"]) == {*make_mini.PROTOCOLS, *make_mini.BASELINES, "true picture"}
-    assert (out / "report" / "index.html").is_file()
+    assert (out / "report" / "report.html").is_file()
     # the latents' scale was measured, not copied from the config
     scale = load_config(out / "model" / "config.yaml").model.scale_factor
     assert scale == pytest.approx(load_config(out / "cache" / "latents.yaml").model.scale_factor)
@@ -81,7 +84,23 @@ def test_what_cannot_be_used_is_told_before_anything_is_done(
 
 
 def test_dry_run_prints_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert make_mini.main([*arguments, "--overlay", str(tmp_path / "model.yaml"), "--device", "cpu", "--dry-run"]) == 0
+    assert make_mini.main([*arguments, "--device", "cpu", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\n# ") + printed.startswith("# ") == 14
     assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_for_a_gpu_is_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Its configs merge and fit together, and its weights stay small enough to be shipped."""
+    configs = [
+        [f"{ROOT}/configs/mini{part}.yaml", f"{ROOT}/configs/mini-128{part}.yaml"] for part in ("", "-autoencoder")
+    ]
+    options = ["--base", *configs[0], "--first-stage", *configs[1]]
+    assert make_mini.main(["--out", str(tmp_path), *options, "--dry-run"]) == 0
+    assert "--size 128" in capsys.readouterr().out
+    config, first_stage = (load_config(*files) for files in configs)
+    assert config.model.first_stage == first_stage.model.first_stage
+    with torch.device("meta"):
+        model = LatentDiffusion(config.model)
+    assert model.downsampling == 4
+    assert 2 * sum(p.numel() for p in model.parameters()) < 40e6  # bytes in float16
