@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def words(**options: object) -> tuple[str, ...]:
     """Options of a command line; those that are None are left out."""
     given = {f"--{key.replace('_', '-')}": str(value) for key, value in options.items() if value is not None}
     return tuple(word for pair in given.items() for word in pair)
+
+
+def carry_out(steps: Sequence[Step], memory: Path, *, dry_run: bool = False) -> None:
+    """Perform steps in their order; a dry run prints their commands instead."""
+    if dry_run:
+        print("\n".join(f"# {step.name}\n{step}" for step in steps))
+        return
+    for step in steps:
+        perform(step, memory)
 
 
 def perform(step: Step, memory: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from ldm.config import ConfigError, load_config
 from ldm.files import write_text
-from ldm.steps import ROOT, Step, StepError, newest, perform, script, words
+from ldm.steps import ROOT, Step, StepError, carry_out, newest, script, words
 
 OVERLAYS = ROOT / "configs" / "ablation"
 ROWS = {
@@ -84,13 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        steps = plan(args)
-        if args.dry_run:
-            print("\n".join(f"# {step.name}\n{step}" for step in steps))
-            return 0
-        for step in steps:
-            perform(step, args.out / "steps")
-        tabulate(args.out, args.rows)
+        carry_out(plan(args), args.out / "steps", dry_run=args.dry_run)
+        if not args.dry_run:
+            tabulate(args.out, args.rows)
     except (StepError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from ldm.config import ConfigError, load_config
-from ldm.steps import ROOT, Step, StepError, newest, perform, script, words
+from ldm.steps import ROOT, Step, StepError, carry_out, newest, script, words
 
 PROTOCOLS = {"mini": "paper", "mini-ours": "ours"}  # runs of the model by their protocol
 BASELINES = ("null-token", "copy-paste", "seamless-clone", "opencv-inpaint")
@@ -57,16 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        steps = plan(args)
-        if args.dry_run:
-            print("\n".join(f"# {step.name}\n{step}" for step in steps))
-            return 0
-        for step in steps:
-            perform(step, args.out / "steps")
+        carry_out(plan(args), args.out / "steps", dry_run=args.dry_run)
     except (ConfigError, StepError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out / 'model'}: the weights; {args.out / 'report' / 'index.html'}: what they are worth")
+    if not args.dry_run:
+        print(f"{args.out / 'model'}: the weights; {args.out / 'report' / 'report.html'}: what they are worth")
     return 0
 
 
