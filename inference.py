@@ -56,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--guidance-scale", "--scale", type=float, default=5.0, help="default: %(default)s (the original's script: 1)"
     )
     sampling.add_argument(
+        "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        help="noise levels with guidance, from 0, data, to 1, noise; default: all",
+    )  # fmt: skip
+    sampling.add_argument(
         "--eta", "--ddim_eta", type=float, default=0.0, help="ddim's stochasticity; default: %(default)s"
     )
     sampling.add_argument("--seed", type=int, default=0, help="of the first sample; default: %(default)s")
@@ -133,6 +137,7 @@ def edit(args: argparse.Namespace) -> None:
         "sampler": args.sampler,
         "num_steps": args.steps,
         "guidance_scale": args.guidance_scale,
+        "guidance_interval": tuple(args.guidance_interval),
         "eta": args.eta,
         "context_margin": args.context_margin,
         "feather": args.feather,

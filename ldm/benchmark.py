@@ -49,8 +49,9 @@ class Protocol:
     """How an item is edited.
 
     Attributes:
-        sampler, num_steps, guidance_scale, eta: as for `LatentDiffusion.sample`.
+        sampler, num_steps, guidance_scale, eta, guidance_interval: as for `LatentDiffusion.sample`.
         crop: show the model a square around the hole; else the whole scene.
+        context_margin: what that square shows besides; `fit_window`.
         paste_back: keep the scene's own pixels outside the hole; else the result is the decoder's picture of it all.
     """
 
@@ -60,6 +61,8 @@ class Protocol:
     crop: bool
     paste_back: bool
     eta: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    context_margin: float = 0.5
 
 
 PROTOCOLS = {
@@ -96,7 +99,7 @@ class Settings:
         record: dict[str, Any] = {"method": self.method}
         if self.uses_model:
             digest = sha256_file(checkpoint_file(self.checkpoint))
-            record |= asdict(self.protocol)
+            record |= {**asdict(self.protocol), "guidance_interval": list(self.protocol.guidance_interval)}
             record |= {"seed": self.seed, "precision": self.precision, "checkpoint_sha256": digest}
         return record
 
@@ -126,8 +129,14 @@ class Tasks(Dataset[Task]):
             return Task(index, item, None, None)
         if self.settings.method == "other-exemplar":
             item = item._replace(exemplar=self.bench[(index + 1) % len(self.bench)].exemplar)
-        whole = not self.settings.protocol.crop
-        fitted = fit_scene(item.scene, item.hole_mask, self.model.image_size, whole_image=whole)
+        protocol = self.settings.protocol
+        fitted = fit_scene(
+            item.scene,
+            item.hole_mask,
+            self.model.image_size,
+            context_margin=protocol.context_margin,
+            whole_image=not protocol.crop,
+        )
         return Task(
             index, item, fitted, exemplar_to_tensor(item.exemplar, self.model.exemplar_encoder.image_size)[None]
         )
@@ -214,6 +223,7 @@ class BenchEditing(pl.LightningModule):
             sampler=protocol.sampler,
             num_steps=protocol.num_steps,
             guidance_scale=protocol.guidance_scale,
+            guidance_interval=protocol.guidance_interval,
             eta=protocol.eta,
         )
         return [

@@ -120,10 +120,16 @@ class DataConfig:
     num_workers: int = 8
     arbitrary_mask_percent: float = 0.5  # share of arbitrary shapes among the holes
     augment_exemplar: bool = True  # flip, rotate, blur and distort the exemplar
+    context_margins: list[float] = field(default_factory=list)  # [low, high]: crop as editing does; []: as the paper
     max_val_samples: int = 2000  # validation reads at most this many samples
 
     def __post_init__(self) -> None:
         _one_of("data.kind", self.kind, ("open_images", "cached"))
+        margins = self.context_margins
+        if margins and not (len(margins) == 2 and 0 < margins[0] <= margins[1]):
+            raise ConfigError(
+                f"data.context_margins: got {list(margins)}, expected [low, high], 0 < low <= high, or []"
+            )
 
 
 @dataclass
@@ -136,12 +142,15 @@ class TrainingConfig:
     weight_decay: float = 0.01
     p_uncond: float = 0.2  # how often the exemplar is replaced by the null token
     null_drop: str = "per_sample"  # per_sample | per_batch (as the original)
+    min_snr_gamma: float = 0.0  # weigh timesteps by min(SNR, gamma), of errors of x_0; 0: all alike, as the paper
     ema_decay: float = 0.0  # 0 switches EMA off; the paper trains with 0.9999
     train_tower: bool = False  # train the CLIP tower too (for models without a pretrained one)
     use_prior: bool = True  # false: of --pretrained-model take the frozen parts alone, the rest starts random
     compile: bool = False  # torch.compile the UNet
 
     def __post_init__(self) -> None:
+        if self.min_snr_gamma < 0:
+            raise ConfigError(f"training.min_snr_gamma: got {self.min_snr_gamma}, expected 0 (off) or more")
         _one_of("training.null_drop", self.null_drop, ("per_sample", "per_batch"))
         _one_of("training.lr_schedule", self.lr_schedule, ("constant", "cosine"))
 

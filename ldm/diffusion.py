@@ -11,7 +11,7 @@ functions on tensors compute and return float32, whatever the dtype of the netwo
 Dimensions: B batch · T diffusion steps · ... the remaining axes of x, any number of them.
 
 Sources: Ho et al. 2020 (DDPM, arXiv:2006.11239); Nichol & Dhariwal 2021 (iDDPM, arXiv:2102.09672);
-Salimans & Ho 2022 (progressive distillation, arXiv:2202.00512).
+Salimans & Ho 2022 (progressive distillation, arXiv:2202.00512); Hang et al. 2023 (min-SNR, arXiv:2303.09556).
 """
 
 from __future__ import annotations
@@ -182,6 +182,22 @@ def to_eps(prediction: Tensor, x_t: Tensor, t: Tensor, parameterization: str, al
         case "x0":
             return eps_from_x_0(x_t, t, prediction, alphas_cumprod)
     raise ValueError(f"parameterization: got {parameterization!r}, expected eps, v or x0")
+
+
+def min_snr_weight(t: Tensor, gamma: float, parameterization: str, alphas_cumprod: Tensor) -> Tensor:
+    """What to multiply squared errors at t with, for them to count as errors of x_0 times min(SNR, gamma).
+
+    Timesteps with little noise, whose targets are many times harder than they are useful, so count less.
+
+    Returns:
+        (B,), where SNR = alpha_t^2 / sigma_t^2: min(SNR, gamma) over SNR for eps, SNR + 1 for v, 1 for x0.
+
+    Source: Hang et al. 2023 (Efficient Diffusion Training via Min-SNR Weighting Strategy), section 3.4.
+    """
+    ac_t = alphas_cumprod[t].float()
+    snr = ac_t / (1 - ac_t)
+    per_error_of_x_0 = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[parameterization]
+    return snr.clamp(max=gamma) / per_error_of_x_0
 
 
 def _alpha_sigma(alphas_cumprod: Tensor, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:

@@ -150,6 +150,7 @@ class Editor:
         sampler: str = "dpm_solver_pp",
         num_steps: int = 20,
         guidance_scale: float = 5.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,
         seed: int | Sequence[int] = 0,
         n_samples: int = 1,
@@ -174,6 +175,7 @@ class Editor:
             sampler: ddpm | ddim | plms | dpm_solver_pp | unipc.
             num_steps: denoising steps.
             guidance_scale: 1 follows the exemplar without guidance; the paper uses 5.
+            guidance_interval: the noise levels with guidance, from 0, data, to 1, noise.
             eta: DDIM's stochasticity in [0, 1].
             seed: sample i uses `seed + i`, or the i-th entry of a list. Equal seeds give the same picture
                 alone or among others; across devices and batch sizes up to rounding.
@@ -216,6 +218,7 @@ class Editor:
             sampler=sampler,
             num_steps=num_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             eta=eta,
             on_step=on_step,
         )

@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
-from ldm.checkpoint.keys import SCHEDULE_BUFFERS, check_keys, to_module_keys
+from ldm.checkpoint.keys import SCHEDULE_BUFFERS, TOWER, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, ModelConfig, load_config
 from ldm.diffusion import make_schedule, q_sample, target, to_eps
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.exemplar_encoder import ExemplarEncoder
+from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder
 from ldm.models.unet import UNetModel
 from ldm.noise import Generators, draw_noise
 from ldm.samplers import SAMPLERS, OnStep
@@ -161,6 +161,7 @@ class LatentDiffusion(nn.Module):
         sampler: str = "dpm_solver_pp",
         num_steps: int = 20,
         guidance_scale: float = 5.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,
         x_T: Tensor | None = None,
         generator: Generators = None,
@@ -174,6 +175,8 @@ class LatentDiffusion(nn.Module):
             sampler: ddpm | ddim | plms | dpm_solver_pp | unipc.
             num_steps: denoising steps.
             guidance_scale: s in `eps_null + s (eps_exemplar - eps_null)`; 1 evaluates the exemplar's branch alone.
+            guidance_interval: the noise levels with guidance, as shares of the timesteps: 0 is data, 1 is noise. At
+                others the exemplar's branch is evaluated alone.
             eta: DDIM's stochasticity in [0, 1].
             x_T: (B, Z, h, w) start noise; drawn when None.
             generator: source of all noise, one for the batch or one per sample.
@@ -183,25 +186,29 @@ class LatentDiffusion(nn.Module):
             (B, Z, h, w) float32.
 
         Raises:
-            ValueError: unknown sampler or impossible step count.
+            ValueError: unknown sampler, impossible step count or interval.
 
-        Source: Ho & Salimans 2022, Eq. 6 (guidance).
+        Source: Ho & Salimans 2022, Eq. 6 (guidance); Kynkaanniemi et al. 2024, Eq. 5 (in an interval).
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        low, high = guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval: got {low:g} to {high:g}, expected 0 <= low <= high <= 1")
         device, dtype = z_masked.device, self.weight_dtype
-        guided = guidance_scale != 1.0
         still = torch.cat([z_masked, latent_mask(keep_mask, z_masked)], dim=1).to(dtype)
         context = context.to(dtype)
-        if guided:
-            still = still.repeat(2, 1, 1, 1)
-            context = torch.cat([self.null_context.to(dtype).expand_as(context), context])
+        with_null = torch.cat([self.null_context.to(dtype).expand_as(context), context])
 
         def denoise(x_t: Tensor, t: int) -> Tensor:
-            x = x_t.repeat(2, 1, 1, 1) if guided else x_t
+            guided = guidance_scale != 1.0 and low <= t / (self.schedule.num_timesteps - 1) <= high
+            branches, tokens = (2, with_null) if guided else (1, context)
+            x = x_t.repeat(branches, 1, 1, 1)
             steps = torch.full((x.shape[0],), t, device=device)
-            prediction = self.unet(torch.cat([x.to(dtype), still], dim=1), steps, context).float()
-            eps = to_eps(prediction, x, steps, self.config.parameterization, self.alphas_cumprod)
+            inputs = torch.cat([x.to(dtype), still.repeat(branches, 1, 1, 1)], dim=1)
+            eps = to_eps(
+                self.unet(inputs, steps, tokens).float(), x, steps, self.config.parameterization, self.alphas_cumprod
+            )
             if not guided:
                 return eps
             eps_null, eps_exemplar = eps.chunk(2)
@@ -261,6 +268,18 @@ def load_model(
         if parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     return model.to(device)
+
+
+def with_tower(state: dict[str, Tensor], encoder: ExemplarEncoder) -> dict[str, Tensor]:
+    """A checkpoint's tensors under module names, and an EfficientNet tower's ImageNet weights if it has no tower.
+
+    Raises:
+        FeatureError: those weights are needed, and their package is not installed.
+    """
+    tower = encoder.transformer
+    if not isinstance(tower, EfficientNetTower) or any(name.startswith(TOWER) for name in state):
+        return state
+    return {**state, **{TOWER + name: tensor for name, tensor in tower.imagenet_state().items()}}
 
 
 def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, *, dtype: torch.dtype) -> None:

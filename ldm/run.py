@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ldm.callbacks import Interrupted, MetricsFile, SafeCheckpointIO, run_callbacks
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
-from ldm.checkpoint.keys import FIRST_STAGE, SCHEDULE_BUFFERS, TOWER, check_keys, to_module_keys
+from ldm.checkpoint.keys import FIRST_STAGE, SCHEDULE_BUFFERS, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, dump_config
 from ldm.data.datamodule import DataModule
 from ldm.files import write_text
-from ldm.models.exemplar_encoder import EfficientNetTower
+from ldm.latent_diffusion import with_tower
 from ldm.training import DiffusionTraining, FirstStageTraining, uninitialised
 
 EXPECTED_WARNINGS = (
@@ -82,9 +82,7 @@ class Run:
             return
         unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config's schedule; what the first stage was trained with
         given = {name: tensor for name, tensor in given.items() if not name.startswith(unused)}
-        tower = self.module.cond_stage_model.transformer
-        if isinstance(tower, EfficientNetTower) and not any(name.startswith(TOWER) for name in given):
-            given |= {TOWER + name: tensor for name, tensor in tower.imagenet_state().items()}
+        given = with_tower(given, self.module.cond_stage_model)
         use_prior = self.config.training.use_prior
         if not use_prior:
             trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}

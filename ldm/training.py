@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from ldm.checkpoint.keys import NEW_PARTS
 from ldm.config import Config, FirstStageTrainingConfig, TrainingConfig
+from ldm.diffusion import min_snr_weight
 from ldm.evaluation.features import efficientnet_stages, load_feature_network, normalise
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
@@ -93,16 +94,18 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         torch.manual_seed(int(batch["key"][0]))  # dropout: the only draw that is not made per sample
         losses, t = self.losses(batch)
-        loss = losses.mean()
+        gamma = self.options.min_snr_gamma
+        weights = min_snr_weight(t, gamma, self.config.parameterization, self.alphas_cumprod) if gamma > 0 else 1.0
+        loss = (weights * losses).mean()
         check_finite(loss, self, batch_idx)
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", losses.detach().mean(), prog_bar=True)
         quartile = 4 * t // self.config.schedule.num_timesteps
         for q in quartile.unique().tolist():
             self.log(f"train/loss_t{q + 1}of4", losses.detach()[quartile == q].mean())
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """The training loss, under the EMA weights where EMA is on; the noise is the same in every epoch."""
+        """The error of prediction, under the EMA weights where EMA is on; the noise is the same in every epoch."""
         losses, _ = self.losses(batch)
         self.log("val/loss", losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
 
@@ -120,7 +123,7 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         if self.options.null_drop == "per_batch":
             u = u[:1].expand_as(u)
         t, dropped = t.to(z_0.device), (u < self.options.p_uncond).to(z_0.device)
-        if "exemplar_features" in batch:
+        if "exemplar_features" in batch and not self.options.train_tower:
             context = self.encode_features(batch["exemplar_features"])
         else:
             context = self.encode_exemplar(batch["exemplar"])

@@ -23,13 +23,12 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import FIRST_STAGE, TOWER, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
 from ldm.data.cached import write_cache
-from ldm.data.open_images import OpenImagesDataset
+from ldm.data.datamodule import open_images
 from ldm.data.transforms import exemplar_to_pixels
-from ldm.evaluation.features import FeatureError
 from ldm.files import write_text
-from ldm.latent_diffusion import latent_mask
+from ldm.latent_diffusion import latent_mask, with_tower
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder
+from ldm.models.exemplar_encoder import ExemplarEncoder
 
 LATENTS_CONFIG = "latents.yaml"
 
@@ -49,11 +48,7 @@ def load_encoders(config: Config, checkpoint: Path, device: str) -> tuple[Autoen
     exemplar_encoder = None
     if not config.training.train_tower:
         exemplar_encoder = ExemplarEncoder(config.model.exemplar_encoder)
-        tower = exemplar_encoder.transformer
-        if isinstance(tower, EfficientNetTower) and not any(name.startswith(TOWER) for name in given):
-            tower.load_state_dict(tower.imagenet_state())
-        else:
-            load_part(tower, given, TOWER, checkpoint)
+        load_part(exemplar_encoder.transformer, with_tower(given, exemplar_encoder), TOWER, checkpoint)
     for module in filter(None, (first_stage, exemplar_encoder)):
         module.eval().requires_grad_(False).to(device)
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -106,21 +101,13 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(*args.config)
         first_stage, exemplar_encoder = load_encoders(config, args.checkpoint, args.device)
         for split, draws in (("train", args.draws), ("validation", 1)):
-            dataset = OpenImagesDataset(
-                args.root,
-                split,
-                image_size=config.model.image_size,
-                exemplar_size=config.model.exemplar_encoder.image_size,
-                arbitrary_mask_percent=config.data.arbitrary_mask_percent,
-                augment_exemplar=config.data.augment_exemplar,
-                seed=args.seed,
-            )
+            dataset = open_images(config, split, root=args.root, seed=args.seed)
             variants = [(epoch, index) for epoch in range(draws) for index in range(len(dataset))]
             loader = DataLoader(dataset, batch_size=args.batch_size, sampler=variants, num_workers=args.workers)
             batches = encoded(first_stage, exemplar_encoder, loader, args.device)
             bar = tqdm(batches, total=len(loader), desc=f"{split}: latents", unit="batch")
             write_cache(args.out / f"{split}.safetensors", len(variants), bar)
-    except (CheckpointError, ConfigError, FeatureError, OSError, ValueError) as error:
+    except (CheckpointError, ConfigError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     scale = latent_scale(args.out / "validation.safetensors")

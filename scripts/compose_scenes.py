@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="M",
         help="items of a COCOEE-layout bench of held-out objects (default: none)",
     )
+    parser.add_argument("--bench-size", type=int, metavar="PX", help="side of the bench's scenes (default: --size)")
     parser.add_argument(
         "--hue-jitter",
         type=float,
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             size=arguments.size,
             seed=arguments.seed,
             bench=arguments.bench,
+            bench_size=arguments.bench_size,
             hue_jitter=arguments.hue_jitter,
             hue_jitter_share=arguments.hue_jitter_share,
             extra_share=arguments.extra_share,

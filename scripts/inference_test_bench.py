@@ -43,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     sampling("--plms", dest="sampler", action="store_const", const="plms", help="--sampler plms")
     sampling("--steps", "--ddim_steps", type=int, help="instead of the protocol's")
     sampling("--guidance-scale", "--scale", type=float, help="instead of the protocol's")
+    sampling("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+             help="noise levels with guidance, from 0, data, to 1, noise; default: all")  # fmt: skip
+    sampling("--context-margin", type=float, metavar="M", help="scene shown around the hole, times the hole's size")
     sampling("--eta", "--ddim_eta", type=float, default=0.0, help="ddim's stochasticity; default: %(default)s")
     sampling("--seed", type=int, default=0, help="item k uses seed + k; default: %(default)s")
     machine = parser.add_argument_group("machine").add_argument
@@ -80,7 +83,14 @@ def run(args: argparse.Namespace) -> None:
 
     if args.method not in METHODS:
         raise BenchmarkError(f"--method: got {args.method}, expected one of {', '.join(METHODS)}")
-    asked = {"sampler": args.sampler, "num_steps": args.steps, "guidance_scale": args.guidance_scale, "eta": args.eta}
+    asked = {
+        "sampler": args.sampler,
+        "num_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "guidance_interval": args.guidance_interval and tuple(args.guidance_interval),
+        "context_margin": args.context_margin,
+        "eta": args.eta,
+    }
     if args.method == "null-token" and args.guidance_scale is None:
         asked["guidance_scale"] = 1.0  # guidance has nothing to point at: same pictures in half the time
     settings = Settings(

@@ -75,30 +75,31 @@ def plan(args: argparse.Namespace) -> list[Step]:
     out, device = args.out, words(device=args.device)
     scenes, cache, bench = out / "scenes", out / "cache", out / "scenes" / "bench"
     load_config(*args.first_stage, overrides=args.set_first_stage)
-    size = load_config(*args.base, overrides=args.set).model.image_size
+    config = load_config(*args.base, overrides=args.set)
+    size = config.model.image_size
 
     if args.material is None:
         material = words(from_debian=out / "material")
     else:
-        folders = {name: args.material / name for name in ("cutouts", "backgrounds", "extras")}
         material = words(
-            cutouts=folders["cutouts"],
-            backgrounds=folders["backgrounds"],
-            extra_cutouts=folders["extras"] if args.extra_share > 0 else None,
+            cutouts=args.material / "cutouts",
+            backgrounds=args.material / "backgrounds",
+            extra_cutouts=args.material / "extras",  # looked at where --extra-share is not 0
         )
     composing = words(
         out=scenes,
         count=args.count,
-        size=size,
+        size=2 * size if config.data.context_margins else size,  # close crops need scenes with more detail
         seed=0,
         bench=args.bench,
+        bench_size=size,
         hue_jitter=0.25,
         extra_share=args.extra_share,
         patch_share=args.patch_share,
         workers=args.workers,
     )
     encoder, model = (newest(out / run, "checkpoints/last.ckpt") for run in ("first-stage", "train"))
-    train = str(ROOT / "main.py")
+    train, weights = str(ROOT / "main.py"), out / "model" / "model.safetensors"
     caching = words(checkpoint=encoder, root=scenes, out=cache, draws=args.draws, workers=args.workers)
     start = words(pretrained_model=encoder, logdir=out / "train", name="mini")
     steps = [
@@ -122,11 +123,10 @@ def plan(args: argparse.Namespace) -> list[Step]:
             ),
             out / "train",
         ),
-        Step("export", (script("export_checkpoint"), model, str(out / "model" / "model.safetensors"), "--overwrite")),
+        Step("export", (script("export_checkpoint"), model, str(weights), "--overwrite")),
     ]
-    runs = {name: words(checkpoint=out / "model" / "model.safetensors", protocol=p) for name, p in PROTOCOLS.items()}
-    runs |= {name: words(method=name) for name in BASELINES}
-    runs["null-token"] = (*runs["null-token"], *words(checkpoint=out / "model" / "model.safetensors"))
+    runs = {name: words(checkpoint=weights, protocol=protocol) for name, protocol in PROTOCOLS.items()}
+    runs |= {name: words(method=name, checkpoint=weights if name == "null-token" else None) for name in BASELINES}
     for name, options in runs.items():
         command = (script("inference_test_bench"), str(bench), *words(outdir=out / "results" / name), *options, *device)
         steps.append(Step(f"sample-{name}", command))

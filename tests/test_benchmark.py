@@ -139,10 +139,21 @@ def test_protocols(bench: Path, tiny_folder: Path, one_by_one: Path, tmp_path: P
 
 def test_the_originals_command_line(bench: Path, tiny_folder: Path, tmp_path: Path) -> None:
     options = ["--plms", "--ddim_steps", "2", "--scale", "1.5", "--n_samples", "4", "--precision", "full", "--H", "512"]
+    options += ["--guidance-interval", "0.2", "0.8"]  # ours stand beside the original's
     weights = ["--config", str(tiny_folder / "config.yaml"), "--ckpt", str(tiny_folder / "model.safetensors")]
     assert edit(bench, tmp_path, *weights, *options, "--fixed_code", "--skip_grid", "--device", "cpu") == 0
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert (settings["sampler"], settings["num_steps"], settings["guidance_scale"]) == ("plms", 2, 1.5)
+    assert settings["guidance_interval"] == [0.2, 0.8]
+
+
+def test_context_margin_decides_what_the_model_sees(bench: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    weights = ["--checkpoint", str(tiny_folder / "model.safetensors"), "--protocol", "ours", "--steps", "2"]
+    for margin in ("0.1", "0.5"):
+        assert edit(bench, tmp_path / margin, *weights, "--limit", "1", "--context-margin", margin) == 0
+        assert json.loads((tmp_path / margin / "settings.json").read_text())["context_margin"] == float(margin)
+    near, wide = ((tmp_path / margin / "results" / f"{IDS[0]}.png").read_bytes() for margin in ("0.1", "0.5"))
+    assert near != wide
 
 
 def test_exemplars_of_the_methods(bench: Path, tiny_folder: Path, one_by_one: Path, tmp_path: Path) -> None:
@@ -394,6 +405,8 @@ def test_sweeps_are_drawn_of_runs_that_differ_in_one_setting(record: Path) -> No
     written["runs"]["more"] = run | {"settings": run["settings"] | {"guidance_scale": 2.0}}
     assert list(sweeps(written)) == ["Guidance scale"]
     written["runs"]["longer"] = run | {"settings": run["settings"] | {"num_steps": 9}}
+    assert list(sweeps(written)) == ["Guidance scale", "Steps: quality against time"]
+    written["runs"]["within"] = run | {"settings": run["settings"] | {"guidance_interval": [0.2, 0.8]}}
     assert list(sweeps(written)) == ["Guidance scale", "Steps: quality against time"]
     assert choose_samples([3.0, 1.0, 2.0, 5.0, 4.0], "higher") == {
         "worst": [1, 2, 0],

@@ -16,6 +16,7 @@ from ldm.diffusion import (
     eps_from_v,
     eps_from_x_0,
     make_schedule,
+    min_snr_weight,
     posterior_coefficients,
     q_sample,
     target,
@@ -169,3 +170,26 @@ def test_unknown_parameterizations_are_refused() -> None:
         target(x, x, t, "mu", ac)
     with pytest.raises(ValueError, match="parameterization: got 'mu'"):
         to_eps(x, x, t, "mu", ac)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    parameterization=st.sampled_from(("eps", "v", "x0")),
+    seed=st.integers(0, 2**31),
+    t=st.integers(50, 950),
+    gamma=st.floats(0.1, 20),
+)
+def test_min_snr_weighs_errors_of_x_0(parameterization: str, seed: int, t: int, gamma: float) -> None:
+    """Whatever is predicted: the weighted squared error is that of the x_0 it stands for, times min(SNR, gamma)."""
+    ac = make_schedule(ScheduleConfig(name="cosine")).buffers()["alphas_cumprod"]
+    x_0, eps, error = torch.randn(3, 1, 4, 3, 3, generator=torch.Generator().manual_seed(seed))
+    steps = torch.tensor([t])
+    x_t = q_sample(x_0, steps, eps, ac)
+    prediction = target(x_0, eps, steps, parameterization, ac) + error
+    implied = x_0_from_eps(x_t, steps, to_eps(prediction, x_t, steps, parameterization, ac), ac)
+    snr = ac[t] / (1 - ac[t])
+    weighted = min_snr_weight(steps, gamma, parameterization, ac) * error.square().mean()
+    # float32, with a division by alpha that is at least 0.07 and one by sigma that is at least 0.08
+    torch.testing.assert_close(
+        weighted[0], snr.clamp(max=gamma) * (implied - x_0).square().mean(), rtol=2e-3, atol=1e-6
+    )

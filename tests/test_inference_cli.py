@@ -89,9 +89,11 @@ def test_the_original_command_line(tiny_folder: Path, files: dict[str, Path], tm
         settings = json.loads(result.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
     assert (settings["sampler"], settings["num_steps"], settings["guidance_scale"]) == ("plms", 50, 5.0)
     assert (out / "scene_322.png").is_file()  # the second iteration
-    assert inference.main(f"{command} --ddim_steps 3 --device cpu --overwrite".split()) == 0
+    ours = "--guidance-interval 0.2 0.8 --device cpu --overwrite"
+    assert inference.main(f"{command} --ddim_steps 3 {ours}".split()) == 0
     with Image.open(out / "scene_321.png") as result:
-        assert json.loads(result.text["parameters"])["num_steps"] == 3  # pyright: ignore[reportAttributeAccessIssue]
+        settings = json.loads(result.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
+    assert (settings["num_steps"], settings["guidance_interval"]) == (3, [0.2, 0.8])
 
 
 def test_bundled_example_is_the_first_complete_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

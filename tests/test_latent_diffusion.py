@@ -292,9 +292,30 @@ def test_guidance_is_the_published_formula(golden: dict[str, Tensor], tiny_model
     torch.testing.assert_close(of_null, no_guidance, rtol=0, atol=1e-5 * of_null.abs().max().item())
 
 
+def test_guidance_acts_within_its_interval(
+    golden: dict[str, Tensor], tiny_model: LatentDiffusion, unet_calls: list[tuple[int, int]]
+) -> None:
+    inputs, x_T = scene(golden, 2), golden["sample/x_T"]
+
+    def sample(scale: float, *interval: float) -> Tensor:
+        unet_calls.clear()
+        options: dict[str, Any] = {"guidance_interval": interval} if interval else {}
+        return tiny_model.sample(**inputs, sampler="ddim", num_steps=10, guidance_scale=scale, x_T=x_T, **options)
+
+    within = sample(4.0, 0.25, 0.75)
+    levels = [t / 999 for _, t in unet_calls]
+    assert [size for size, _ in unet_calls] == [4 if 0.25 <= level <= 0.75 else 2 for level in levels]
+    assert min(levels) < 0.25 and max(levels) > 0.75
+    always, never = sample(4.0), sample(1.0)
+    assert torch.equal(sample(4.0, 0.0, 1.0), always)
+    torch.testing.assert_close(sample(4.0, 0.02, 0.03), never, rtol=0, atol=1e-6)
+    assert min((within - always).abs().max(), (within - never).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"guidance_interval": (0.6, 0.4)}, r"guidance_interval: got 0\.6 to 0\.4, expected 0 <= low <= high <= 1"),
         ({"sampler": "euler"}, "sampler: got 'euler', expected one of ddpm, ddim, plms, dpm_solver_pp, unipc"),
         ({"num_steps": 0}, "num_steps: got 0, expected 1 to 1000"),
         ({"sampler": "plms", "eta": 0.5}, r"eta: got 0\.5, expected 0"),

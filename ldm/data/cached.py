@@ -63,11 +63,9 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
             `exemplar_features` (L, F) where they were cached.
         """
         index = item[1] if isinstance(item, tuple) else item
-        present = [name for name in OPTIONAL_FIELDS if name in self.arrays]
+        floats = self.arrays.keys() - {"keep_mask", "exemplar"}
         return {
-            **{name: self.arrays[name][index].float() for name in present},
-            "image_moments": self.arrays["image_moments"][index].float(),
-            "masked_moments": self.arrays["masked_moments"][index].float(),
+            **{name: self.arrays[name][index].float() for name in floats},
             "keep_mask": self.arrays["keep_mask"][index].float() / 255.0,
             "exemplar": clip_normalise(self.arrays["exemplar"][index].numpy()),
         }

@@ -61,6 +61,7 @@ class SceneSettings:
     size: int  # pixels, side of the square scenes
     seed: int = 0
     bench: int = 0  # items in the bench
+    bench_size: int | None = None  # pixels, side of the bench's scenes; None: `size`
     validation_share: float = 0.02  # scenes in validation, and in test, per scene in train
     holdout: float = 0.15  # share of cut-outs that only test and bench show
     background_holdout: float = 0.12
@@ -73,6 +74,7 @@ class SceneSettings:
         for name, low, high in (
             ("count", 1, 10**7),
             ("size", 16, 2048),
+            *([("bench_size", 16, 2048)] if self.bench_size is not None else []),
             ("seed", 0, 2**63),
             ("bench", 0, 10**6),
             ("hue_jitter", 0.0, 0.5),
@@ -378,6 +380,11 @@ def group_alike(looks: np.ndarray, tolerance: float = 6.0) -> list[int]:
     return leaders
 
 
+def _for_scenes(cutouts: Pictures, name: str, size: int) -> Image.Image:
+    """A cut-out as large as scenes of `size` pixels can use it."""
+    return _load_cutout(cutouts.root / name, size * _oversampling(size))
+
+
 @lru_cache(maxsize=_CACHE_SIZE)
 def _load_cutout(path: Path, max_side: int) -> Image.Image:
     """A cut-out as RGBA, trimmed to what is opaque, at most `max_side` pixels on the long side."""
@@ -440,7 +447,7 @@ class _Plan:
         return np.random.default_rng([self.settings.seed, _PARTS.index(part), index])
 
     def cutout(self, name: str, size: int) -> tuple[str, Image.Image]:
-        return name, _load_cutout(self.cutouts.root / name, size * _oversampling(size))
+        return name, _for_scenes(self.cutouts, name, size)
 
     def training_object(self, rng: np.random.Generator, name: str) -> tuple[str, Image.Image]:
         """The cut-out `name`, or in its place an extra one or a piece of a photograph, by the settings' shares."""
@@ -450,8 +457,7 @@ class _Plan:
             return f"patch/{photograph}", photo_patch(rng, self.background(photograph, settings.size))
         if self.extras is not None and u < settings.patch_share + settings.extra_share:
             (extra,) = _draw_names(rng, self.extras.train, 1)
-            side = settings.size * _oversampling(settings.size)
-            return f"extra/{extra}", _load_cutout(self.extras.root / extra, side)
+            return f"extra/{extra}", _for_scenes(self.extras, extra, settings.size)
         return self.cutout(name, settings.size)
 
     def background(self, name: str, size: int) -> Image.Image:
@@ -578,7 +584,7 @@ def _write_scene(plan: _Plan, split: str, index: int) -> Iterator[tuple[object, 
 
 def _write_bench_item(plan: _Plan, index: int) -> Iterator[tuple[object, ...]]:
     """One test case: scene, hole around its main object, and another view of that object as exemplar."""
-    size, rng = plan.settings.size, plan.generator("bench", index)
+    size, rng = plan.settings.bench_size or plan.settings.size, plan.generator("bench", index)
     names = plan.cutouts.distinct  # an edit is compared with other items' exemplars: none may be its twin
     main = names[index % len(names)]
     others = [name for name in names if name != main]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -146,17 +147,31 @@ def _outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # Python also ends workers by SIGTERM: obey, later
 
 
-def _dataset(config: Config, split: str, max_samples: int | None) -> OpenImagesDataset | CachedDataset:
+def open_images(
+    config: Config,
+    split: str,
+    *,
+    root: str | Path | None = None,
+    seed: int | None = None,
+    max_samples: int | None = None,
+) -> OpenImagesDataset:
+    """The samples that a config asks for, from photographs and boxes; `root` and `seed` stand in for the config's."""
     data = config.data
-    if data.kind == "cached":
-        return CachedDataset(data.root, split, max_samples=max_samples)
+    margins = data.context_margins
     return OpenImagesDataset(
-        data.root,
+        data.root if root is None else root,
         split,
         image_size=config.model.image_size,
         exemplar_size=config.model.exemplar_encoder.image_size,
         arbitrary_mask_percent=data.arbitrary_mask_percent,
         augment_exemplar=data.augment_exemplar,
-        seed=config.seed,
+        context_margins=(margins[0], margins[1]) if margins else None,
+        seed=config.seed if seed is None else seed,
         max_samples=max_samples,
     )
+
+
+def _dataset(config: Config, split: str, max_samples: int | None) -> OpenImagesDataset | CachedDataset:
+    if config.data.kind == "cached":
+        return CachedDataset(config.data.root, split, max_samples=max_samples)
+    return open_images(config, split, max_samples=max_samples)

@@ -42,6 +42,10 @@ class Box(NamedTuple):
             and self.bottom >= other.bottom
         )
 
+    def clipped(self, width: int, height: int) -> Box:
+        """What of it lies inside an image of that size."""
+        return Box(max(self.left, 0), max(self.top, 0), min(self.right, width), min(self.bottom, height))
+
     def transposed(self) -> Box:
         return Box(self.top, self.left, self.bottom, self.right)
 
@@ -77,17 +81,16 @@ def pad_box(box: Box, size: tuple[int, int], padding: int) -> Box:
     )
 
 
-def grow_box(box: Box, size: tuple[int, int], rng: np.random.Generator) -> Box:
+def grow_box(box: Box, within: Box, rng: np.random.Generator) -> Box:
     """Move every side outwards by a uniform whole number of pixels, at most 40 % of the free space there.
 
     Four draws: left, top, right, bottom.
     """
-    width, height = size
     return Box(
-        box.left - _up_to(GROWTH * box.left, rng),
-        box.top - _up_to(GROWTH * box.top, rng),
-        box.right + _up_to(GROWTH * (width - box.right), rng),
-        box.bottom + _up_to(GROWTH * (height - box.bottom), rng),
+        box.left - _up_to(GROWTH * (box.left - within.left), rng),
+        box.top - _up_to(GROWTH * (box.top - within.top), rng),
+        box.right + _up_to(GROWTH * (within.right - box.right), rng),
+        box.bottom + _up_to(GROWTH * (within.bottom - box.bottom), rng),
     )
 
 
@@ -184,6 +187,37 @@ def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> 
     free = min(grown.left - left, grown.top, left + height - grown.right, height - grown.bottom)
     margin = _up_to(ZOOM * free, rng)
     return Box(left + margin, margin, left + height - margin, height - margin)
+
+
+def context_window(
+    size: tuple[int, int], box: Box, margins: tuple[float, float], min_side: int, rng: np.random.Generator
+) -> Box:
+    """Square window around the box, as editing crops one around a hole: the box with some context.
+
+    The side is the box's longer side plus a margin, a share of it, on both; at least `min_side`, so that no picture
+    is enlarged, and at most the image's short side. A box longer than that gets what `crop_window` makes of it.
+
+    Three draws: margin (log-uniform), left, top.
+
+    Args:
+        size: (width, height) of the image.
+        box: inside the image.
+        margins: smallest and largest margin, 0 < low <= high.
+        min_side: pixels.
+
+    Returns:
+        A square that contains `box`; inside the image unless `box` is longer than the image's short side.
+    """
+    longest = max(box.right - box.left, box.bottom - box.top)
+    if longest > min(size):
+        return crop_window(size, box, rng)
+    margin = float(np.exp(rng.uniform(*np.log(margins))))
+    side = min(max(round(longest * (1 + 2 * margin)), min_side), min(size))
+    left, top = (
+        int(rng.integers(max(0, stop - side), min(start, length - side), endpoint=True))
+        for start, stop, length in zip(box[:2], box[2:], size, strict=True)
+    )
+    return Box(left, top, left + side, top + side)
 
 
 def _up_to(limit: float, rng: np.random.Generator) -> int:

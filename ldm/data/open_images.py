@@ -49,6 +49,8 @@ class OpenImagesDataset(Dataset[dict[str, Tensor]]):
         augment_exemplar: whether the exemplar is augmented or only squashed. Everything else is drawn the same.
         seed: with the epoch and the index it decides everything that is random.
         max_samples: use only the first that many images, in order of their ids.
+        context_margins: crop as editing does, with smallest and largest margin; see `masks.context_window`. None
+            crops as the paper does.
 
     Raises:
         DatasetError: there are no text files, or none has its image.
@@ -64,11 +66,13 @@ class OpenImagesDataset(Dataset[dict[str, Tensor]]):
         augment_exemplar: bool = True,
         seed: int = 0,
         max_samples: int | None = None,
+        context_margins: tuple[float, float] | None = None,
     ) -> None:
         self.boxes = Path(root) / "bbox" / split
         self.image_size, self.exemplar_size = image_size, exemplar_size
         self.arbitrary_mask_percent = arbitrary_mask_percent
         self.augment_exemplar = augment_exemplar
+        self.context_margins = context_margins
         self.seed = seed
         self.num_skipped = 0  # in this process
         if not self.boxes.is_dir():
@@ -107,13 +111,19 @@ class OpenImagesDataset(Dataset[dict[str, Tensor]]):
             box = self._choose_box(path, size, rng)
             drawn = transforms.draw_augmentation(rng, self.exemplar_size)
             augmentation = drawn if self.augment_exemplar else transforms.ExemplarAugmentation()
-            grown = masks.grow_box(box, size, rng)
+            # The paper draws the hole in the photograph and the crop around it; editing crops first.
+            if self.context_margins is None:
+                grown = masks.grow_box(box, Box(0, 0, *size), rng)
+                window = None
+            else:
+                window = masks.context_window(size, box, self.context_margins, self.image_size, rng)
+                grown = masks.grow_box(box, window.clipped(*size), rng)
             if rng.random() < self.arbitrary_mask_percent:
                 jitter = round(masks.JITTER * scale)
                 hole = masks.polygon_hole(size, masks.arbitrary_polygon(box, grown, rng, jitter))
             else:
                 hole = masks.rectangle_hole(size, grown)
-            window = masks.crop_window(size, grown, rng)
+            window = window or masks.crop_window(size, grown, rng)
             padded = masks.pad_box(box, size, round(EXEMPLAR_PADDING * scale))
             decoded, reduction = self._decode(file, window, padded)
 

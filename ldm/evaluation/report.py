@@ -203,10 +203,10 @@ def _value(figure: Mapping[str, Any]) -> str:
 
 def _series(runs: Sequence[Record], *, varying: str, fixed: Sequence[str]) -> dict[str, list[Record]]:
     """Runs of equal `fixed` settings, sorted along the varying one, if it varies in at least one such series."""
-    fixed = (*fixed, "crop", "paste_back", "checkpoint_sha256")
+    fixed = (*fixed, "guidance_interval", "context_margin", "crop", "paste_back", "checkpoint_sha256")
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for run in runs:
-        groups[tuple(run["settings"][key] for key in fixed)].append(run)
+        groups[tuple(str(run["settings"].get(key)) for key in fixed)].append(run)
     # Runs alone in their series stand beside those that vary, where all but the first of `fixed` is equal.
     varied = {
         shared[1:] for shared, members in groups.items() if len({run["settings"][varying] for run in members}) > 1

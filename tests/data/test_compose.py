@@ -367,6 +367,14 @@ def test_extras_and_patches_are_for_training_alone(material: Path, extras: Path,
     assert files_in(mixed / "bench") == files_in(dataset / "bench")
 
 
+def test_the_bench_may_have_its_own_size(material: Path, dataset: Path, tmp_path: Path) -> None:
+    larger = compose(material, tmp_path / "out", count=1, size=2 * SIZE, bench_size=SIZE)
+    assert files_in(larger / "bench") == files_in(dataset / "bench")
+    (scene,) = (larger / "images/train").iterdir()
+    with Image.open(scene) as picture:
+        assert picture.size == (2 * SIZE, 2 * SIZE)
+
+
 def test_extras_must_be_given(material: Path, extras: Path, tmp_path: Path) -> None:
     with pytest.raises(ComposeError, match="--extra-cutouts"):
         compose(material, tmp_path / "out", extra_share=0.5)

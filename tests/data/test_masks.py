@@ -52,7 +52,7 @@ def is_hole(mask: Image.Image) -> np.ndarray:
 def test_growth_and_exemplar_crop_replay_the_original(record: dict[str, Any]) -> None:
     box = Box(*record["bbox"])
     rng = Replay(record["grow_draws"])
-    assert masks.grow_box(box, size_of(record), rng) == tuple(record["extended_bbox"])
+    assert masks.grow_box(box, masks.Box(0, 0, *size_of(record)), rng) == tuple(record["extended_bbox"])
     assert not rng.draws
     assert masks.pad_box(box, size_of(record), 10) == tuple(record["bbox_pad"])
 
@@ -142,7 +142,7 @@ def degenerate(test: Any) -> Any:
 @given(images_with_boxes(), seeds)
 def test_grown_box_holds_the_box_and_leaves_most_of_the_free_space(case: Any, seed: int) -> None:
     size, box = case
-    grown = masks.grow_box(box, size, np.random.default_rng(seed))
+    grown = masks.grow_box(box, masks.Box(0, 0, *size), np.random.default_rng(seed))
     assert grown.contains(box) and grown.inside(*size)
     assert grown.left >= 0.6 * box.left and size[0] - grown.right >= 0.6 * (size[0] - box.right)
     assert grown.top >= 0.6 * box.top and size[1] - grown.bottom >= 0.6 * (size[1] - box.bottom)
@@ -154,7 +154,7 @@ def test_grown_box_holds_the_box_and_leaves_most_of_the_free_space(case: Any, se
 def test_hole_contains_the_box_and_stays_near_the_grown_box(case: Any, seed: int) -> None:
     size, box = case
     rng = np.random.default_rng(seed)
-    grown = masks.grow_box(box, size, rng)
+    grown = masks.grow_box(box, masks.Box(0, 0, *size), rng)
     jitter = int(rng.integers(0, masks.JITTER, endpoint=True))
     arbitrary = is_hole(masks.polygon_hole(size, masks.arbitrary_polygon(box, grown, rng, jitter)))
     rectangle = is_hole(masks.rectangle_hole(size, grown))
@@ -173,7 +173,7 @@ def test_outline_is_simple(case: Any, seed: int) -> None:
     """Each side runs forward along its edge of the box and outside it: nothing crosses, nothing is inside out."""
     size, box = case
     rng = np.random.default_rng(seed)
-    polygon = masks.arbitrary_polygon(box, masks.grow_box(box, size, rng), rng)
+    polygon = masks.arbitrary_polygon(box, masks.grow_box(box, masks.Box(0, 0, *size), rng), rng)
     top, right, bottom, left = polygon.reshape(4, -1, 2)
     assert (np.diff(top[:, 0]) >= 0).all() and (np.diff(right[:, 1]) >= 0).all()
     assert (np.diff(bottom[:, 0]) <= 0).all() and (np.diff(left[:, 1]) <= 0).all()
@@ -193,6 +193,36 @@ def test_crop_is_a_square_that_holds_the_grown_box(case: Any, seed: int) -> None
     assert window.contains(grown)
     fits = max(grown.right - grown.left, grown.bottom - grown.top) <= min(size)
     assert window.inside(*size) == fits
+
+
+@given(images_with_boxes(), st.tuples(st.floats(0.01, 2), st.floats(0.01, 2)).map(sorted), st.integers(1, 80), seeds)
+def test_context_window_is_the_box_and_its_margins(case: Any, margins: list[float], min_side: int, seed: int) -> None:
+    size, box = case
+    low, high = margins
+    rng = np.random.default_rng(seed)
+    window = masks.context_window(size, box, (low, high), min_side, rng)
+    side, longest = window.right - window.left, max(box.right - box.left, box.bottom - box.top)
+    assert side == window.bottom - window.top
+    assert window.contains(box)
+    assert window.inside(*size) == (longest <= min(size))
+    if longest <= min(size):
+        # the margin is rounded to whole pixels
+        assert side >= min(*size, max(min_side, longest * (1 + 2 * low) - 1))
+        assert side <= min(*size, max(min_side, longest * (1 + 2 * high) + 1))
+    frame = window.clipped(*size)
+    assert frame.inside(*size) and window.contains(frame)
+    grown = masks.grow_box(box, frame, rng)
+    assert frame.contains(grown) and grown.contains(box)
+
+
+def test_context_window_uses_all_margins_and_places() -> None:
+    size, grown = (1000, 1000), masks.Box(480, 490, 520, 510)
+    windows = [masks.context_window(size, grown, (0.1, 1.0), 1, np.random.default_rng(seed)) for seed in range(400)]
+    margins = [((window.right - window.left) / 40 - 1) / 2 for window in windows]
+    assert min(margins) < 0.12 and max(margins) > 0.9
+    assert 0.4 < np.mean(np.array(margins) < 0.1**0.5) < 0.6  # log-uniform: half below the geometric mean; 4 sigma
+    places = [(grown.left - window.left) / max(1, window.right - window.left - 40) for window in windows]
+    assert min(places) < 0.05 and max(places) > 0.95
 
 
 @given(images_with_boxes(), seeds)

@@ -71,6 +71,19 @@ def test_items_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
     assert not any(same(make(root, seed=4)[i], first[i]) for i in range(4))
 
 
+def test_crops_as_in_editing_show_more_of_the_hole(tmp_path: Path) -> None:
+    add(tmp_path, "0" * 16, photo((400, 300)), ["150 100 210 160"])
+    near = make(tmp_path, context_margins=(0.05, 0.1), arbitrary_mask_percent=0.0)
+    paper = make(tmp_path, arbitrary_mask_percent=0.0)
+
+    def hole_shares(dataset: OpenImagesDataset) -> list[float]:
+        return [1 - dataset[epoch, 0]["keep_mask"].mean().item() for epoch in range(20)]
+
+    # 60 pixels, with a twentieth to a tenth on both sides: at least (1 / 1.2)^2 of the square
+    assert min(hole_shares(near)) > 0.65
+    assert max(hole_shares(paper)) < 0.6
+
+
 def test_without_augmentation_the_exemplar_is_squashed_and_nothing_else_changes(root: Path) -> None:
     plain, augmented = make(root, augment_exemplar=False), make(root)
     changed = 0

@@ -65,6 +65,34 @@ def test_the_tower_is_trained_where_the_config_says_so(
     assert not any(p.requires_grad for p in module.first_stage_model.parameters())
 
 
+def test_a_trained_tower_sees_the_exemplar_though_features_are_cached(
+    make_module: Callable[..., DiffusionTraining], batch: Batch
+) -> None:
+    module = make_module("training.train_tower=true", "training.p_uncond=0")
+    features = module.cond_stage_model.features(batch["exemplar"]).detach()
+    module.losses({**batch, "exemplar_features": features})[0].mean().backward()
+    assert all(p.grad is not None for p in module.cond_stage_model.transformer.parameters())
+
+
+def test_min_snr_weights_scale_the_optimised_loss_and_not_the_logged_one(
+    make_module: Callable[..., DiffusionTraining], batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[float] = []
+    monkeypatch.setattr("ldm.training.check_finite", lambda *_: None)
+    optimised = []
+    for gamma in (0, 5):
+        module = make_module(f"training.min_snr_gamma={gamma}")
+        monkeypatch.setattr(
+            module, "log", lambda name, value, **_: logged.append(float(value)) if name == "train/loss" else None
+        )
+        optimised.append(module.training_step(batch, 0).item())
+    losses, t = module.losses(batch)
+    snr = module.alphas_cumprod[t] / (1 - module.alphas_cumprod[t])
+    assert optimised[0] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert optimised[1] == pytest.approx((losses * snr.clamp(max=5) / snr).mean().item(), rel=1e-5)  # predicts eps
+    assert logged == pytest.approx([optimised[0]] * 2, rel=1e-6)
+
+
 def test_frozen_parts_stay_and_trained_parts_move(
     fit: Callable[..., tuple[Run, int]], make_config: MakeConfig, weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
