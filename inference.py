@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--n_iter", type=int, default=1, help="repeats --n-samples with further seeds")
     fit = parser.add_argument_group("fitting the scene to the model")
     fit.add_argument(
-        "--context-margin", type=float, default=0.5, help="scene shown on each side, times the hole's size; %(default)s"
+        "--context-margin", type=float, help="scene shown on each side, times the hole's size; default: the model's"
     )
     fit.add_argument("--feather", type=int, default=0, help="pixels over which the hole's edge fades; %(default)s")
     fit.add_argument("--whole-image", action="store_true", help="show the model the whole scene, as the paper does")
@@ -152,6 +152,8 @@ def edit(args: argparse.Namespace) -> None:
             bar.total = args.n_iter * num_steps  # some step counts are rounded up
             bar.update()
 
+        if options["context_margin"] is None:
+            options["context_margin"] = editor.model.config.context_margin
         bar.set_description("painting")
         for i in range(0, len(seeds), args.n_samples):
             batch = seeds[i : i + args.n_samples]

@@ -51,7 +51,7 @@ class Protocol:
     Attributes:
         sampler, num_steps, guidance_scale, eta, guidance_interval: as for `LatentDiffusion.sample`.
         crop: show the model a square around the hole; else the whole scene.
-        context_margin: what that square shows besides; `fit_window`.
+        context_margin: what that square shows besides, as for `fit_window`; None is what the model's config says.
         paste_back: keep the scene's own pixels outside the hole; else the result is the decoder's picture of it all.
     """
 
@@ -62,7 +62,7 @@ class Protocol:
     paste_back: bool
     eta: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    context_margin: float = 0.5
+    context_margin: float | None = None
 
 
 PROTOCOLS = {
@@ -130,11 +130,12 @@ class Tasks(Dataset[Task]):
         if self.settings.method == "other-exemplar":
             item = item._replace(exemplar=self.bench[(index + 1) % len(self.bench)].exemplar)
         protocol = self.settings.protocol
+        margin = protocol.context_margin
         fitted = fit_scene(
             item.scene,
             item.hole_mask,
             self.model.image_size,
-            context_margin=protocol.context_margin,
+            context_margin=self.model.context_margin if margin is None else margin,
             whole_image=not protocol.crop,
         )
         return Task(

@@ -99,6 +99,7 @@ class ModelConfig:
 
     image_size: int = 512  # pixels, side of the square that the model edits
     scale_factor: float = 0.18215  # latent = scale_factor * posterior sample
+    context_margin: float = 0.5  # what editing shows around a hole, as a share of the hole's longer side
     parameterization: str = "eps"  # what the UNet predicts: eps | v | x0
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -106,6 +107,8 @@ class ModelConfig:
     exemplar_encoder: ExemplarEncoderConfig = field(default_factory=ExemplarEncoderConfig)
 
     def __post_init__(self) -> None:
+        if self.context_margin < 0:
+            raise ConfigError(f"model.context_margin: got {self.context_margin}, expected 0 or more")
         _one_of("model.parameterization", self.parameterization, ("eps", "v", "x0"))
 
 

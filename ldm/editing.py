@@ -154,7 +154,7 @@ class Editor:
         eta: float = 0.0,
         seed: int | Sequence[int] = 0,
         n_samples: int = 1,
-        context_margin: float = 0.5,
+        context_margin: float | None = None,
         feather: int = 0,
         whole_image: bool = False,
         on_step: OnStep | None = None,
@@ -180,7 +180,8 @@ class Editor:
             seed: sample i uses `seed + i`, or the i-th entry of a list. Equal seeds give the same picture
                 alone or among others; across devices and batch sizes up to rounding.
             n_samples: pictures to make; with a list of seeds, its length.
-            context_margin: surroundings on each side as a share of the hole's longer side; `fit_window`.
+            context_margin: surroundings on each side as a share of the hole's longer side; `fit_window`. None is what
+                the model's config says.
             feather: pixels around the hole over which the painted square fades into the scene.
             whole_image: show the model the whole scene instead of a crop, as the paper does. A scene that
                 is not square is extended by reflection, not squashed.
@@ -201,6 +202,8 @@ class Editor:
             seeds = list(seed)
             if not seeds or n_samples not in (1, len(seeds)):
                 raise EditingError(f"got {len(seeds)} seeds for {n_samples} samples, expected one seed per sample")
+        if context_margin is None:
+            context_margin = self.model.config.context_margin
         if context_margin < 0 or feather < 0:
             raise EditingError(f"got context_margin={context_margin}, feather={feather}, expected 0 or more")
 

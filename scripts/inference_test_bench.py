@@ -45,7 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     sampling("--guidance-scale", "--scale", type=float, help="instead of the protocol's")
     sampling("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
              help="noise levels with guidance, from 0, data, to 1, noise; default: all")  # fmt: skip
-    sampling("--context-margin", type=float, metavar="M", help="scene shown around the hole, times the hole's size")
+    sampling(
+        "--context-margin",
+        type=float,
+        metavar="M",
+        help="scene shown around the hole, times the hole's size; default: the model's",
+    )
     sampling("--eta", "--ddim_eta", type=float, default=0.0, help="ddim's stochasticity; default: %(default)s")
     sampling("--seed", type=int, default=0, help="item k uses seed + k; default: %(default)s")
     machine = parser.add_argument_group("machine").add_argument

@@ -66,10 +66,10 @@ def test_edit_keeps_the_scene_and_takes_the_exemplars_colour(editor: Editor, exa
     assert distance < without
 
 
-# What the guard below measured when the weights were shipped. Other noise (seeds 100, 200, …, 500) moves identification
-# by 0.007 and similarity by 0.41, one standard deviation each.
-GUARDED = {"identification": 0.739, "similarity": 42.7}
-TOLERANCE = {"identification": 0.021, "similarity": 1.24}  # three of them
+# What the guard below measured when the weights were shipped. Over the seeds 0, 100, …, 500 identification varies by
+# 0.0044 and similarity by 0.26, one standard deviation each.
+GUARDED = {"identification": 0.825, "similarity": 47.1}
+TOLERANCE = {"identification": 0.013, "similarity": 0.77}  # three of them
 
 
 def test_figures_do_not_drift(tmp_path: Path) -> None:

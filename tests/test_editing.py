@@ -27,7 +27,7 @@ class MeanColourPainter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(image_size=S, exemplar_encoder=SimpleNamespace(image_size=14))
+        self.config = SimpleNamespace(image_size=S, context_margin=0.5, exemplar_encoder=SimpleNamespace(image_size=14))
         self.learnable_vector = nn.Parameter(torch.zeros(1, 1, 3), requires_grad=False)
         self.calls: list[dict[str, Any]] = []
 
@@ -204,6 +204,18 @@ def test_sampling_options_reach_the_model(editor: Editor, painter: MeanColourPai
     editor.edit(photo(40, 40), box_mask((40, 40), (8, 8, 20, 20)), None, **options)
     call = painter.calls[0]
     assert {key: call[key] for key in options} == options
+
+
+def test_the_model_says_how_much_context_it_wants(editor: Editor, painter: MeanColourPainter) -> None:
+    def share_of_hole(**options: float) -> float:
+        editor.edit(photo(90, 90), box_mask((90, 90), (30, 30, 60, 60)), RED, **options)  # pyright: ignore[reportArgumentType]
+        return 1 - float(painter.calls[-1]["keep_mask"].mean())
+
+    wide = share_of_hole()
+    assert wide == share_of_hole(context_margin=0.5)
+    painter.config.context_margin = 0.1
+    near = share_of_hole()
+    assert near == share_of_hole(context_margin=0.1) > 2 * wide
 
 
 # ---- what people bring ----

@@ -97,7 +97,7 @@ def test_the_recipe_for_a_gpu_is_one(capsys: pytest.CaptureFixture[str], tmp_pat
     ]
     options = ["--base", *configs[0], "--first-stage", *configs[1]]
     assert make_mini.main(["--out", str(tmp_path), *options, "--dry-run"]) == 0
-    assert "--size 128" in capsys.readouterr().out
+    assert "--size 256 --seed 0 --bench 200 --bench-size 128" in capsys.readouterr().out
     config, first_stage = (load_config(*files) for files in configs)
     assert config.model.first_stage == first_stage.model.first_stage
     with torch.device("meta"):
