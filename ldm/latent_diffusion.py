@@ -188,7 +188,7 @@ class LatentDiffusion(nn.Module):
         Raises:
             ValueError: unknown sampler, impossible step count or interval.
 
-        Source: Ho & Salimans 2022, Eq. 6 (guidance); Kynkaanniemi et al. 2024, Eq. 5 (in an interval).
+        Source: Ho & Salimans 2022, Eq. 6 (guidance); Kynkäänniemi et al. 2024, Eq. 5 (in an interval).
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
@@ -199,16 +199,15 @@ class LatentDiffusion(nn.Module):
         still = torch.cat([z_masked, latent_mask(keep_mask, z_masked)], dim=1).to(dtype)
         context = context.to(dtype)
         with_null = torch.cat([self.null_context.to(dtype).expand_as(context), context])
+        alone, both = (still, context), (still.repeat(2, 1, 1, 1), with_null)
 
         def denoise(x_t: Tensor, t: int) -> Tensor:
             guided = guidance_scale != 1.0 and low <= t / (self.schedule.num_timesteps - 1) <= high
-            branches, tokens = (2, with_null) if guided else (1, context)
-            x = x_t.repeat(branches, 1, 1, 1)
+            conditions, tokens = both if guided else alone
+            x = x_t.repeat(2, 1, 1, 1) if guided else x_t
             steps = torch.full((x.shape[0],), t, device=device)
-            inputs = torch.cat([x.to(dtype), still.repeat(branches, 1, 1, 1)], dim=1)
-            eps = to_eps(
-                self.unet(inputs, steps, tokens).float(), x, steps, self.config.parameterization, self.alphas_cumprod
-            )
+            prediction = self.unet(torch.cat([x.to(dtype), conditions], dim=1), steps, tokens).float()
+            eps = to_eps(prediction, x, steps, self.config.parameterization, self.alphas_cumprod)
             if not guided:
                 return eps
             eps_null, eps_exemplar = eps.chunk(2)

@@ -74,7 +74,7 @@ class SceneSettings:
         for name, low, high in (
             ("count", 1, 10**7),
             ("size", 16, 2048),
-            *([("bench_size", 16, 2048)] if self.bench_size is not None else []),
+            ("bench_size", 16, 2048),
             ("seed", 0, 2**63),
             ("bench", 0, 10**6),
             ("hue_jitter", 0.0, 0.5),
@@ -83,7 +83,7 @@ class SceneSettings:
             ("patch_share", 0.0, 1.0),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ComposeError(f"--{name.replace('_', '-')}: got {value}, expected {low} to {high}")
         if self.extra_share + self.patch_share > 1:
             raise ComposeError(

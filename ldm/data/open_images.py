@@ -112,12 +112,9 @@ class OpenImagesDataset(Dataset[dict[str, Tensor]]):
             drawn = transforms.draw_augmentation(rng, self.exemplar_size)
             augmentation = drawn if self.augment_exemplar else transforms.ExemplarAugmentation()
             # The paper draws the hole in the photograph and the crop around it; editing crops first.
-            if self.context_margins is None:
-                grown = masks.grow_box(box, Box(0, 0, *size), rng)
-                window = None
-            else:
-                window = masks.context_window(size, box, self.context_margins, self.image_size, rng)
-                grown = masks.grow_box(box, window.clipped(*size), rng)
+            margins = self.context_margins
+            window = margins and masks.context_window(size, box, margins, self.image_size, rng)
+            grown = masks.grow_box(box, (window or Box(0, 0, *size)).clipped(*size), rng)
             if rng.random() < self.arbitrary_mask_percent:
                 jitter = round(masks.JITTER * scale)
                 hole = masks.polygon_hole(size, masks.arbitrary_polygon(box, grown, rng, jitter))
