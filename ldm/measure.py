@@ -27,7 +27,8 @@ from ldm.data.cocoee import Bench
 from ldm.data.transforms import find_images, load_mask, open_image
 from ldm.evaluation.background import background
 from ldm.evaluation.cache import FeatureCache
-from ldm.evaluation.features import PAPER_REGION, SQUASH, WHOLE, FeatureNetwork, View, iter_features
+from ldm.evaluation.copying import copied_background, corner_colours
+from ldm.evaluation.features import PAPER_REGION, SQUASH, WHOLE, FeatureNetwork, View, cropped, iter_features
 from ldm.evaluation.frechet import (
     RunningStatistics,
     Statistics,
@@ -44,7 +45,7 @@ from ldm.evaluation.report import TRUE_PICTURE
 from ldm.evaluation.similarity import cosine_scores, mean_interval, paper_box
 
 METRICS = (
-    *("fid", "qs", "clip", "identification", "background"),  # the paper's, and what they leave open
+    *("fid", "qs", "clip", "identification", "background", "copying"),  # the paper's, and what they leave open
     *("dino", "foreground-fid", "kid", "precision-recall", "diversity", "inception"),
 )
 DEFAULT_METRICS = ("fid", "clip", "identification", "background")
@@ -230,6 +231,8 @@ class Measurement:
             figures |= self._inception(run)
         if "background" in wanted and run.folder is not None:
             figures |= self._background(run)
+        if "copying" in wanted and run.folder is not None:
+            figures |= self._copying(run)
         return figures
 
     # ---- features ----
@@ -424,6 +427,25 @@ class Measurement:
         worst, name = max(error.max_abs for error in seen), "background max |Δ|, grey levels"
         figures["background-max"] = Figure(name, worst, len(seen), f"{how}; of all items", "lower")
         return figures
+
+    def _copying(self, run: Results) -> Figures:
+        exemplars, true_pictures = self._corners_to_compare
+        if np.array_equal(exemplars, true_pictures):  # every exemplar is the true region itself
+            return {}
+        shares = copied_background(self._corners(run), exemplars, true_pictures)
+        how = "corners of the region inside the hole's box: 0 as in the true picture, 1 as in the exemplar"
+        return {"copying": _mean_figure("copied background", self._mean(shares), how, "lower")}
+
+    def _corners(self, run: Results) -> np.ndarray:
+        return np.stack(
+            [corner_colours(cropped(open_image(run.picture(self.bench, i)), self.boxes[i])) for i in self.ids]
+        )
+
+    @cached_property
+    def _corners_to_compare(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the exemplars and of the true pictures."""
+        exemplars = [corner_colours(open_image(self.bench.paths(id_)[2])) for id_ in self.ids]
+        return np.stack(exemplars), self._corners(Results(TRUE_PICTURE, None))
 
     def _diversity(self) -> Figure:
         network = self.options.network

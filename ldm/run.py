@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.callbacks import Interrupted, MetricsFile, SafeCheckpointIO, run_callbacks
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
-from ldm.checkpoint.keys import FIRST_STAGE, SCHEDULE_BUFFERS, check_keys, to_module_keys
+from ldm.checkpoint.keys import FIRST_STAGE, NEW_PARTS, SCHEDULE_BUFFERS, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, dump_config
 from ldm.data.datamodule import DataModule
 from ldm.files import write_text
@@ -87,6 +87,8 @@ class Run:
         if not use_prior:
             trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
             given = {name: tensor for name, tensor in given.items() if name not in trained}
+        if self.config.training.fresh_conditioning:
+            given = {name: tensor for name, tensor in given.items() if not name.startswith(NEW_PARTS)}
         acceptable, refused = uninitialised(self.module, set(given), from_scratch=from_scratch or not use_prior)
         if refused:
             parts = sorted({".".join(name.split(".")[:2]) for name in refused})

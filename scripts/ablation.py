@@ -9,8 +9,8 @@
         --metrics fid qs clip --features clip --gmm GMM --real COCO_TEST2017
 
 Every row is a config of configs/ablation merged after --base. Without options it is the mini model's table, from the
-scenes of docs/mini.md. Started again, the command goes on where it stopped: finished steps are skipped, a training run
-resumes from its last checkpoint. docs/ablation.md says what the rows are.
+scenes of docs/mini.md and the bundled weights. Started again, the command goes on where it stopped: finished steps are
+skipped, a training run resumes from its last checkpoint. docs/ablation.md says what the rows are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ ROWS = {
     "bottleneck": "+ Bottleneck",
     "guidance": "+ Classifier-free guidance",
 }
-IMAGE_PRIOR = "image-prior"
 # Yang et al. 2023, Table 3, as far as copies of it agree; what they do not give shows a dash.
 PAPER = {
     "baseline": {"FID": 3.61},
@@ -60,9 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     training("--pretrained-model", default="pretrained_models/mini/model.safetensors", metavar="FILE",
              help="holds the frozen parts (default: %(default)s)")  # fmt: skip
     training("--prior", metavar="FILE",
-             help="start of rows 2 to 5; default: trained first, to fill holes without exemplars")  # fmt: skip
+             help="start of rows 2 to 5; default: that of --pretrained-model, with fresh conditioning")  # fmt: skip
     training("--scenes", type=Path, default=Path("dataset/mini"), metavar="DIR",
              help="images and boxes, where the recipe wants cached latents (default: %(default)s)")  # fmt: skip
+    training(
+        "--draws", type=int, metavar="N", help="variants of every scene in a cache; default: that of cache_latents.py"
+    )
     training("--max-steps", type=int, metavar="N", help="train each model so long instead of the recipe's steps")
     training("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides of main.py")
     measuring = parser.add_argument_group("sampling and evaluation").add_argument
@@ -70,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     measuring("--protocol", default="paper", choices=("paper", "ours"), help="default: %(default)s")
     measuring("--limit", type=int, metavar="N", help="only the first N items of the bench")
     measuring("--batch-size", type=int, default=16, metavar="B", help="of sampling; default: %(default)s")
-    measuring("--metrics", nargs="+", default=["fid", "clip", "identification"], metavar="NAME",
-              help="of evaluate.py; default: fid clip identification")  # fmt: skip
+    measuring("--metrics", nargs="+", default=["fid", "clip", "identification", "copying"], metavar="NAME",
+              help="of evaluate.py; default: fid clip identification copying")  # fmt: skip
     measuring("--features", default="efficientnet-lite0", metavar="SPEC", help="default: %(default)s")
     measuring("--gmm", type=Path, metavar="FILE", help="for qs")
     measuring(
@@ -100,30 +102,27 @@ def plan(args: argparse.Namespace) -> list[Step]:
         ConfigError: a config or an override cannot be used.
     """
     overrides = [*args.set, *([f"trainer.max_steps={args.max_steps}"] if args.max_steps else [])]
-    names = list(args.rows)
-    configs = {name: load_config(*args.base, overlay(name), overrides=overrides) for name in [*names, IMAGE_PRIOR]}
-    if any(configs[name].training.use_prior for name in names) and args.prior is None:
-        names.insert(0, IMAGE_PRIOR)
+    configs = {name: load_config(*args.base, overlay(name), overrides=overrides) for name in args.rows}
     # Latents are cached with everything that is drawn: once without augmentation, once with it.
-    drawn_by = {name: "augmentation" if configs[name].data.augment_exemplar else "baseline" for name in names}
-    cached = [name for name in names if configs[name].data.kind == "cached"]
+    drawn_by = {name: "augmentation" if configs[name].data.augment_exemplar else "baseline" for name in configs}
+    cached = [name for name in configs if configs[name].data.kind == "cached"]
     device = words(device=args.device)
 
     steps = []
     for drawer in dict.fromkeys(drawn_by[name] for name in cached):
-        options = words(checkpoint=args.pretrained_model, root=args.scenes, out=args.out / "cache" / drawer)
+        places = {"checkpoint": args.pretrained_model, "root": args.scenes, "out": args.out / "cache" / drawer}
+        options = words(**places, draws=args.draws)
         base = ("--config", *args.base, str(overlay(drawer)))
         steps.append(Step(f"cache-{drawer}", (script("cache_latents"), *base, *options, *device)))
-    for name in names:
+    for name in configs:
         runs = args.out / name / "train"
-        prior = args.prior or newest(args.out / IMAGE_PRIOR / "train", "checkpoints/last.ckpt")
-        start = prior if configs[name].training.use_prior else args.pretrained_model
+        with_prior = configs[name].training.use_prior
+        start = args.prior if args.prior and with_prior else args.pretrained_model
+        fresh = ["training.fresh_conditioning=true"] if with_prior and not args.prior else []
         command = (str(ROOT / "main.py"), "--base", *args.base, str(overlay(name)))
         data = [f"data.root={args.out / 'cache' / drawn_by[name]}"] if name in cached else []
         options = words(logdir=runs, name=name, pretrained_model=start)
-        steps.append(Step(f"train-{name}", (*command, *options, *overrides, *data), runs))
-        if name == IMAGE_PRIOR:
-            continue
+        steps.append(Step(f"train-{name}", (*command, *options, *fresh, *overrides, *data), runs))
         samples = args.out / name / "samples"
         options = words(
             outdir=samples,

@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "results", nargs="+", metavar="[NAME=]RESULTS", help="edited pictures, ID.png; the first is the run of interest"
     )
-    add("--metrics", nargs="+", metavar="METRIC", help="fid qs clip dino identification background foreground-fid kid precision-recall diversity inception; default: fid clip identification background")  # fmt: skip  # noqa: E501
+    add("--metrics", nargs="+", metavar="METRIC", help="fid qs clip dino identification background copying foreground-fid kid precision-recall diversity inception; default: fid clip identification background")  # fmt: skip  # noqa: E501
     add("--features", default="efficientnet-lite0", metavar="NETWORK", help="efficientnet-lite0 (its weights come with the eval extra) | clip[:FOLDER, FILE or hub name] | open_clip:ARCH/TAG | dinov2[:…]; default: %(default)s")  # fmt: skip  # noqa: E501
     add("--dino", metavar="NETWORK", help="of the DINO score: dinov2[:FOLDER or hub name]")
     add("--inception", type=Path, metavar="FILE", help="weights of plain FID, sFID and IS: pt_inception-2015-12-05-6726825d.pth")  # fmt: skip  # noqa: E501

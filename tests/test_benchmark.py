@@ -231,7 +231,8 @@ def record(bench: Path, pasted: Path, one_by_one: Path, tmp_path_factory: pytest
     """What is known of a model's run, of pasting, and of the true pictures."""
     pytest.importorskip("efficientnet_lite_pytorch")
     path = tmp_path_factory.mktemp("figures") / "new" / "metrics.json"
-    metrics = ["fid", "clip", "identification", "background", "foreground-fid", "kid", "precision-recall", "diversity"]
+    metrics = ["fid", "clip", "identification", "background", "copying"]
+    metrics += ["foreground-fid", "kid", "precision-recall", "diversity"]
     options = ["--metrics", *metrics, "--other-seeds", str(pasted), "--resamples", "50", "--device", "cpu"]
     options += [
         "--cache",
@@ -258,6 +259,7 @@ def test_figures_of_what_is_known(record: Path) -> None:
     assert pasted["background-max"]["value"] == 0 and "background-psnr" not in pasted
     assert tiny["background-max"]["value"] > 0 and tiny["background-psnr"]["value"] < 40 and tiny["fid"]["value"] > 1
     assert tiny["diversity"]["value"] > 1
+    assert "copying" not in tiny  # exemplars that are the true regions show no copies
     for figure in (*pasted.values(), *tiny.values()):
         assert figure["n"] == N or figure["name"] == "background SSIM"
         assert figure["low"] is None or figure["low"] <= figure["value"] <= figure["high"]

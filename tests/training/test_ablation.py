@@ -18,7 +18,7 @@ from PIL import Image
 import main as train
 from ldm import steps
 from ldm.checkpoint.io import read_checkpoint
-from ldm.checkpoint.keys import FIRST_STAGE, TOWER
+from ldm.checkpoint.keys import FIRST_STAGE, NEW_PARTS, TOWER
 from ldm.config import Config, load_config
 from ldm.run import Run
 from scripts import ablation
@@ -56,14 +56,14 @@ class TestConfigs:
     def test_the_last_row_is_the_paper_s_recipe(self) -> None:
         assert load_config(CONFIGS / "v1.yaml", ablation.overlay("guidance")) == load_config(CONFIGS / "v1.yaml")
 
-    @pytest.mark.parametrize("row", [*ablation.ROWS, ablation.IMAGE_PRIOR])
+    @pytest.mark.parametrize("row", ablation.ROWS)
     def test_each_trains(
         self, row: str, config_file: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         arguments = ["-b", str(config_file), str(ablation.overlay(row)), "-l", str(tmp_path)]
         overrides = ["trainer.max_steps=2", "trainer.limit_val_batches=1", "logging.image_every=2"]
         assert train.main([*arguments, "--pretrained-model", str(pretrained), *overrides]) == 0
-        assert ("random weights" in capsys.readouterr().out) is (row in ("baseline", ablation.IMAGE_PRIOR))
+        assert ("random weights" in capsys.readouterr().out) is (row == "baseline")
         (checkpoint,) = tmp_path.glob(f"*_{row}/checkpoints/last.ckpt")
         trained, given = read_checkpoint(checkpoint), read_checkpoint(pretrained)
         assert {name: x.shape for name, x in trained.items() if name in given} == {n: x.shape for n, x in given.items()}
@@ -85,6 +85,16 @@ class TestUsePrior:
                 assert taken, name
             elif given[name].std() > 0:  # norms start at one either way
                 assert not taken, name
+
+    def test_fresh_conditioning(self, make_config: MakeConfig, pretrained: Path, tmp_path: Path) -> None:
+        run = Run(make_config("training.fresh_conditioning=true"), tmp_path)
+        run.initialise(str(pretrained), from_scratch=False, resuming=False)
+        given = read_checkpoint(pretrained)
+        for name, parameter in run.module.named_parameters():
+            if not name.startswith(NEW_PARTS):
+                assert torch.equal(parameter, given[name]), name
+            elif given[name].std() > 0:
+                assert not torch.equal(parameter, given[name]), name
 
     def test_a_trained_tower_starts_from_nothing_too(
         self, make_config: MakeConfig, pretrained: Path, tmp_path: Path
@@ -123,24 +133,38 @@ def scripts_of(commands: list[list[str]]) -> list[str]:
 
 
 class TestCommand:
-    def test_dry_run(self, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        more = ["--max-steps", "5", "--set", "data.kind=cached", "--limit", "3", "--device", "cpu", "--dry-run"]
+    def test_dry_run(
+        self, arguments: list[str], pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        more = [
+            "--draws",
+            "2",
+            "--max-steps",
+            "5",
+            "--set",
+            "data.kind=cached",
+            "--limit",
+            "3",
+            "--device",
+            "cpu",
+            "--dry-run",
+        ]
         assert ablation.main([*arguments, *more]) == 0
         lines = capsys.readouterr().out.splitlines()
         commands = {lines[i].removeprefix("# "): lines[i + 1] for i in range(0, len(lines), 2)}
         assert not (tmp_path / "out").exists()
-        caches = ["cache-baseline", "cache-augmentation", "train-image-prior"]
         assert list(commands) == [
-            *caches,
+            *("cache-baseline", "cache-augmentation"),
             *(f"{step}-{r}" for r in SWITCHES for step in ("train", "sample", "evaluate")),
         ]
         out = tmp_path / "out"
-        prior, newest = f"--pretrained-model {out}/image-prior/train/*/", f"{out}/guidance/train/*/"
+        newest = f"{out}/guidance/train/*/"
         for row in SWITCHES:
             train_command = commands[f"train-{row}"]
             assert f"configs/ablation/{row}.yaml" in train_command
             assert "trainer.max_steps=5 data.root=" in train_command
-            assert (prior in train_command) is (row != "baseline")
+            assert f"--pretrained-model {pretrained}" in train_command
+            assert ("training.fresh_conditioning=true" in train_command) is (row != "baseline")
             drawn = "baseline" if row in ("baseline", "prior") else "augmentation"
             assert train_command.endswith(f"data.root={out}/cache/{drawn}")
             scale = 5 if row == "guidance" else 1
@@ -148,11 +172,11 @@ class TestCommand:
         assert f"--checkpoint {newest}checkpoints/last.ckpt --config {newest}config.yaml" in commands["sample-guidance"]
         assert f"guidance={out}/guidance/samples --metrics fid clip identification" in commands["evaluate-guidance"]
 
-    def test_a_given_prior_is_not_trained(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_given_prior(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert ablation.main([*arguments, "--prior", "sd.ckpt", "--rows", "prior", "--dry-run"]) == 0
         out = capsys.readouterr().out
-        assert "image-prior" not in out
         assert "--pretrained-model sd.ckpt" in out
+        assert "fresh_conditioning" not in out  # what it has of the conditioning is its own
         assert "cache" not in out  # this recipe draws its samples anew in every epoch
 
     def test_the_table(
@@ -160,10 +184,10 @@ class TestCommand:
     ) -> None:
         """Two rows with all that they need; then nothing is left to do; then a third row is added."""
         more = ["--max-steps", "2", "--set", "data.kind=cached", "training.ema_decay=0.0"]
-        more += ["--metrics", "clip", "identification", "--protocol", "ours"]
+        more += ["--metrics", "clip", "identification", "copying", "--protocol", "ours"]
         assert ablation.main([*arguments, *more, "--rows", "baseline", "guidance"]) == 0, capsys.readouterr().err
         row = ["main", "inference_test_bench", "evaluate"]
-        assert scripts_of(in_process) == ["cache_latents", "cache_latents", "main", *row, *row]
+        assert scripts_of(in_process) == ["cache_latents", "cache_latents", *row, *row]
         out = tmp_path / "out"
         markdown = (out / "ablation.md").read_text().splitlines()
         assert markdown[0].endswith("| paper: FID | paper: QS | paper: CLIP score |")
@@ -171,6 +195,7 @@ class TestCommand:
         assert markdown[3].endswith("| 3.18 | 77.80 | 84.97 |")
         record = json.loads((out / "ablation.json").read_text())["rows"]
         assert record["guidance"]["figures"]["identification"]["n"] == 4
+        assert record["guidance"]["figures"]["copying"]["n"] == 4
         assert record["guidance"]["paper"]["FID"] == 3.18
         settings = [json.loads((out / name / "samples" / "settings.json").read_text()) for name in record]
         assert "1.0" in str(settings[0]) and "5.0" in str(settings[1])
