@@ -149,9 +149,7 @@ class TrainingConfig:
     ema_decay: float = 0.0  # 0 switches EMA off; the paper trains with 0.9999
     train_tower: bool = False  # train the CLIP tower too (for models without a pretrained one)
     use_prior: bool = True  # false: of --pretrained-model take the frozen parts alone, the rest starts random
-    fresh_conditioning: bool = (
-        False  # mapper, projection and null token start random even if --pretrained-model has them
-    )
+    fresh_conditioning: bool = False  # mapper, projection and null token start random in any case
     compile: bool = False  # torch.compile the UNet
 
     def __post_init__(self) -> None:
