@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import Config, ConfigError, dump_config, load_config
+from ldm.files import zip_damage
 
 OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
 
@@ -24,7 +25,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs, merged from left to right")
     add("-l", "--logdir", default="logs", help="where run directories are made (default: logs)")
     add("-n", "--name", default="", help="name of the run, appended to its date")
-    add("-r", "--resume", help="run directory or checkpoint to continue")
+    add("-r", "--resume", metavar="RUN", help="run directory or checkpoint to continue; auto: the newest run of that "
+        "--name in --logdir, or a new one where there is none")  # fmt: skip
     add("--pretrained-model", "--pretrained_model", metavar="FILE", help="checkpoint to start the weights from")
     add("--train-from-scratch", "--train_from_scratch", **flag, default=False,
         help="allow trained parts that the checkpoint does not hold to start from random weights")  # fmt: skip
@@ -40,7 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # Taken out first: options such as --base and --debug would swallow an override that follows them.
     overrides = [word for word in words if OVERRIDE.match(word)]
     args = parser.parse_args([word for word in words if not OVERRIDE.match(word)])
-    if not args.base and not args.resume:
+    if not args.base and args.resume in (None, "auto"):
         parser.error("nothing to train: give --base CONFIG, for instance --base configs/v1.yaml, or --resume RUN")
     args.overrides = overrides if args.seed is None else [*overrides, f"seed={args.seed}"]
     return args
@@ -56,22 +58,46 @@ def _boolean(text: str) -> bool:
 
 def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
     """Config, run directory and, when resuming, the checkpoint to continue from."""
-    if not args.resume:
+    resume = find_run(args) if args.resume == "auto" else args.resume and Path(args.resume)
+    if not resume:
         stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-        name = args.name or Path(args.base[-1]).stem
-        return load_config(*args.base, overrides=args.overrides), Path(args.logdir) / f"{stamp}_{name}", None
-    resume = Path(args.resume)
+        return load_config(*args.base, overrides=args.overrides), Path(args.logdir) / f"{stamp}_{run_name(args)}", None
     if not resume.exists():
         raise ConfigError(
             f"--resume {resume}: no such file or directory; give a run directory or one of its checkpoints"
         )
     run_dir = resume if resume.is_dir() else resume.parent.parent
-    checkpoint = run_dir / "checkpoints" / "last.ckpt" if resume.is_dir() else resume
-    if not checkpoint.is_file():
-        raise ConfigError(f"--resume {resume}: {checkpoint} does not exist; name the checkpoint to continue from")
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"--resume {resume}: {run_dir} is no run directory (it lacks config.yaml)")
+    if resume.is_file() and (damage := zip_damage(resume)):
+        raise ConfigError(f"--resume {resume}: damaged ({damage}); give {run_dir} for the last whole checkpoint")
+    checkpoint = newest_checkpoint(run_dir) if resume.is_dir() else resume
+    if checkpoint is None:
+        raise ConfigError(f"--resume {resume}: no whole checkpoint in {run_dir / 'checkpoints'}; start a new run")
     return load_config(run_dir / "config.yaml", *args.base, overrides=args.overrides), run_dir, checkpoint
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """What follows the date in a run directory's name."""
+    return args.name or Path(args.base[-1]).stem
+
+
+def find_run(args: argparse.Namespace) -> Path | None:
+    """The newest run of the same name that has a whole checkpoint."""
+    runs = Path(args.logdir).glob(f"????-??-??T??-??-??_{run_name(args)}")
+    return next((run for run in sorted(runs, reverse=True) if newest_checkpoint(run)), None)
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The run's last checkpoint, or where that one is damaged the one before; None where there is none."""
+    folder = run_dir / "checkpoints"
+    # Periodic ones are second names of what was `last.ckpt` then.
+    for path in [folder / "last.ckpt", *sorted(folder.glob("step*.ckpt"), reverse=True), folder / "best.ckpt"]:
+        if path.is_file():
+            if not (damage := zip_damage(path)):
+                return path
+            print(f"warning: {path}: damaged ({damage}); trying the one before", file=sys.stderr)
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections import defaultdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,8 +20,11 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, WeightAveragi
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ldm.checkpoint.io import CheckpointError
+from ldm.checkpoint.keys import TOWER
 from ldm.config import Config, LoggingConfig
 from ldm.data.transforms import exemplar_to_pixels, tensor_to_pil
 from ldm.files import replacing
@@ -44,8 +48,18 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name and renames it; reads one without running what is in it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+        try:
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # PyTorch's writer hides what the operating system said behind an error of its own.
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise CheckpointError(
+                f"{path}: cannot be saved ({reason.strerror}); what was there before is intact. Make room, then "
+                f"continue with --resume {Path(path).parents[1]}"
+            ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
@@ -214,32 +228,107 @@ class _AppendingWriter(ExperimentWriter):
                 self.metrics_keys = next(csv.reader(file), [])
 
 
-class SpeedMonitor(Callback):
-    """Logs samples per second over all ranks, gradient norm and peak memory."""
+class _Operations(TorchDispatchMode):
+    """Counts floating-point operations by PyTorch's formulas. Its own FlopCounterMode also takes some operators apart,
+    which changes roundings, and a resumed run would end with other bits."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class Monitor(Callback):
+    """Logs how fast a run is, what it waits for, and how large gradients and weights are.
+
+    Per logged step: `train/samples_per_s` of all processes; `train/step_s`, seconds of an optimizer step;
+    `train/data_wait`, the share of time in which the next batch was not there; `train/tflops`, 1e12 floating-point
+    operations per second of this process, as PyTorch counts them in the first step; `train/lr`; `train/grad_norm` of
+    everything and of each part; `train/param_norm`; `train/memory_gib`, the peak on the GPU.
+
+    Args:
+        count_flops: compiled models cannot be counted.
+    """
+
+    def __init__(self, *, count_flops: bool) -> None:
+        self.count_flops = count_flops
+        self._flops_per_batch = 0
+        self._counter: _Operations | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start = self._batch_end = time.perf_counter()
+        self._samples, self._batches, self._waited = 0, 0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start, self._samples = time.perf_counter(), 0
+        self._begin()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start, self._samples = time.perf_counter(), 0  # validation does not count
+        self._begin()  # validation does not count
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._waited += time.perf_counter() - self._batch_end
+        if self.count_flops and not self._flops_per_batch:
+            self._counter = _Operations()
+            self._counter.__enter__()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+            parts: dict[str, list[Tensor]] = defaultdict(list)
+            for name, parameter in pl_module.named_parameters():
+                if parameter.grad is not None:
+                    parts[part_of(name)].append(parameter.grad)
+            norms = {name: torch.nn.utils.get_total_norm(gradients) for name, gradients in parts.items()}
+            pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(list(norms.values())))
+            pl_module.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
+            trained = [p.detach() for p in pl_module.parameters() if p.requires_grad]
+            pl_module.log("train/param_norm", torch.nn.utils.get_total_norm(trained))
+            pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._counter is not None:
+            self._flops_per_batch = self._counter.total
+            self._stop_counting()
+            self._begin()  # counting slows the step down
+            return
         self._samples += len(batch["key"]) * trainer.world_size
+        self._batches += 1
+        self._batch_end = now = time.perf_counter()
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            now = time.perf_counter()
-            pl_module.log("train/samples_per_s", self._samples / (now - self._start), prog_bar=True)
-            self._start, self._samples = now, 0
+            seconds = now - self._start
+            pl_module.log("train/samples_per_s", self._samples / seconds, prog_bar=True)
+            pl_module.log("train/step_s", seconds / self._batches * trainer.accumulate_grad_batches)
+            pl_module.log("train/data_wait", self._waited / seconds)
+            if self._flops_per_batch:
+                pl_module.log("train/tflops", self._flops_per_batch * self._batches / seconds / 1e12)
             if torch.cuda.is_available():
                 pl_module.log("train/memory_gib", torch.cuda.max_memory_allocated() / 2**30)
+            self._begin()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._counter = None
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, as the curves name it."""
+    if name == "learnable_vector":
+        return "null_token"
+    parts = {"model.": "unet", "first_stage_model.": "first_stage", TOWER: "tower", "discriminator.": "discriminator"}
+    return next((part for prefix, part in parts.items() if name.startswith(prefix)), "mapper")
 
 
 class ImageGrid(Callback):
@@ -261,8 +350,7 @@ class ImageGrid(Callback):
         if not (due and trainer.is_global_zero):
             return
         self._last_step = step
-        data = trainer.datamodule.val_set  # type: ignore[attr-defined]
-        samples = [data[i] for i in range(min(self.options.num_images, len(data)))]
+        samples = trainer.datamodule.val_set.first(self.options.num_images)  # type: ignore[attr-defined]
         device = pl_module.device
         stacked = {name: torch.stack([s[name] for s in samples]).to(device) for name in samples[0]}
         pl_module.eval()
@@ -310,7 +398,7 @@ def run_callbacks(config: Config, run_dir: Path) -> list[Callback]:
     average: list[Callback] = [EMA(stage.ema_decay)] if stage.ema_decay > 0 else []
     return [
         *average,
-        SpeedMonitor(),
+        Monitor(count_flops=not config.training.compile),
         ImageGrid(options, run_dir / "images"),
         Checkpoints(directory, every=options.checkpoint_every, keep=options.keep_last),
         ModelCheckpoint(

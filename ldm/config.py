@@ -36,6 +36,7 @@ class ScheduleConfig:
     linear_start: float = 0.00085
     linear_end: float = 0.0120
     cosine_s: float = 0.008
+    zero_terminal_snr: bool = False  # the last step is noise alone (Lin et al. 2024)
 
     def __post_init__(self) -> None:
         _one_of("schedule.name", self.name, ("scaled_linear", "linear", "cosine"))
@@ -110,24 +111,36 @@ class ModelConfig:
         if self.context_margin < 0:
             raise ConfigError(f"model.context_margin: got {self.context_margin}, expected 0 or more")
         _one_of("model.parameterization", self.parameterization, ("eps", "v", "x0"))
+        if self.schedule.zero_terminal_snr and self.parameterization == "eps":
+            raise ConfigError(
+                "model.schedule.zero_terminal_snr: got true with parameterization eps, which says nothing about x_0 "
+                "where there is noise alone; use v or x0"
+            )
 
 
 @dataclass
 class DataConfig:
     """Where samples come from and how they are made."""
 
-    kind: str = "open_images"  # open_images: JPEGs + boxes | cached: written by scripts/cache_latents.py
-    root: str = "dataset/open-images"
+    kind: str = "open_images"  # open_images | coco | voc | yolo | masks | shards | cached
+    root: str = "dataset/open-images"  # shards: or an address, http://…, s3://…, pipe:COMMAND {}
+    annotations: str | None = None  # file or folder; by default at the format's own place below `root`
+    val_annotations: str | None = None  # coco: of validation; else a share of the images is held out
+    index: str | None = None  # folder for the indexes of boxes; default: ROOT/index
     batch_size: int = 2  # per device
     val_batch_size: int = 2
     num_workers: int = 8
     arbitrary_mask_percent: float = 0.5  # share of arbitrary shapes among the holes
+    exact_mask_percent: float = 0.0  # share of holes with the object's own shape, where it is known
     augment_exemplar: bool = True  # flip, rotate, blur and distort the exemplar
+    augmentation_strength: float = 1.0  # multiplies the angles and lengths of that
+    grey_background: bool = False  # show the exemplar over mid-grey, where its shape is known
     context_margins: list[float] = field(default_factory=list)  # [low, high]: crop as editing does; []: as the paper
+    shuffle_buffer: int = 1000  # shards: images that a worker shuffles among
     max_val_samples: int = 2000  # validation reads at most this many samples
 
     def __post_init__(self) -> None:
-        _one_of("data.kind", self.kind, ("open_images", "cached"))
+        _one_of("data.kind", self.kind, ("open_images", "coco", "voc", "yolo", "masks", "shards", "cached"))
         margins = self.context_margins
         if margins and not (len(margins) == 2 and 0 < margins[0] <= margins[1]):
             raise ConfigError(
@@ -143,11 +156,16 @@ class TrainingConfig:
     lr_schedule: str = "constant"  # after warm-up: constant | cosine (to 5 % of base_lr at the last step)
     warmup_steps: int = 10_000
     weight_decay: float = 0.01
+    optimizer: str = "adamw"  # adamw | adamw_fused | adamw_8bit (needs bitsandbytes and a GPU)
     p_uncond: float = 0.2  # how often the exemplar is replaced by the null token
     null_drop: str = "per_sample"  # per_sample | per_batch (as the original)
+    timesteps: str = "uniform"  # uniform | logit_normal (middle ones more often)
+    offset_noise: float = 0.0  # standard deviation of a constant added to each channel's noise
     min_snr_gamma: float = 0.0  # weigh timesteps by min(SNR, gamma), of errors of x_0; 0: all alike, as the paper
     ema_decay: float = 0.0  # 0 switches EMA off; the paper trains with 0.9999
     train_tower: bool = False  # train the CLIP tower too (for models without a pretrained one)
+    tower_lr_scale: float = 1.0  # of base_lr, for the tower
+    lora_rank: int = 0  # train additions of this rank to the UNet's attention, and nothing else; 0: no LoRA
     use_prior: bool = True  # false: of --pretrained-model take the frozen parts alone, the rest starts random
     fresh_conditioning: bool = False  # mapper, projection and null token start random in any case
     compile: bool = False  # torch.compile the UNet
@@ -155,6 +173,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.min_snr_gamma < 0:
             raise ConfigError(f"training.min_snr_gamma: got {self.min_snr_gamma}, expected 0 (off) or more")
+        if self.lora_rank < 0:
+            raise ConfigError(f"training.lora_rank: got {self.lora_rank}, expected 0 (off) or more")
+        if self.offset_noise < 0:
+            raise ConfigError(f"training.offset_noise: got {self.offset_noise}, expected 0 (off) or more")
+        _one_of("training.optimizer", self.optimizer, ("adamw", "adamw_fused", "adamw_8bit"))
+        _one_of("training.timesteps", self.timesteps, ("uniform", "logit_normal"))
         _one_of("training.null_drop", self.null_drop, ("per_sample", "per_batch"))
         _one_of("training.lr_schedule", self.lr_schedule, ("constant", "cosine"))
 

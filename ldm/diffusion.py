@@ -99,7 +99,21 @@ def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
             betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         case _:
             raise ConfigError(f"schedule.name: got {config.name!r}, expected scaled_linear, linear or cosine")
-    return NoiseSchedule(betas=betas, alphas_cumprod=torch.cumprod(1 - betas, dim=0))
+    schedule = NoiseSchedule(betas=betas, alphas_cumprod=torch.cumprod(1 - betas, dim=0))
+    return zero_terminal_snr(schedule) if config.zero_terminal_snr else schedule
+
+
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Stretch a schedule until its last step is noise alone: 1e-8 of x_0's variance, so that logarithms exist.
+
+    Without it a model learns that even x_T knows the mean of x_0, and samples from noise are of middling brightness.
+
+    Source: Lin et al. 2024 (Common Diffusion Noise Schedules and Sample Steps are Flawed), algorithm 1.
+    """
+    alpha = schedule.alphas_cumprod.sqrt()
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    ac = alpha.square().clamp(min=1e-8)
+    return NoiseSchedule(betas=1 - ac / torch.cat([ac.new_ones(1), ac[:-1]]), alphas_cumprod=ac)
 
 
 def posterior_coefficients(ac_t: Tensor, ac_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import inspect
+import json
 import logging
 import math
+import platform
+import subprocess
+import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
@@ -34,12 +42,16 @@ EXPECTED_WARNINGS = (
 )
 
 
+class RunError(ValueError):
+    """A run that cannot go on for reasons outside this process; the message says how to continue."""
+
+
 class Run:
     """Everything that `main.py` needs of one run.
 
     Args:
         config: what to train, on what, how.
-        run_dir: gets `config.yaml`, `checkpoints/`, `images/`, TensorBoard events and `metrics.csv`.
+        run_dir: gets `config.yaml`, `history.json`, `checkpoints/`, `images/`, TensorBoard events and `metrics.csv`.
         scale_lr: multiply the config's base learning rate by accumulation, processes and batch size.
 
     Raises:
@@ -71,8 +83,12 @@ class Run:
         Raises:
             CheckpointError: the file does not fit, or a frozen part would stay random.
         """
-        if resuming:
-            return
+        if not resuming:
+            self._load(checkpoint, from_scratch=from_scratch)
+        if isinstance(self.module, DiffusionTraining):
+            self.module.add_lora(self.config.seed)
+
+    def _load(self, checkpoint: str | None, *, from_scratch: bool) -> None:
         given = to_module_keys(read_checkpoint(checkpoint)) if checkpoint else {}
         if isinstance(self.module, FirstStageTraining):
             if checkpoint:
@@ -90,6 +106,8 @@ class Run:
         if self.config.training.fresh_conditioning:
             given = {name: tensor for name, tensor in given.items() if not name.startswith(NEW_PARTS)}
         acceptable, refused = uninitialised(self.module, set(given), from_scratch=from_scratch or not use_prior)
+        if self.config.training.lora_rank:  # which trains none of them
+            acceptable, refused = [], [*acceptable, *refused]
         if refused:
             parts = sorted({".".join(name.split(".")[:2]) for name in refused})
             raise CheckpointError(
@@ -139,7 +157,7 @@ class Run:
         """
         leader = self.trainer.is_global_zero
         if leader:
-            self._write_config()
+            self._explain(checkpoint)
             print(f"run directory: {self.run_dir}\n{self.summary()}")
         try:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint)
@@ -151,15 +169,57 @@ class Run:
             )
             print(f"{stop}: {remedy}")
             return 128 + stop.number
+        except RuntimeError as error:
+            # A peer that is gone shows as NCCL's error type or as a message of Gloo's.
+            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+                raise
+            rank, reason = self.trainer.global_rank, str(error).splitlines()[0]
+            raise RunError(
+                f"process {rank} of {self.trainer.world_size}: another process of this run has ended ({reason}); "
+                f"see its own messages, then continue with --resume {self.run_dir}"
+            ) from error
         return 0
 
-    def _write_config(self) -> None:
+    def _explain(self, checkpoint: Path | None) -> None:
+        """Write what the run is (`config.yaml`) and how its parts were started (`history.json`)."""
         try:
             write_text(self.run_dir / "config.yaml", dump_config(self.config))
+            history = self.run_dir / "history.json"
+            before = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
+            write_text(history, json.dumps([*before, self._circumstances(checkpoint)], indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"{self.run_dir}: cannot write here ({error.strerror}); choose another --logdir"
             ) from error
+
+    def _circumstances(self, checkpoint: Path | None) -> dict[str, Any]:
+        """When, how and with what this part of the run was started."""
+        device = self.trainer.strategy.root_device
+        packages = ("torch", "pytorch-lightning", "numpy", "pillow", "opencv-python-headless", "transformers")
+        return {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "resumed_from": checkpoint and str(checkpoint),
+            "seed": self.config.seed,
+            "processes": self.trainer.world_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        }
+
+
+def _commit() -> str | None:
+    """The source's git commit, with a + where files differ from it; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _trainer(config: Config, run_dir: Path) -> pl.Trainer:

@@ -6,7 +6,8 @@ Dimensions: B batch · h, w latent cells · Z latent channels · T diffusion ste
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ldm.checkpoint.keys import NEW_PARTS
-from ldm.config import Config, FirstStageTrainingConfig, TrainingConfig
+from ldm.config import Config, ConfigError, FirstStageTrainingConfig, TrainingConfig
 from ldm.diffusion import min_snr_weight
 from ldm.evaluation.features import efficientnet_stages, load_feature_network, normalise
 from ldm.latent_diffusion import LatentDiffusion
@@ -83,6 +84,26 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
             self.unet.compile()
         self.train()
 
+    def add_lora(self, seed: int) -> None:
+        """Train low-rank additions to the UNet's attention weights and nothing else, where the config asks for it.
+
+        Args:
+            seed: of the additions' starting values.
+
+        Source: Hu et al. 2022, section 4.1, with alpha = r.
+        """
+        if not (rank := self.options.lora_rank):
+            return
+        from peft import LoraConfig, inject_adapter_in_model  # seconds of import
+
+        self.requires_grad_(False)
+        cross = r"attn2\.to_(v|out\.0)"  # with one token the others have no effect
+        if self.config.exemplar_encoder.tokens == "all":
+            cross = r"attn2\.to_(q|k|v|out\.0)"
+        targets = rf".*\.(attn1\.to_(q|k|v|out\.0)|{cross})"
+        torch.manual_seed(seed)  # a first import of peft draws numbers, a second one does not
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), self.unet)
+
     def train(self, mode: bool = True) -> DiffusionTraining:
         """Frozen parts stay in evaluation mode."""
         super().train(mode)
@@ -117,8 +138,8 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         """
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         z_0, z_masked = self.latents(batch, generators)
-        t = torch.stack([torch.randint(self.config.schedule.num_timesteps, (), generator=g) for g in generators])
-        eps = torch.stack([torch.randn(z_0.shape[1:], generator=g) for g in generators]).to(z_0)
+        t = torch.stack([self._draw_timestep(g) for g in generators])
+        eps = torch.stack([self._draw_eps(z_0.shape[1:], g) for g in generators]).to(z_0)
         u = torch.stack([torch.rand((), generator=g) for g in generators])
         if self.options.null_drop == "per_batch":
             u = u[:1].expand_as(u)
@@ -129,6 +150,20 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
             context = self.encode_exemplar(batch["exemplar"])
         context = self.drop_exemplar(context, dropped)
         return self.loss(z_0, z_masked, batch["keep_mask"], context, t, eps), t
+
+    def _draw_timestep(self, generator: torch.Generator) -> Tensor:
+        """Source of logit_normal: Esser et al. 2024 (Stable Diffusion 3), Eq. 19 with location 0 and scale 1."""
+        T = self.config.schedule.num_timesteps
+        if self.options.timesteps == "logit_normal":
+            return (T * torch.randn((), generator=generator).sigmoid()).long().clamp(max=T - 1)
+        return torch.randint(T, (), generator=generator)
+
+    def _draw_eps(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Source of the offset: Guttenberg 2023 (Diffusion with Offset Noise)."""
+        eps = torch.randn(shape, generator=generator)
+        if self.options.offset_noise > 0:
+            eps += self.options.offset_noise * torch.randn(shape[0], *[1] * (len(shape) - 1), generator=generator)
+        return eps
 
     @torch.no_grad()
     def latents(self, batch: dict[str, Tensor], generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -142,13 +177,20 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         return z_0, z_masked
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        trained = [p for p in self.parameters() if p.requires_grad]
         options = self.options
-        optimizer = torch.optim.AdamW(trained, lr=options.base_lr, weight_decay=options.weight_decay)
+        tower = set(self.cond_stage_model.transformer.parameters())
+        trained = [p for p in self.parameters() if p.requires_grad]
+        parts = [p for p in trained if p not in tower], [p for p in trained if p in tower]
+        groups = [{"params": part, "lr": lr} for part, lr in zip(parts, self._lrs(), strict=True) if part]
+        optimizer = adamw(options.optimizer)(groups, weight_decay=options.weight_decay)
         return _with_schedule(optimizer, options, self.trainer)
 
+    def _lrs(self) -> tuple[float, float]:
+        """Of everything but the tower, and of the tower."""
+        return self.options.base_lr, self.options.tower_lr_scale * self.options.base_lr
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        _obey_config(checkpoint, lr=self.options.base_lr, weight_decay=self.options.weight_decay)
+        _obey_config(checkpoint, self._lrs(), weight_decay=self.options.weight_decay)
 
 
 class PerceptualDistance:
@@ -240,7 +282,7 @@ class FirstStageTraining(pl.LightningModule):
         return _with_schedule(optimizer, self.options, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        _obey_config(checkpoint, lr=self.options.base_lr)
+        _obey_config(checkpoint, [self.options.base_lr])
 
 
 def _with_schedule(
@@ -251,13 +293,36 @@ def _with_schedule(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _obey_config(checkpoint: dict[str, Any], *, lr: float, **settings: float) -> None:
-    """Put the config's settings in the place of a checkpoint's, which would silently win on resume."""
+def adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """The AdamW that `training.optimizer` names; they differ in speed and memory, not in what they compute.
+
+    Raises:
+        ConfigError: it is not installed.
+
+    Source: Loshchilov and Hutter 2019; adamw_8bit: Dettmers et al. 2022, through bitsandbytes.
+    """
+    if name == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ConfigError(
+                "training.optimizer: adamw_8bit needs bitsandbytes; pip install bitsandbytes, or use adamw_fused"
+            ) from None
+        return AdamW8bit
+    return partial(torch.optim.AdamW, fused=name == "adamw_fused" or None)
+
+
+def _obey_config(checkpoint: dict[str, Any], lrs: Sequence[float], **settings: float) -> None:
+    """Put the config's settings in the place of a checkpoint's, which would silently win on resume.
+
+    Args:
+        lrs: of the parameter groups, of which a checkpoint may have fewer.
+    """
     for optimizer, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
-        factor = lr / scheduler["base_lrs"][0]
-        scheduler["base_lrs"] = [lr for _ in scheduler["base_lrs"]]
-        scheduler["_last_lr"] = [factor * last for last in scheduler["_last_lr"]]
-        for group in optimizer["param_groups"]:
+        factors = [lr / base for lr, base in zip(lrs, scheduler["base_lrs"], strict=False)]
+        scheduler["base_lrs"] = list(lrs[: len(factors)])
+        scheduler["_last_lr"] = [f * last for f, last in zip(factors, scheduler["_last_lr"], strict=True)]
+        for group, lr, factor in zip(optimizer["param_groups"], lrs, factors, strict=False):
             group.update(settings, initial_lr=lr, lr=factor * group["lr"])
 
 

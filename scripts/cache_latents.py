@@ -23,7 +23,7 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import FIRST_STAGE, TOWER, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
 from ldm.data.cached import write_cache
-from ldm.data.datamodule import open_images
+from ldm.data.datamodule import box_dataset
 from ldm.data.transforms import exemplar_to_pixels
 from ldm.files import write_text
 from ldm.latent_diffusion import latent_mask, with_tower
@@ -100,8 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(*args.config)
         first_stage, exemplar_encoder = load_encoders(config, args.checkpoint, args.device)
+        kind = "open_images" if config.data.kind == "cached" else config.data.kind
         for split, draws in (("train", args.draws), ("validation", 1)):
-            dataset = open_images(config, split, root=args.root, seed=args.seed)
+            dataset = box_dataset(config, split, kind=kind, root=args.root, seed=args.seed)
             variants = [(epoch, index) for epoch in range(draws) for index in range(len(dataset))]
             loader = DataLoader(dataset, batch_size=args.batch_size, sampler=variants, num_workers=args.workers)
             batches = encoded(first_stage, exemplar_encoder, loader, args.device)

@@ -1,4 +1,4 @@
-"""Turn Open Images' box annotations into one text file of pixel boxes per image.
+"""Turn Open Images' box annotations into one text file of pixel boxes per image, and one index that training opens.
 
 python scripts/read_bbox.py --root dataset/open-images
 """
@@ -9,7 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ldm.data.box_index import BoxIndexError, IndexWriter
 from ldm.data.read_bbox import ANNOTATIONS, AnnotationError, read_bbox
+from ldm.data.readers import Source, annotations_state, index_path, index_source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,15 +31,20 @@ def main(argv: list[str] | None = None) -> int:
         if not splits:
             raise AnnotationError(f"{annotations}: none of {', '.join(ANNOTATIONS.values())}; see dataset/README.md")
         for split in splits:
-            summary = read_bbox(annotations / ANNOTATIONS[split], images, split, out / split, overwrite=args.overwrite)
+            source = Source(args.root, args.out and out / split)
+            with IndexWriter(index_path("open_images", source, split)) as index:
+                csv_path = annotations / ANNOTATIONS[split]
+                summary = read_bbox(csv_path, images, split, out / split, index=index, overwrite=args.overwrite)
+                state = annotations_state("open_images", source, split)
+                index.source |= index_source("open_images", images, split, state)
             print(
                 f"{split}: {summary.rows:,} rows, {summary.boxes:,} boxes kept; {summary.written:,} files written to "
-                f"{out / split}, {summary.resumed:,} already there"
+                f"{out / split}, {summary.resumed:,} already there; index in {index.path}"
             )
             if summary.report:
                 reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.problems.items())
                 print(f"{split}: images without a text file: {reasons}; listed in {summary.report}")
-    except (AnnotationError, OSError) as error:
+    except (AnnotationError, BoxIndexError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -80,7 +80,7 @@ def test_values_survive_overrides_and_merging(lr: float, size: int, ch_mult: lis
         ("model: {parameterization: z}\n", r"model\.parameterization: got 'z', expected one of eps, v, x0"),
         ("model: {schedule: {name: sigmoid}}\n", r"schedule\.name: got 'sigmoid', expected one of scaled_linear"),
         ("training: {null_drop: never}\n", r"training\.null_drop: got 'never'"),
-        ("data: {kind: zip}\n", r"data\.kind: got 'zip', expected one of open_images, cached"),
+        ("data: {kind: zip}\n", r"data\.kind: got 'zip', expected one of open_images, coco, voc"),
         ("- model\n- data\n", r"a\.yaml: expected a mapping with the sections model, data"),
         ("model: {image_size: [1\n", r"a\.yaml: not a readable YAML file: "),
         ("model:\n  image_size: ${nothing}\n", r"model\.image_size: .*'nothing'"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from ldm.config import ConfigError, ScheduleConfig
+from ldm.config import ConfigError, ScheduleConfig, load_config
 from ldm.diffusion import (
     eps_from_v,
     eps_from_x_0,
@@ -95,6 +95,26 @@ def test_cosine_follows_its_definition_until_betas_are_clipped() -> None:
     torch.testing.assert_close(schedule.alphas_cumprod[:-1], (f / f_0)[:-1])
     assert schedule.betas[-1] == 0.999
     assert 0 < schedule.alphas_cumprod[-1] < 1e-8
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "linear"])
+def test_zero_terminal_snr_moves_the_end_and_keeps_the_start(name: str) -> None:
+    plain = make_schedule(ScheduleConfig(name=name))
+    stretched = make_schedule(ScheduleConfig(name=name, zero_terminal_snr=True))
+    assert stretched.alphas_cumprod[-1] == 1e-8
+    torch.testing.assert_close(stretched.alphas_cumprod[0], plain.alphas_cumprod[0])
+    assert (stretched.alphas_cumprod.diff() < 0).all() and ((stretched.betas > 0) & (stretched.betas < 1)).all()
+    torch.testing.assert_close(torch.cumprod(1 - stretched.betas, 0), stretched.alphas_cumprod)
+    # alpha is an affine function of what it was
+    ratio = stretched.alphas_cumprod.sqrt()[:-1].diff() / plain.alphas_cumprod.sqrt()[:-1].diff()
+    torch.testing.assert_close(ratio, ratio[:1].expand(998))
+    assert all(buffer.isfinite().all() for buffer in stretched.buffers().values())
+
+
+def test_eps_prediction_does_not_go_with_zero_terminal_snr() -> None:
+    with pytest.raises(ConfigError, match="use v or x0"):
+        load_config(overrides=["model.schedule.zero_terminal_snr=true"])
+    load_config(overrides=["model.schedule.zero_terminal_snr=true", "model.parameterization=v"])
 
 
 def test_schedule_stays_on_the_cpu_while_a_model_is_built_on_meta() -> None:

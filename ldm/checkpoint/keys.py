@@ -32,6 +32,10 @@ POSITION_EMBEDDING = FILE_TOWER + "embeddings.position_embedding.weight"  # (N +
 EMA = "model_ema."
 EMA_COUNTERS = (EMA + "decay", EMA + "num_updates")
 
+# Low-rank additions as `peft` names them beside the weight that they are added to: A, then B.
+LORA_BASE = ".base_layer.weight"
+LORA_PARTS = (".lora_A.default.weight", ".lora_B.default.weight")
+
 SCHEDULE_BUFFERS = (
     "betas",
     "alphas_cumprod",
@@ -65,7 +69,7 @@ def to_module_keys(state: Mapping[str, Tensor], *, use_ema: bool = False) -> dic
     Raises:
         CheckpointError: `use_ema`, and the file holds no complete set of averaged weights.
     """
-    state = swap_in_ema(state) if use_ema else state
+    state = merge_lora(swap_in_ema(state) if use_ema else state)
     kept = {name: tensor for name, tensor in state.items() if name != POSITION_IDS and not name.startswith(EMA)}
     return {_renamed(name, RENAMED): tensor for name, tensor in kept.items()}
 
@@ -95,6 +99,28 @@ def swap_in_ema(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 raise CheckpointError(f"the checkpoint has no averaged (EMA) weight {ema_name}; load it without EMA")
             swapped[name] = state[ema_name]
     return swapped
+
+
+def merge_lora(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights that were trained through low-rank additions (`peft`), added up: W + B A, under the plain names.
+
+    Raises:
+        CheckpointError: an addition is missing.
+
+    Source: Hu et al. 2022, Eq. 3, with alpha = r.
+    """
+    stems = [name.removesuffix(LORA_BASE) for name in state if name.endswith(LORA_BASE)]
+    if not stems:
+        return state
+    merged = dict(state)
+    for stem in stems:
+        weight = merged.pop(stem + LORA_BASE)
+        try:
+            down, up = (merged.pop(stem + part).float() for part in LORA_PARTS)
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint has a low-rank addition without {error}; it is incomplete") from None
+        merged[f"{stem}.weight"] = (weight.float() + up @ down).to(weight.dtype)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in merged.items()}
 
 
 def check_keys(

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.config import Config, ConfigError
+from ldm.data.box_dataset import BoxDataset, SampleRecipe, sample_key
 from ldm.data.cached import CachedDataset
-from ldm.data.open_images import OpenImagesDataset
+from ldm.data.readers import Source, open_index
+from ldm.data.shards import ShardPart, Shards
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -55,19 +57,46 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield self.epoch, int(index)
 
 
+class EpochPlaces(Sampler[tuple[int, int]]):
+    """(epoch, place) pairs of one process whose dataset has an order of its own in every epoch.
+
+    Args:
+        length: places in an epoch.
+        epoch, start: as for `EpochSampler`.
+    """
+
+    def __init__(self, length: int, *, epoch: int = 0, start: int = 0) -> None:
+        self.length, self.epoch, self.start = length, epoch, start
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        start, self.start = self.start, 0
+        for place in range(start, self.length):
+            yield self.epoch, place
+
+
 class KeyedDataset(Dataset[dict[str, Tensor]]):
     """Passes (epoch, index) on and adds `key`, the seed of the sample's own random draws in training."""
 
-    def __init__(self, dataset: OpenImagesDataset | CachedDataset, seed: int) -> None:
+    def __init__(self, dataset: BoxDataset | CachedDataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def first(self, count: int) -> list[dict[str, Tensor]]:
+        """The first samples of epoch 0."""
+        return [self[i] for i in range(min(count, len(self)))]
+
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        key = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-        return {**self.dataset[epoch, index], "key": torch.tensor(int(key))}
+        return {**self.dataset[epoch, index], "key": sample_key([self.seed, epoch, index])}
 
 
 class DataModule(pl.LightningDataModule):
@@ -80,46 +109,57 @@ class DataModule(pl.LightningDataModule):
     def __init__(self, config: Config) -> None:
         super().__init__()
         if config.stage == "first_stage" and config.data.kind == "cached":
-            raise ConfigError("data.kind: got 'cached', expected 'open_images': the first stage is trained on pixels")
+            raise ConfigError(
+                "data.kind: got 'cached', expected images and boxes: the first stage is trained on pixels"
+            )
         self.data, self.seed = config.data, config.seed
         self._position = {"epoch": 0, "batch": 0}  # of the next batch, where a checkpoint was loaded
-        self.train_set = KeyedDataset(_dataset(config, "train", None), self.seed)
-        self.val_set = KeyedDataset(_dataset(config, "validation", self.data.max_val_samples), self.seed)
+        self.train_set = _split(config, "train", None)
+        self.val_set = _split(config, "validation", self.data.max_val_samples)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         world_size, rank = self._processes()
-        sampler = EpochSampler(
-            len(self.train_set),
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            epoch=self._position["epoch"],
-            start=self._position["batch"] * self.data.batch_size,
-        )
-        return self._loader(self.train_set, self.data.batch_size, sampler)
+        position, batch_size = self._position, self.data.batch_size
+        start = {"epoch": position["epoch"], "start": position["batch"] * batch_size}
+        if isinstance(self.train_set, Shards):
+            part = self._part(self.train_set, batch_size)
+            return self._loader(part, batch_size, EpochPlaces(len(part), **start))
+        sampler = EpochSampler(len(self.train_set), seed=self.seed, rank=rank, world_size=world_size, **start)
+        return self._loader(self.train_set, batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         world_size, rank = self._processes()
+        if isinstance(self.val_set, Shards):
+            part = self._part(self.val_set, self.data.val_batch_size)
+            return self._loader(part, self.data.val_batch_size, [(0, place) for place in range(len(part))])
         share = len(self.val_set) // world_size  # equal for all ranks, who wait for each other
         return self._loader(self.val_set, self.data.val_batch_size, range(rank, share * world_size, world_size))
 
     def _processes(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
+    def _part(self, shards: Shards, batch_size: int) -> ShardPart:
+        world_size, rank = self._processes()
+        workers = self.data.num_workers
+        return ShardPart(shards, batch_size=batch_size, num_workers=workers, rank=rank, world_size=world_size)
+
     def _loader(
-        self, dataset: KeyedDataset, batch_size: int, sampler: EpochSampler | Sequence[int]
+        self,
+        dataset: KeyedDataset | ShardPart,
+        batch_size: int,
+        sampler: EpochSampler | EpochPlaces | Sequence[int] | Sequence[tuple[int, int]],
     ) -> DataLoader[dict[str, Tensor]]:
         if len(sampler) < batch_size:
-            split = "training" if dataset is self.train_set else "validation"
+            split = "training" if isinstance(sampler, EpochSampler | EpochPlaces) else "validation"
             raise ValueError(
-                f"{self.data.root}: got {len(dataset)} {split} samples, expected at least a batch of {batch_size} per "
-                "process; prepare more data or lower data.batch_size and data.val_batch_size"
+                f"{self.data.root}: got {len(sampler)} {split} samples for each process, expected at least a batch of "
+                f"{batch_size}; prepare more data or lower data.batch_size and data.val_batch_size"
             )
         workers = self.data.num_workers
         return DataLoader(
             dataset,
             batch_size=batch_size,
-            sampler=sampler,  # pyright: ignore[reportArgumentType]: pairs, which KeyedDataset takes
+            sampler=sampler,  # pyright: ignore[reportArgumentType]: pairs, which the datasets take
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=_outlive_signals if workers > 0 else None,
@@ -147,31 +187,58 @@ def _outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # Python also ends workers by SIGTERM: obey, later
 
 
-def open_images(
+def data_source(config: Config) -> tuple[Source, Path | None]:
+    """Where a config's annotations are, and the folder for their index, if it names one."""
+    data = config.data
+    annotations, validation, index = (
+        None if path is None else Path(path) for path in (data.annotations, data.val_annotations, data.index)
+    )
+    return Source(Path(data.root), annotations, validation), index
+
+
+def box_dataset(
     config: Config,
     split: str,
     *,
+    kind: str | None = None,
     root: str | Path | None = None,
     seed: int | None = None,
     max_samples: int | None = None,
-) -> OpenImagesDataset:
-    """The samples that a config asks for, from photographs and boxes; `root` and `seed` stand in for the config's."""
+) -> BoxDataset:
+    """The samples that a config asks for, from images and boxes; `kind`, `root` and `seed` stand in for its own.
+
+    Raises:
+        BoxIndexError: the annotations cannot be used.
+    """
     data = config.data
-    margins = data.context_margins
-    return OpenImagesDataset(
-        data.root if root is None else root,
-        split,
+    source, folder = data_source(config)
+    if root is not None:
+        source = source._replace(root=Path(root))
+    index = open_index(kind or data.kind, source, split, folder)
+    seed = config.seed if seed is None else seed
+    return BoxDataset(index, index.metadata["images"], sample_recipe(config), seed=seed, max_samples=max_samples)
+
+
+def sample_recipe(config: Config) -> SampleRecipe:
+    """How a config makes samples of images."""
+    data, margins = config.data, config.data.context_margins
+    return SampleRecipe(
         image_size=config.model.image_size,
         exemplar_size=config.model.exemplar_encoder.image_size,
         arbitrary_mask_percent=data.arbitrary_mask_percent,
+        exact_mask_percent=data.exact_mask_percent,
         augment_exemplar=data.augment_exemplar,
+        augmentation_strength=data.augmentation_strength,
+        grey_background=data.grey_background,
         context_margins=(margins[0], margins[1]) if margins else None,
-        seed=config.seed if seed is None else seed,
-        max_samples=max_samples,
     )
 
 
-def _dataset(config: Config, split: str, max_samples: int | None) -> OpenImagesDataset | CachedDataset:
-    if config.data.kind == "cached":
-        return CachedDataset(config.data.root, split, max_samples=max_samples)
-    return open_images(config, split, max_samples=max_samples)
+def _split(config: Config, split: str, max_samples: int | None) -> KeyedDataset | Shards:
+    data, seed = config.data, config.seed
+    if data.kind == "shards":
+        recipe, buffer = sample_recipe(config), data.shuffle_buffer if split == "train" else 0
+        return Shards(data.root, split, recipe, seed=seed, buffer=buffer, max_samples=max_samples)
+    if data.kind == "cached":
+        return KeyedDataset(CachedDataset(data.root, split, max_samples=max_samples), seed)
+    return KeyedDataset(box_dataset(config, split, max_samples=max_samples), seed)

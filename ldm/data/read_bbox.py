@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from ldm.data.box_index import MAX_AREA, MIN_AREA, IndexWriter
 from ldm.files import replacing
 
 ANNOTATIONS = {
@@ -26,7 +27,6 @@ ANNOTATIONS = {
     "validation": "validation-annotations-bbox.csv",
     "test": "test-annotations-bbox.csv",
 }
-MIN_AREA, MAX_AREA = 0.02, 0.80  # share of the image, inclusive
 _COLUMNS = ("ImageID", "XMin", "XMax", "YMin", "YMax")
 
 
@@ -55,7 +55,9 @@ class Summary:
     report: Path | None = None
 
 
-def read_bbox(csv_path: Path, images: Path, split: str, out: Path, *, overwrite: bool = False) -> Summary:
+def read_bbox(
+    csv_path: Path, images: Path, split: str, out: Path, *, index: IndexWriter | None = None, overwrite: bool = False
+) -> Summary:
     """Write the kept boxes of one split as text files.
 
     Memory: the kept boxes are held as 36 bytes each plus about 200 bytes per image (the order of the CSV's rows
@@ -69,6 +71,7 @@ def read_bbox(csv_path: Path, images: Path, split: str, out: Path, *, overwrite:
         images: folder that holds the image folders (`train` or `train_0` … `train_f`, `validation`, `test`).
         split: train, validation or test.
         out: folder for the text files, created when missing.
+        index: gets the images and boxes, too; the headers of all images are read then, also of finished ones.
         overwrite: write existing text files again.
 
     Raises:
@@ -79,30 +82,31 @@ def read_bbox(csv_path: Path, images: Path, split: str, out: Path, *, overwrite:
         raise AnnotationError(f"{images}: no .jpg under {split}/ or {split}_0/ …; unpack the images there")
     out.mkdir(parents=True, exist_ok=True)
     done = set() if overwrite else _finished(out)
-    names, rows, image_index, corners = _kept_boxes(csv_path)
-    summary = Summary(rows=rows, boxes=len(image_index))
-    order = np.argsort(image_index, kind="stable")  # the CSV's order within an image
-    corners = corners[order]
-    ends = np.cumsum(np.bincount(image_index, minlength=len(names)))
+    boxes_of = kept_boxes(csv_path)
+    summary = Summary(rows=boxes_of.rows, boxes=len(boxes_of.corners))
     temporary = out / f".{split}.{os.getpid()}.tmp"
     problems: list[tuple[str, str]] = []
-    start = 0
     try:
-        for name, end in zip(tqdm(names, desc=f"{split}: boxes", unit=" images"), ends.tolist(), strict=True):
-            boxes, start = corners[start:end], end
+        for name, boxes in tqdm(boxes_of, desc=f"{split}: boxes", unit=" images", total=len(boxes_of)):
             if name in done:
                 summary.resumed += 1
-                continue
+                if index is None:
+                    continue
             try:
                 if name not in folders:
                     raise JpegError("missing")
-                width, height = jpeg_size(os.path.join(folders[name], name + ".jpg"))
+                path = os.path.join(folders[name], name + ".jpg")
+                width, height = jpeg_size(path)
             except JpegError as error:
                 problems.append((name, str(error)))
                 continue
-            lines = [f"{a * width} {b * height} {c * width} {d * height}\n" for a, b, c, d in boxes.tolist()]
+            pixels = [(a * width, b * height, c * width, d * height) for a, b, c, d in boxes.tolist()]
+            if index is not None:
+                index.add(os.path.relpath(path, images), (width, height), pixels)
+            if name in done:
+                continue
             with open(temporary, "w", encoding="ascii") as file:
-                file.writelines(lines)
+                file.writelines(f"{a} {b} {c} {d}\n" for a, b, c, d in pixels)
             os.replace(temporary, out / f"{name}.txt")
             summary.written += 1
     finally:
@@ -130,12 +134,32 @@ def _finished(out: Path) -> set[str]:
 # ---- CSV ----
 
 
-def _kept_boxes(csv_path: Path) -> tuple[list[str], int, np.ndarray, np.ndarray]:
+class KeptBoxes:
+    """Boxes of 2 % to 80 % of their image, by image; iterating gives (id, (n, 4) corners) in the ids' order.
+
+    Attributes:
+        rows: in the CSV.
+        corners: (N, 4) float64 x_min, y_min, x_max, y_max in [0, 1], those of an image in the CSV's order.
+    """
+
+    def __init__(self, ids: list[bytes], image_index: np.ndarray, corners: np.ndarray, rows: int) -> None:
+        self._ids, self.rows = ids, rows
+        self.corners = corners[np.argsort(image_index, kind="stable")]
+        self._ends = np.cumsum(np.bincount(image_index, minlength=len(ids)))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        for i in sorted(range(len(self)), key=self._ids.__getitem__):
+            yield self._ids[i].decode(), self.corners[self._ends[i - 1] if i else 0 : self._ends[i]]
+
+
+def kept_boxes(csv_path: Path) -> KeptBoxes:
     """Stream the CSV; keep boxes of 2 % to 80 % of the image.
 
-    Returns:
-        Image ids with a kept box, number of rows, and per kept box its image's index (n,) int32 and corners (n, 4)
-        float64 x_min, y_min, x_max, y_max in [0, 1].
+    Raises:
+        AnnotationError: the CSV is missing or malformed.
     """
     index_of: dict[bytes, int] = {}
     image_index, corners, row_count = array("i"), array("d"), 0
@@ -144,8 +168,8 @@ def _kept_boxes(csv_path: Path) -> tuple[list[str], int, np.ndarray, np.ndarray]
         if MIN_AREA <= (x_max - x_min) * (y_max - y_min) <= MAX_AREA:
             image_index.append(index_of.setdefault(image, len(index_of)))
             corners.extend((x_min, y_min, x_max, y_max))
-    names = [name.decode() for name in index_of]
-    return names, row_count, np.frombuffer(image_index, np.int32), np.frombuffer(corners).reshape(-1, 4)
+    indices, edges = np.frombuffer(image_index, np.int32), np.frombuffer(corners).reshape(-1, 4)
+    return KeptBoxes(list(index_of), indices, edges, row_count)
 
 
 def _rows(csv_path: Path) -> Iterator[tuple[bytes, float, float, float, float]]:

@@ -108,7 +108,12 @@ def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 def pil_to_tensor(image: Image.Image) -> Tensor:
     """RGB image => (3, H, W) float32 in [-1, 1]."""
-    return _unit_tensor(image) * 2 - 1
+    return levels_to_tensor(_levels(image))
+
+
+def levels_to_tensor(levels: Tensor) -> Tensor:
+    """(3, H, W) uint8 => float32 in [-1, 1], contiguous."""
+    return _unit(levels).mul_(2).sub_(1)
 
 
 def tensor_to_pil(x: Tensor) -> Image.Image:
@@ -123,11 +128,6 @@ def mask_to_tensor(hole_mask: Image.Image) -> Tensor:
     return (hole < 128).float()[None]
 
 
-def soft_mask_to_tensor(hole_mask: Image.Image) -> Tensor:
-    """Hole mask (mode L, white = hole) => keep mask (1, H, W) float32 in [0, 1], soft edges kept (training)."""
-    return 1 - torch.from_numpy(np.array(hole_mask)).float()[None] / 255
-
-
 def exemplar_to_tensor(exemplar: Image.Image, size: int) -> Tensor:
     """Exemplar as the tower sees it when editing: squashed to a square (bicubic), CLIP-normalised (3, size, size)."""
     return clip_normalise(exemplar.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
@@ -136,7 +136,7 @@ def exemplar_to_tensor(exemplar: Image.Image, size: int) -> Tensor:
 def clip_normalise(image: Image.Image | np.ndarray) -> Tensor:
     """RGB image or (H, W, 3) uint8 => (3, H, W) float32 with CLIP's mean and standard deviation removed."""
     mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
-    return (_unit_tensor(image) - mean[:, None, None]) / std[:, None, None]
+    return _unit(_levels(image)).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
 def exemplar_to_pixels(x: Tensor) -> Tensor:
@@ -145,9 +145,14 @@ def exemplar_to_pixels(x: Tensor) -> Tensor:
     return 2 * (x * std[:, None, None] + mean[:, None, None]) - 1
 
 
-def _unit_tensor(image: Image.Image | np.ndarray) -> Tensor:
-    """RGB => (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+def _levels(image: Image.Image | np.ndarray) -> Tensor:
+    """RGB => (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _unit(levels: Tensor) -> Tensor:
+    """uint8 => float32 in [0, 1], contiguous."""
+    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 # ---- exemplar augmentation ----
@@ -162,16 +167,16 @@ class ExemplarAugmentation(NamedTuple):
     shifts: np.ndarray | None = None  # (3, 2) pixels x, y: how far the affine map moves its three points
 
 
-def draw_augmentation(rng: np.random.Generator, size: int) -> ExemplarAugmentation:
-    """Random augmentation for an exemplar of side `size`.
+def draw_augmentation(rng: np.random.Generator, size: int, strength: float = 1.0) -> ExemplarAugmentation:
+    """Random augmentation for an exemplar of side `size`; `strength` multiplies angles and lengths.
 
     The recipe names albumentations 0.4.3's HorizontalFlip, Rotate(limit=20), Blur(p=0.3) and ElasticTransform(p=0.3).
     The last one's displacement field is at most 0.018 px and is left out; what acts is its random affine map: three
     points moved by up to 50 px each. Lengths in pixels are the recipe's at 224 px and scaled to `size`.
     """
     flip = rng.random() < 0.5
-    angle = float(rng.uniform(-20, 20)) if rng.random() < 0.5 else 0.0
-    scale = size / 224
+    angle = strength * float(rng.uniform(-20, 20)) if rng.random() < 0.5 else 0.0
+    scale = strength * size / 224
     blur = int(rng.choice([3, 5, 7]) * scale) | 1 if rng.random() < 0.3 else 0  # | 1: to the next odd side
     shifts = rng.uniform(-50 * scale, 50 * scale, size=(3, 2)) if rng.random() < 0.3 else None
     return ExemplarAugmentation(flip, angle, blur, shifts)

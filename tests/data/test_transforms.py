@@ -65,6 +65,17 @@ def test_drawn_augmentations_follow_the_recipe() -> None:
     assert 49 < max(np.abs(a.shifts).max() for a in drawn if a.shifts is not None) <= 50
 
 
+def test_strength_scales_what_is_drawn() -> None:
+    for seed in range(50):
+        full, half = (transforms.draw_augmentation(np.random.default_rng(seed), 224, s) for s in (1.0, 0.5))
+        assert half.flip == full.flip
+        assert half.angle == pytest.approx(full.angle / 2)
+        assert (half.shifts is None) == (full.shifts is None)
+        if full.shifts is not None and half.shifts is not None:
+            np.testing.assert_allclose(half.shifts, full.shifts / 2)
+        assert half.blur <= full.blur and bool(half.blur) == bool(full.blur)
+
+
 def test_lengths_of_the_augmentation_scale_with_the_exemplar() -> None:
     drawn = [transforms.draw_augmentation(np.random.default_rng(seed), 64) for seed in range(300)]
     assert max(np.abs(a.shifts).max() for a in drawn if a.shifts is not None) <= 50 * 64 / 224
@@ -98,11 +109,6 @@ def test_tensor_to_pil_rounds_and_clips() -> None:
 def test_mask_threshold_is_the_original_s() -> None:
     hole = Image.fromarray(np.array([[0, 100, 127, 128, 155, 255]], dtype=np.uint8))
     assert transforms.mask_to_tensor(hole).tolist() == [[[1, 1, 1, 0, 0, 0]]]
-
-
-def test_soft_mask_keeps_its_levels() -> None:
-    hole = Image.fromarray(np.array([[0, 51, 255]], dtype=np.uint8))
-    torch.testing.assert_close(transforms.soft_mask_to_tensor(hole), torch.tensor([[[1.0, 0.8, 0.0]]]))
 
 
 def test_exemplar_is_squashed_and_normalised() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pytorch_lightning.callbacks import Callback
 from ldm.config import Config
 from ldm.run import Run
 from main import main
+from scripts import make_shards
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,6 +144,31 @@ def test_a_signal_saves_and_the_resumed_run_is_bit_identical(
     assert_same_state(state_of(tmp_path), expected)
 
 
+def test_lora_is_resumed_bit_identically(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("training.lora_rank=4", *BY_EPOCHS)
+    fit(config, tmp_path / "whole")
+    fit(config, tmp_path / "run", callbacks=[SignalAt(6)])
+    fit(config, tmp_path / "run", resume=tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert_same_state(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("workers", "stop"), [(0, 6), (2, 7), (2, 4)])
+def test_training_from_shards_is_resumed_bit_identically(
+    workers: int, stop: int, dataset: Path, fit: Fit, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    source = ["data.kind=open_images", f"data.root={dataset}"]
+    assert make_shards.main(["--out", str(shards), "--megabytes", "1", *source]) == 0
+    config = make_config("data.kind=shards", f"data.root={shards}", f"data.num_workers={workers}", *BY_EPOCHS)
+    whole, before, after = Recorder(), Recorder(), Recorder()
+    assert fit(config, tmp_path / "whole", callbacks=[whole])[1] == 0
+    assert len(whole.keys) == 12 and len({key for keys in whole.keys for key in keys}) == 12 * len(whole.keys[0])
+    fit(config, tmp_path / "run", callbacks=[before, SignalAt(stop)])
+    fit(config, tmp_path / "run", resume=tmp_path / "run" / "checkpoints" / "last.ckpt", callbacks=[after])
+    assert before.keys + after.keys == whole.keys
+    assert_same_state(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("name", ["best.ckpt", "step0000003.ckpt"])
 def test_every_kind_of_checkpoint_can_be_resumed(
     name: str, uninterrupted: Callable[..., Any], fit: Fit, make_config: MakeConfig, tmp_path: Path
@@ -202,6 +229,28 @@ def test_curves_of_a_resumed_run_are_appended(fit: Fit, make_config: MakeConfig,
     assert events < {path.name for path in tmp_path.glob("events.out.tfevents*")}
 
 
+def test_a_full_disk_leaves_the_checkpoint_before(
+    config_file: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-b", str(config_file), "-l", str(tmp_path), "--pretrained-model", str(pretrained)]
+    assert main([*words, "trainer.max_epochs=1"]) == 0
+    (run_dir,) = tmp_path.iterdir()
+    before = (run_dir / "checkpoints" / "last.ckpt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # Python ignores the signal that comes with it
+    try:
+        capsys.readouterr()
+        assert main(["--resume", str(run_dir), "trainer.max_epochs=2"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "last.ckpt: cannot be saved (File too large)" in error
+    assert (run_dir / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert not list(run_dir.rglob("*.partial"))
+    assert main(["--resume", str(run_dir), "trainer.max_epochs=2"]) == 0
+    assert state_of(run_dir)["global_step"] == 8
+
+
 ENDLESS = ("trainer.max_epochs=null", "logging.checkpoint_every=3", "data.num_workers=1")
 
 
@@ -248,3 +297,56 @@ def test_a_signal_to_the_whole_group_spares_the_workers(stopped_by: Callable[[in
     run_dir, code = stopped_by(signal.SIGINT)
     assert code == 128 + signal.SIGINT
     assert state_of(run_dir)["global_step"] >= 3
+
+
+def damage(path: Path, how: str) -> None:
+    """Spoil this name of a file and leave its other names, the periodic checkpoints, alone."""
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if how == "changed byte":
+        content[len(content) // 2] = (content[len(content) // 2] + 1) % 256
+    path.write_bytes(content[: len(content) // 2] if how == "truncated" else b"" if how == "empty" else content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "changed byte", "empty"])
+def test_of_damaged_checkpoints_the_one_before_is_used(
+    how: str, fit: Fit, make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    fit(make_config("trainer.max_epochs=1", "logging.checkpoint_every=2"), run_dir)
+    folder = run_dir / "checkpoints"
+    damage(folder / "last.ckpt", how)
+    damage(folder / "step0000004.ckpt", how)
+    words = ["--resume", str(run_dir), "trainer.max_epochs=2"]
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert err.count("trying the one before") == 2
+    whole = tmp_path / "whole"
+    fit(make_config("trainer.max_epochs=2", "logging.checkpoint_every=2"), whole)
+    assert_same_state(state_of(run_dir), state_of(whole))
+
+    damage(folder / "last.ckpt", how)
+    assert main(["--resume", str(folder / "last.ckpt")]) == 2
+    assert "for the last whole checkpoint" in capsys.readouterr().err
+    for path in folder.glob("*.ckpt"):
+        damage(path, how)
+    assert main(words) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+
+
+def test_resume_auto_is_for_jobs_that_are_started_again(
+    config_file: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-b", str(config_file), "-l", str(tmp_path), "-n", "job", "--pretrained-model", str(pretrained)]
+    words += ["--resume", "auto"]
+    assert main([*words, "trainer.max_epochs=1"]) == 0
+    (run_dir,) = tmp_path.iterdir()
+    steps = state_of(run_dir)["global_step"]
+    other = tmp_path / "2999-01-01T00-00-00_other" / "checkpoints"
+    other.mkdir(parents=True)
+    (other / "last.ckpt").write_bytes((run_dir / "checkpoints" / "last.ckpt").read_bytes())
+    unborn = tmp_path / "2999-01-01T00-00-00_job" / "checkpoints"  # killed before its first checkpoint
+    unborn.mkdir(parents=True)
+    assert main([*words, "trainer.max_epochs=2"]) == 0
+    assert state_of(run_dir)["global_step"] == 2 * steps
+    assert len(list(tmp_path.iterdir())) == 3

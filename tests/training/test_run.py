@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import math
 import os
 import subprocess
 import sys
@@ -132,9 +135,69 @@ def test_what_a_run_leaves_behind(fit: Fit, make_config: MakeConfig, tmp_path: P
     }
     assert load_config(tmp_path / "config.yaml") == config
     assert list(tmp_path.glob("events.out.tfevents*"))
-    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
-    for name in ("train/loss", "train/loss_t1of4", "train/grad_norm", "train/samples_per_s", "val/loss"):
-        assert name in header
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"train/loss", "train/loss_t1of4", "train/lr", "train/param_norm", "val/loss"} <= rows[0].keys()
+
+    def column(name: str) -> list[float]:
+        return [float(row[f"train/{name}"]) for row in rows if row[f"train/{name}"]]
+
+    assert len(column("grad_norm")) == 12
+    parts = zip(*(column(f"grad_norm_{part}") for part in ("unet", "mapper", "null_token")), strict=True)
+    assert column("grad_norm") == pytest.approx([math.hypot(*norms) for norms in parts], rel=1e-5)
+    assert all(0 <= share < 1 for share in column("data_wait"))
+    for samples, seconds in zip(column("samples_per_s"), column("step_s"), strict=True):
+        assert samples * seconds == pytest.approx(4)
+    # operations: the same for every step, and the encoders' with the UNet's forward and backward passes
+    operations = [a * b for a, b in zip(column("tflops"), column("step_s"), strict=True)]
+    assert min(operations) > 0 and max(operations) == pytest.approx(min(operations))
+
+
+@pytest.mark.parametrize("tokens", ["pooled", "all"])
+def test_lora_trains_additions_that_loading_adds_up(
+    tokens: str, fit: Fit, make_config: MakeConfig, pretrained: Path, batch: Weights, tmp_path: Path
+) -> None:
+    config = make_config("training.lora_rank=4", "training.ema_decay=0", f"model.exemplar_encoder.tokens={tokens}")
+    run, _ = fit(config, tmp_path)
+    trained = {name for name, p in run.module.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name and (".attn1." in name or ".attn2." in name) for name in trained)
+    assert any("attn2.to_q" in name for name in trained) is (tokens == "all")
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    model = load_model(config, checkpoint)  # plain names, nothing missing, nothing left over
+    given = to_module_keys(read_checkpoint(pretrained))
+    moved = {name for name, tensor in model.state_dict().items() if name in given and not tensor.equal(given[name])}
+    stems = {name.split(".lora_")[0] for name in trained}
+    assert moved == {f"{stem}.weight" for stem in stems}
+    run.module.eval()
+    x_t, t = torch.randn(2, 9, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 500])
+    context = model.null_context.expand(2, 1, -1)
+    with torch.no_grad():
+        # a sum of weights against a sum of products: the order of roundings
+        torch.testing.assert_close(model.unet(x_t, t, context), run.module.unet(x_t, t, context), rtol=1e-4, atol=1e-5)
+
+
+def test_lora_trains_nothing_that_is_random(make_config: MakeConfig, weights: Weights, tmp_path: Path) -> None:
+    path = tmp_path / "sd.safetensors"
+    write_safetensors(path, {name: tensor for name, tensor in weights.items() if not name.startswith(NEW_PARTS)})
+    run = Run(make_config("training.lora_rank=4"), tmp_path)
+    with pytest.raises(CheckpointError, match="would stay random"):
+        run.initialise(str(path), from_scratch=False, resuming=False)
+
+
+def test_half_of_a_lora_is_refused() -> None:
+    state = {"a.base_layer.weight": torch.zeros(2, 2), "a.lora_A.default.weight": torch.zeros(1, 2)}
+    with pytest.raises(CheckpointError, match="incomplete"):
+        to_module_keys(state)
+
+
+def test_a_run_tells_how_it_was_started(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    fit(make_config("trainer.max_epochs=1"), tmp_path)
+    fit(make_config("trainer.max_epochs=2"), tmp_path, resume=tmp_path / "checkpoints" / "last.ckpt")
+    first, second = json.loads((tmp_path / "history.json").read_text())
+    assert first["resumed_from"] is None
+    assert second["resumed_from"] == str(tmp_path / "checkpoints" / "last.ckpt")
+    assert first["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert first["command"] == sys.argv and first["seed"] == 23
 
 
 def test_average_follows_its_formula(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.config import Config
+from ldm.checkpoint.keys import TOWER
+from ldm.config import Config, ConfigError
 from ldm.run import Run
-from ldm.training import DiffusionTraining, lr_factor
+from ldm.training import DiffusionTraining, adamw, lr_factor
 
+Fit = Callable[..., tuple[Run, int]]
 MakeConfig = Callable[..., Config]
 Batch = dict[str, Tensor]
 
@@ -139,6 +142,64 @@ def test_cached_latents_give_the_same_loss(make_module: Callable[..., DiffusionT
         got, _ = module.losses(cached)
     # The moments come from batches of four instead of eight.
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def drawn(module: DiffusionTraining, count: int) -> tuple[Tensor, Tensor]:
+    """Timesteps and noise that `losses` draws for samples 0 to count; the networks are left out."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    latents = torch.zeros(count, 4, 8, 8)
+    module.__dict__["latents"] = lambda batch, generators: (latents, latents)
+    module.__dict__["encode_exemplar"] = lambda x: torch.zeros(count, 1, 32)
+    module.__dict__["loss"] = lambda z_0, z_masked, keep, context, t, eps: seen.append((t, eps)) or torch.zeros(count)
+    module.losses({"key": torch.arange(count), "exemplar": torch.zeros(count), "keep_mask": torch.zeros(count)})
+    return seen[0]
+
+
+def test_logit_normal_timesteps(make_module: Callable[..., DiffusionTraining]) -> None:
+    t, _ = drawn(make_module("training.timesteps=logit_normal"), 4000)
+    z = torch.logit((t.double() + 0.5) / 1000)
+    assert t.min() >= 0 and t.max() <= 999
+    assert abs(z.mean()) < 4 / 4000**0.5  # four standard deviations, here and below
+    assert abs(z.std() - 1) < 4 / (2 * 4000) ** 0.5
+    t, _ = drawn(make_module(), 4000)
+    assert abs(t.double().mean() - 499.5) < 4 * 288.7 / 4000**0.5
+
+
+def test_offset_noise_is_one_constant_per_channel(make_module: Callable[..., DiffusionTraining]) -> None:
+    _, plain = drawn(make_module(), 2000)
+    _, offset = drawn(make_module("training.offset_noise=0.1"), 2000)
+    added = offset - plain
+    torch.testing.assert_close(added, added[..., :1, :1].expand_as(added), rtol=0, atol=1e-6)
+    constants = added[..., 0, 0].flatten()
+    assert abs(constants.std() - 0.1) < 4 * 0.1 / (2 * 8000) ** 0.5  # four standard deviations
+    assert abs(constants.mean()) < 4 * 0.1 / 8000**0.5
+
+
+def test_the_tower_can_have_a_learning_rate_of_its_own(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    options = ["training.train_tower=true", "training.warmup_steps=0", "trainer.max_epochs=1"]
+    run, _ = fit(make_config(*options, "training.tower_lr_scale=0.1"), tmp_path)
+    rest, tower = run.trainer.optimizers[0].param_groups
+    assert (rest["lr"], tower["lr"]) == pytest.approx((1e-3, 1e-4))
+    names = {id(p): name for name, p in run.module.named_parameters()}
+    assert all(names[id(p)].startswith(TOWER) for p in tower["params"])
+    assert not any(names[id(p)].startswith(TOWER) for p in rest["params"])
+    changed = make_config(*options, "training.tower_lr_scale=0.5", "trainer.max_epochs=2")
+    run, _ = fit(changed, tmp_path, resume=tmp_path / "checkpoints" / "last.ckpt")
+    assert [group["lr"] for group in run.trainer.optimizers[0].param_groups] == pytest.approx([1e-3, 5e-4])
+
+
+def test_the_fused_optimizer_computes_the_same(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    losses = []
+    for name in ("adamw", "adamw_fused"):
+        run, _ = fit(make_config(f"training.optimizer={name}", "trainer.max_epochs=2"), tmp_path / name)
+        losses.append(float(run.trainer.callback_metrics["val/loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the order of roundings differs, in eight steps
+
+
+def test_an_optimizer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        adamw("adamw_8bit")
 
 
 class TestNullDrop:

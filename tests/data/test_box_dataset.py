@@ -1,18 +1,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from ldm.data import transforms
+from ldm.data.box_dataset import BoxDataset, DatasetError, SampleRecipe, _reduced, crop
+from ldm.data.box_index import Entry
 from ldm.data.masks import Box
-from ldm.data.open_images import DatasetError, OpenImagesDataset, crop
+from ldm.data.readers import Source, open_index
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 SIZES = [(96, 72), (72, 96), (64, 64), (120, 40), (9, 7)]
@@ -38,9 +45,12 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(root: Path, **options: object) -> OpenImagesDataset:
-    settings = {"split": "validation", "image_size": 32, "exemplar_size": 28, **options}
-    return OpenImagesDataset(root, **settings)  # type: ignore[arg-type]
+def make(
+    root: Path, split: str = "validation", seed: int = 0, max_samples: int | None = None, **options: Any
+) -> BoxDataset:
+    recipe = SampleRecipe(**{"image_size": 32, "exemplar_size": 28, **options})
+    index = open_index("open_images", Source(root), split)
+    return BoxDataset(index, root / "images", recipe, seed=seed, max_samples=max_samples)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -76,7 +86,7 @@ def test_crops_as_in_editing_show_more_of_the_hole(tmp_path: Path) -> None:
     near = make(tmp_path, context_margins=(0.05, 0.1), arbitrary_mask_percent=0.0)
     paper = make(tmp_path, arbitrary_mask_percent=0.0)
 
-    def hole_shares(dataset: OpenImagesDataset) -> list[float]:
+    def hole_shares(dataset: BoxDataset) -> list[float]:
         return [1 - dataset[epoch, 0]["keep_mask"].mean().item() for epoch in range(20)]
 
     # 60 pixels, with a twentieth to a tenth on both sides: at least (1 / 1.2)^2 of the square
@@ -93,7 +103,9 @@ def test_without_augmentation_the_exemplar_is_squashed_and_nothing_else_changes(
         changed += not torch.equal(got["exemplar"], other["exemplar"])
     assert changed > 0
     # The square image is always shown whole, so its one box's content is the same in every epoch.
+    (root / "bbox/validation" / f"{2:016x}.txt").unlink()
     (root / "bbox/validation" / f"{2:016x}.txt").write_text("12.0 19.0 38.0 51.0\n")
+    plain = make(root, augment_exemplar=False)
     exemplars = [plain[epoch, 2]["exemplar"] for epoch in range(4)]
     assert all(torch.equal(exemplar, exemplars[0]) for exemplar in exemplars)
 
@@ -118,10 +130,7 @@ def test_no_image_is_squashed(tmp_path: Path) -> None:
             ys, xs = torch.nonzero(sample["image"][0] > 0.5, as_tuple=True)
             width, height = (xs.max() - xs.min()).item(), (ys.max() - ys.min()).item()
             assert abs(width - height) <= 2, "edges are soft, and JPEG's too"
-        long, wide = (
-            dataset[epoch, int(np.flatnonzero([name in path for path in dataset.paths])[0])]
-            for name in ("long", "wide")
-        )
+        long, wide = dataset[epoch, 0], dataset[epoch, 1]
         for edge in (0, -1):
             assert (long["image"][:, edge] - 0).abs().max() < 0.01 and long["keep_mask"][:, edge].min() == 1
             assert wide["image"][:, edge].mean() < -0.9
@@ -142,19 +151,19 @@ def test_hole_covers_the_object_and_the_exemplar_shows_it(tmp_path: Path) -> Non
         assert (exemplar[0] > exemplar[2]).float().mean() > 0.35  # of a padded 44 px crop it fills 83 %, less if warped
 
 
-def test_reduced_decoding_changes_little(tmp_path: Path) -> None:
+def test_reduced_decoding_changes_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large photographs are decoded at a fraction; against full decoding only the resampling differs."""
     image = photo((1600, 1200), 1)
     add(tmp_path, "a", image, ["400.0 300.0 1200.0 1000.0"])
-    reduced = make(tmp_path)
-    decode = OpenImagesDataset._decode
-    full = make(tmp_path)
-    full._decode = lambda file, window, padded: (file.convert("RGB"), 1)  # type: ignore[method-assign]
+    dataset = make(tmp_path)
     with Image.open(tmp_path / "images/validation/a.jpg") as file:
-        decoded, reduction = decode(reduced, file, Box(200, 0, 1400, 1200), Box(390, 290, 1210, 1010))
+        decoded, reduction = dataset.recipe._decode(file, Box(200, 0, 1400, 1200), Box(390, 290, 1210, 1010))
     assert reduction == 8 and decoded.size == (200, 150)
-    a, b = reduced[0], full[0]
-    assert torch.equal(a["keep_mask"], b["keep_mask"])
+    a = dataset[0]
+    monkeypatch.setattr(SampleRecipe, "_decode", lambda self, file, window, padded: (file.convert("RGB"), 1))
+    b = dataset[0]
+    # the hole's edges may move by half a pixel of the reduced picture: of 4 edges of 32 pixels, at most 64 of 1024
+    assert (a["keep_mask"] - b["keep_mask"]).abs().mean() < 64 / 1024
     assert (a["image"] - b["image"]).abs().max() < 0.06  # 8 grey levels
     assert (a["exemplar"] - b["exemplar"]).abs().mean() < 0.06
 
@@ -164,39 +173,111 @@ def test_crop_shows_the_window_that_the_original_showed() -> None:
     window = Box(13, 37, 179, 203)
     golden = load_file(GOLDEN / "tensors_64.safetensors")["b_tall_s1/GT"]
     image = Image.open(GOLDEN / "b_tall.png").convert("RGB")
-    cropped = transforms.pil_to_tensor(crop(image, window, 166, 0))
+    cropped = transforms.levels_to_tensor(crop(image, Image.new("L", image.size), window, 166)[:3])
     resized = torch.nn.functional.interpolate(cropped[None], size=(64, 64), mode="bilinear")[0]
     torch.testing.assert_close(resized, golden, rtol=0, atol=1e-6)
 
 
+@given(st.integers(1, 60), st.integers(0, 40), st.integers(0, 40), st.sampled_from([2, 4, 8]))
+def test_a_window_of_a_reduced_picture_stays_a_square_inside(side: int, x: int, y: int, reduction: int) -> None:
+    width, height = (max(edge + side, reduction) for edge in (x, y))
+    size = -(-width // reduction), -(-height // reduction)  # what a JPEG decoder gives
+    window = _reduced(Box(x, y, x + side, y + side), size, reduction)
+    assert window.inside(*size)
+    assert window.right - window.left == window.bottom - window.top
+    assert abs(window.left * reduction - x) <= 1.5 * reduction
+
+
+def test_the_hole_keeps_soft_edges() -> None:
+    image, hole = Image.new("RGB", (8, 8), (10, 20, 30)), Image.new("L", (8, 8), 0)
+    hole.paste(255, (0, 0, 3, 8))
+    square = crop(image, hole, Box(0, 0, 8, 8), 4)
+    assert square[:3].amax((1, 2)).tolist() == [10, 20, 30]
+    row = square[3, 0].tolist()
+    assert row[0] == 255 and 0 < row[1] < 255 and row[3] == 0
+    outside = crop(image, hole, Box(-8, 0, 8, 16), 16)
+    assert outside[:, 12, 2].tolist() == [*transforms.MID_GREY, 0]
+
+
 def test_unreadable_files_are_skipped_and_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = make(root)
     images = sorted((root / "images/validation").iterdir())
     images[0].write_bytes(images[0].read_bytes()[:200])
     images[1].write_bytes(b"not a JPEG")
-    (root / "bbox/validation" / f"{images[2].stem}.txt").write_text("1 2 three 4\n")
-    dataset = make(root)
+    photo((11, 12)).save(images[2])
     with caplog.at_level(logging.WARNING):
         items = [dataset[i] for i in range(3)]
     assert dataset.num_skipped >= 3
     assert all(images[i].name in caplog.text for i in range(3))
-    assert all(same(make(root)[i], items[i]) for i in range(3))
+    assert "is 11 x 12, indexed as 64 x 64" in caplog.text
+    again = BoxDataset(dataset.index, dataset.images, dataset.recipe)
+    assert all(same(again[i], items[i]) for i in range(3))
 
 
 def test_a_dataset_without_one_readable_image_stops(tmp_path: Path) -> None:
     add(tmp_path, "a", photo((20, 20)), ["0 0 10 10"])
+    dataset = make(tmp_path)
     (tmp_path / "images/validation/a.jpg").write_bytes(b"")
     with pytest.raises(DatasetError, match="20 samples in a row"):
-        make(tmp_path)[0]
+        dataset[0]
 
 
-def test_folders_and_limits(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_samples(root: Path) -> None:
     assert len(make(root, max_samples=2)) == 2
-    add(root, "x", photo((20, 20)), ["0 0 10 10"], folder="validation/deeper")
-    assert len(make(root)) == len(SIZES) + 1
-    (root / "images/validation/deeper/x.jpg").unlink()
-    assert len(make(root)) == len(SIZES) and "1 of 6 have no image" in caplog.text
-    with pytest.raises(DatasetError, match=r"read_bbox\.py"):
-        make(root, split="train")
-    (root / "bbox/train").mkdir()
-    with pytest.raises(DatasetError, match="none with an image"):
-        make(root, split="train")
+
+
+@pytest.fixture
+def shaped() -> Callable[[str], BinaryIO]:
+    """A red disc on blue, 160 x 120, and its mask."""
+    x, y = np.meshgrid(np.arange(160), np.arange(120))
+    disc = (x - 70) ** 2 + (y - 60) ** 2 < 30**2
+    pixels = np.zeros((120, 160, 3), np.uint8)
+    pixels[..., 0], pixels[..., 2] = 255 * disc, 255 * ~disc
+    files = {}
+    for name, array in (("disc.png", pixels), ("mask.png", 255 * disc.astype(np.uint8))):
+        Image.fromarray(array).save(stream := BytesIO(), "PNG")
+        files[name] = stream.getvalue()
+    return lambda name: BytesIO(files[name])
+
+
+OUTLINE = np.array([(70 + 30 * np.cos(a), 60 + 30 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 40)], np.float32)
+
+
+@pytest.mark.parametrize("known_by", ["outline", "mask"])
+def test_holes_of_the_object_s_own_shape(shaped: Callable[[str], BinaryIO], known_by: str) -> None:
+    box = Box(40, 30, 101, 91)
+    shapes, mask = ([[OUTLINE]], "") if known_by == "outline" else ([[]], "mask.png")
+    entry = Entry("disc.png", (160, 120), [box], shapes, mask)
+    recipe = SampleRecipe(120, 64, exact_mask_percent=1.0, grey_background=True, augment_exemplar=False)
+    for seed in range(5):
+        sample = recipe(entry, shaped, np.random.default_rng(seed))
+        hole, red = sample["keep_mask"][0] < 0.5, sample["image"][0] > 0
+        assert hole[red].all()
+        assert hole.sum() < 1.25 * red.sum(), "no more than a thin rim around it"
+        exemplar = transforms.exemplar_to_pixels(sample["exemplar"])
+        assert (exemplar[:, 0, 0] - 0.004).abs().max() < 0.01, "mid-grey instead of blue"
+        assert exemplar[0, 32, 32] > 0.99
+
+
+def test_shapes_are_used_as_often_as_asked(shaped: Callable[[str], BinaryIO]) -> None:
+    known = Entry("disc.png", (160, 120), [Box(40, 30, 101, 91)], [[OUTLINE]], "")
+    unknown = known._replace(shapes=[[]])
+    recipe = SampleRecipe(64, 32, exact_mask_percent=0.3, arbitrary_mask_percent=0.0)
+
+    def rectangles(entry: Entry) -> int:
+        holes = (recipe(entry, shaped, np.random.default_rng(seed))["keep_mask"][0] < 1 for seed in range(200))
+        # a disc fills 79 % of its box; of a rectangle the resize may round a corner away
+        return sum(bool(hole.sum() > 0.95 * hole.any(0).sum() * hole.any(1).sum()) for hole in holes)
+
+    assert abs(rectangles(known) / 200 - 0.7) < 4 * (0.3 * 0.7 / 200) ** 0.5  # four standard deviations
+    assert rectangles(unknown) == 200
+
+
+def test_a_mask_of_another_size_is_an_error(shaped: Callable[[str], BinaryIO]) -> None:
+    entry = Entry("disc.png", (160, 120), [Box(40, 30, 101, 91)], [[]], "mask.png")
+    Image.new("L", (10, 10)).save(stream := BytesIO(), "PNG")
+    files = {"mask.png": stream.getvalue()}
+    with pytest.raises(ValueError, match=r"mask\.png is 10 x 10"):
+        SampleRecipe(32, 32, exact_mask_percent=1.0)(
+            entry, lambda name: BytesIO(files[name]) if name in files else shaped(name), np.random.default_rng(0)
+        )

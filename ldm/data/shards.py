@@ -1,0 +1,315 @@
+"""Images and boxes packed into WebDataset tars, for storage that likes few large files, local or remote.
+
+A shard holds, per image, `NUMBER.json` with its size, boxes and outlines, `NUMBER.jpg` (or png, webp) with the file's
+own bytes, and `NUMBER.mask.png` where a mask is known; NUMBER is its place in the index that the shards were made from.
+`SPLIT.json` beside the shards lists them with their samples, bytes and SHA-256.
+
+Every process takes the same number of samples in an epoch, whatever is damaged: a worker that runs out of images
+begins its shards again. Which samples come in which order follows from (seed, epoch, processes, workers): shards are
+dealt in an order shuffled by (seed, epoch), and each worker shuffles what it reads within a buffer. What is drawn for a
+sample follows from (seed, epoch, NUMBER) alone, as for loose files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ldm.data.box_dataset import MAX_ATTEMPTS, UNREADABLE, SampleRecipe, sample_key
+from ldm.data.box_index import BoxIndex, Entry
+from ldm.data.masks import Box
+from ldm.files import replacing, write_text
+
+logger = logging.getLogger(__name__)
+
+Members = dict[str, bytes]  # content by extension
+
+
+class ShardError(ValueError):
+    """Shards that cannot be written or read; the message names them and the remedy."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar.
+
+    Attributes:
+        name: of the file.
+        samples: images in it.
+        bytes: of the file.
+        sha256: of its content.
+    """
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+# ---- writing ----
+
+
+def write_shards(
+    index: BoxIndex, images: Path, out: Path, split: str, *, max_bytes: int = 2**28, workers: int = 1
+) -> list[Shard]:
+    """Pack the images of an index; an interrupted run is continued, a finished one is checked and left alone.
+
+    Args:
+        index: which images, with which boxes.
+        images: the folder that its names are relative to.
+        out: gets `SPLIT-000000.tar` and so on, and at the end `SPLIT.json`.
+        split: for the files' names.
+        max_bytes: of the images in a shard; one larger image has a shard of its own.
+        workers: processes; the files do not depend on it.
+
+    Raises:
+        ShardError: an image is missing, or `out` holds shards of something else.
+        OSError: the disk is full or not writable; finished shards stay.
+    """
+    spans = list(_spans(index, images, max_bytes))
+    plan = json.dumps({"index": index.path.stat().st_size, "images": str(images), "spans": spans})
+    plan_path = out / f".{split}.plan.json"
+    if plan_path.is_file() and plan_path.read_text(encoding="utf-8") != plan:
+        raise ShardError(f"{out}: holds shards of other images or another size; choose another folder or empty it")
+    write_text(plan_path, plan)
+    jobs = [(index.path, images, out / f"{split}-{k:06d}.tar", *span) for k, span in enumerate(spans)]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        shards = list(tqdm(pool.map(_write_shard, jobs), total=len(jobs), desc=f"{split}: shards", unit="shard"))
+    write_text(out / f"{split}.json", json.dumps({"shards": [asdict(shard) for shard in shards]}, indent=1) + "\n")
+    return shards
+
+
+def _spans(index: BoxIndex, images: Path, max_bytes: int) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) image of each shard."""
+    first, total = 0, 0
+    for i in tqdm(range(len(index)), desc="sizes", unit=" images", delay=3):
+        path = images / index[i].name
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise ShardError(
+                f"{path}: missing; write the index again with scripts/inspect_dataset.py --rebuild"
+            ) from None
+        if total and total + size > max_bytes:
+            yield first, i
+            first, total = i, 0
+        total += size
+    if total:
+        yield first, len(index)
+
+
+def _write_shard(job: tuple[Path, Path, Path, int, int]) -> Shard:
+    """One tar, with the same bytes whoever writes it when; one that is there is taken as it is, for it is whole."""
+    index_path, images, path, first, last = job
+    index = BoxIndex(index_path)
+    if not path.is_file():
+        with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in range(first, last):
+                for name, content in _members(i, index[i], images):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(path.name, last - first, path.stat().st_size, digest)
+
+
+def _members(i: int, entry: Entry, images: Path) -> Iterator[tuple[str, bytes]]:
+    record = {
+        "name": entry.name,
+        "size": entry.size,
+        "boxes": entry.boxes,
+        "shapes": [[outline.tolist() for outline in outlines] for outlines in entry.shapes],
+    }
+    yield f"{i:09d}.json", json.dumps(record).encode()
+    yield f"{i:09d}{Path(entry.name).suffix.lower()}", (images / entry.name).read_bytes()
+    if entry.mask:
+        yield f"{i:09d}.mask{Path(entry.mask).suffix.lower()}", (images / entry.mask).read_bytes()
+
+
+# ---- reading ----
+
+
+class Shards:
+    """The shards of a folder or an address.
+
+    Args:
+        root: folder, `http(s)://…`, `s3://…` (read by the AWS command line) or `pipe:COMMAND {}`, where `{}` becomes
+            the file's name and COMMAND writes its content to the standard output.
+        split: train or validation.
+        recipe: what becomes of an image.
+        seed: of order and draws.
+        buffer: images that a worker shuffles among; 0 keeps the order.
+        max_samples: of an epoch.
+
+    Raises:
+        ShardError: there is no list of shards, or it is damaged.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str,
+        recipe: SampleRecipe,
+        *,
+        seed: int = 0,
+        buffer: int = 1000,
+        max_samples: int | None = None,
+    ) -> None:
+        self.root, self.recipe, self.seed, self.buffer = root, recipe, seed, buffer
+        self.shards = listed_shards(root, split)
+        total = sum(shard.samples for shard in self.shards)
+        self.length = total if max_samples is None else min(total, max_samples)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def first(self, count: int) -> list[dict[str, Tensor]]:
+        """The first samples of epoch 0."""
+        part = ShardPart(self, batch_size=count)
+        return [part[0, k] for k in range(min(count, len(self)))]
+
+
+class ShardPart(Dataset[dict[str, Tensor]]):
+    """What one process reads of the shards: samples with their `key`, by (epoch, place in the epoch).
+
+    Places are meant to be asked for in order, batch by batch, by workers in turn, as a `DataLoader` does: each worker
+    then reads a stream. Any other order gives the same samples, slowly.
+
+    Args:
+        shards: of all processes.
+        batch_size: of the loader.
+        num_workers: of the loader.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self, shards: Shards, *, batch_size: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.source, self.batch_size, self.workers = shards, batch_size, max(num_workers, 1)
+        self.rank, self.world_size = rank, world_size
+        self._next: tuple[int, int, int] | None = None  # epoch, worker and place of what the stream gives next
+        self._stream: Iterator[dict[str, Tensor]] = iter(())
+
+    def __len__(self) -> int:
+        """Samples of an epoch in this process; more can be had."""
+        return len(self.source) // self.world_size
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, place = item
+        batch, within = divmod(place, self.batch_size)
+        # A loader that goes on in mid-epoch begins with its first worker: the batch says whose stream is meant.
+        worker, place = batch % self.workers, batch // self.workers * self.batch_size + within
+        if self._next != (epoch, worker, place):
+            self._stream = self._samples(epoch, worker, place)
+        self._next = epoch, worker, place + 1
+        return next(self._stream)
+
+    def _samples(self, epoch: int, worker: int, start: int) -> Iterator[dict[str, Tensor]]:
+        """Endless samples of a worker, from the `start`th on.
+
+        An unreadable image is replaced by a further draw of the next one, so that what comes after it does not move.
+        """
+        failures = 0
+        for lap, i, members in islice(self._shuffled(epoch, worker), start, None):
+            try:
+                entry, open_file = _unpacked(members)
+                for more in range(failures, -1, -1):
+                    draw = [self.source.seed, epoch, i, *([lap, more] if lap or more else [])]
+                    sample = self.source.recipe(entry, open_file, np.random.default_rng(draw))
+                    yield {**sample, "key": sample_key(draw)}
+            except (*UNREADABLE, KeyError, StopIteration) as error:
+                failures += 1
+                if failures == MAX_ATTEMPTS:
+                    raise ShardError(
+                        f"{self.source.root}: {failures} images in a row cannot be read; see the log"
+                    ) from None
+                logger.warning("%s: image %d skipped (%s)", self.source.root, i, error)
+            else:
+                failures = 0
+
+    def _shuffled(self, epoch: int, worker: int) -> Iterator[tuple[int, int, Members]]:
+        """(lap, NUMBER, content by extension) of a worker's images, over and over, shuffled within a buffer."""
+        rng = np.random.default_rng([self.source.seed, epoch, self.rank, worker])
+        for lap in count():
+            kept: list[tuple[int, Members]] = []
+            for i, members in self._read(epoch, worker):
+                if len(kept) < self.source.buffer:
+                    kept.append((i, members))
+                    continue
+                k = int(rng.integers(len(kept) + 1))
+                kept.append((i, members))
+                yield lap, *kept.pop(k)
+            if not kept:
+                raise ShardError(f"{self.source.root}: no image of the shards can be read; see the log")
+            for k in rng.permutation(len(kept)).tolist():
+                yield lap, *kept[k]
+
+    def _read(self, epoch: int, worker: int) -> Iterator[tuple[int, Members]]:
+        """One lap over a worker's shards."""
+        from webdataset.tariterators import tarfile_samples
+
+        order = np.random.default_rng([self.source.seed, epoch]).permutation(len(self.source.shards))
+        consumer, consumers = worker * self.world_size + self.rank, self.world_size * self.workers
+        # Where there are fewer shards than consumers, those with the same shard take its images in turn.
+        mine = order[consumer::consumers] if len(order) >= consumers else order[[consumer % len(order)]]
+        sharing = range(consumer % len(order), consumers, len(order)) if len(order) < consumers else range(1)
+
+        def skip(error: Exception) -> bool:
+            logger.warning("%s: the rest of a shard skipped (%s)", self.source.root, error)
+            return True
+
+        urls = ({"url": _address(self.source.root, self.source.shards[k].name)} for k in mine.tolist())
+        for place, sample in enumerate(tarfile_samples(urls, handler=skip)):
+            if place % len(sharing) == consumer // len(order) % len(sharing):
+                yield int(sample["__key__"]), {k: v for k, v in sample.items() if not k.startswith("__")}
+
+
+def listed_shards(root: str, split: str) -> list[Shard]:
+    """The shards that the list of a folder or an address names.
+
+    Raises:
+        ShardError: there is no list, or it is damaged.
+    """
+    from webdataset.gopen import gopen
+
+    address = _address(root, f"{split}.json")
+    remedy = "write the shards with scripts/make_shards.py, or check data.root"
+    try:
+        with gopen(address) as stream:
+            return [Shard(**shard) for shard in json.loads(stream.read())["shards"]]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ShardError(f"{address}: no list of shards ({error}); {remedy}") from None
+
+
+def _address(root: str, name: str) -> str:
+    if root.startswith("pipe:"):
+        return root.replace("{}", name)
+    if root.startswith("s3://"):
+        return f"pipe:aws s3 cp {root.rstrip('/')}/{name} -"
+    return f"{root.rstrip('/')}/{name}"
+
+
+def _unpacked(members: Members) -> tuple[Entry, Callable[[str], BinaryIO]]:
+    """An image's entry, and a function that opens its files by the names in it."""
+    record = json.loads(members["json"])
+    mask = next((name for name in members if name.startswith("mask.")), "")
+    image = next(name for name in members if name not in ("json", mask))
+    shapes = [[np.array(outline, dtype=np.float32) for outline in outlines] for outlines in record["shapes"]]
+    entry = Entry(image, tuple(record["size"]), [Box(*corners) for corners in record["boxes"]], shapes, mask)
+    return entry, lambda name: io.BytesIO(members[name])

@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""What a dataset holds and what the model sees of it: counts, box sizes, what was left out and why, a contact sheet.
+
+    python scripts/inspect_dataset.py --base configs/v1.yaml
+    python scripts/inspect_dataset.py data.kind=coco data.root=my/images data.annotations=my/instances.json
+    python scripts/inspect_dataset.py data.kind=masks data.root=my/product --sheet product.png
+
+Settings are the training config's: what is shown here is what `main.py` would train on with the same words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ldm.config import ConfigError, load_config
+from ldm.data.box_dataset import BoxDataset, DatasetError
+from ldm.data.box_index import BoxIndex, BoxIndexError
+from ldm.data.datamodule import box_dataset, data_source
+from ldm.data.read_bbox import AnnotationError
+from ldm.data.readers import index_path
+from ldm.data.transforms import exemplar_to_pixels, tensor_to_pil
+from ldm.editing import save_png
+
+SAMPLES = 16  # on the contact sheet
+COLUMNS = 4
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs, merged from left to right")
+    add("--splits", nargs="+", default=["train", "validation"], metavar="SPLIT", help="default: train validation")
+    add("--sheet", type=Path, default=Path("dataset.png"), metavar="PNG",
+        help="contact sheet of training samples: scene, hole, exemplar (default: %(default)s)")  # fmt: skip
+    add("--epoch", type=int, default=0, help="whose draws the sheet shows; default: %(default)s")
+    add("--rebuild", action="store_true", help="read the annotations again, whatever index there is")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="override the configs, as for main.py")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_intermixed_args(argv)
+    try:
+        config = load_config(*args.base, overrides=args.overrides)
+        if config.data.kind == "cached":
+            raise ConfigError("data.kind: got 'cached', whose boxes are gone; inspect what the cache was made from")
+        for split in args.splits:
+            if args.rebuild:
+                source, folder = data_source(config)
+                index_path(config.data.kind, source, split, folder).unlink(missing_ok=True)
+            dataset = box_dataset(config, split)
+            print("\n".join(description(split, dataset.index)))
+            if split == "train":
+                save_png(contact_sheet(dataset, args.epoch), args.sheet)
+                print(f"{args.sheet}: {min(SAMPLES, len(dataset))} samples, each scene, masked scene, exemplar")
+    except (AnnotationError, BoxIndexError, ConfigError, DatasetError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def description(split: str, index: BoxIndex) -> list[str]:
+    """Lines of text about an index."""
+    shares, aspects, counts, shaped = box_statistics(index)
+    lines = [
+        f"{split}: {len(index):,} images, {index.num_boxes:,} boxes ({index.metadata['format']}, "
+        f"{index.metadata['images']})",
+        f"  boxes per image: {_quantiles(counts, '.0f')}",
+        f"  box, share of its image: {_quantiles(shares, '.0%')}",
+        f"  box, width over height: {_quantiles(aspects, '.2f')}",
+    ]
+    if index.has_shapes:
+        lines.append(f"  shape known: {shaped:.0%} of boxes")
+    for reason, count in sorted(json.loads(index.metadata["dropped"]).items(), key=lambda item: -item[1]):
+        lines.append(f"  left out: {count:,} {reason}")
+    return lines
+
+
+def box_statistics(index: BoxIndex, limit: int = 20_000) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Shares, aspects (per box), boxes per image, the share of boxes with a shape; of at most `limit` images."""
+    shares, aspects, counts, shaped = [], [], [], 0
+    for i in np.unique(np.linspace(0, len(index) - 1, min(limit, len(index))).astype(int)).tolist():
+        entry = index[i]
+        area = entry.size[0] * entry.size[1]
+        counts.append(len(entry.boxes))
+        for box, shape in zip(entry.boxes, entry.shapes, strict=True):
+            width, height = box.right - box.left, box.bottom - box.top
+            shares.append(width * height / area)
+            aspects.append(width / height)
+            shaped += bool(shape or entry.mask)
+    return np.array(shares), np.array(aspects), np.array(counts), shaped / len(shares)
+
+
+def _quantiles(values: np.ndarray, form: str) -> str:
+    found = zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
+    return ", ".join(f"{value:{form}} ({quantile:.0%})" for quantile, value in found)
+
+
+def contact_sheet(dataset: BoxDataset, epoch: int) -> Image.Image:
+    """Samples spread over the dataset as the model gets them: scene, masked scene, exemplar, row by row."""
+    count = min(SAMPLES, len(dataset))
+    size, gap = dataset.recipe.image_size, 4
+    rows = -(-count // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (3 * size + gap) - gap, rows * (size + gap) - gap), "white")
+    for k, i in enumerate(np.linspace(0, len(dataset) - 1, count).astype(int).tolist()):
+        sample = dataset[epoch, i]
+        pictures = (sample["image"], sample["masked_image"], exemplar_to_pixels(sample["exemplar"]))
+        for column, pixels in enumerate(pictures):
+            picture = tensor_to_pil(pixels).resize((size, size), Image.Resampling.BILINEAR)
+            sheet.paste(picture, (k % COLUMNS * (3 * size + gap) + column * size, k // COLUMNS * (size + gap)))
+    return sheet
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""Pack images and boxes into WebDataset tars, for training from storage that likes few large files.
+
+    python scripts/make_shards.py --base configs/v1.yaml --out /scratch/open-images
+    python main.py --base configs/v1.yaml data.kind=shards data.root=/scratch/open-images
+
+Stopped, the command goes on where it was: finished shards are left alone. The images are packed as they are; what
+becomes of them is decided when they are read, by the same settings as for loose files. The root may be an address, too:
+`https://host/folder`, `s3://bucket/folder`, or `pipe:any command that writes {}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ldm.config import ConfigError, load_config
+from ldm.data.box_index import BoxIndexError
+from ldm.data.datamodule import data_source
+from ldm.data.read_bbox import AnnotationError
+from ldm.data.readers import open_index
+from ldm.data.shards import ShardError, write_shards
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs, merged from left to right")
+    add("--out", type=Path, required=True, metavar="DIR", help="gets the shards and their lists")
+    add("--splits", nargs="+", default=["train", "validation"], metavar="SPLIT", help="default: train validation")
+    add("--megabytes", type=int, default=256, metavar="N", help="of a shard, at most; default: %(default)s")
+    add("--workers", type=int, default=2, metavar="N", help="processes; default: %(default)s")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="override the configs, as for main.py")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_intermixed_args(argv)
+    if args.megabytes < 1 or args.workers < 1:
+        parser.error("--megabytes and --workers: expected 1 or more")
+    try:
+        config = load_config(*args.base, overrides=args.overrides)
+        if config.data.kind in ("cached", "shards"):
+            raise ConfigError(f"data.kind: got {config.data.kind!r}, expected images and boxes")
+        source, folder = data_source(config)
+        for split in args.splits:
+            index = open_index(config.data.kind, source, split, folder)
+            images = Path(index.metadata["images"])
+            size = args.megabytes * 1_000_000
+            shards = write_shards(index, images, args.out, split, max_bytes=size, workers=args.workers)
+            total = sum(shard.bytes for shard in shards)
+            print(f"{split}: {len(index):,} images in {len(shards)} shards, {total / 1e6:,.1f} MB, in {args.out}")
+    except (AnnotationError, BoxIndexError, ConfigError, ShardError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,259 @@
+"""Every format of annotations to the same index."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from ldm.data.box_index import BoxIndex, BoxIndexError
+from ldm.data.masks import Box
+from ldm.data.read_bbox import ANNOTATIONS
+from ldm.data.readers import READERS, Source, held_out, open_index, write_index
+
+ROOT = Path(__file__).parents[2]
+SIZE = (100, 80)
+BOX = Box(10, 20, 60, 70)  # of every image
+OUTLINE = [(10, 20), (60, 20), (60, 70)]
+
+
+def images(folder: Path, names: tuple[str, ...] = ("a", "b"), suffix: str = ".jpg") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", SIZE, (90, 120, 30)).save(folder / f"{name}{suffix}")
+
+
+def open_images_texts(root: Path) -> Source:
+    for split in ("train", "validation"):
+        images(root / "images" / split)
+        (root / "bbox" / split).mkdir(parents=True)
+        for name in "ab":
+            (root / "bbox" / split / f"{name}.txt").write_text("10.0 20.0 60.0 70.0\n0 0 1 1\n")
+    return Source(root)
+
+
+def open_images_csv(root: Path) -> Source:
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "validation"):
+        images(root / "images" / split)
+        rows = ["ImageID,XMin,XMax,YMin,YMax", *(f"{name},0.1,0.6,0.25,0.875" for name in "ba"), "a,0,0.01,0,0.01"]
+        (root / "annotations" / ANNOTATIONS[split]).write_text("\n".join(rows))
+    return Source(root)
+
+
+def coco(root: Path) -> Source:
+    images(root)
+    for split in ("train", "val"):
+        content = {
+            "images": [{"id": i, "file_name": f"{n}.jpg", "width": 100, "height": 80} for i, n in enumerate("ab")],
+            "annotations": [
+                {"image_id": 0, "bbox": [10, 20, 50, 50], "segmentation": [[*np.ravel(OUTLINE).tolist()]]},
+                {"image_id": 0, "bbox": [0, 0, 1, 1], "segmentation": []},
+                {"image_id": 0, "bbox": [0, 0, 50, 50], "segmentation": {"counts": [1]}, "iscrowd": 1},
+                {"image_id": 1, "bbox": [10, 20, 50, 50], "segmentation": {"counts": "abc", "size": [80, 100]}},
+            ],
+        }
+        (root / f"{split}.json").write_text(json.dumps(content))
+    return Source(root, root / "train.json", root / "val.json")
+
+
+def voc(root: Path) -> Source:
+    images(root / "JPEGImages")
+    (root / "Annotations").mkdir()
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("a\nb  1\n")
+    for name in "ab":
+        box = "<xmin>11</xmin><ymin>21</ymin><xmax>60</xmax><ymax>70</ymax>"
+        (root / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation><filename>{name}.jpg</filename><size><width>100</width><height>80</height></size>"
+            f"<object><name>x</name><bndbox>{box}</bndbox></object></annotation>"
+        )
+    return Source(root)
+
+
+def yolo(root: Path) -> Source:
+    for split in ("train", "val"):
+        images(root / "images" / split)
+        (root / "labels" / split).mkdir(parents=True)
+        corners = " ".join(f"{x / 100} {y / 80}" for x, y in OUTLINE)
+        (root / "labels" / split / "a.txt").write_text(f"3 {corners}\n0 0.005 0.005 0.01 0.01\n")
+        (root / "labels" / split / "b.txt").write_text("0 0.35 0.5625 0.5 0.625\n")
+    return Source(root)
+
+
+def masks(root: Path) -> Source:
+    names = tuple(f"p{k}" for k in range(150))  # a share is held out by name
+    images(root / "images", names, ".png")
+    (root / "masks").mkdir()
+    mask = Image.new("L", SIZE)
+    mask.paste(255, BOX)
+    ImageDraw.Draw(mask).point((90, 5), 255)  # a speck is no object
+    for name in names:
+        mask.save(root / "masks" / f"{name}.png")
+    return Source(root)
+
+
+LAYOUTS: dict[str, tuple[str, Callable[[Path], Source]]] = {
+    "open_images texts": ("open_images", open_images_texts),
+    "open_images csv": ("open_images", open_images_csv),
+    "coco": ("coco", coco),
+    "voc": ("voc", voc),
+    "yolo": ("yolo", yolo),
+    "masks": ("masks", masks),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_every_format_gives_the_same_boxes(layout: str, split: str, tmp_path: Path) -> None:
+    kind, make = LAYOUTS[layout]
+    index = open_index(kind, make(tmp_path), split)
+    names = [index[i].name for i in range(len(index))]
+    assert len(names) == len(set(names)) >= 2
+    for i, name in enumerate(names):
+        entry = index[i]
+        with Image.open(Path(index.metadata["images"]) / name) as picture:
+            assert entry.size == picture.size == SIZE
+        assert entry.boxes == [BOX], "of two boxes one is too small"
+        assert not entry.mask or (Path(index.metadata["images"]) / entry.mask).is_file()
+    assert index.has_shapes == (kind in ("coco", "yolo", "masks"))
+    if kind in ("coco", "yolo"):
+        np.testing.assert_allclose(index[0].shapes[0][0], OUTLINE, atol=1e-4)
+        assert index[1].shapes == [[]]
+
+
+def test_all_formats_are_tried() -> None:
+    assert {kind for kind, _ in LAYOUTS.values()} == set(READERS)
+
+
+def test_an_undivided_set_is_divided_by_name(tmp_path: Path) -> None:
+    source = masks(tmp_path)
+    indexes = {split: open_index("masks", source, split) for split in ("train", "validation")}
+    names = {split: {index[i].name for i in range(len(index))} for split, index in indexes.items()}
+    assert len(names["train"]) == 142 and len(names["validation"]) == 8
+    assert not names["train"] & names["validation"]
+
+
+@given(st.sets(st.text(min_size=1), max_size=300), st.sets(st.text(min_size=1), max_size=10))
+def test_held_out_share(names: set[str], added: set[str]) -> None:
+    chosen = held_out(names)
+    assert chosen <= names
+    assert len(chosen) == min(max(round(0.05 * len(names)), 8), len(names) // 4)
+    # what is added moves at most as many
+    assert len(chosen - held_out(names | added)) <= len(added)
+
+
+def test_the_index_is_written_once_and_again_after_a_change(tmp_path: Path) -> None:
+    source = yolo(tmp_path)
+    open_index("yolo", source, "train")
+    path = tmp_path / "index" / "yolo-train.safetensors"
+    first = path.stat().st_mtime_ns
+    open_index("yolo", source, "train")
+    assert path.stat().st_mtime_ns == first
+    images(tmp_path / "images" / "train", ("c",))
+    (tmp_path / "labels" / "train" / "c.txt").write_text("0 0.35 0.5625 0.5 0.625\n")
+    assert len(open_index("yolo", source, "train")) == 3
+
+
+def test_another_folder_for_the_index(tmp_path: Path) -> None:
+    source = voc(tmp_path / "data")
+    open_index("voc", source, "train", tmp_path / "elsewhere")
+    assert not (tmp_path / "data" / "index").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BoxIndexError, match=r"data\.index"):
+        open_index("voc", source, "train", tmp_path / "file")
+
+
+def test_what_cannot_be_read_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = yolo(tmp_path)
+    folder = tmp_path / "images" / "train"
+    images(folder, ("c", "d", "e", "f"))
+    labels = tmp_path / "labels" / "train"
+    for name in "cde":
+        (labels / f"{name}.txt").write_text("0 0.35 0.5625 0.5 0.625\n")
+    (labels / "f.txt").write_text("0 0.35 nonsense\n")
+    whole = (folder / "c.jpg").read_bytes()
+    (folder / "c.jpg").write_bytes(whole[:200])
+    (folder / "d.jpg").write_bytes(b"<html>")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", SIZE).save(folder / "e.jpg", exif=exif)
+    with caplog.at_level(logging.WARNING):
+        writer = write_index(tmp_path / "i.safetensors", "yolo", source, "train")
+    assert writer.images == 2
+    assert "f.txt" in caplog.text and "nonsense" in caplog.text
+    assert writer.dropped == {
+        "boxes of less than 2% of their image": 1,
+        "images truncated": 1,
+        "images not a JPEG": 1,
+        "images stored turned (EXIF orientation); save them upright": 1,
+        "annotations that cannot be read": 1,
+    }
+
+
+def test_an_image_of_another_size_than_annotated_is_left_out(tmp_path: Path) -> None:
+    source = coco(tmp_path)
+    Image.new("RGB", (80, 100)).save(tmp_path / "b.jpg")
+    index = open_index("coco", source, "train")
+    assert [index[i].name for i in range(len(index))] == ["a.jpg"]
+    assert json.loads(index.metadata["dropped"])["images of another size than annotated"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "prepare", "message"),
+    [
+        ("coco", lambda root: Source(root), r"data\.annotations: format coco needs"),
+        ("coco", lambda root: Source(root, root / "x.json"), r"x\.json: no such file; check data\.annotations"),
+        ("coco", lambda root: (root / "x.json").write_text("{") and Source(root, root / "x.json"), "not JSON"),
+        ("coco", lambda root: (root / "x.json").write_text("{}") and Source(root, root / "x.json"), "not COCO"),
+        ("voc", Source, "Annotations: no such folder"),
+        ("yolo", Source, "expects ROOT/images and ROOT/labels"),
+        ("masks", Source, "masks: no such folder"),
+        ("open_images", Source, r"dataset/README\.md"),
+        ("labelme", Source, "expected one of open_images, coco, voc, yolo, masks"),
+    ],
+)
+def test_errors_name_the_place_and_the_remedy(
+    kind: str, prepare: Callable[[Path], Source], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BoxIndexError, match=message):
+        open_index(kind, prepare(tmp_path), "train")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_an_index_says_where_its_images_are(tmp_path: Path) -> None:
+    path = tmp_path / "i.safetensors"
+    write_index(path, "voc", voc(tmp_path), "train")
+    assert BoxIndex(path).metadata["images"] == str(tmp_path / "JPEGImages")
+
+
+def test_three_ways_to_the_same_index(tmp_path: Path) -> None:
+    """read_bbox writes the index that reading its text files, or the CSV, would give."""
+    spec = importlib.util.spec_from_file_location("read_bbox_script", ROOT / "scripts" / "read_bbox.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    source = open_images_csv(tmp_path)
+    of_csv = entries(open_index("open_images", source, "train"))
+    (tmp_path / "index" / "open_images-train.safetensors").unlink()
+    assert script.main(["--root", str(tmp_path)]) == 0
+    path = tmp_path / "index" / "open_images-train.safetensors"
+    written = path.stat().st_mtime_ns
+    of_script = entries(open_index("open_images", source, "train"))
+    assert path.stat().st_mtime_ns == written, "valid as it is"
+    path.unlink()
+    of_texts = entries(open_index("open_images", source, "train"))
+    assert of_csv == of_script == of_texts
+
+
+def entries(index: BoxIndex) -> list[object]:
+    return [index[i] for i in range(len(index))]
