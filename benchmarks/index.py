@@ -37,7 +37,8 @@ if sys.argv[1:]:
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 seconds = opened if found else 0.0
 rate = 10_000 / (time.perf_counter() - start - seconds) if found else 0.0
-private = sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Private")) / 1024
+memory = [line.split() for line in open("/proc/self/smaps_rollup")]
+private = sum(int(words[1]) for words in memory if words[0] == "Private_Dirty:") / 1024  # mapped pages are shared
 print(json.dumps({"seconds": seconds, "peak": peak, "private": private, "entries_per_s": rate}))
 """
 
