@@ -58,10 +58,18 @@ def _boolean(text: str) -> bool:
 
 def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
     """Config, run directory and, when resuming, the checkpoint to continue from."""
-    resume = find_run(args) if args.resume == "auto" else args.resume and Path(args.resume)
-    if not resume:
+    run_dir, checkpoint = find_run(args) if args.resume == "auto" else given_run(args.resume)
+    if run_dir is None:
         stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
         return load_config(*args.base, overrides=args.overrides), Path(args.logdir) / f"{stamp}_{run_name(args)}", None
+    return load_config(run_dir / "config.yaml", *args.base, overrides=args.overrides), run_dir, checkpoint
+
+
+def given_run(name: str | None) -> tuple[Path | None, Path | None]:
+    """The run directory and checkpoint that `--resume` names; nothing for nothing."""
+    if not name:
+        return None, None
+    resume = Path(name)
     if not resume.exists():
         raise ConfigError(
             f"--resume {resume}: no such file or directory; give a run directory or one of its checkpoints"
@@ -74,7 +82,7 @@ def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
     checkpoint = newest_checkpoint(run_dir) if resume.is_dir() else resume
     if checkpoint is None:
         raise ConfigError(f"--resume {resume}: no whole checkpoint in {run_dir / 'checkpoints'}; start a new run")
-    return load_config(run_dir / "config.yaml", *args.base, overrides=args.overrides), run_dir, checkpoint
+    return run_dir, checkpoint
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -82,10 +90,12 @@ def run_name(args: argparse.Namespace) -> str:
     return args.name or Path(args.base[-1]).stem
 
 
-def find_run(args: argparse.Namespace) -> Path | None:
-    """The newest run of the same name that has a whole checkpoint."""
-    runs = Path(args.logdir).glob(f"????-??-??T??-??-??_{run_name(args)}")
-    return next((run for run in sorted(runs, reverse=True) if newest_checkpoint(run)), None)
+def find_run(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """The newest run of the same name that has a whole checkpoint, and that checkpoint."""
+    for run in sorted(Path(args.logdir).glob(f"????-??-??T??-??-??_{run_name(args)}"), reverse=True):
+        if checkpoint := newest_checkpoint(run):
+            return run, checkpoint
+    return None, None
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

@@ -32,12 +32,13 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     Args:
         length: samples in the dataset; the remainder of a division by `world_size` is left out.
+        seed: None keeps the order, for a dataset that has one of its own in every epoch.
         epoch: the first epoch that is run; `set_epoch` gives the later ones.
         start: samples of this rank to leave out in that first epoch, for resuming.
     """
 
     def __init__(
-        self, length: int, *, seed: int, rank: int = 0, world_size: int = 1, epoch: int = 0, start: int = 0
+        self, length: int, *, seed: int | None, rank: int = 0, world_size: int = 1, epoch: int = 0, start: int = 0
     ) -> None:
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
         self.epoch, self.start = epoch, start
@@ -50,35 +51,13 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return self.length // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        order = np.arange(self.length)
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
         own = order[: len(self) * self.world_size][self.rank :: self.world_size]
         start, self.start = self.start, 0
         for index in own[start:]:
             yield self.epoch, int(index)
-
-
-class EpochPlaces(Sampler[tuple[int, int]]):
-    """(epoch, place) pairs of one process whose dataset has an order of its own in every epoch.
-
-    Args:
-        length: places in an epoch.
-        epoch, start: as for `EpochSampler`.
-    """
-
-    def __init__(self, length: int, *, epoch: int = 0, start: int = 0) -> None:
-        self.length, self.epoch, self.start = length, epoch, start
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        start, self.start = self.start, 0
-        for place in range(start, self.length):
-            yield self.epoch, place
 
 
 class KeyedDataset(Dataset[dict[str, Tensor]]):
@@ -123,7 +102,7 @@ class DataModule(pl.LightningDataModule):
         start = {"epoch": position["epoch"], "start": position["batch"] * batch_size}
         if isinstance(self.train_set, Shards):
             part = self._part(self.train_set, batch_size)
-            return self._loader(part, batch_size, EpochPlaces(len(part), **start))
+            return self._loader(part, batch_size, EpochSampler(len(part), seed=None, **start))
         sampler = EpochSampler(len(self.train_set), seed=self.seed, rank=rank, world_size=world_size, **start)
         return self._loader(self.train_set, batch_size, sampler)
 
@@ -147,10 +126,10 @@ class DataModule(pl.LightningDataModule):
         self,
         dataset: KeyedDataset | ShardPart,
         batch_size: int,
-        sampler: EpochSampler | EpochPlaces | Sequence[int] | Sequence[tuple[int, int]],
+        sampler: EpochSampler | Sequence[int] | Sequence[tuple[int, int]],
     ) -> DataLoader[dict[str, Tensor]]:
         if len(sampler) < batch_size:
-            split = "training" if isinstance(sampler, EpochSampler | EpochPlaces) else "validation"
+            split = "training" if isinstance(sampler, EpochSampler) else "validation"
             raise ValueError(
                 f"{self.data.root}: got {len(sampler)} {split} samples for each process, expected at least a batch of "
                 f"{batch_size}; prepare more data or lower data.batch_size and data.val_batch_size"

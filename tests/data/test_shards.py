@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from ldm.data.box_dataset import BoxDataset, SampleRecipe
 from ldm.data.box_index import BoxIndex, IndexWriter
-from ldm.data.datamodule import EpochPlaces
+from ldm.data.datamodule import EpochSampler
 from ldm.data.shards import ShardError, ShardPart, Shards, listed_shards, write_shards
 
 N = 23
@@ -117,7 +117,7 @@ def test_fewer_shards_than_readers(images: Path, tmp_path: Path) -> None:
 def test_a_loader_goes_on_in_the_middle(packed: Path, workers: int, start: int) -> None:
     def batches(begin: int) -> list[list[int]]:
         reader = part(packed, 2, num_workers=workers)
-        places = EpochPlaces(len(reader), epoch=1, start=2 * begin)
+        places = EpochSampler(len(reader), seed=None, epoch=1, start=2 * begin)
         loader = DataLoader(reader, 2, sampler=places, num_workers=workers, drop_last=True)
         return [batch["key"].tolist() for batch in loader]
 
