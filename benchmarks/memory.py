@@ -84,7 +84,7 @@ def main() -> None:
         "gradients": trained,
         "Adam's moments": 2 * trained,
     }
-    for name, count in (*parts.items(), ("EMA, all parameters", trained + frozen)):
+    for name, count in (*parts.items(), ("EMA", trained)):
         state.add_row(name, f"{4 * count / GIB:.2f}")
     console = Console()
     console.print(state)

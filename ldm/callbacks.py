@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
@@ -26,8 +27,9 @@ from torch.utils.flop_counter import flop_registry
 from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import TOWER
 from ldm.config import Config, LoggingConfig
-from ldm.data.transforms import exemplar_to_pixels, tensor_to_pil
+from ldm.data.transforms import tensor_to_pil
 from ldm.files import replacing
+from ldm.sharding import ShardedStrategy, copy_whole, local_part, whole
 from ldm.training import DiffusionTraining, FirstStageTraining, NonFiniteLoss
 
 
@@ -77,22 +79,83 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-class EMA(WeightAveraging):
-    """Exponential moving average of the weights, shorter-sighted at the start: min(decay, (1 + n) / (10 + n)).
+class EMA(Callback):
+    """Exponential moving average of the trained weights, shorter-sighted at the start: min(decay, (1 + n) / (10 + n)).
 
-    Checkpoints hold the average as `state_dict` and the trained weights beside it.
+    Validation sees the average. Checkpoints hold it in `state_dict`, the trained weights beside it. Lightning's own
+    averages a copy of the whole module, frozen parts included, and cannot have it sharded.
     """
 
     def __init__(self, decay: float) -> None:
-        def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
-            n = float(num_averaged)
-            weight = 1.0 - min(decay, (1.0 + n) / (10.0 + n))
-            torch._foreach_lerp_(averaged, current, weight)  # pyright: ignore[reportPrivateImportUsage]
+        self.decay = decay
+        self._average: dict[str, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}  # of a checkpoint, whole
+        self._count = 0  # of updates
+        self._step = 0
 
-        super().__init__(use_buffers=False, multi_avg_fn=average)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name, parameter in _trained(pl_module):
+            self._average[name] = parameter.detach().clone()
+            if name in self._loaded:
+                copy_whole(self._loaded[name], self._average[name])
+        self._loaded = {}
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The module keeps the trained weights: what is saved must go on holding both."""
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step <= self._step:
+            return  # between accumulated batches
+        weight = 1.0 - min(self.decay, (1.0 + self._count) / (10.0 + self._count)) if self._count else 1.0
+        pairs = [(local_part(self._average[name]), local_part(p.detach())) for name, p in _trained(pl_module)]
+        average, current = zip(*pairs, strict=True)
+        torch._foreach_lerp_(average, current, weight)  # pyright: ignore[reportPrivateImportUsage]
+        self._count, self._step = self._count + 1, trainer.global_step
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._swap(pl_module)
+
+    @torch.no_grad()
+    def _swap(self, pl_module: pl.LightningModule) -> None:
+        for name, parameter in _trained(pl_module) if self._average else ():
+            a, b = local_part(parameter), local_part(self._average[name])
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest_update_step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._step = state_dict["latest_update_step"]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint["state_dict"]  # of a sharded model: empty but in the first process
+        checkpoint["current_model_state"] = {name: state[name] for name in self._average if name in state}
+        for name, average in self._average.items():
+            tensor = whole(average)
+            if name in state:
+                state[name] = tensor.cpu() if tensor is not average else tensor
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._count)}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if "current_model_state" in checkpoint:
+            self._loaded = checkpoint["state_dict"]
+            self._count = int(checkpoint["averaging_state"]["n_averaged"])
+            parameters = dict(pl_module.named_parameters())
+            for name, tensor in checkpoint["current_model_state"].items():
+                if name in parameters:
+                    copy_whole(tensor, parameters[name])
+
+
+def _trained(module: pl.LightningModule) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
 class Checkpoints(Callback):
@@ -177,7 +240,8 @@ class Checkpoints(Callback):
         return trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch) or trainer.should_stop
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule, *, periodic: bool) -> None:
-        if not all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad):
+        finite = all(bool(local_part(p).isfinite().all()) for _, p in _trained(module))
+        if not trainer.strategy.reduce_boolean_decision(finite):
             raise NonFiniteLoss(
                 f"weights are NaN or infinite after step {trainer.global_step}: training stopped and the last good "
                 "checkpoint kept. Resume from it with a lower learning rate or gradient clipping "
@@ -285,11 +349,11 @@ class Monitor(Callback):
             for name, parameter in pl_module.named_parameters():
                 if parameter.grad is not None:
                     parts[part_of(name)].append(parameter.grad)
-            norms = {name: torch.nn.utils.get_total_norm(gradients) for name, gradients in parts.items()}
+            norms = {name: whole(torch.nn.utils.get_total_norm(gradients)) for name, gradients in parts.items()}
             pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(list(norms.values())))
             pl_module.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
-            trained = [p.detach() for p in pl_module.parameters() if p.requires_grad]
-            pl_module.log("train/param_norm", torch.nn.utils.get_total_norm(trained))
+            trained = [p.detach() for _, p in _trained(pl_module)]
+            pl_module.log("train/param_norm", whole(torch.nn.utils.get_total_norm(trained)))
             pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(
@@ -347,41 +411,23 @@ class ImageGrid(Callback):
     ) -> None:
         step, every = trainer.global_step, self.options.image_every
         due = every > 0 and step > 0 and step % every == 0 and step != self._last_step
-        if not (due and trainer.is_global_zero):
+        if not due or not (trainer.is_global_zero or isinstance(trainer.strategy, ShardedStrategy)):
             return
         self._last_step = step
         samples = trainer.datamodule.val_set.first(self.options.num_images)  # type: ignore[attr-defined]
         device = pl_module.device
         stacked = {name: torch.stack([s[name] for s in samples]).to(device) for name in samples[0]}
+        assert isinstance(pl_module, DiffusionTraining | FirstStageTraining)
         pl_module.eval()
         with torch.no_grad():
-            rows = self.rows(pl_module, stacked)
+            rows = pl_module.preview(stacked, self.options)
         pl_module.train()
+        if not trainer.is_global_zero:
+            return
         size = max(row.shape[-1] for row in rows)
         rows = [torch.nn.functional.interpolate(row.float().cpu(), size=(size, size)) for row in rows]
         grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).clamp(-1, 1)
         self._write(trainer, grid, step)
-
-    def rows(self, module: pl.LightningModule, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Pictures (N, 3, S, S) in [-1, 1], one tensor per row of the grid."""
-        if isinstance(module, FirstStageTraining):
-            return [
-                batch["image"],
-                module.first_stage_model.decode(module.first_stage_model.encode(batch["image"]).mode()),
-            ]
-        assert isinstance(module, DiffusionTraining)
-        generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
-        z_0, z_masked = module.latents(batch, generators)
-        sample = module.sample(
-            z_masked,
-            batch["keep_mask"],
-            module.encode_exemplar(batch["exemplar"]),
-            num_steps=self.options.sampler_steps,
-            guidance_scale=self.options.guidance_scale,
-            generator=generators,
-        )
-        pictures = [module.decode_latents(z) for z in (z_0, z_masked, sample)]
-        return [*pictures[:2], exemplar_to_pixels(batch["exemplar"]), pictures[2]]
 
     def _write(self, trainer: pl.Trainer, grid: Tensor, step: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ from ldm.evaluation.frechet import (
     kid,
     neighbours,
 )
-from ldm.evaluation.identification import Estimate, identification
+from ldm.evaluation.identification import Estimate, identification, identified_shares
 from ldm.evaluation.inception import fid_features, inception_score, is_logits, sfid_features
 from ldm.evaluation.quality import GaussianMixture, quality_scores
 from ldm.evaluation.regions import hole_box
@@ -134,6 +134,7 @@ class Options:
         dino: network of the DINO score.
         inception: network of the plain FID, sFID and Inception score, from `load_inception`.
         cache: features by content; None computes all.
+        focus: cut-outs of the bench's items.csv whose identification is also measured alone.
         batch_size, num_workers: of the networks' input.
         num_resamples, seed: of the bootstraps.
     """
@@ -145,6 +146,7 @@ class Options:
     dino: FeatureNetwork | None = None
     inception: FeatureNetwork | None = None
     cache: FeatureCache | None = None
+    focus: Sequence[str] = ()
     batch_size: int = 32
     num_workers: int = 0
     num_resamples: int = 1000
@@ -157,6 +159,8 @@ class Options:
             raise MeasureError("qs: needs a Gaussian mixture; give --gmm FILE (scripts/fit_quality_gmm.py fits one)")
         if "dino" in self.metrics and self.dino is None:
             raise MeasureError("dino: needs a DINOv2 network; give --dino FOLDER_OR_NAME")
+        if self.focus and "identification" not in self.metrics:
+            raise MeasureError("--focus: is about the identification; add it to --metrics")
         if "inception" in self.metrics and self.inception is None:
             raise MeasureError("inception: needs the network's weights; give --inception FILE")
 
@@ -360,6 +364,20 @@ class Measurement:
             figures["identification"] = _mean_figure(
                 f"identification ({network.name})", estimate, f"all ordered pairs, chance is 0.5; {how}", "higher"
             )
+            shares = identified_shares(regions, self._exemplars, self._labels)
+            self.per_item[run.name]["identification"] = shares.tolist()
+            for label in options.focus:
+                rows = [k for k, other in enumerate(self._labels or ()) if other == label]
+                if not rows:
+                    raise MeasureError(
+                        f"--focus: no measured item shows {label}; items.csv of the bench lists what they do"
+                    )
+                figures[f"identification: {label}"] = _mean_figure(
+                    f"identification of {label}",
+                    self._mean(shares[rows]),
+                    f"against all other exemplars; {how}",
+                    "higher",
+                )
         if "foreground-fid" in options.metrics:
             wanted = RunningStatistics(network.name)
             wanted.add(self._exemplars)

@@ -62,6 +62,8 @@ class Run:
     def __init__(self, config: Config, run_dir: Path, *, scale_lr: bool = False) -> None:
         _quiet()
         pl.seed_everything(config.seed, workers=True, verbose=False)
+        if config.stage == "first_stage" and config.trainer.get("strategy") == "fsdp2":
+            raise ConfigError("trainer.strategy: got fsdp2, expected auto or ddp: the first stage is not sharded")
         self.config, self.run_dir = config, run_dir
         self.data = DataModule(config)
         self.trainer = _trainer(config, run_dir)

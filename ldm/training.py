@@ -18,12 +18,16 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ldm.checkpoint.keys import NEW_PARTS
-from ldm.config import Config, ConfigError, FirstStageTrainingConfig, TrainingConfig
+from ldm.config import Config, ConfigError, FirstStageTrainingConfig, LoggingConfig, TrainingConfig
+from ldm.data.transforms import exemplar_to_pixels
 from ldm.diffusion import min_snr_weight
 from ldm.evaluation.features import efficientnet_stages, load_feature_network, normalise
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.discriminator import PatchDiscriminator
+from ldm.models.layers import SpatialTransformer
+from ldm.models.unet import ResBlock
+from ldm.sharding import shard
 
 
 class NonFiniteLoss(RuntimeError):
@@ -176,6 +180,30 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         z_0, z_masked = self.encode_image(pixels, [*generators, *generators]).chunk(2)
         return z_0, z_masked
 
+    def preview(self, batch: dict[str, Tensor], options: LoggingConfig) -> list[Tensor]:
+        """Scenes, masked scenes, exemplars and samples (N, 3, S, S) in [-1, 1]; noise depends on the samples' keys."""
+        generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
+        z_0, z_masked = self.latents(batch, generators)
+        sample = self.sample(
+            z_masked,
+            batch["keep_mask"],
+            self.encode_exemplar(batch["exemplar"]),
+            num_steps=options.sampler_steps,
+            guidance_scale=options.guidance_scale,
+            generator=generators,
+        )
+        scene, masked, sample = (self.decode_latents(z) for z in (z_0, z_masked, sample))
+        return [scene, masked, exemplar_to_pixels(batch["exemplar"]), sample]
+
+    def configure_model(self) -> None:
+        """Called by Lightning once processes know each other; nothing to do but for `trainer.strategy: fsdp2`."""
+        if self.device_mesh is not None:
+            self.unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+            blocks = [m for m in self.unet.modules() if isinstance(m, ResBlock | SpatialTransformer)]
+            if self.config.exemplar_encoder.tower == "clip":
+                blocks += self.cond_stage_model.transformer.encoder.layers
+            shard(self, self.device_mesh["data_parallel"], blocks, ("training_step", "validation_step", "preview"))
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         options = self.options
         tower = set(self.cond_stage_model.transformer.parameters())
@@ -276,6 +304,10 @@ class FirstStageTraining(pl.LightningModule):
             batch_size=len(image),
         )
         return loss
+
+    def preview(self, batch: dict[str, Tensor], options: LoggingConfig) -> list[Tensor]:
+        """Scenes and their reconstructions (N, 3, S, S) in [-1, 1]."""
+        return [batch["image"], self.first_stage_model.decode(self.first_stage_model.encode(batch["image"]).mode())]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.options.base_lr, betas=(0.5, 0.9))

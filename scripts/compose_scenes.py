@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         "--count",
         type=int,
         default=12_000,
-        help="training scenes; validation and test get 2 %% each on top (default: %(default)s)",
+        help="training scenes; validation and test get 2 %% each on top, at least 8 (default: %(default)s)",
     )
     parser.add_argument("--size", type=int, default=64, help="side of a scene in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -79,6 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         help="how often an object of a training scene is a random piece of a photograph (default: never)",
     )
     parser.add_argument(
+        "--objects",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="show these cut-outs alone, in every split (names relative to the cut-outs' folder)",
+    )
+    parser.add_argument(
         "--workers", type=int, default=1, help="processes; the scenes do not depend on it (default: %(default)s)"
     )
     parser.add_argument(
@@ -106,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             hue_jitter_share=arguments.hue_jitter_share,
             extra_share=arguments.extra_share,
             patch_share=arguments.patch_share,
+            objects=tuple(arguments.objects),
         )
         if material is not None:
             fetch_material(material)

@@ -43,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--other-seeds", nargs="+", type=Path, default=[], metavar="RESULTS", help="of the first run, for the diversity"
     )
+    add("--focus", nargs="+", default=[], metavar="CUTOUT",
+        help="objects whose identification is also measured alone, as the bench's items.csv calls them")  # fmt: skip
     add(
         "--json",
         type=Path,
@@ -95,6 +97,7 @@ def evaluate(args: argparse.Namespace) -> None:
         dino=load_network(args.dino, device) if args.dino else None,
         inception=load_inception(args.inception, device) if args.inception else None,
         cache=open_cache(args.cache),
+        focus=args.focus,
         batch_size=args.batch_size,
         num_workers=args.workers,
         num_resamples=args.resamples,

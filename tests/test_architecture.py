@@ -20,7 +20,7 @@ FLOORS = (
     ("ldm.checkpoint", "ldm.diffusion", "ldm.data.transforms", "ldm.data.masks", "ldm.evaluation"),
     ("ldm.samplers", "ldm.models", "ldm.data"),
     ("ldm.latent_diffusion",),
-    ("ldm.training", "ldm.editing"),
+    ("ldm.training", "ldm.sharding", "ldm.editing"),
     ("ldm.callbacks",),
     ("ldm.run", "ldm.benchmark", "ldm.measure"),
     ("ldm",),  # the package itself, which offers the public names

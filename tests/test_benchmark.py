@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -340,6 +341,8 @@ def test_quality_score_of_a_fitted_mixture(bench: Path, pasted: Path, tmp_path: 
         (["--metrics", "dino"], "--dino"),
         (["--metrics", "diversity"], "--other-seeds"),
         (["--metrics", "inception"], "--inception FILE"),
+        (["--focus", "a.png"], "no measured item shows a.png"),
+        (["--focus", "a.png", "--metrics", "clip"], "add it to --metrics"),
         (["--features", "vgg"], "vgg"),
         (["--gmm", "nowhere.pkl"], "nowhere.pkl"),
         (["--real", "nowhere"], "nowhere"),
@@ -382,6 +385,20 @@ def test_bench_items_know_their_cut_outs(tmp_path: Path) -> None:
     assert exemplar_labels(tmp_path, ids) == ["a.png", "b.png"]
     with pytest.raises(MeasureError, match="lists no item 000000000013"):
         exemplar_labels(tmp_path, ["000000000013"])
+
+
+def test_identification_of_single_objects(bench: Path, pasted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    labelled = tmp_path / "bench"
+    shutil.copytree(bench, labelled)
+    rows = [f"{int(id_)},{'a.png' if k < 2 else 'b.png'}" for k, id_ in enumerate(IDS)]
+    (labelled / "items.csv").write_text("\n".join(["ID,Cutout", *rows]))
+    options = ["--metrics", "identification", "--focus", "a.png", "--cache", "none", "--device", "cpu"]
+    assert script("evaluate").main([str(labelled), str(pasted), *options, "--json", str(tmp_path / "m.json")]) == 0
+    run = json.loads((tmp_path / "m.json").read_text())["runs"]["copy-paste"]
+    figure = run["figures"]["identification: a.png"]
+    assert (figure["name"], figure["value"], figure["n"]) == ("identification of a.png", 1.0, 2)
+    assert run["per_item"]["identification"] == [1.0] * N
 
 
 # ---- reporting ----

@@ -69,6 +69,7 @@ class SceneSettings:
     hue_jitter_share: float = 0.5  # how often an object of train and validation is recoloured
     extra_share: float = 0.0  # how often an object of train comes from the extra cut-outs
     patch_share: float = 0.0  # how often an object of train is a random piece of a photograph
+    objects: tuple[str, ...] = ()  # cut-outs that every split shows, and no others; (): as held out
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -92,7 +93,7 @@ class SceneSettings:
             )
 
     def scenes_in(self, split: str) -> int:
-        return self.count if split == "train" else max(1, round(self.count * self.validation_share))
+        return self.count if split == "train" else max(8, round(self.count * self.validation_share))
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,16 @@ class Pictures:
 
     def of(self, split: str) -> tuple[str, ...]:
         return self.train if split in ("train", "validation") else self.held_out
+
+    def only(self, names: tuple[str, ...]) -> Pictures:
+        """These pictures, on both sides.
+
+        Raises:
+            ComposeError: one of them is not there.
+        """
+        if unknown := sorted(set(names) - set(self.train) - set(self.held_out)):
+            raise ComposeError(f"--objects: {', '.join(unknown)}: no usable picture of that name in {self.root}")
+        return Pictures(self.root, train=names, held_out=names, distinct=names)
 
 
 # --- one scene -------------------------------------------------------------------------------------------
@@ -495,6 +506,8 @@ def compose_dataset(
         ComposeError: unusable folders, or `out` holds something else.
     """
     cutouts, skipped = find_pictures(cutouts_dir, "cutouts", settings.holdout)
+    if settings.objects:
+        cutouts = cutouts.only(settings.objects)
     backgrounds, unread = find_pictures(backgrounds_dir, "backgrounds", settings.background_holdout)
     extras, unusable = None, []
     if settings.extra_share > 0:
@@ -506,7 +519,8 @@ def compose_dataset(
         logger.warning("skipped: %s", line)
     record = {
         "recipe": _RECIPE,
-        **asdict(settings),
+        **{key: value for key, value in asdict(settings).items() if key != "objects"},
+        **({"objects": list(settings.objects)} if settings.objects else {}),
         "cutouts": _fingerprint(cutouts),
         "backgrounds": _fingerprint(backgrounds),
         "extras": extras and _fingerprint(extras),

@@ -50,6 +50,28 @@ def identification(
     Raises:
         ValueError: shapes differ, a feature is zero or not finite, or no two exemplars differ.
     """
+    labels, comparable, identified = _pairs(region_features, exemplar_features, exemplar_ids)
+    rng = np.random.default_rng(seed)
+    m = labels.max() + 1
+    counts = rng.multinomial(m, np.full(m, 1 / m), size=num_resamples)[:, labels].astype(np.float64)  # (R, N)
+    pairs = ((counts @ comparable) * counts).sum(1)
+    shares = ((counts @ identified) * counts).sum(1)[pairs > 0] / pairs[pairs > 0]
+    low, high = np.quantile(shares, [0.025, 0.975]) if len(shares) else (0.0, 1.0)
+    return Estimate(value=float(identified.sum() / comparable.sum()), low=float(low), high=float(high), n=len(labels))
+
+
+def identified_shares(
+    region_features: np.ndarray, exemplar_features: np.ndarray, exemplar_ids: Sequence[Hashable] | None = None
+) -> np.ndarray:
+    """(N,) of each region, in how many of its pairs it is closer to its own exemplar; see `identification`."""
+    _, comparable, identified = _pairs(region_features, exemplar_features, exemplar_ids)
+    return identified.sum(1) / comparable.sum(1)
+
+
+def _pairs(
+    region_features: np.ndarray, exemplar_features: np.ndarray, exemplar_ids: Sequence[Hashable] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N,) numbers of the exemplars; (N, N) whether region i has another exemplar than item j, and is identified."""
     if region_features.ndim != 2 or region_features.shape != exemplar_features.shape:
         raise ValueError(
             f"got region features {region_features.shape} and exemplar features {exemplar_features.shape}, "
@@ -69,14 +91,7 @@ def identification(
     similarity = _unit(region_features) @ _unit(exemplar_features).T  # (N, N): region i, exemplar j
     own = np.diagonal(similarity)[:, None]
     identified = comparable * ((own > similarity) + 0.5 * (own == similarity))
-
-    rng = np.random.default_rng(seed)
-    m = len(numbers)
-    counts = rng.multinomial(m, np.full(m, 1 / m), size=num_resamples)[:, labels].astype(np.float64)  # (R, N)
-    pairs = ((counts @ comparable) * counts).sum(1)
-    shares = ((counts @ identified) * counts).sum(1)[pairs > 0] / pairs[pairs > 0]
-    low, high = np.quantile(shares, [0.025, 0.975]) if len(shares) else (0.0, 1.0)
-    return Estimate(value=float(identified.sum() / comparable.sum()), low=float(low), high=float(high), n=n)
+    return labels, comparable, identified
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

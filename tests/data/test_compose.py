@@ -65,7 +65,7 @@ def compose(
     extras: Path | None = None,
     workers: int = 1,
     overwrite: bool = False,
-    **changes: float,
+    **changes: float | tuple[str, ...],
 ) -> Path:
     options = {"count": 12, "size": SIZE, "seed": 3, "bench": 4, **changes}
     compose_dataset(
@@ -170,7 +170,7 @@ def test_layout_is_that_of_open_images(dataset: Path) -> None:
     classes = {
         row["LabelName"] for row in csv.DictReader((dataset / "annotations/oidv6-class-descriptions.csv").open())
     }
-    for split, count in (("train", 12), ("validation", 1), ("test", 1)):
+    for split, count in (("train", 12), ("validation", 8), ("test", 8)):
         images = {path.stem for path in (dataset / "images" / split).glob("*.jpg")}
         assert len(images) == count
         assert all(len(name) == 16 and int(name, 16) >= 0 for name in images)
@@ -184,6 +184,18 @@ def test_layout_is_that_of_open_images(dataset: Path) -> None:
             assert (image.format, image.size) == ("JPEG", (SIZE, SIZE))
     assert (dataset / "LICENSES.md").read_text() == "drawn by the tests"
     assert not list(dataset.rglob(".*"))  # no temporary files, no parts
+
+
+def test_chosen_objects_are_shown_alone(material: Path, tmp_path: Path) -> None:
+    out = compose(material, tmp_path / "out", objects=("a/object2.png",))
+    for split in ("train", "validation", "test"):
+        rows = rows_of(out, split)
+        assert {row["LabelName"] for row in rows} == {"/c/a/object2"} and len(rows) == len({r["ImageID"] for r in rows})
+    with (out / "bench" / "items.csv").open(newline="") as file:
+        assert {row["Cutout"] for row in csv.DictReader(file)} == {"a/object2.png"}
+    compose(material, out, objects=("a/object2.png",))  # which is finished
+    with pytest.raises(ComposeError, match=r"--objects: a/nothing\.png: no usable picture"):
+        compose(material, tmp_path / "other", objects=("a/nothing.png",))
 
 
 def test_bench_has_the_cocoee_layout(dataset: Path) -> None:

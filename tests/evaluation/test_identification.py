@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.evaluation.identification import identification
+from ldm.evaluation.identification import identification, identified_shares
 
 
 def brute_force(regions: np.ndarray, exemplars: np.ndarray, labels: list[int]) -> float:
@@ -31,6 +31,9 @@ def test_equals_a_loop_over_all_pairs(seed: int, n: int, distinct: int) -> None:
     measured = identification(regions, exemplars, labels, num_resamples=20)
     assert measured.value == pytest.approx(brute_force(regions, exemplars, labels), abs=1e-12)
     assert measured.n == n
+    shares = identified_shares(regions, exemplars, labels)
+    others = np.array([sum(label != own for label in labels) for own in labels])
+    assert (shares * others).sum() / others.sum() == pytest.approx(measured.value, abs=1e-12)
 
 
 def test_random_features_are_at_chance() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm.config import Config
 from ldm.run import Run
@@ -66,6 +67,37 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     # What the model does, not its weights: a bias before a norm has no gradient but rounding, which Adam blows up.
     for name in ("train/grad_norm", "val/loss"):
         assert column(two, name) == pytest.approx(column(tmp_path / "one", name), rel=2e-3)
+
+
+def test_a_divided_model_trains_and_resumes_as_a_whole_one(
+    start: Start, fit: Callable[..., tuple[Run, int]], make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """FSDP2 for two epochs; the third by FSDP2 again, and by one process that reads the same checkpoint."""
+    clip, strategy = "trainer.gradient_clip_val=1.0", "trainer.strategy=fsdp2"
+    _, errors = (
+        process := start("torchrun", strategy, clip, "trainer.max_epochs=2", "logging.image_every=4")
+    ).communicate(timeout=300)
+    assert process.returncode == 0, errors
+    fit(make_config(clip, "trainer.max_epochs=2"), tmp_path / "one")
+    (two,) = tmp_path.glob("*_two")
+    for name in ("train/grad_norm", "train/param_norm", "val/loss"):
+        assert column(two, name) == pytest.approx(column(tmp_path / "one", name), rel=2e-3), name
+    assert list((two / "images").glob("*.png"))
+    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (two, tmp_path / "one")]
+    for part in ("state_dict", "current_model_state"):
+        got, expected = ({name: tensor.shape for name, tensor in state[part].items()} for state in states)
+        assert got == expected
+    for got, expected in zip(*(state["optimizer_states"][0]["state"].items() for state in states), strict=True):
+        assert got[0] == expected[0] and got[1]["exp_avg"].shape == expected[1]["exp_avg"].shape
+
+    fit(make_config(clip), tmp_path / "one", resume=tmp_path / "one" / "checkpoints" / "last.ckpt")
+    fit(make_config(clip), tmp_path / "of two", resume=two / "checkpoints" / "last.ckpt")
+    process = start("torchrun", strategy, clip, "trainer.max_epochs=3", "--resume", str(two))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    third = column(tmp_path / "one", "val/loss")[-1]
+    assert column(tmp_path / "of two", "val/loss") == pytest.approx([third], rel=2e-3)
+    assert column(two, "val/loss")[-1] == pytest.approx(third, rel=2e-3)
 
 
 def column(run_dir: Path, name: str) -> list[float]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import NEW_PARTS, to_module_keys
@@ -188,6 +189,23 @@ def test_half_of_a_lora_is_refused() -> None:
     state = {"a.base_layer.weight": torch.zeros(2, 2), "a.lora_A.default.weight": torch.zeros(1, 2)}
     with pytest.raises(CheckpointError, match="incomplete"):
         to_module_keys(state)
+
+
+def test_frozen_parts_have_no_moments_and_no_buckets(make_config: MakeConfig, fit: Fit, tmp_path: Path) -> None:
+    module = DiffusionTraining(make_config())
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert 0 < len(trained) < len(list(module.parameters()))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        facts = DistributedDataParallel(module)._get_ddp_logging_data()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert facts["total_parameter_size_bytes"] == sum(p.numel() * p.element_size() for p in trained)
+    assert facts["num_parameter_tensors"] == len(trained)
+    fit(make_config("trainer.max_epochs=1"), tmp_path)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert len(state["optimizer_states"][0]["state"]) == len(trained)
+    assert len(state["current_model_state"]) == len(trained)
 
 
 def test_a_run_tells_how_it_was_started(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
