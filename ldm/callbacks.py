@@ -17,8 +17,8 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -321,6 +321,7 @@ class Monitor(Callback):
         self.count_flops = count_flops
         self._flops_per_batch = 0
         self._counter: _Operations | None = None
+        self._step = 0  # the last one that was logged
         self._begin()
 
     def _begin(self) -> None:
@@ -344,7 +345,7 @@ class Monitor(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self._logs(trainer, trainer.global_step + 1):
             parts: dict[str, list[Tensor]] = defaultdict(list)
             for name, parameter in pl_module.named_parameters():
                 if parameter.grad is not None:
@@ -367,7 +368,7 @@ class Monitor(Callback):
         self._samples += len(batch["key"]) * trainer.world_size
         self._batches += 1
         self._batch_end = now = time.perf_counter()
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if trainer.global_step > self._step and self._logs(trainer, trainer.global_step):
             seconds = now - self._start
             pl_module.log("train/samples_per_s", self._samples / seconds, prog_bar=True)
             pl_module.log("train/step_s", seconds / self._batches * trainer.accumulate_grad_batches)
@@ -377,6 +378,13 @@ class Monitor(Callback):
             if torch.cuda.is_available():
                 pl_module.log("train/memory_gib", torch.cuda.max_memory_allocated() / 2**30)
             self._begin()
+            self._step = trainer.global_step
+
+    @staticmethod
+    def _logs(trainer: pl.Trainer, step: int) -> bool:
+        """Whether Lightning hands this step's values to the loggers."""
+        every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        return every > 0 and step % every == 0
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop_counting()
@@ -396,7 +404,7 @@ def part_of(name: str) -> str:
 
 
 class ImageGrid(Callback):
-    """Writes a picture of validation samples at intervals, to TensorBoard and as PNG.
+    """Writes a picture of validation samples at intervals, as PNG and to the loggers that take pictures.
 
     Rows: scene, masked scene, exemplar, sample (diffusion) or scene, reconstruction (first stage). Weights are the
     ones being trained, or their average where EMA is on and validation has swapped it in.
@@ -431,10 +439,13 @@ class ImageGrid(Callback):
 
     def _write(self, trainer: pl.Trainer, grid: Tensor, step: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        tensor_to_pil(grid).save(self.directory / f"step{step:07d}.png")
+        picture = tensor_to_pil(grid)
+        picture.save(self.directory / f"step{step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("grid", (grid + 1.0) / 2.0, step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_image("grid", [picture], step=step)
 
 
 def run_callbacks(config: Config, run_dir: Path) -> list[Callback]:
@@ -442,7 +453,9 @@ def run_callbacks(config: Config, run_dir: Path) -> list[Callback]:
     directory, options = run_dir / "checkpoints", config.logging
     stage = config.training if config.stage == "diffusion" else config.first_stage_training
     average: list[Callback] = [EMA(stage.ema_decay)] if stage.ema_decay > 0 else []
+    bar: list[Callback] = [RichProgressBar()] if config.trainer.get("enable_progress_bar", True) else []
     return [
+        *bar,
         *average,
         Monitor(count_flops=not config.training.compile),
         ImageGrid(options, run_dir / "images"),

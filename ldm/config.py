@@ -159,7 +159,7 @@ class TrainingConfig:
     optimizer: str = "adamw"  # adamw | adamw_fused | adamw_8bit (needs bitsandbytes and a GPU)
     p_uncond: float = 0.2  # how often the exemplar is replaced by the null token
     null_drop: str = "per_sample"  # per_sample | per_batch (as the original)
-    timesteps: str = "uniform"  # uniform | logit_normal (middle ones more often)
+    timesteps: str = "uniform"  # uniform | logit_normal (middle ones more often) | loss_aware (those with large losses)
     offset_noise: float = 0.0  # standard deviation of a constant added to each channel's noise
     min_snr_gamma: float = 0.0  # weigh timesteps by min(SNR, gamma), of errors of x_0; 0: all alike, as the paper
     ema_decay: float = 0.0  # 0 switches EMA off; the paper trains with 0.9999
@@ -178,7 +178,7 @@ class TrainingConfig:
         if self.offset_noise < 0:
             raise ConfigError(f"training.offset_noise: got {self.offset_noise}, expected 0 (off) or more")
         _one_of("training.optimizer", self.optimizer, ("adamw", "adamw_fused", "adamw_8bit"))
-        _one_of("training.timesteps", self.timesteps, ("uniform", "logit_normal"))
+        _one_of("training.timesteps", self.timesteps, ("uniform", "logit_normal", "loss_aware"))
         _one_of("training.null_drop", self.null_drop, ("per_sample", "per_batch"))
         _one_of("training.lr_schedule", self.lr_schedule, ("constant", "cosine"))
 
@@ -206,12 +206,18 @@ class FirstStageTrainingConfig:
 class LoggingConfig:
     """What a run writes beside its checkpoints."""
 
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard", "csv"])  # also wandb
+    wandb_project: str = "paint-by-example"
     image_every: int = 5000  # steps between image grids; 0 switches them off
     num_images: int = 4
     sampler_steps: int = 50
     guidance_scale: float = 5.0
     checkpoint_every: int = 5000  # steps
     keep_last: int = 2  # periodic checkpoints kept beside `last` and `best`
+
+    def __post_init__(self) -> None:
+        for name in self.loggers:
+            _one_of("logging.loggers", name, ("tensorboard", "csv", "wandb"))
 
 
 @dataclass

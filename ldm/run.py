@@ -18,7 +18,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -39,6 +40,7 @@ EXPECTED_WARNINGS = (
     ".*does not have many workers.*",  # data.num_workers is the user's choice
     ".*callback used in the previous run.*|.*callbacks used to create the checkpoint.*",
     ".*LeafSpec.*",  # Lightning's own use of torch
+    ".*smaller than the logging interval.*",  # steps are logged at that interval across epochs
 )
 
 
@@ -51,7 +53,7 @@ class Run:
 
     Args:
         config: what to train, on what, how.
-        run_dir: gets `config.yaml`, `history.json`, `checkpoints/`, `images/`, TensorBoard events and `metrics.csv`.
+        run_dir: gets `config.yaml`, `history.json`, `checkpoints/`, `images/`, and what the loggers write.
         scale_lr: multiply the config's base learning rate by accumulation, processes and batch size.
 
     Raises:
@@ -234,12 +236,34 @@ def _trainer(config: Config, run_dir: Path) -> pl.Trainer:
         return pl.Trainer(
             **{"enable_model_summary": False, "default_root_dir": run_dir, **config.trainer},
             callbacks=run_callbacks(config, run_dir),
-            logger=[TensorBoardLogger(run_dir, name="", version=""), MetricsFile(run_dir)],
+            logger=[_logger(name, config, run_dir) for name in config.logging.loggers],
             plugins=[SafeCheckpointIO()],
             use_distributed_sampler=False,  # the data module splits by rank itself
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def _logger(name: str, config: Config, run_dir: Path) -> Logger:
+    match name:
+        case "tensorboard":
+            return TensorBoardLogger(run_dir, name="", version="")
+        case "csv":
+            return MetricsFile(run_dir)
+    try:
+        # The same id makes a resumed run go on with its curves.
+        return WandbLogger(
+            name=run_dir.name,
+            id=run_dir.name,
+            resume="allow",
+            project=config.logging.wandb_project,
+            save_dir=run_dir,
+            config=OmegaConf.to_container(OmegaConf.structured(config)),
+        )
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "logging.loggers: wandb is not installed; pip install wandb, or use tensorboard or csv"
+        ) from None
 
 
 def _quiet() -> None:

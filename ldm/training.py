@@ -28,6 +28,7 @@ from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.layers import SpatialTransformer
 from ldm.models.unet import ResBlock
 from ldm.sharding import shard
+from ldm.timesteps import LossAwareTimesteps
 
 
 class NonFiniteLoss(RuntimeError):
@@ -78,6 +79,8 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
     def __init__(self, config: Config) -> None:
         super().__init__(config.model)
         self.options = config.training
+        loss_aware = config.training.timesteps == "loss_aware"
+        self.timesteps = LossAwareTimesteps(config.model.schedule.num_timesteps) if loss_aware else None
         self.first_stage_model.requires_grad_(False)
         self.cond_stage_model.transformer.requires_grad_(self.options.train_tower)
         if config.model.exemplar_encoder.tokens == "pooled":
@@ -121,9 +124,15 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         losses, t = self.losses(batch)
         gamma = self.options.min_snr_gamma
         weights = min_snr_weight(t, gamma, self.config.parameterization, self.alphas_cumprod) if gamma > 0 else 1.0
-        loss = (weights * losses).mean()
+        weighted, uniform = weights * losses, torch.ones_like(losses)
+        if self.timesteps is not None:
+            uniform = self.timesteps.weight(t)
+        loss = (uniform * weighted).mean()
         check_finite(loss, self, batch_idx)
-        self.log("train/loss", losses.detach().mean(), prog_bar=True)
+        if self.timesteps is not None:
+            seen: Any = self.all_gather((t, weighted.detach()))
+            self.timesteps.update(*(values.flatten() for values in seen))
+        self.log("train/loss", (uniform * losses.detach()).mean(), prog_bar=True)
         quartile = 4 * t // self.config.schedule.num_timesteps
         for q in quartile.unique().tolist():
             self.log(f"train/loss_t{q + 1}of4", losses.detach()[quartile == q].mean())
@@ -158,6 +167,8 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
     def _draw_timestep(self, generator: torch.Generator) -> Tensor:
         """Source of logit_normal: Esser et al. 2024 (Stable Diffusion 3), Eq. 19 with location 0 and scale 1."""
         T = self.config.schedule.num_timesteps
+        if self.timesteps is not None and self.training:
+            return self.timesteps.draw(generator)
         if self.options.timesteps == "logit_normal":
             return (T * torch.randn((), generator=generator).sigmoid()).long().clamp(max=T - 1)
         return torch.randint(T, (), generator=generator)
@@ -217,7 +228,13 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         """Of everything but the tower, and of the tower."""
         return self.options.base_lr, self.options.tower_lr_scale * self.options.base_lr
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.timesteps is not None:
+            checkpoint["timesteps"] = self.timesteps.state_dict()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.timesteps is not None and "timesteps" in checkpoint:
+            self.timesteps.load_state_dict(checkpoint["timesteps"])
         _obey_config(checkpoint, self._lrs(), weight_decay=self.options.weight_decay)
 
 

@@ -60,13 +60,16 @@ def start(config_file: Path, pretrained: Path, tmp_path: Path) -> Iterator[Start
 def test_two_processes_train_as_one_with_twice_the_batch(
     start: Start, fit: Callable[..., tuple[Run, int]], make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    _, errors = (process := start("torchrun", "trainer.max_epochs=2")).communicate(timeout=300)
+    options = ("trainer.max_epochs=2", "training.timesteps=loss_aware")
+    _, errors = (process := start("torchrun", *options)).communicate(timeout=300)
     assert process.returncode == 0, errors
-    fit(make_config("trainer.max_epochs=2"), tmp_path / "one")
+    fit(make_config(*options), tmp_path / "one")
     (two,) = tmp_path.glob("*_two")
     # What the model does, not its weights: a bias before a norm has no gradient but rounding, which Adam blows up.
     for name in ("train/grad_norm", "val/loss"):
         assert column(two, name) == pytest.approx(column(tmp_path / "one", name), rel=2e-3)
+    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (two, tmp_path / "one")]
+    assert torch.equal(*(state["timesteps"]["counts"] for state in states))  # of all processes
 
 
 def test_a_divided_model_trains_and_resumes_as_a_whole_one(

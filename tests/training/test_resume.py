@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pytorch_lightning.callbacks import Callback
 
 from ldm.config import Config
 from ldm.run import Run
+from ldm.training import DiffusionTraining
 from main import main
 from scripts import make_shards
 
@@ -152,6 +154,19 @@ def test_lora_is_resumed_bit_identically(fit: Fit, make_config: MakeConfig, tmp_
     assert_same_state(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
 
 
+def test_the_losses_that_timesteps_are_drawn_by_are_resumed(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    """With two timesteps each has its ten losses after a few steps, and later draws depend on them."""
+    config = make_config("training.timesteps=loss_aware", "model.schedule.num_timesteps=2", "trainer.max_epochs=5")
+    whole, _ = fit(config, tmp_path / "whole")
+    fit(config, tmp_path / "run", callbacks=[SignalAt(14)])
+    fit(config, tmp_path / "run", resume=tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert isinstance(whole.module, DiffusionTraining) and whole.module.timesteps is not None
+    assert int(whole.module.timesteps.counts.sum()) == 80 and int(whole.module.timesteps.counts.min()) >= 10
+    assert_same_state(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+    for name in ("losses", "counts"):
+        assert torch.equal(*(state_of(tmp_path / run)["timesteps"][name] for run in ("run", "whole")))
+
+
 @pytest.mark.parametrize(("workers", "stop"), [(0, 6), (2, 7), (2, 4)])
 def test_training_from_shards_is_resumed_bit_identically(
     workers: int, stop: int, dataset: Path, fit: Fit, make_config: MakeConfig, tmp_path: Path
@@ -251,7 +266,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert state_of(run_dir)["global_step"] == 8
 
 
-ENDLESS = ("trainer.max_epochs=null", "logging.checkpoint_every=3", "data.num_workers=1")
+ENDLESS = ("trainer.max_epochs=null", "trainer.max_steps=1000000", "logging.checkpoint_every=3", "data.num_workers=1")
 
 
 @pytest.fixture
@@ -260,7 +275,7 @@ def stopped_by(config_file: Path, pretrained: Path, tmp_path: Path) -> Callable[
 
     def run(number: int) -> tuple[Path, int]:
         command = [sys.executable, "main.py", "-b", str(config_file), "-l", str(tmp_path), "-n", "stopped",
-                   "--pretrained-model", str(pretrained), *ENDLESS, "trainer.max_steps=1000000"]  # fmt: skip
+                   "--pretrained-model", str(pretrained), *ENDLESS]  # fmt: skip
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
@@ -279,17 +294,37 @@ def stopped_by(config_file: Path, pretrained: Path, tmp_path: Path) -> Callable[
     return run
 
 
-def test_a_killed_process_can_be_resumed(
-    stopped_by: Callable[[int], tuple[Path, int]], fit: Fit, make_config: MakeConfig, tmp_path: Path
+@pytest.mark.slow
+def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bits(
+    config_file: Path, pretrained: Path, fit: Fit, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """The real thing: another process, SIGKILL in the middle of an epoch, then `main.py --resume`."""
-    run_dir, code = stopped_by(signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    end = f"trainer.max_steps={state_of(run_dir)['global_step'] + 5}"
-    assert main(["--resume", str(run_dir), end]) == 0
-    whole = tmp_path / "whole"
-    fit(make_config(*ENDLESS, end), whole)
-    assert_same_state(state_of(run_dir), state_of(whole))
+    """The real thing: SIGKILL to other processes at random moments of a shuffled, augmented run with workers,
+    accumulation and an average, each time started again by the same command."""
+    overrides = ["trainer.max_epochs=null", "trainer.max_steps=90", "trainer.accumulate_grad_batches=2",
+                 "data.batch_size=2", "data.num_workers=2", "model.unet.dropout=0.1",
+                 "logging.checkpoint_every=3"]  # fmt: skip
+    command = [sys.executable, "main.py", "-b", str(config_file), "-l", str(tmp_path), "-n", "job", "--resume", "auto",
+               "--pretrained-model", str(pretrained), *overrides]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rng, last, steps, deadline = random.Random(0), None, [], time.monotonic() + 500
+    while not steps or steps[-1] < 90:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+        moment = None
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            found = next((path.stat().st_mtime_ns for path in tmp_path.glob("*_job/checkpoints/last.ckpt")), None)
+            if moment is None and found != last:  # it has begun to take steps of its own
+                moment = time.monotonic() + rng.uniform(0, 1)
+            if len(steps) < 3 and moment is not None and time.monotonic() > moment:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            time.sleep(0.005)
+        (run_dir,) = tmp_path.glob("*_job")
+        last = (run_dir / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+        steps.append(state_of(run_dir)["global_step"])
+    assert steps == sorted(set(steps)) and len(steps) == 4, steps  # three were killed on their way
+    fit(make_config(*overrides), tmp_path / "whole")
+    assert_same_state(state_of(run_dir), state_of(tmp_path / "whole"))
 
 
 def test_a_signal_to_the_whole_group_spares_the_workers(stopped_by: Callable[[int], tuple[Path, int]]) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.loggers import wandb as wandb_module
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import NEW_PARTS, to_module_keys
-from ldm.config import Config, load_config
+from ldm.config import Config, ConfigError, load_config
 from ldm.latent_diffusion import load_model
 from ldm.run import Run
 from ldm.training import DiffusionTraining, NonFiniteLoss
@@ -152,6 +153,40 @@ def test_what_a_run_leaves_behind(fit: Fit, make_config: MakeConfig, tmp_path: P
     # operations: the same for every step, and the encoders' with the UNet's forward and backward passes
     operations = [a * b for a, b in zip(column("tflops"), column("step_s"), strict=True)]
     assert min(operations) > 0 and max(operations) == pytest.approx(min(operations))
+
+
+def test_epochs_shorter_than_the_logging_interval_are_logged(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    """Four batches in an epoch, two in a step."""
+    fit(
+        make_config("trainer.log_every_n_steps=5", "trainer.accumulate_grad_batches=2", "trainer.max_epochs=5"),
+        tmp_path,
+    )
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [int(row["step"]) for row in rows] == [4, 9]
+    assert all(row[f"train/{name}"] for row in rows for name in ("grad_norm", "lr", "samples_per_s", "step_s"))
+
+
+def test_loggers_are_chosen_by_name(
+    fit: Fit, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(make_config("logging.loggers=[csv]", "trainer.max_epochs=1"), tmp_path)
+    assert (tmp_path / "metrics.csv").is_file() and not list(tmp_path.glob("events*"))
+    with pytest.raises(ConfigError, match=r"logging\.loggers: got 'mlflow', expected"):
+        make_config("logging.loggers=[mlflow]")
+    monkeypatch.setattr(wandb_module, "_WANDB_AVAILABLE", False)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        Run(make_config("logging.loggers=[wandb]"), tmp_path)
+
+
+def test_weights_and_biases(fit: Fit, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = ("logging.loggers=[wandb,csv]", "trainer.max_epochs=1", "logging.image_every=2")
+    run, code = fit(make_config(*options), tmp_path / "a run")
+    assert code == 0 and run.trainer.loggers[0].experiment.config["training"]["base_lr"] == 1e-3
+    wandb.finish()
+    assert list((tmp_path / "a run").rglob("media/images/grid*.png"))
 
 
 @pytest.mark.parametrize("tokens", ["pooled", "all"])
