@@ -1,4 +1,4 @@
-"""What a training step of a config keeps in memory, computed without any weights or GPU.
+"""What a training step of a config keeps in memory and computes, found out without any weights or GPU.
 
     python benchmarks/memory.py                               configs/v1.yaml
     python benchmarks/memory.py configs/mini.yaml --batch-sizes 32 64
@@ -6,18 +6,21 @@
 The model is built on PyTorch's meta device, where tensors have shapes and no content. Parameters, gradients,
 Adam's two moments and the average are counted; activations are what autograd saves in the UNet's forward pass, and with
 activation checkpointing what stays saved plus the largest single block, which is computed again in the backward pass.
-The encoders keep nothing for a backward pass. Not counted: buffers of libraries, fragmentation, DDP's gradient buckets.
+The encoders keep nothing for a backward pass. Operations are PyTorch's formulas for matrix products, convolutions
+and attention. Not counted: buffers of libraries, fragmentation, DDP's gradient buckets.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import Config, load_config
 from ldm.models.layers import SpatialTransformer
@@ -67,6 +70,31 @@ def activations(config: Config, batch_size: int, *, checkpointing: bool) -> tupl
     return saved.total, max(sizes)
 
 
+def operations(config: Config) -> dict[str, float]:
+    """1e12 floating-point operations for one sample, by part of a training step."""
+    side, exemplar = config.model.image_size, config.model.exemplar_encoder
+    with torch.device("meta"):
+        module = DiffusionTraining(config)
+        latent = side // module.downsampling
+        x = torch.empty(1, config.model.unet.in_channels, latent, latent)
+        t = torch.empty(1, dtype=torch.long)
+        context = torch.empty(1, 1, config.model.unet.context_dim, requires_grad=True)
+        pictures = torch.empty(2, 3, side, side)  # with and without the hole
+        parts: dict[str, Callable[[], object]] = {
+            "first stage, image and masked image": lambda: module.first_stage_model.encode(pictures),
+            "image tower": lambda: module.cond_stage_model.features(
+                torch.empty(1, 3, exemplar.image_size, exemplar.image_size)
+            ),
+            "UNet, forward and backward": lambda: module.unet(x, t, context).sum().backward(),
+        }
+        counted = {}
+        for name, part in parts.items():
+            with FlopCounterMode(display=False) as counter:
+                part()
+            counted[name] = counter.get_total_flops() / 1e12
+    return counted
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/v1.yaml")
@@ -88,6 +116,10 @@ def main() -> None:
         state.add_row(name, f"{4 * count / GIB:.2f}")
     console = Console()
     console.print(state)
+    work = Table("part", "TFLOP per sample", title="operations; with cached latents the UNet's alone")
+    for name, count in operations(config).items():
+        work.add_row(name, f"{count:.3g}")
+    console.print(work)
 
     table = Table(
         "batch size", "activations, GiB", "with activation checkpointing", title="UNet, float32; half in bf16"

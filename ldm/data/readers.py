@@ -153,7 +153,9 @@ def write_index(path: Path, kind: str, source: Source, split: str, *, state: str
         BoxIndexError: the annotations cannot be read, or hold no usable box.
     """
     if kind not in READERS:
-        raise BoxIndexError(f"data.format: got {kind!r}, expected one of {', '.join(READERS)}")
+        raise BoxIndexError(
+            f"data.kind: got {kind!r}, which holds no annotations; expected one of {', '.join(READERS)}"
+        )
     reading = READERS[kind](source, split)
     items = reading.items
     if not reading.divided:
