@@ -69,7 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--context-margin", type=float, help="scene shown on each side, times the hole's size; default: the model's"
     )
-    fit.add_argument("--feather", type=int, default=0, help="pixels over which the hole's edge fades; %(default)s")
+    fit.add_argument("--feather", type=int, default=0, help="pixels in the hole over which its edge fades; %(default)s")
+    fit.add_argument(
+        "--no-colour-agreement", dest="colour_agreement", action="store_false",
+        help="paste what was decoded as it is; else its colours are made to agree with the scene's at the hole's edge",
+    )  # fmt: skip
     fit.add_argument("--whole-image", action="store_true", help="show the model the whole scene, as the paper does")
     original = parser.add_argument_group(
         "accepted and ignored",
@@ -141,6 +145,7 @@ def edit(args: argparse.Namespace) -> None:
         "eta": args.eta,
         "context_margin": args.context_margin,
         "feather": args.feather,
+        "colour_agreement": args.colour_agreement,
         "whole_image": args.whole_image,
     }
     seeds = [args.seed + i for i in range(args.n_samples * args.n_iter)]

@@ -53,6 +53,7 @@ class Protocol:
         crop: show the model a square around the hole; else the whole scene.
         context_margin: what that square shows besides, as for `fit_window`; None is what the model's config says.
         paste_back: keep the scene's own pixels outside the hole; else the result is the decoder's picture of it all.
+        colour_agreement: of what is pasted, as for `Editor.edit`.
     """
 
     sampler: str
@@ -63,6 +64,7 @@ class Protocol:
     eta: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     context_margin: float | None = None
+    colour_agreement: bool = False
 
 
 PROTOCOLS = {
@@ -228,7 +230,8 @@ class BenchEditing(pl.LightningModule):
             eta=protocol.eta,
         )
         return [
-            scene.put_back(pixels, whole=not protocol.paste_back) for scene, pixels in zip(fitted, painted, strict=True)
+            scene.put_back(pixels, colour_agreement=protocol.colour_agreement, whole=not protocol.paste_back)
+            for scene, pixels in zip(fitted, painted, strict=True)
         ]
 
     def _write_source(self, item: BenchItem, result: Image.Image) -> None:

@@ -31,6 +31,7 @@ from ldm.data.transforms import (
 from ldm.files import replacing
 from ldm.latent_diffusion import LatentDiffusion, load_model
 from ldm.samplers import OnStep
+from ldm.seams import agree
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "pretrained_models" / "mini"
 MAX_ENLARGEMENT = 4  # a scene pixel covers at most this many model pixels per side
@@ -156,15 +157,15 @@ class Editor:
         n_samples: int = 1,
         context_margin: float | None = None,
         feather: int = 0,
+        colour_agreement: bool = True,
         whole_image: bool = False,
         on_step: OnStep | None = None,
     ) -> Image.Image | list[Image.Image]:
         """Replace the hole of a scene by what the exemplar shows.
 
         The hole and its surroundings are cropped square, resized to the model's size, painted, and put
-        back at the scene's size. Every pixel outside the hole (and the feather around it) equals the
-        scene's bit for bit; the scene counts as what it looks like: turned upright as its EXIF data
-        say, transparent parts over mid-grey, 8 bits, RGB.
+        back at the scene's size. Every pixel outside the hole equals the scene's bit for bit; the scene counts as
+        what it looks like: turned upright as its EXIF data say, transparent parts over mid-grey, 8 bits, RGB.
 
         Args:
             scene: picture or path, any size, aspect and mode.
@@ -182,7 +183,8 @@ class Editor:
             n_samples: pictures to make; with a list of seeds, its length.
             context_margin: surroundings on each side as a share of the hole's longer side; `fit_window`. None is what
                 the model's config says.
-            feather: pixels around the hole over which the painted square fades into the scene.
+            feather: pixels within the hole over which the painted region fades into what the scene shows there.
+            colour_agreement: correct the painted region for the decoder's change of colours at its edge; `seams.agree`.
             whole_image: show the model the whole scene instead of a crop, as the paper does. A scene that
                 is not square is extended by reflection, not squashed.
             on_step: called after each step as `on_step(step, num_steps, x_t, x_0)`.
@@ -225,7 +227,7 @@ class Editor:
             eta=eta,
             on_step=on_step,
         )
-        results = [fitted.put_back(pixels, feather=feather) for pixels in painted]
+        results = [fitted.put_back(pixels, feather=feather, colour_agreement=colour_agreement) for pixels in painted]
         return results[0] if isinstance(seed, int) and n_samples == 1 else results
 
     def exemplar_tensor(self, exemplar: Picture) -> Tensor:
@@ -305,8 +307,12 @@ class FittedScene:
     image: Tensor
     keep_mask: Tensor
 
-    def put_back(self, painted: Tensor, *, feather: int = 0, whole: bool = False) -> Image.Image:
-        """Paste the painted square (3, S, S) into the scene: inside the hole and its feather only, or as a whole."""
+    def put_back(
+        self, painted: Tensor, *, feather: int = 0, colour_agreement: bool = True, whole: bool = False
+    ) -> Image.Image:
+        """Paste the painted square (3, S, S) into the scene: inside the hole only, or as a whole and as it is."""
+        if colour_agreement and not whole:
+            painted = agree(painted[None], self.image, self.keep_mask)[0]
         left, top, side = self.window.left, self.window.top, self.window.side
         box = _clipped(self.window, self.scene.size)
         square = tensor_to_pil(painted)
@@ -415,14 +421,14 @@ def _clipped(window: Window, size: tuple[int, int]) -> tuple[int, int, int, int]
 
 
 def _feathered(hole: Image.Image, feather: int) -> Image.Image:
-    """Mode L: 255 in the hole, falling linearly to 0 at feather + 1 pixels from it (chessboard distance)."""
+    """Mode L: 0 outside the hole, rising linearly to 255 feather + 1 pixels inside its edge (chessboard distance)."""
     if feather == 0:
         return hole
     total = np.asarray(hole, np.float32)
-    grown = hole
+    shrunk = hole
     for _ in range(feather):
-        grown = grown.filter(ImageFilter.MaxFilter(3))
-        total = total + np.asarray(grown)
+        shrunk = shrunk.filter(ImageFilter.MinFilter(3))
+        total = total + np.asarray(shrunk)
     return Image.fromarray(np.rint(total / (feather + 1)).astype(np.uint8))
 
 

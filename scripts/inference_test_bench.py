@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="M",
         help="scene shown around the hole, times the hole's size; default: the model's",
     )
+    sampling("--colour-agreement", action="store_true", default=None,
+             help="with --protocol ours: correct what is pasted at the hole's edge, as editing does")  # fmt: skip
     sampling("--eta", "--ddim_eta", type=float, default=0.0, help="ddim's stochasticity; default: %(default)s")
     sampling("--seed", type=int, default=0, help="item k uses seed + k; default: %(default)s")
     machine = parser.add_argument_group("machine").add_argument
@@ -94,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
         "guidance_scale": args.guidance_scale,
         "guidance_interval": args.guidance_interval and tuple(args.guidance_interval),
         "context_margin": args.context_margin,
+        "colour_agreement": args.colour_agreement,
         "eta": args.eta,
     }
     if args.method == "null-token" and args.guidance_scale is None:

@@ -17,7 +17,15 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up: a module may import from lower floors, and within its own.
 FLOORS = (
     ("ldm.config", "ldm.files", "ldm.noise", "ldm.steps"),
-    ("ldm.checkpoint", "ldm.diffusion", "ldm.timesteps", "ldm.data.transforms", "ldm.data.masks", "ldm.evaluation"),
+    (
+        "ldm.checkpoint",
+        "ldm.diffusion",
+        "ldm.timesteps",
+        "ldm.seams",
+        "ldm.data.transforms",
+        "ldm.data.masks",
+        "ldm.evaluation",
+    ),
     ("ldm.samplers", "ldm.models", "ldm.data"),
     ("ldm.latent_diffusion",),
     ("ldm.training", "ldm.sharding", "ldm.editing"),

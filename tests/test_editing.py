@@ -133,9 +133,8 @@ def test_outside_the_hole_every_bit_is_the_scene(
     scene, mask = photo(*size), box_mask(size, box)
     editor = Editor(MeanColourPainter())  # pyright: ignore[reportArgumentType]
     result = pixels(editor.edit(scene, mask, RED, feather=feather, whole_image=whole))
-    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
-    distance = np.maximum.reduce([box[0] - x, x - box[2] + 1, box[1] - y, y - box[3] + 1])
-    assert np.array_equal(result[distance > feather], np.asarray(scene)[distance > feather])
+    outside = np.asarray(mask) == 0
+    assert np.array_equal(result[outside], np.asarray(scene)[outside])
 
 
 def test_the_hole_shows_the_exemplar_at_full_resolution(editor: Editor) -> None:
@@ -177,9 +176,24 @@ def test_feather_fades_linearly(editor: Editor) -> None:
     mask, white = box_mask(scene.size, (24, 24, 40, 40)), Image.new("RGB", (4, 4), "white")
     result = pixels(editor.edit(scene, mask, white, feather=3))
     row = result[32, :, 0].astype(int)
-    assert (row[:21] == 0).all() and (row[43:] == 0).all()
-    fade = fit_scene(scene, mask, S).put_back(torch.ones(3, S, S), feather=3)
-    assert pixels(fade)[32, 19:26, 0].tolist() == [0, 0, 64, 128, 191, 255, 255]
+    assert (row[:24] == 0).all() and (row[40:] == 0).all()
+    fade = fit_scene(scene, mask, S).put_back(torch.ones(3, S, S), feather=3, colour_agreement=False)
+    assert pixels(fade)[32, 22:29, 0].tolist() == [0, 0, 64, 128, 191, 255, 255]
+
+
+def test_colours_agree_at_the_edge(editor: Editor) -> None:
+    """A decoder that makes everything darker: what is pasted back shows no darker patch."""
+    scene = photo(96, 64)
+    fitted = fit_scene(scene, box_mask(scene.size, (30, 20, 60, 44)), S)
+    as_it_is, corrected = (
+        pixels(fitted.put_back(fitted.image[0] - 0.2, colour_agreement=agreement)).astype(int)
+        for agreement in (False, True)
+    )
+    inside = np.s_[24:40, 34:56]
+    assert np.abs(as_it_is - np.asarray(scene))[inside].mean() > 20
+    # what is left is the enlarging of the model's picture
+    unchanged = pixels(fitted.put_back(fitted.image[0], colour_agreement=False)).astype(int)
+    assert np.abs(corrected - unchanged)[inside].max() <= 1
 
 
 # ---- seeds ----
