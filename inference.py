@@ -2,6 +2,7 @@
 
     python inference.py                                    # the bundled example with the bundled model
     python inference.py --image scene.jpg --mask hole.png --reference dog.jpg
+    python inference.py --image scene.jpg --box 120,80,360,300 --reference dog.jpg
     python inference.py --plms --config configs/v1.yaml --checkpoint model.ckpt --image … --mask … --reference …
 
 The options of the original's scripts/inference.py are accepted in its spelling too. The heavy imports
@@ -31,9 +32,29 @@ def build_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files", "none of the first three: the bundled example")
     files.add_argument("--image", "--image_path", type=Path, metavar="FILE", help="the scene, of any size")
     files.add_argument("--mask", "--mask_path", type=Path, metavar="FILE", help="white where the scene is repainted")
-    files.add_argument("--reference", "--reference_path", type=Path, metavar="FILE", help="the exemplar")
+    files.add_argument(
+        "--reference", "--reference_path", type=Path, nargs="+", metavar="FILE",
+        help="the exemplar; several: one for each separate part of the hole, from top to bottom",
+    )  # fmt: skip
     files.add_argument("--outdir", type=Path, default=Path("results"), metavar="DIR", help="default: %(default)s")
     files.add_argument("--overwrite", action="store_true", help="replace results of the same name; else number them")
+    hole = parser.add_argument_group("hole", "instead of --mask; without any, the scene's transparent part")
+    hole.add_argument("--box", type=numbers, action="append", default=[], metavar="X0,Y0,X1,Y1",
+                      help="a rectangle, in pixels of the scene; may be given again")  # fmt: skip
+    hole.add_argument("--polygon", type=numbers, action="append", default=[], metavar="X0,Y0,X1,Y1,X2,Y2,…",
+                      help="the inside of an outline; may be given again")  # fmt: skip
+    hole.add_argument("--grow", type=int, default=0, metavar="PX", help="widen the hole by so many pixels")
+    hole.add_argument("--shape", default="given", choices=("given", "box", "arbitrary"),
+                      help="make its parts boxes, or shapes drawn as in training; default: %(default)s")  # fmt: skip
+    hole.add_argument("--separate", action="store_true",
+                      help="edit separate parts one by one, each with a crop of its own")  # fmt: skip
+    exemplar = parser.add_argument_group("exemplar")
+    exemplar.add_argument("--reference-mask", type=Path, metavar="FILE",
+                          help="white where its object is; default: its opaque part")  # fmt: skip
+    exemplar.add_argument("--reference-background", default="keep", choices=("keep", "grey"),
+                          help="of the object; default: %(default)s")  # fmt: skip
+    exemplar.add_argument("--reference-fit", default="squash", choices=("squash", "pad"),
+                          help="to the encoder's square; default: %(default)s, as the paper")  # fmt: skip
     model = parser.add_argument_group("model", "the bundled small one unless named")
     model.add_argument("--checkpoint", "--ckpt", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
     model.add_argument("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
@@ -62,9 +83,16 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--eta", "--ddim_eta", type=float, default=0.0, help="ddim's stochasticity; default: %(default)s"
     )
-    sampling.add_argument("--seed", type=int, default=0, help="of the first sample; default: %(default)s")
+    sampling.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="of the first sample, or of each; default: 0"
+    )
     sampling.add_argument("--n-samples", "--n_samples", type=int, default=1, help="default: %(default)s")
     sampling.add_argument("--n_iter", type=int, default=1, help="repeats --n-samples with further seeds")
+    sampling.add_argument(
+        "--rank", nargs="?", const="efficientnet-lite0", metavar="NETWORK",
+        help="best first: samples by their similarity to the exemplar, to a network of scripts/evaluate.py --features; "
+        "default: %(const)s, whose weights come with the eval extra",
+    )  # fmt: skip
     fit = parser.add_argument_group("fitting the scene to the model")
     fit.add_argument(
         "--context-margin", type=float, help="scene shown on each side, times the hole's size; default: the model's"
@@ -86,6 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def numbers(text: str) -> list[float]:
+    """`1,2,3` or `1,2 3,4` as numbers."""
+    try:
+        return [float(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers with commas between them") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -93,9 +129,21 @@ def main(argv: list[str] | None = None) -> int:
         args.sampler = "dpm_solver_pp" if args.ddim_steps is None else "ddim"
     given = [count for count in (args.steps, args.ddim_steps) if count is not None]
     args.steps = given[0] if given else DEFAULT_STEPS[args.sampler]
-    files = [args.image, args.mask, args.reference]
-    if any(files) and not all(files):
+    drawn = args.mask or args.box or args.polygon
+    if bool(args.image) != bool(args.reference) or (drawn and not args.image):
         parser.error("got some of --image, --mask, --reference; give all three, or none for the bundled example")
+    if args.mask and (args.box or args.polygon):
+        parser.error("got --mask and --box or --polygon; give either")
+    if any(len(box) != 4 for box in args.box):
+        parser.error("--box: expected four numbers, left,top,right,bottom")
+    if any(len(polygon) % 2 for polygon in args.polygon):
+        parser.error("--polygon: expected pairs of numbers, x0,y0,x1,y1,x2,y2 …")
+    if args.reference_mask and len(args.reference or ()) > 1:
+        parser.error("--reference-mask: goes with a single --reference")
+    if len(args.seed) > 1 and args.n_samples * args.n_iter not in (1, len(args.seed)):
+        parser.error(f"got {len(args.seed)} seeds for {args.n_samples * args.n_iter} samples, expected one for each")
+    if args.grow < 0:
+        parser.error(f"--grow: got {args.grow}, expected 0 or more pixels")
     if args.config and not args.checkpoint:
         parser.error("got --config without --checkpoint; name the weights too (--checkpoint FILE)")
     if args.eta and args.sampler != "ddim":
@@ -123,14 +171,17 @@ def edit(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ldm import __version__
-    from ldm.editing import Editor, as_hole, as_rgb, pick_device, save_png
+    from ldm.editing import Editor, as_rgb, pick_device, prepare_exemplar, save_png
 
     name = args.image.stem if args.image else ""
     if not args.image:
         folder = bundled_example()
-        name, args.image, args.mask, args.reference = folder.name, *(folder / f"{part}.png" for part in EXAMPLE_PARTS)
+        name, (args.image, args.mask, *args.reference) = folder.name, (folder / f"{part}.png" for part in EXAMPLE_PARTS)
     # The files come first: a wrong path should not wait for a large model.
-    scene, hole, exemplar = as_rgb(args.image), as_hole(args.mask), as_rgb(args.reference)
+    scene = as_rgb(args.image)
+    hole = given_hole(args, scene.size)
+    look = {"background": args.reference_background, "fit": args.reference_fit}
+    exemplars = [prepare_exemplar(path, args.reference_mask, **look) for path in args.reference]
     device = pick_device(args.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
     if args.precision == "autocast" and device.type == "cuda":
@@ -148,7 +199,12 @@ def edit(args: argparse.Namespace) -> None:
         "colour_agreement": args.colour_agreement,
         "whole_image": args.whole_image,
     }
-    seeds = [args.seed + i for i in range(args.n_samples * args.n_iter)]
+    seeds = args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.n_samples * args.n_iter)]
+    network = None
+    if args.rank:
+        from ldm.evaluation.features import load_network
+
+        network = load_network(args.rank, device)
     results: list[Image.Image] = []
     with tqdm(total=args.n_iter * args.steps, desc="loading the model", unit="step") as bar:
         editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=device, dtype=dtype)
@@ -160,32 +216,74 @@ def edit(args: argparse.Namespace) -> None:
         if options["context_margin"] is None:
             options["context_margin"] = editor.model.config.context_margin
         bar.set_description("painting")
-        for i in range(0, len(seeds), args.n_samples):
-            batch = seeds[i : i + args.n_samples]
-            edited = editor.edit(scene, hole, exemplar, seed=batch, on_step=on_step, **options)
+        size = max(args.n_samples, len(args.seed))
+        for i in range(0, len(seeds), size):
+            batch = seeds[i : i + size]
+            if args.separate or len(exemplars) > 1:
+                edited = editor.edit_each(scene, hole, exemplars, seed=batch, on_step=on_step, **options)
+            else:
+                edited = editor.edit(scene, hole, exemplars[0], seed=batch, on_step=on_step, **options)
             results += edited if isinstance(edited, list) else [edited]
 
     settings = options | {
         "version": __version__,
         "image": str(args.image),
-        "mask": str(args.mask),
-        "reference": str(args.reference),
+        "mask": str(args.mask or "drawn"),
+        "box": args.box,
+        "polygon": args.polygon,
+        "grow": args.grow,
+        "shape": args.shape,
+        "reference": [str(path) for path in args.reference],
+        "reference_mask": args.reference_mask and str(args.reference_mask),
+        "reference_background": args.reference_background,
+        "reference_fit": args.reference_fit,
         "checkpoint": str(args.checkpoint or "bundled"),
         "config": str(args.config or "beside the checkpoint"),
         "device": device.type,
         "precision": str(dtype).removeprefix("torch."),
     }
-    pictures = {f"{name}_{seed}": (image, {"seed": seed}) for seed, image in zip(seeds, results, strict=True)}
+    details: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
+    if network is not None:
+        from ldm.evaluation.similarity import region_similarities
+
+        scores = region_similarities(network, results, hole, exemplars)
+        details = [detail | {"similarity": round(score, 2)} for detail, score in zip(details, scores, strict=True)]
+        order = sorted(range(len(seeds)), key=lambda i: -scores[i])
+        seeds, results = [seeds[i] for i in order], [results[i] for i in order]
+        details = [details[i] for i in order]
+        print(f"similarity to the exemplar by {network.name}, best first:")
+        print("\n".join(f"  {detail['similarity']:6.2f}  seed {detail['seed']}" for detail in details))
+    pictures = {f"{name}_{seed}": (image, detail) for seed, image, detail in zip(seeds, results, details, strict=True)}
     if not args.skip_grid:
-        pictures[f"{name}_{args.seed}_grid"] = (side_by_side(scene, hole, exemplar, results), {"seed": seeds})
+        pictures[f"{name}_{args.seed[0]}_grid"] = (side_by_side(scene, hole, exemplars, results), {"seed": seeds})
     suffix = "" if args.overwrite else free_suffix(args.outdir, list(pictures))
-    for stem, (image, seed) in pictures.items():
+    for stem, (image, detail) in pictures.items():
         path = args.outdir / f"{stem}{suffix}.png"
         replaced = path.exists()
-        save_png(image, path, {"parameters": json.dumps(settings | seed)})
+        save_png(image, path, {"parameters": json.dumps(settings | detail)})
         print(f"{'overwrote' if replaced else 'wrote'} {path}")
     if suffix:
         print(f"kept the earlier results of the same name; these end in {suffix} (--overwrite replaces them)")
+
+
+def given_hole(args: argparse.Namespace, size: tuple[int, int]) -> Image.Image:
+    """The hole of a scene of `size`, as the options have it."""
+    from PIL import ImageChops
+
+    from ldm.editing import as_hole, transparent_hole
+    from ldm.holes import box_hole, drawn_hole, grown, reshaped
+
+    if args.mask:
+        hole = as_hole(args.mask)
+    elif args.box or args.polygon:
+        drawn = [box_hole(size, box) for box in args.box]
+        drawn += [drawn_hole(size, list(zip(line[::2], line[1::2], strict=True))) for line in args.polygon]
+        hole = drawn[0]
+        for other in drawn[1:]:
+            hole = ImageChops.lighter(hole, other)
+    else:
+        hole = transparent_hole(args.image)
+    return reshaped(grown(hole, args.grow), args.shape, args.seed[0])
 
 
 EXAMPLE_PARTS = ("scene", "mask", "exemplar")
@@ -213,9 +311,9 @@ def free_suffix(folder: Path, stems: list[str]) -> str:
 
 
 def side_by_side(
-    scene: Image.Image, hole: Image.Image, exemplar: Image.Image, results: list[Image.Image]
+    scene: Image.Image, hole: Image.Image, exemplars: list[Image.Image], results: list[Image.Image]
 ) -> Image.Image:
-    """Scene, scene with its hole, exemplar and results, in one row of equal height."""
+    """Scene, scene with its hole, exemplars and results, in one row of equal height."""
     from PIL import Image
 
     from ldm.data.transforms import MID_GREY
@@ -226,7 +324,7 @@ def side_by_side(
         width = min(max(round(image.width * height / image.height), 1), 4 * height)
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
-    tiles = [tile(image) for image in (scene, scene, exemplar, *results)]
+    tiles = [tile(image) for image in (scene, scene, *exemplars, *results)]
     tiles[1].paste(MID_GREY, mask=hole.resize(tiles[1].size, Image.Resampling.NEAREST))
     gap = 8
     grid = Image.new("RGB", (sum(t.width + gap for t in tiles) - gap, height), "white")

@@ -20,15 +20,18 @@ from torch import Tensor
 from ldm.config import Config
 from ldm.data.transforms import (
     MID_GREY,
+    alpha_channel,
     exemplar_to_tensor,
     flatten,
     load_mask,
     mask_to_tensor,
+    open_alpha,
     open_image,
     pil_to_tensor,
     tensor_to_pil,
 )
 from ldm.files import replacing
+from ldm.holes import parts
 from ldm.latent_diffusion import LatentDiffusion, load_model
 from ldm.samplers import OnStep
 from ldm.seams import agree
@@ -196,14 +199,7 @@ class Editor:
             EditingError: the mask is empty or a setting is out of range.
             OSError, ValueError: a file cannot be read.
         """
-        if isinstance(seed, int):
-            if n_samples < 1:
-                raise EditingError(f"n_samples: got {n_samples}, expected at least 1")
-            seeds = [seed + i for i in range(n_samples)]
-        else:
-            seeds = list(seed)
-            if not seeds or n_samples not in (1, len(seeds)):
-                raise EditingError(f"got {len(seeds)} seeds for {n_samples} samples, expected one seed per sample")
+        seeds, alone = _seeds(seed, n_samples)
         if context_margin is None:
             context_margin = self.model.config.context_margin
         if context_margin < 0 or feather < 0:
@@ -228,7 +224,40 @@ class Editor:
             on_step=on_step,
         )
         results = [fitted.put_back(pixels, feather=feather, colour_agreement=colour_agreement) for pixels in painted]
-        return results[0] if isinstance(seed, int) and n_samples == 1 else results
+        return results[0] if alone else results
+
+    def edit_each(
+        self, scene: Picture, hole_mask: Picture, exemplars: Sequence[Picture | None], **options: Any
+    ) -> Image.Image | list[Image.Image]:
+        """Edit every separate part of a hole by itself, one after the other, each with a crop of its own.
+
+        Args:
+            scene, hole_mask: as for `edit`.
+            exemplars: one for all parts, or one for each, in the order of `holes.parts`: from top to bottom.
+            **options: of `edit`.
+
+        Returns:
+            As `edit` does.
+
+        Raises:
+            EditingError: the numbers of parts and exemplars differ, or as for `edit`.
+        """
+        picture = as_rgb(scene)
+        separate = parts(_of_size(as_hole(hole_mask), picture.size))
+        if len(exemplars) not in (1, len(separate)):
+            raise EditingError(
+                f"got {len(exemplars)} exemplars for a hole of {len(separate)} separate parts, expected one or "
+                f"{len(separate)}, from top to bottom"
+            )
+        each = list(exemplars) * (len(separate) if len(exemplars) == 1 else 1)
+        seeds, alone = _seeds(options.pop("seed", 0), options.pop("n_samples", 1))
+        results = [picture] * len(seeds)
+        for hole, exemplar in zip(separate, each, strict=True):
+            for i, seed in enumerate(seeds):
+                edited = self.edit(results[i], hole, exemplar, seed=seed, **options)
+                assert isinstance(edited, Image.Image)
+                results[i] = edited
+        return results[0] if alone else results
 
     def exemplar_tensor(self, exemplar: Picture) -> Tensor:
         """(1, 3, E, E), an exemplar squashed to the encoder's square and normalised for it."""
@@ -341,17 +370,10 @@ def fit_scene(
     Raises:
         EditingError: the mask is empty.
     """
-    picture, hole = as_rgb(scene), as_hole(hole_mask)
-    if hole.size != picture.size:
-        warnings.warn(
-            f"the mask is {hole.width}x{hole.height}, the scene {picture.width}x{picture.height}: "
-            "resized the mask to the scene (nearest)",
-            stacklevel=3,
-        )
-        hole = hole.resize(picture.size, Image.Resampling.NEAREST)
+    picture = as_rgb(scene)
+    hole = _of_size(as_hole(hole_mask), picture.size)
     bounds = hole.getbbox()
-    if bounds is None:
-        raise EditingError("the mask's hole vanished when it was resized to the scene; give a mask of the scene's size")
+    assert bounds is not None
     window = fit_window(
         bounds,
         picture.size,
@@ -367,6 +389,85 @@ def fit_scene(
         share = square_hole.convert("F").resize((image_size, image_size), Image.Resampling.BOX)
         square_hole = Image.fromarray(np.uint8(255) * (np.asarray(share) > 0))
     return FittedScene(picture, hole, window, pil_to_tensor(square)[None], mask_to_tensor(square_hole)[None])
+
+
+def _seeds(seed: int | Sequence[int], n_samples: int) -> tuple[list[int], bool]:
+    """Of every sample; and whether a single picture was asked for."""
+    if not isinstance(seed, int):
+        if not seed or n_samples not in (1, len(seed)):
+            raise EditingError(f"got {len(seed)} seeds for {n_samples} samples, expected one seed per sample")
+        return list(seed), False
+    if n_samples < 1:
+        raise EditingError(f"n_samples: got {n_samples}, expected at least 1")
+    return [seed + i for i in range(n_samples)], n_samples == 1
+
+
+def _of_size(hole: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if hole.size == size:
+        return hole
+    warnings.warn(
+        f"the mask is {hole.width}x{hole.height}, the scene {size[0]}x{size[1]}: "
+        "resized the mask to the scene (nearest)",
+        stacklevel=4,
+    )
+    hole = hole.resize(size, Image.Resampling.NEAREST)
+    if hole.getbbox() is None:
+        raise EditingError("the mask's hole vanished when it was resized to the scene; give a mask of the scene's size")
+    return hole
+
+
+def prepare_exemplar(
+    exemplar: Picture, mask: Picture | None = None, *, background: str = "keep", fit: str = "squash"
+) -> Image.Image:
+    """An exemplar cut out as asked for, to be given to `Editor.edit`.
+
+    Args:
+        exemplar: picture or path, any size and mode.
+        mask: white (>= 128) where the object is, of the exemplar's size; None takes the exemplar's alpha channel, if
+            it has one. The exemplar is cropped to it.
+        background: of the object: keep | grey, which the model knows as nothing.
+        fit: squash, as the paper does when the encoder's square is filled; or pad to a square first, with grey.
+
+    Returns:
+        RGB.
+
+    Raises:
+        EditingError: the mask is empty or of another size, or an option is unknown.
+    """
+    if background not in ("keep", "grey") or fit not in ("squash", "pad"):
+        raise EditingError(f"got background={background!r}, fit={fit!r}, expected keep or grey, and squash or pad")
+    picture = as_rgb(exemplar)
+    shape = as_hole(mask if mask is not None else _alpha(exemplar))
+    if shape.size != picture.size:
+        raise EditingError(
+            f"the exemplar's mask is {shape.width}x{shape.height}, the exemplar {picture.width}x{picture.height}; "
+            "give a mask of its size"
+        )
+    if background == "grey":
+        picture = Image.composite(picture, Image.new("RGB", picture.size, MID_GREY), shape)
+    picture = picture.crop(shape.getbbox())
+    if fit == "squash":
+        return picture
+    side = max(picture.size)
+    return ImageOps.pad(picture, (side, side), Image.Resampling.BICUBIC, MID_GREY)
+
+
+def transparent_hole(scene: Picture) -> Image.Image:
+    """Where a scene is more transparent than opaque, as a hole.
+
+    Raises:
+        EditingError: nowhere.
+    """
+    hole = _alpha(scene).point([255] * 128 + [0] * 128)
+    if hole.getbbox() is None:
+        raise EditingError("the scene has no transparent part to paint; give a mask, a box or a polygon")
+    return hole
+
+
+def _alpha(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return alpha_channel(ImageOps.exif_transpose(picture))
+    return open_alpha(picture)
 
 
 def as_rgb(picture: Picture) -> Image.Image:

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Of pixels in [-1, 1]. Decoders err by less; where more is missing, what is painted reaches over the hole's edge.
+LIMIT = 0.2
+
 
 def agree(painted: Tensor, image: Tensor, keep_mask: Tensor) -> Tensor:
     """Correct a painted region by the decoder's error along its edge, carried smoothly into it.
@@ -22,15 +25,14 @@ def agree(painted: Tensor, image: Tensor, keep_mask: Tensor) -> Tensor:
         keep_mask: (B, 1, H, W), 0 in the hole, 1 elsewhere.
 
     Returns:
-        (B, 3, H, W); at the hole's edge as far from `image` as the decoder is within the hole, and no further. A hole
-        without surroundings is returned as it is.
+        (B, 3, H, W). A hole without surroundings is returned as it is.
 
     Source: Pérez et al. 2003, Eq. 5 to 7 (the correction is a membrane over the hole, here interpolated from coarse to
         fine as in Gortler et al. 1996, section 3.4, instead of solved for).
     """
     kept = (keep_mask > 0.5).to(painted.dtype)
     ring = F.max_pool2d(1 - kept, 3, stride=1, padding=1) * kept
-    return painted + _membrane((image - painted) * ring, ring)
+    return painted + _membrane((image - painted).clamp(-LIMIT, LIMIT) * ring, ring)
 
 
 def _membrane(values: Tensor, known: Tensor) -> Tensor:

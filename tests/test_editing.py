@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.data.transforms import CLIP_MEAN, CLIP_STD
-from ldm.editing import EditingError, Editor, Window, fit_scene, fit_window
+from ldm.data.transforms import CLIP_MEAN, CLIP_STD, MID_GREY
+from ldm.editing import EditingError, Editor, Window, fit_scene, fit_window, prepare_exemplar
 from ldm.noise import draw_noise
 
 S, F = 32, 4  # the painter's picture side and downsampling
@@ -194,6 +194,46 @@ def test_colours_agree_at_the_edge(editor: Editor) -> None:
     # what is left is the enlarging of the model's picture
     unchanged = pixels(fitted.put_back(fitted.image[0], colour_agreement=False)).astype(int)
     assert np.abs(corrected - unchanged)[inside].max() <= 1
+
+
+# ---- several holes, and exemplars cut out ----
+
+
+def test_each_part_of_a_hole_is_an_edit_of_its_own(editor: Editor, painter: MeanColourPainter) -> None:
+    scene, mask = photo(200, 120), box_mask((200, 120), (10, 10, 40, 40))
+    mask.paste(255, (140, 70, 180, 110))
+    blue = Image.new("RGB", (9, 9), (20, 30, 220))
+    result = pixels(editor.edit_each(scene, mask, [RED, blue], colour_agreement=False)).astype(int)  # pyright: ignore[reportArgumentType]
+    assert len(painter.calls) == 2
+    for box, colour in (((14, 14, 36, 36), (220, 30, 40)), ((144, 74, 176, 106), (20, 30, 220))):
+        inside = result[box[1] : box[3], box[0] : box[2]].reshape(-1, 3).mean(0)
+        assert np.abs(inside - colour).max() < 15
+    outside = np.asarray(mask) == 0
+    assert np.array_equal(result[outside], np.asarray(scene)[outside])
+    several = editor.edit_each(scene, mask, [RED], n_samples=2)
+    assert isinstance(several, list) and len(several) == 2
+    with pytest.raises(EditingError, match="got 3 exemplars for a hole of 2 separate parts"):
+        editor.edit_each(scene, mask, [RED, RED, RED])
+
+
+def test_exemplars_are_cut_out() -> None:
+    picture = Image.new("RGB", (40, 20), (0, 200, 0))
+    picture.paste((200, 0, 0), (10, 5, 30, 15))
+    mask = box_mask((40, 20), (10, 5, 30, 15))
+    mask.paste(0, (10, 5, 12, 7))  # a corner that is not part of the object
+    kept = prepare_exemplar(picture, mask)
+    assert kept.size == (20, 10) and kept.getpixel((0, 0)) == (200, 0, 0)
+    grey = prepare_exemplar(picture, mask, background="grey")
+    assert grey.getpixel((0, 0)) == MID_GREY and grey.getpixel((10, 5)) == (200, 0, 0)
+    padded = prepare_exemplar(picture, mask, fit="pad")
+    assert padded.size == (20, 20) and padded.getpixel((10, 0)) == MID_GREY and padded.getpixel((10, 10)) == (200, 0, 0)
+    picture.putalpha(mask)
+    assert prepare_exemplar(picture).size == (20, 10)
+    assert prepare_exemplar(Image.new("RGB", (7, 5))).size == (7, 5)
+    with pytest.raises(EditingError, match=r"mask is 4x4, the exemplar 7x5"):
+        prepare_exemplar(Image.new("RGB", (7, 5)), Image.new("L", (4, 4), 255))
+    with pytest.raises(EditingError, match="expected keep or grey"):
+        prepare_exemplar(picture, fit="crop")
 
 
 # ---- seeds ----

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 import inference
 from ldm.samplers import SAMPLERS
@@ -50,6 +50,75 @@ def test_writes_result_grid_and_settings(
     assert not np.array_equal(before, after)
     with Image.open(out / "scene_7_grid.png") as grid:
         assert grid.width > 4 * 128 and grid.height == 256
+
+
+def edited_at(path: Path, scene: Path) -> tuple[int, int, int, int]:
+    """The box of what differs from the scene."""
+    with Image.open(path) as result, Image.open(scene) as before:
+        return ImageChops.difference(result, before).getbbox() or (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "box"),
+    [
+        (["--box", "30,20,55,45"], (30, 20, 55, 45)),
+        (["--box", "5,6,15,16", "--box", "60,40,80,55"], (5, 6, 80, 55)),
+        (["--polygon", "10,10 40,10 40,30 10,30"], (10, 10, 41, 31)),
+        (["--box", "30,20,55,45", "--grow", "4"], (26, 16, 59, 49)),
+        (["--polygon", "30,20,55,20,42,45", "--shape", "box"], (30, 20, 56, 46)),
+    ],
+)
+def test_holes_without_a_mask(
+    options: list[str], box: tuple[int, int, int, int], tiny_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["--image", str(files["scene"]), "--reference", str(files["exemplar"]), "--checkpoint", str(tiny_folder)]
+    words += ["--outdir", str(tmp_path / "out"), "--steps", "2", "--device", "cpu", "--skip_grid"]
+    assert inference.main([*words, *options]) == 0
+    assert edited_at(tmp_path / "out" / "scene_0.png", files["scene"]) == box
+
+
+def test_the_transparent_part_is_the_hole(tiny_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    scene = Image.open(files["scene"]).convert("RGBA")
+    words = ["--reference", str(files["exemplar"]), "--checkpoint", str(tiny_folder), "--device", "cpu", "--skip_grid"]
+    words += ["--outdir", str(tmp_path), "--steps", "2", "--image"]
+    assert inference.main([*words, str(files["scene"])]) == 2  # nothing is transparent
+    scene.paste((0, 0, 0, 0), (10, 20, 30, 50))
+    scene.save(tmp_path / "cut.png")
+    assert inference.main([*words, str(tmp_path / "cut.png")]) == 0
+    assert edited_at(tmp_path / "cut_0.png", files["scene"]) == (10, 20, 30, 50)
+
+
+def test_an_exemplar_for_each_part(tiny_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    red, blue = tmp_path / "red.png", tmp_path / "blue.png"
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(red)
+    Image.new("RGB", (8, 8), (0, 0, 255)).save(blue)
+    both = ["--box", "5,6,25,26", "--box", "60,30,80,50"]
+    words = ["--image", str(files["scene"]), "--checkpoint", str(tiny_folder), "--steps", "2", "--device", "cpu"]
+    for name, references in (("ab", [red, blue]), ("ba", [blue, red])):
+        assert (
+            inference.main([*words, *both, "--outdir", str(tmp_path / name), "--reference", *map(str, references)]) == 0
+        )
+    alone = ["--box", "5,6,25,26", "--outdir", str(tmp_path / "a"), "--reference", str(red)]
+    assert inference.main([*words, *alone]) == 0
+    ab, ba, a = (np.asarray(Image.open(tmp_path / name / "scene_0.png")) for name in ("ab", "ba", "a"))
+    assert not np.array_equal(ab[30:50, 60:80], ba[30:50, 60:80])
+    assert np.array_equal(ab[:27], a[:27])  # the first part is what it is alone
+    three = [*both, "--reference", str(red), str(blue), str(red), "--outdir", str(tmp_path / "three")]
+    assert inference.main([*words, *three]) == 2
+
+
+def test_listed_seeds_and_the_most_similar_first(
+    tiny_folder: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    assert run(tiny_folder, files, tmp_path / "out", "--seed", "9", "4", "6", "--rank") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "  seed " in line]
+    assert {line[2] for line in lines} == {"9", "4", "6"}
+    scores = [float(line[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True)
+    with Image.open(tmp_path / "out" / "scene_4.png") as picture:
+        settings = json.loads(picture.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
+    assert settings["seed"] == 4 and settings["similarity"] in scores
 
 
 def test_never_overwrites_without_saying(
@@ -169,6 +238,12 @@ def test_errors_are_one_line(
         (["--image", "a.png"], "give all three"),
         (["--config", "configs/v1.yaml"], "--config without --checkpoint"),
         (["--eta", "1"], "only --sampler ddim"),
+        (["--image", "a.png", "--reference", "b.png", "--box", "1,2,3"], "expected four numbers"),
+        (["--image", "a.png", "--reference", "b.png", "--box", "1,2,x,3"], "expected numbers with commas"),
+        (["--image", "a.png", "--reference", "b.png", "--polygon", "1,2,3"], "expected pairs"),
+        (["--image", "a.png", "--reference", "b.png", "--mask", "c.png", "--box", "1,2,3,4"], "give either"),
+        (["--seed", "1", "2", "--n-samples", "3"], "got 2 seeds for 3 samples"),
+        (["--grow", "-1"], "expected 0 or more"),
         (["--n-samples", "0"], "expected 1 or more"),
         (["--steps", "-1"], "expected 1 or more"),
     ],

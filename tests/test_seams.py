@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.seams import agree
+from ldm.seams import LIMIT, agree
 
 
 def keep_mask(height: int, width: int, box: tuple[int, int, int, int]) -> torch.Tensor:
@@ -27,7 +27,7 @@ def holes(draw: st.DrawFn) -> torch.Tensor:
 def test_a_constant_cast_is_removed_whatever_the_hole(mask: torch.Tensor, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     image = torch.rand(1, 3, *mask.shape[2:], generator=generator)
-    cast = torch.tensor([0.3, -0.1, 0.05]).view(1, 3, 1, 1)
+    cast = torch.tensor([0.15, -0.1, 0.05]).view(1, 3, 1, 1)
     corrected = agree(image + cast, image, mask)
     hole = (mask == 0).expand_as(image)
     torch.testing.assert_close(corrected[hole], image[hole], atol=1e-5, rtol=0)
@@ -36,7 +36,7 @@ def test_a_constant_cast_is_removed_whatever_the_hole(mask: torch.Tensor, seed: 
 def test_a_cast_that_changes_slowly_is_mostly_removed() -> None:
     mask = keep_mask(64, 64, (16, 48, 20, 52))
     image = torch.zeros(1, 3, 64, 64)
-    cast = torch.linspace(-0.5, 0.5, 64).expand_as(image)
+    cast = torch.linspace(-0.2, 0.2, 64).expand_as(image)
     left = agree(image + cast, image, mask)[(mask == 0).expand_as(image)]
     assert left.abs().mean() < 0.2 * cast[(mask == 0).expand_as(image)].abs().mean()
 
@@ -48,6 +48,15 @@ def test_what_is_painted_keeps_its_detail() -> None:
     painted = image.clone()
     painted[:, :, 10:20, 10:20] = 1.0
     assert torch.equal(agree(painted, image, mask), painted)
+
+
+def test_what_reaches_over_the_edge_is_no_cast() -> None:
+    """Painted over the edge, in colours that no decoder mistakes: corrected by the limit at most."""
+    mask, image = keep_mask(32, 32, (8, 24, 8, 24)), torch.zeros(1, 3, 32, 32)
+    painted = image + 1.0
+    torch.testing.assert_close(
+        agree(painted, image, mask)[(mask == 0).expand_as(image)], torch.tensor(1 - LIMIT).expand(3 * 256)
+    )
 
 
 def test_a_hole_without_surroundings_is_left_alone() -> None:

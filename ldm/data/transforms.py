@@ -7,6 +7,7 @@ Dimension key: H, W pixels · E side of the exemplar.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         ImageFileError: the file is missing, damaged, not an image, or beyond Pillow's limit of 179 million pixels.
     """
-    return _read(Path(path), background=MID_GREY)
+    return _read(Path(path), lambda image: flatten(image, MID_GREY))
 
 
 def find_images(folder: str | Path) -> list[Path]:
@@ -67,15 +68,31 @@ def load_mask(path: str | Path) -> Image.Image:
     Raises:
         ImageFileError: as for `open_image`.
     """
-    return _read(Path(path), background=(0, 0, 0)).convert("L")
+    return _read(Path(path), lambda image: flatten(image, (0, 0, 0)).convert("L"))
 
 
-def _read(path: Path, background: tuple[int, int, int]) -> Image.Image:
+def open_alpha(path: str | Path) -> Image.Image:
+    """How opaque an image file's pixels are, mode L: 255 is opaque, as all are of a file that says nothing about it.
+
+    Raises:
+        ImageFileError: as for `open_image`.
+    """
+    return _read(Path(path), alpha_channel)
+
+
+def alpha_channel(image: Image.Image) -> Image.Image:
+    """The same of an image."""
+    if image.has_transparency_data:
+        return image.convert("RGBA").getchannel("A")
+    return Image.new("L", image.size, 255)
+
+
+def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a warning from 89 million pixels on
             with Image.open(path) as image:
-                return flatten(ImageOps.exif_transpose(image), background)
+                return convert(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ImageFileError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:

@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from ldm.evaluation.features import SQUASH, FeatureNetwork
 from ldm.evaluation.identification import Estimate
+from ldm.evaluation.regions import hole_box
 
 _BLOCK = 1 << 22  # items drawn at a time by the bootstrap: 32 MiB of indices
 
@@ -88,6 +92,20 @@ def mean_interval(
         left -= rows
     low, high = mean + np.quantile(np.concatenate(means), [0.025, 0.975])
     return Estimate(value=float(mean), low=float(low), high=float(high), n=len(numbers))
+
+
+@torch.inference_mode()
+def region_similarities(
+    network: FeatureNetwork, pictures: Sequence[Image.Image], hole: Image.Image, exemplars: Sequence[Image.Image]
+) -> list[float]:
+    """How much the hole's box of each picture looks like the exemplar: cosine x 100, of several exemplars the mean."""
+    device = next(network.parameters()).device
+    box = hole_box(pictures[0], hole)
+    views = [network.preprocess(picture, SQUASH, box) for picture in pictures]
+    views += [network.preprocess(exemplar, SQUASH) for exemplar in exemplars]
+    features = F.normalize(network(torch.stack(views).to(device)), dim=1).cpu()
+    regions, wanted = features[: len(pictures)], features[len(pictures) :]
+    return (100 * regions @ wanted.T).mean(1).tolist()
 
 
 def paper_box(hole_mask: Image.Image) -> tuple[int, int, int, int]:
