@@ -97,7 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--context-margin", type=float, help="scene shown on each side, times the hole's size; default: the model's"
     )
-    fit.add_argument("--feather", type=int, default=0, help="pixels in the hole over which its edge fades; %(default)s")
+    fit.add_argument(
+        "--feather", type=int, metavar="PX", help="over which the hole's edge fades; default: its size / 50"
+    )
     fit.add_argument(
         "--no-colour-agreement", dest="colour_agreement", action="store_false",
         help="paste what was decoded as it is; else its colours are made to agree with the scene's at the hole's edge",

@@ -159,7 +159,7 @@ class Editor:
         seed: int | Sequence[int] = 0,
         n_samples: int = 1,
         context_margin: float | None = None,
-        feather: int = 0,
+        feather: int | None = None,
         colour_agreement: bool = True,
         whole_image: bool = False,
         on_step: OnStep | None = None,
@@ -186,7 +186,8 @@ class Editor:
             n_samples: pictures to make; with a list of seeds, its length.
             context_margin: surroundings on each side as a share of the hole's longer side; `fit_window`. None is what
                 the model's config says.
-            feather: pixels within the hole over which the painted region fades into what the scene shows there.
+            feather: pixels within the hole over which the painted region fades into what the scene shows there; None is
+                a fiftieth of the hole's longer side.
             colour_agreement: correct the painted region for the decoder's change of colours at its edge; `seams.agree`.
             whole_image: show the model the whole scene instead of a crop, as the paper does. A scene that
                 is not square is extended by reflection, not squashed.
@@ -202,7 +203,7 @@ class Editor:
         seeds, alone = _seeds(seed, n_samples)
         if context_margin is None:
             context_margin = self.model.config.context_margin
-        if context_margin < 0 or feather < 0:
+        if context_margin < 0 or (feather or 0) < 0:
             raise EditingError(f"got context_margin={context_margin}, feather={feather}, expected 0 or more")
 
         fitted = fit_scene(
@@ -223,6 +224,8 @@ class Editor:
             eta=eta,
             on_step=on_step,
         )
+        if feather is None:
+            feather = default_feather(fitted.hole)
         results = [fitted.put_back(pixels, feather=feather, colour_agreement=colour_agreement) for pixels in painted]
         return results[0] if alone else results
 
@@ -519,6 +522,12 @@ def _cut(picture: Image.Image, window: Window) -> Image.Image:
 def _clipped(window: Window, size: tuple[int, int]) -> tuple[int, int, int, int]:
     left, top, side = window.left, window.top, window.side
     return max(left, 0), max(top, 0), min(left + side, size[0]), min(top + side, size[1])
+
+
+def default_feather(hole: Image.Image) -> int:
+    """A fiftieth of the hole's longer side, in pixels."""
+    left, top, right, bottom = hole.getbbox() or (0, 0, 0, 0)
+    return round(max(right - left, bottom - top) / 50)
 
 
 def _feathered(hole: Image.Image, feather: int) -> Image.Image:

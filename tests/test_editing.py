@@ -124,7 +124,7 @@ def test_window_margins() -> None:
 # ---- the edit ----
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(scenes(), st.integers(0, 5), st.booleans())
 def test_outside_the_hole_every_bit_is_the_scene(
     drawn: tuple[tuple[int, int, int, int], tuple[int, int]], feather: int, whole: bool
