@@ -3,6 +3,7 @@
     python inference.py                                    # the bundled example with the bundled model
     python inference.py --image scene.jpg --mask hole.png --reference dog.jpg
     python inference.py --image scene.jpg --box 120,80,360,300 --reference dog.jpg
+    python inference.py --jobs jobs.csv --batch-size 16    # a row for each edit: docs/editing.md
     python inference.py --plms --config configs/v1.yaml --checkpoint model.ckpt --image … --mask … --reference …
 
 The options of the original's scripts/inference.py are accepted in its spelling too. The heavy imports
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 SAMPLER_NAMES = ("dpm_solver_pp", "plms", "ddim", "unipc", "ddpm")
@@ -38,6 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     files.add_argument("--outdir", type=Path, default=Path("results"), metavar="DIR", help="default: %(default)s")
     files.add_argument("--overwrite", action="store_true", help="replace results of the same name; else number them")
+    bulk = parser.add_argument_group("in bulk", "also: folders for --image, --mask and --reference, matched by name")
+    bulk.add_argument("--jobs", type=Path, metavar="FILE", help="CSV or JSON lines, a row for each edit")
+    bulk.add_argument("--batch-size", type=int, default=4, help="edits painted together; default: %(default)s")
+    bulk.add_argument("--workers", type=int, default=2, help="threads that read, and that write; default: %(default)s")
     hole = parser.add_argument_group("hole", "instead of --mask; without any, the scene's transparent part")
     hole.add_argument("--box", type=numbers, action="append", default=[], metavar="X0,Y0,X1,Y1",
                       help="a rectangle, in pixels of the scene; may be given again")  # fmt: skip
@@ -131,15 +137,14 @@ def main(argv: list[str] | None = None) -> int:
         args.sampler = "dpm_solver_pp" if args.ddim_steps is None else "ddim"
     given = [count for count in (args.steps, args.ddim_steps) if count is not None]
     args.steps = given[0] if given else DEFAULT_STEPS[args.sampler]
+    in_bulk = args.jobs is not None or (args.image is not None and args.image.is_dir())
+    if in_bulk:
+        check_bulk(parser, args)
     drawn = args.mask or args.box or args.polygon
     if bool(args.image) != bool(args.reference) or (drawn and not args.image):
         parser.error("got some of --image, --mask, --reference; give all three, or none for the bundled example")
     if args.mask and (args.box or args.polygon):
         parser.error("got --mask and --box or --polygon; give either")
-    if any(len(box) != 4 for box in args.box):
-        parser.error("--box: expected four numbers, left,top,right,bottom")
-    if any(len(polygon) % 2 for polygon in args.polygon):
-        parser.error("--polygon: expected pairs of numbers, x0,y0,x1,y1,x2,y2 …")
     if args.reference_mask and len(args.reference or ()) > 1:
         parser.error("--reference-mask: goes with a single --reference")
     if len(args.seed) > 1 and args.n_samples * args.n_iter not in (1, len(args.seed)):
@@ -155,25 +160,118 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            edit(args)
+            return edit_many(args) if in_bulk else edit(args)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except (MemoryError, RuntimeError) as error:  # torch has no common class for the devices' allocators
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
-            print("error: out of memory; use fewer --n-samples, --precision bf16 or --device cpu", file=sys.stderr)
+            remedy = "a smaller --batch-size" if in_bulk else "fewer --n-samples"
+            print(f"error: out of memory; use {remedy}, --precision bf16 or --device cpu", file=sys.stderr)
             return 2
-    return 0
+        except KeyboardInterrupt:
+            print("interrupted" + ("; the same command goes on from here" if in_bulk else ""), file=sys.stderr)
+            return 130
 
 
-def edit(args: argparse.Namespace) -> None:
-    """Read the files, load the model, edit, and write the results."""
+def check_bulk(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message where options make no sense for many edits."""
+    if args.jobs and (args.image or args.mask or args.reference):
+        parser.error("--jobs: names all files itself; leave out --image, --mask and --reference")
+    if not args.jobs and not (args.mask and args.reference and len(args.reference) == 1):
+        parser.error(
+            f"--image: {args.image} is a folder; give folders for --mask and --reference, too, or one exemplar"
+        )
+    single = {
+        "--n-samples": args.n_samples * args.n_iter > 1,
+        "--seed with several numbers": len(args.seed) > 1,
+        "--rank": args.rank,
+        "--separate": args.separate,
+        "--whole-image": args.whole_image,
+        "--guidance-interval": tuple(args.guidance_interval) != (0.0, 1.0),
+        "--box and --polygon": args.box or args.polygon,
+        "--reference-mask": args.reference_mask,
+    }
+    if wrong := [name for name, given in single.items() if given]:
+        parser.error(f"{', '.join(wrong)}: not for many edits at once; give rows of --jobs what they need")
+    if min(args.batch_size, args.workers) < 1:
+        parser.error("--batch-size and --workers: expected 1 or more")
+
+
+def edit_many(args: argparse.Namespace) -> int:
+    """Edit the rows of a table, or folders, and return the exit status: 1 where rows failed.
+
+    Under torchrun every process takes its share of the rows.
+    """
+    import os
+
     import torch
+
+    from ldm import __version__
+    from ldm.bulk import match_folders, read_jobs, run_jobs
+    from ldm.checkpoint.io import sha256_file
+    from ldm.editing import Editor, checkpoint_file
+
+    defaults = {
+        "seed": args.seed[0],
+        "grow": args.grow,
+        "shape": args.shape,
+        "reference_background": args.reference_background,
+        "reference_fit": args.reference_fit,
+        "context_margin": args.context_margin,
+        "feather": args.feather,
+        "colour_agreement": args.colour_agreement,
+        "sampler": args.sampler,
+        "num_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "eta": args.eta,
+    }
+    if args.jobs:
+        jobs = read_jobs(args.jobs, defaults)
+    else:
+        jobs = match_folders(args.image, args.mask, args.reference[0], defaults)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype = chosen_device(args)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=device, dtype=dtype)
+    about = {
+        "version": __version__,
+        "checkpoint_sha256": sha256_file(checkpoint_file(args.checkpoint)),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    report = run_jobs(
+        editor, jobs[rank::processes], args.outdir, batch_size=args.batch_size, workers=args.workers, about=about
+    )
+    path = args.outdir / ("report.jsonl" if processes == 1 else f"report-{rank + 1}-of-{processes}.jsonl")
+    report.write(path)
+    for name, reason in report.failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    print(f"{len(report.done)} done, {len(report.skipped)} there already, {len(report.failed)} failed; {path}")
+    return 1 if report.failed else 0
+
+
+def chosen_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Device and type of the weights."""
+    import torch
+
+    from ldm.editing import pick_device
+
+    device = pick_device(args.device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
+    if args.precision == "autocast" and device.type == "cuda":
+        dtype = torch.float16
+    return device, dtype
+
+
+def edit(args: argparse.Namespace) -> int:
+    """Read the files, load the model, edit, and write the results."""
     from tqdm import tqdm
 
     from ldm import __version__
-    from ldm.editing import Editor, as_rgb, pick_device, prepare_exemplar, save_png
+    from ldm.editing import Editor, as_rgb, given_hole, prepare_exemplar, save_png
 
     name = args.image.stem if args.image else ""
     if not args.image:
@@ -181,13 +279,11 @@ def edit(args: argparse.Namespace) -> None:
         name, (args.image, args.mask, *args.reference) = folder.name, (folder / f"{part}.png" for part in EXAMPLE_PARTS)
     # The files come first: a wrong path should not wait for a large model.
     scene = as_rgb(args.image)
-    hole = given_hole(args, scene.size)
+    holes = {"mask": args.mask, "boxes": args.box, "polygons": args.polygon, "grow": args.grow, "shape": args.shape}
+    hole = given_hole(args.image, **holes, seed=args.seed[0])
     look = {"background": args.reference_background, "fit": args.reference_fit}
     exemplars = [prepare_exemplar(path, args.reference_mask, **look) for path in args.reference]
-    device = pick_device(args.device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
-    if args.precision == "autocast" and device.type == "cuda":
-        dtype = torch.float16
+    device, dtype = chosen_device(args)
     args.outdir.mkdir(parents=True, exist_ok=True)
 
     options: dict[str, Any] = {
@@ -266,26 +362,7 @@ def edit(args: argparse.Namespace) -> None:
         print(f"{'overwrote' if replaced else 'wrote'} {path}")
     if suffix:
         print(f"kept the earlier results of the same name; these end in {suffix} (--overwrite replaces them)")
-
-
-def given_hole(args: argparse.Namespace, size: tuple[int, int]) -> Image.Image:
-    """The hole of a scene of `size`, as the options have it."""
-    from PIL import ImageChops
-
-    from ldm.editing import as_hole, transparent_hole
-    from ldm.holes import box_hole, drawn_hole, grown, reshaped
-
-    if args.mask:
-        hole = as_hole(args.mask)
-    elif args.box or args.polygon:
-        drawn = [box_hole(size, box) for box in args.box]
-        drawn += [drawn_hole(size, list(zip(line[::2], line[1::2], strict=True))) for line in args.polygon]
-        hole = drawn[0]
-        for other in drawn[1:]:
-            hole = ImageChops.lighter(hole, other)
-    else:
-        hole = transparent_hole(args.image)
-    return reshaped(grown(hole, args.grow), args.shape, args.seed[0])
+    return 0
 
 
 EXAMPLE_PARTS = ("scene", "mask", "exemplar")

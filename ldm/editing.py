@@ -31,7 +31,7 @@ from ldm.data.transforms import (
     tensor_to_pil,
 )
 from ldm.files import replacing
-from ldm.holes import parts
+from ldm.holes import box_hole, drawn_hole, grown, parts, reshaped
 from ldm.latent_diffusion import LatentDiffusion, load_model
 from ldm.samplers import OnStep
 from ldm.seams import agree
@@ -453,6 +453,41 @@ def prepare_exemplar(
         return picture
     side = max(picture.size)
     return ImageOps.pad(picture, (side, side), Image.Resampling.BICUBIC, MID_GREY)
+
+
+def given_hole(
+    scene: Picture,
+    *,
+    mask: Picture | None = None,
+    boxes: Sequence[Sequence[float]] = (),
+    polygons: Sequence[Sequence[float]] = (),
+    grow: int = 0,
+    shape: str = "given",
+    seed: int = 0,
+) -> Image.Image:
+    """The hole of a scene from whatever says where it is.
+
+    Args:
+        mask: as for `Editor.edit`.
+        boxes: left, top, right, bottom of rectangles; polygons: x0, y0, x1, y1, x2, y2 … of outlines. Pixels; all of
+            them together are the hole. Without mask, boxes and polygons it is the scene's transparent part.
+        grow: pixels to widen it by.
+        shape: what its parts become afterwards, given | box | arbitrary; seed: of the latter.
+
+    Raises:
+        EditingError, HoleError: there is nothing to paint, or a shape is none.
+        OSError, ValueError: a file cannot be read.
+    """
+    if mask is not None:
+        hole = as_hole(mask)
+    elif boxes or polygons:
+        size = as_rgb(scene).size
+        hole = Image.new("L", size)
+        for part in (*(box_hole(size, box) for box in boxes), *(drawn_hole(size, line) for line in polygons)):
+            hole.paste(255, mask=part)
+    else:
+        hole = transparent_hole(scene)
+    return reshaped(grown(hole, grow), shape, seed)
 
 
 def transparent_hole(scene: Picture) -> Image.Image:

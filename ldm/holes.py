@@ -38,6 +38,8 @@ def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
     Raises:
         HoleError: it is empty, or outside of a scene of `size` (W, H).
     """
+    if len(box) != 4:
+        raise HoleError(f"box: got {len(box)} numbers, expected four: left,top,right,bottom")
     x0, y0, x1, y1 = box
     if not (x0 < x1 and y0 < y1 and x1 > 0 and y1 > 0 and x0 < size[0] and y0 < size[1]):
         raise HoleError(
@@ -47,15 +49,15 @@ def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
     return rectangle_hole(size, clip_box(x0, y0, x1, y1, size))
 
 
-def drawn_hole(size: tuple[int, int], polygon: Sequence[tuple[float, float]]) -> Image.Image:
-    """The inside of a polygon of (x, y) corners in pixels.
+def drawn_hole(size: tuple[int, int], polygon: Sequence[float]) -> Image.Image:
+    """The inside of a polygon, x0, y0, x1, y1, x2, y2 … in pixels.
 
     Raises:
-        HoleError: it has fewer than three corners, or no pixel of a scene of `size` (W, H).
+        HoleError: it has fewer than three corners or half a one, or no pixel of a scene of `size` (W, H).
     """
-    if len(polygon) < 3:
-        raise HoleError(f"polygon: got {len(polygon)} corners, expected three or more: x0,y0 x1,y1 x2,y2 …")
-    hole = polygon_hole(size, np.asarray(polygon, dtype=np.float64))
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise HoleError(f"polygon: got {len(polygon)} numbers, expected pairs, three or more: x0,y0 x1,y1 x2,y2 …")
+    hole = polygon_hole(size, np.asarray(polygon, dtype=np.float64).reshape(-1, 2))
     if hole.getbbox() is None:
         raise HoleError(f"polygon: none of it lies in the scene of {size[0]}x{size[1]} pixels")
     return hole

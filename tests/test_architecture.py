@@ -29,7 +29,7 @@ FLOORS = (
     ("ldm.samplers", "ldm.models", "ldm.data"),
     ("ldm.latent_diffusion",),
     ("ldm.training", "ldm.sharding", "ldm.holes", "ldm.editing"),
-    ("ldm.callbacks",),
+    ("ldm.callbacks", "ldm.bulk"),
     ("ldm.run", "ldm.benchmark", "ldm.measure"),
     ("ldm",),  # the package itself, which offers the public names
     ("main", "inference", "scripts", "benchmarks"),
