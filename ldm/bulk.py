@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import groupby
@@ -207,17 +207,18 @@ def run_jobs(
         OSError: a result can't be written.
     """
     report = Report()
-    todo = []
-    for job in jobs:
-        (report.skipped.append(job.name) if _is_result(outdir, job, about) else todo.append(job))
-    todo.sort(key=lambda job: [repr(value) for value in job.sampling.values()])
+    jobs = sorted(jobs, key=lambda job: [repr(value) for value in job.sampling.values()])
+
+    def read(job: Job) -> _Prepared | None:
+        return None if _is_result(outdir, job, about) else _prepare(editor, job)
+
     with (
         ThreadPoolExecutor(workers) as readers,
         ThreadPoolExecutor(workers) as writers,
-        tqdm(total=len(todo), desc="editing", unit="picture", disable=None) as bar,
+        tqdm(total=len(jobs), desc="editing", unit="picture", disable=None) as bar,
     ):
         writing: list[Future[None]] = []
-        prepared = _ahead(readers, editor, todo, 2 * batch_size, report, bar)
+        prepared = _ahead(readers, read, jobs, 2 * batch_size, report, bar)
         for batch in _batches(prepared, batch_size):
             bar.update(len(batch))
             try:
@@ -236,19 +237,31 @@ def run_jobs(
 
 
 def _ahead(
-    readers: ThreadPoolExecutor, editor: Editor, jobs: Sequence[Job], ahead: int, report: Report, bar: tqdm[Any]
+    readers: ThreadPoolExecutor,
+    read: Callable[[Job], _Prepared | None],
+    jobs: Sequence[Job],
+    ahead: int,
+    report: Report,
+    bar: tqdm[Any],
 ) -> Iterator[_Prepared]:
-    """Jobs as the model takes them, so many read in advance; what can't be read goes into the report."""
-    pending = [(job, readers.submit(_prepare, editor, job)) for job in jobs[:ahead]]
+    """Jobs as the model takes them, so many read in advance; the report gets what is there or can't be read."""
+    pending = [(job, readers.submit(read, job)) for job in jobs[:ahead]]
     for following in (*jobs[ahead:], *[None] * len(pending)):
         job, future = pending.pop(0)
         if following is not None:
-            pending.append((following, readers.submit(_prepare, editor, following)))
+            pending.append((following, readers.submit(read, following)))
         try:
-            yield future.result()
+            prepared = future.result()
         except (ValueError, OSError) as error:
             report.failed[job.name] = str(error)
+            prepared = None
+        else:
+            if prepared is None:
+                report.skipped.append(job.name)
+        if prepared is None:
             bar.update()
+        else:
+            yield prepared
 
 
 def _prepare(editor: Editor, job: Job) -> _Prepared:
