@@ -22,7 +22,7 @@ FLOORS = (
     ("ldm.latent_diffusion",),
     ("ldm.training", "ldm.sharding", "ldm.editing"),
     ("ldm.callbacks",),
-    ("ldm.run", "ldm.benchmark", "ldm.measure"),
+    ("ldm.run", "ldm.benchmark", "ldm.measure", "ldm.web"),
     ("ldm",),  # the package itself, which offers the public names
     ("main", "inference", "scripts", "benchmarks"),
 )
