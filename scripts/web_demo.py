@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if min(*counts, args.keep_minutes) <= 0:
         parser.error("limits: expected more than 0")
     if args.host not in LOOPBACK and not args.auth:
-        print(f"warning: everyone who reaches {args.host} can use the page; --auth asks for a password", file=sys.stderr)
+        print(f"warning: everyone can use the page at {args.host}; --auth asks for a password", file=sys.stderr)
     try:
         serve(args, (user, password) if args.auth else None)
     except ModuleNotFoundError as error:

@@ -128,7 +128,7 @@ def offered_settings(context_margin: float, samples: int) -> dict[str, Setting]:
 
 @dataclass(frozen=True)
 class Progress:
-    """An unfinished edit: so many of its steps, and what the model makes of the hole by now, if it was decoded."""
+    """An unfinished edit: so many of its steps, and the crops around the hole, in a row, when last decoded."""
 
     step: int
     num_steps: int
@@ -235,7 +235,7 @@ class EditService:
 
     def edit(
         self, scene: Path, hole_mask: Path, exemplar: Path, values: Mapping[str, Any]
-    ) -> Generator[Progress, None, Edited]:
+    ) -> Generator[Progress | Edited, None, None]:
         """Edit, step by step; closing the generator ends the edit.
 
         Args:
@@ -243,10 +243,7 @@ class EditService:
             values: settings by name; those left out have their defaults.
 
         Yields:
-            The progress after each step.
-
-        Returns:
-            The results.
+            The progress after each step, and at last the results.
 
         Raises:
             EditingError: a setting is out of bounds, the hole is empty, or it took too long.
@@ -278,7 +275,7 @@ class EditService:
         finally:
             cancelled.set()
             work.cancel()
-        return self._save(results, hole, (scene, hole_mask, exemplar), options)
+        yield self._save(results, hole, (scene, hole_mask, exemplar), options)
 
     def _paint(
         self,
@@ -290,10 +287,10 @@ class EditService:
         cancelled: threading.Event,
     ) -> list[Image.Image]:
         began = time.monotonic()
-        next_preview = began
+        next_preview, preview = began, None
 
         def on_step(step: int, num_steps: int, _x_t: Tensor, x_0: Tensor) -> None:
-            nonlocal next_preview
+            nonlocal next_preview, preview
             now = time.monotonic()
             if cancelled.is_set():
                 raise Cancelled
@@ -302,7 +299,6 @@ class EditService:
                     f"stopped at step {step} of {num_steps}: longer than the limit of {self.limits.seconds:g} s; "
                     "use fewer steps or candidates"
                 )
-            preview = None
             if now >= next_preview:
                 preview = tensor_to_pil(torch.cat(tuple(self.editor.model.decode_latents(x_0)), dim=-1))  # a row
                 done = time.monotonic()

@@ -9,33 +9,38 @@ import io
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldm.data.transforms import open_image
 from ldm.editing import EXAMPLE_PARTS, as_hole, bundled_examples
-from ldm.web.edits import HOLE_PREFIX, Edited, EditService, Progress, Setting
+from ldm.web.edits import Edited, EditService, Progress, Setting
 
 if TYPE_CHECKING:
     import gradio
+    from gradio.components import Component
 
 HERE = Path(__file__).parent
 INTRODUCTION = """# Paint by Example
 Paint over a part of the scene, show what is to be there instead, and run. Nothing outside the hole changes."""
 DISPLAY_SIDE = 1280  # pixels, longest, of the copies that the browser shows
-ACCENT = (255, 61, 127)  # of a painted hole
+PAINT = (255, 61, 127)  # of a hole
+HINT = "Paint the hole, choose an exemplar, run."
 STYLE = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
+#scene .html-container, #exemplar .html-container, #status .html-container { padding: 0; }
+#upload-scene, #upload-exemplar, footer .divider { display: none; }
+#examples .grid-wrap, #candidates .grid-wrap { min-height: 0; height: auto; max-height: none; }
+#examples .thumbnail-lg, #candidates .thumbnail-lg { aspect-ratio: 3 / 2; }
 .progress { display: flex; flex-direction: column; gap: 0.5rem; align-items: center; }
-.progress progress { width: 100%; accent-color: var(--color-accent); }
+.progress .bar { width: 100%; height: 0.5rem; border-radius: 1rem; background: var(--background-fill-secondary); }
+.progress .bar div { height: 100%; border-radius: 1rem; background: var(--color-accent); }
 .progress img { width: 100%; max-height: 14rem; object-fit: contain; margin: 0; }
 """
-
-Inputs = tuple[Path, Path, Path, dict[str, Any]]
 
 
 @contextmanager
@@ -65,6 +70,7 @@ def serving(
     with tempfile.TemporaryDirectory(prefix="paint-by-example-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         import gradio as gr
+        from gradio.themes import Default
 
         edits = Path(folder) / "edits"
         edits.mkdir()
@@ -78,7 +84,7 @@ def serving(
                 server_port=port,
                 auth=auth,
                 max_file_size=service.limits.megabytes * 2**20,
-                theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+                theme=Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
                 css=STYLE,
                 footer_links=["api"],
                 share=False,
@@ -100,8 +106,11 @@ def build_page(service: EditService) -> "gradio.Blocks":
 
     examples = bundled_examples()
     keep = service.limits.keep_seconds
-    private = dict(api_visibility="private", show_progress="hidden")
-    model = dict(concurrency_id="model", concurrency_limit=1)
+    private: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
+    thumbnails: dict[str, Any] = dict(
+        allow_preview=False, interactive=False, show_label=False, object_fit="contain", buttons=[]
+    )
+    model: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
 
     with gr.Blocks(title="Paint by Example", analytics_enabled=False, delete_cache=(60, keep)) as page:
         gr.Markdown(INTRODUCTION)
@@ -111,38 +120,32 @@ def build_page(service: EditService) -> "gradio.Blocks":
             with gr.Column(scale=3):
                 gr.Markdown("### Scene")
                 scene = picture("scene", painted=True)
-                gr.Markdown("### Exemplar")
-                exemplar = picture("exemplar", painted=False)
-                gallery_of_examples = gr.Gallery(
-                    [example_tile(folder) for folder in examples],
-                    label="Examples",
-                    columns=4,
-                    height=150,
-                    allow_preview=False,
-                    format="jpeg",
-                    interactive=False,
-                    buttons=[],
-                    elem_id="examples",
-                    visible=bool(examples),
-                )
+                with gr.Row():
+                    with gr.Column():
+                        gr.Markdown("### Exemplar")
+                        exemplar = picture("exemplar", painted=False)
+                    with gr.Column(visible=bool(examples)):
+                        gr.Markdown("### Examples")
+                        gallery_of_examples = gr.Gallery(
+                            [example_tile(folder) for folder in examples], columns=2, height="auto", elem_id="examples",
+                            format="jpeg", **thumbnails,
+                        )  # fmt: skip
             with gr.Column(scale=2):
                 with gr.Row():
                     run = gr.Button("Run", variant="primary", elem_id="run")
                     cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
-                status = gr.HTML(elem_id="status")
-                slider = gr.ImageSlider(label="Before and after", format="png", interactive=False, visible=False)
-                gallery = gr.Gallery(
-                    label="Candidates", columns=4, height=170, allow_preview=False, interactive=False, visible=False,
-                    buttons=[], elem_id="candidates",
-                )  # fmt: skip
+                status = gr.HTML(HINT, elem_id="status")
+                slider = gr.ImageSlider(label="Before and after", format="png", interactive=False, elem_id="slider")
+                gallery = gr.Gallery(columns=4, height="auto", elem_id="candidates", visible=False, **thumbnails)
                 with gr.Row():
                     download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
                     hole_mask = gr.DownloadButton("Download the mask", visible=False, elem_id="download-mask")
-                with gr.Accordion("Settings", open=True):
-                    settings = [control(setting) for setting in service.settings.values()]
-                with gr.Accordion("The same call in Python and shell", open=False):
-                    python = gr.Code(label="Python", language="python", interactive=False, elem_id="python")
-                    shell = gr.Code(label="Shell", language="shell", interactive=False, elem_id="shell")
+        with gr.Accordion("Settings"), gr.Row():
+            settings = [control(setting) for setting in service.settings.values()]
+        with gr.Accordion("The same call in Python and shell", open=False, elem_id="calls"), gr.Row():
+            code: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
+            python = gr.Code(label="Python", language="python", elem_id="python", **code)
+            shell = gr.Code(label="Shell", language="shell", elem_id="shell", **code)
 
         def show_example(event: gr.SelectData) -> tuple[str, str, Any, Any]:
             paths = {part: examples[event.index] / f"{part}.png" for part in EXAMPLE_PARTS}
@@ -164,19 +167,19 @@ def build_page(service: EditService) -> "gradio.Blocks":
             with plain_errors():
                 if not scene_file or not exemplar_file:
                     raise ValueError("two pictures are needed; drop a scene and an exemplar, or pick an example")
-                work = service.edit(
-                    Path(scene_file), service.save_hole(hole), Path(exemplar_file), named(service, values)
-                )
-                while True:
-                    try:
-                        progress = next(work)
-                    except StopIteration as stop:
-                        edited: Edited = stop.value
-                        break
-                    yield {status: progress_bar(progress)}
+                files = Path(scene_file), service.save_hole(hole), Path(exemplar_file)
+                with closing(service.edit(*files, named(service, values))) as work:
+                    for event in work:
+                        yield (
+                            {status: progress_bar(event)}
+                            if isinstance(event, Progress)
+                            else finished(event, scene_file)
+                        )
+
+        def finished(edited: Edited, scene_file: str) -> dict:
             written = [str(path) for path in edited.files]
-            yield {
-                status: "",
+            return {
+                status: "Done.",
                 results: written,
                 gallery: gr.Gallery(written, visible=len(written) > 1, selected_index=0),
                 hole_mask: gr.DownloadButton(value=str(edited.hole_mask), visible=True),
@@ -188,7 +191,7 @@ def build_page(service: EditService) -> "gradio.Blocks":
         def chosen(scene_file: str, result: str) -> dict:
             before, after = (display_copy(open_image(path)) for path in (scene_file, result))
             return {
-                slider: gr.ImageSlider((before, after), visible=True),
+                slider: (before, after),
                 download: gr.DownloadButton(value=result, visible=True),
             }
 
@@ -199,11 +202,12 @@ def build_page(service: EditService) -> "gradio.Blocks":
             return lambda: (gr.Button(interactive=not is_running), gr.Button(interactive=is_running))
 
         for part, shown in (("scene", scene), ("exemplar", exemplar)):
-            upload = gr.UploadButton(visible="hidden", elem_id=f"upload-{part}", file_types=["image"])
+            with gr.Column(elem_id=f"upload-{part}"):
+                upload = gr.UploadButton()
             upload.upload(take_upload, upload, [files[part], shown], **private)
         gallery_of_examples.select(show_example, None, [*files.values(), scene, exemplar], **private)
         gallery.select(choose, [files["scene"], results], [slider, download], **private)
-        buttons = dict(outputs=[run, cancel], queue=False, **private)
+        buttons: dict[str, Any] = dict(outputs=[run, cancel], queue=False, **private)
         changed = [status, results, gallery, slider, download, hole_mask, python, shell]
         run.click(running(True), **buttons)
         painting = run.click(
@@ -217,7 +221,7 @@ def build_page(service: EditService) -> "gradio.Blocks":
     return page
 
 
-def add_api(service: EditService, settings: "list[gradio.components.Component]", model: dict[str, Any]) -> None:
+def add_api(service: EditService, settings: "list[Component]", model: dict[str, Any]) -> None:
     """The endpoint `/edit`, with the page's settings as keywords."""
     import gradio as gr
 
@@ -235,8 +239,9 @@ def add_api(service: EditService, settings: "list[gradio.components.Component]",
             missing = [name for name, path in zip(names, paths, strict=True) if not path]
             if missing:
                 raise ValueError(f"{missing[0]}: got nothing; send a picture file")
-            work = service.edit(*(Path(path) for path in paths), named(service, values))
-            edited = finished(work)
+            scene, hole_mask, exemplar = map(Path, paths)
+            *_, edited = service.edit(scene, hole_mask, exemplar, named(service, values))
+        assert isinstance(edited, Edited)
         return [str(path) for path in edited.files], edited.python, edited.shell
 
     # Gradio names an endpoint's keywords after the function's.
@@ -245,15 +250,6 @@ def add_api(service: EditService, settings: "list[gradio.components.Component]",
     edit.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     trigger = gr.Button(visible=False)
     trigger.click(edit, [*inputs, *settings], outputs, api_name="edit", show_progress="hidden", **model)
-
-
-def finished(work: Generator[Progress, None, Edited]) -> Edited:
-    """What an edit returns in the end."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value
 
 
 def named(service: EditService, values: tuple[Any, ...]) -> dict[str, Any]:
@@ -272,11 +268,13 @@ def picture(part: str, *, painted: bool) -> "gradio.HTML":
     )  # fmt: skip
 
 
-def control(setting: Setting) -> "gradio.components.Component":
+def control(setting: Setting) -> "Component":
     """The control of a setting."""
     import gradio as gr
 
-    common = dict(value=setting.default, label=setting.label, info=setting.info or None, elem_id=setting.name)
+    common: dict[str, Any] = dict(
+        value=setting.default, label=setting.label, info=setting.info or None, elem_id=setting.name, min_width=240
+    )
     if isinstance(setting.default, bool):
         return gr.Checkbox(**common)
     if isinstance(setting.default, str):
@@ -298,9 +296,9 @@ def plain_errors() -> Iterator[None]:
 
 
 def progress_bar(progress: Progress) -> str:
-    """HTML: how far an edit is; the last picture stays where there is no new one."""
-    bar = f'<progress max="{progress.num_steps}" value="{progress.step}"></progress>'
-    image = f'<img src="{data_url(progress.preview)}" alt="preview">' if progress.preview else ""
+    """HTML: how far an edit is, and what it looks like by now."""
+    bar = f'<div class="bar"><div style="width: {100 * progress.step / progress.num_steps:.1f}%"></div></div>'
+    image = f'<img src="{data_url(display_copy(progress.preview), "jpeg")}" alt="preview">' if progress.preview else ""
     return f'<div class="progress">{bar}<span>step {progress.step} of {progress.num_steps}</span>{image}</div>'
 
 
@@ -311,17 +309,17 @@ def display_copy(image: Image.Image) -> Image.Image:
     return copy
 
 
-def data_url(image: Image.Image) -> str:
-    """A picture as PNG in a data URL."""
+def data_url(image: Image.Image, form: str = "png") -> str:
+    """A picture as data URL."""
     content = io.BytesIO()
-    image.save(content, "png")
-    return HOLE_PREFIX + base64.b64encode(content.getvalue()).decode()
+    image.save(content, form)
+    return f"data:image/{form};base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def example_tile(folder: Path) -> Image.Image:
     """An example at a glance: the scene with its hole painted, the exemplar in the corner."""
     scene, exemplar = (open_image(folder / f"{part}.png") for part in ("scene", "exemplar"))
-    scene.paste(ACCENT, mask=as_hole(folder / "mask.png"))
+    scene.paste(PAINT, mask=as_hole(folder / "mask.png").point([level * 3 // 5 for level in range(256)]))
     exemplar.thumbnail((scene.width // 2, scene.height // 2))
-    scene.paste(exemplar, (0, scene.height - exemplar.height))
+    scene.paste(ImageOps.expand(exemplar, border=4, fill="white"), (0, scene.height - exemplar.height - 8))
     return scene

@@ -2,7 +2,7 @@
 // URL, `props.value` the hole as PNG data URL, white on black, in the copy's size; `props.upload` the id of the
 // upload button that takes the file itself to the server.
 const PAINT = "#ff3d7f", UNDO_STEPS = 20;
-const [drop, img, canvas] = ["drop", "stage img", "stage canvas"].map((name) => element.querySelector("." + name));
+const [root, drop, img, canvas] = ["", " .drop", " img", " canvas"].map((part) => element.querySelector(".picture" + part));
 const size = element.querySelector("input"), draw = canvas.getContext("2d", { willReadFrequently: true });
 let tool = "brush", history = [], start = null, last = null;
 
@@ -28,8 +28,8 @@ function hand_over() {
 }
 
 async function show() {
-  element.classList.toggle("plain", !props.painted);
-  element.classList.toggle("full", !!props.picture);
+  root.classList.toggle("plain", !props.painted);
+  root.classList.toggle("full", !!props.picture);
   history = [];
   if (!props.picture) return;
   img.src = props.picture;
@@ -106,6 +106,6 @@ for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", f
   drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.toggle("over", over); });
 drop.addEventListener("drop", (event) => send(event.dataTransfer.files));
 
-watch(["picture", "value"], show);
+watch("picture value".split(" "), show); // a name alone in quotes would count as an event of the component
 choose("brush");
 show();
