@@ -69,7 +69,6 @@ def serving(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also of Gradio's own parts, which do not see the page's setting
     with tempfile.TemporaryDirectory(prefix="paint-by-example-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        import gradio as gr
         from gradio.themes import Default
 
         edits = Path(folder) / "edits"
@@ -107,15 +106,13 @@ def build_page(service: EditService) -> "gradio.Blocks":
     examples = bundled_examples()
     keep = service.limits.keep_seconds
     private: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
-    thumbnails: dict[str, Any] = dict(
-        allow_preview=False, interactive=False, show_label=False, object_fit="contain", buttons=[]
-    )
+    thumbnails: dict[str, Any] = dict(allow_preview=False, interactive=False, show_label=False, buttons=[])
     model: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
 
     with gr.Blocks(title="Paint by Example", analytics_enabled=False, delete_cache=(60, keep)) as page:
         gr.Markdown(INTRODUCTION)
         files = {part: gr.State(time_to_live=keep) for part in ("scene", "exemplar")}
-        results = gr.State([], time_to_live=keep)
+        results = gr.State(time_to_live=keep)  # the scene that was edited and the candidates
         with gr.Row():
             with gr.Column(scale=3):
                 gr.Markdown("### Scene")
@@ -170,17 +167,14 @@ def build_page(service: EditService) -> "gradio.Blocks":
                 files = Path(scene_file), service.save_hole(hole), Path(exemplar_file)
                 with closing(service.edit(*files, named(service, values))) as work:
                     for event in work:
-                        yield (
-                            {status: progress_bar(event)}
-                            if isinstance(event, Progress)
-                            else finished(event, scene_file)
-                        )
+                        is_done = isinstance(event, Edited)
+                        yield finished(event, scene_file) if is_done else {status: progress_bar(event)}
 
         def finished(edited: Edited, scene_file: str) -> dict:
             written = [str(path) for path in edited.files]
             return {
                 status: "Done.",
-                results: written,
+                results: [scene_file, *written],
                 gallery: gr.Gallery(written, visible=len(written) > 1, selected_index=0),
                 hole_mask: gr.DownloadButton(value=str(edited.hole_mask), visible=True),
                 python: edited.python,
@@ -195,8 +189,8 @@ def build_page(service: EditService) -> "gradio.Blocks":
                 download: gr.DownloadButton(value=result, visible=True),
             }
 
-        def choose(event: gr.SelectData, scene_file: str, written: list[str]) -> dict:
-            return chosen(scene_file, written[event.index])
+        def choose(event: gr.SelectData, edited: list[str]) -> dict:
+            return chosen(edited[0], edited[1 + event.index])
 
         def running(is_running: bool) -> Callable[[], tuple]:
             return lambda: (gr.Button(interactive=not is_running), gr.Button(interactive=is_running))
@@ -206,7 +200,7 @@ def build_page(service: EditService) -> "gradio.Blocks":
                 upload = gr.UploadButton()
             upload.upload(take_upload, upload, [files[part], shown], **private)
         gallery_of_examples.select(show_example, None, [*files.values(), scene, exemplar], **private)
-        gallery.select(choose, [files["scene"], results], [slider, download], **private)
+        gallery.select(choose, results, [slider, download], **private)
         buttons: dict[str, Any] = dict(outputs=[run, cancel], queue=False, **private)
         changed = [status, results, gallery, slider, download, hole_mask, python, shell]
         run.click(running(True), **buttons)
@@ -215,6 +209,7 @@ def build_page(service: EditService) -> "gradio.Blocks":
             api_visibility="private", show_progress="minimal", show_progress_on=status, **model,
         )  # fmt: skip
         painting.then(running(False), **buttons)
+        painting.failure(lambda: "Stopped.", None, status, queue=False, **private)
         cancel.click(running(False), cancels=[painting], **buttons)
         cancel.click(lambda: "Cancelled.", None, status, queue=False, **private)
         add_api(service, settings, model)
