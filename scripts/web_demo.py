@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         serve(args, (user, password) if args.auth else None)
     except ModuleNotFoundError as error:
-        if error.name != "gradio":
+        if (error.name or "").partition(".")[0] != "gradio":
             raise
         print('error: Gradio is missing; pip install -c constraints.txt -e ".[demo]"', file=sys.stderr)
         return 2

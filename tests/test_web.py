@@ -507,7 +507,7 @@ def page(browser: Any, url: str) -> Iterator[Any]:
 
 
 def upload(page: Any, part: str, path: Path) -> None:
-    page.locator(f"#upload-{part} input[type=file]").set_input_files(path)
+    page.locator(f"#{part} input[type=file]").set_input_files(path)
 
 
 def fill(page: Any, setting: str, value: int) -> None:
@@ -634,7 +634,7 @@ def test_errors_on_the_page(page: Any, files: dict[str, Path], tmp_path: Path) -
     large = tmp_path / "large.png"
     large.write_bytes(bytes(2**20 + 1))
     upload(page, "scene", large)
-    expect("exceeds the maximum file size")
+    page.wait_for_selector("#scene .complaint:has-text('large.png: 1.0 MB, expected at most 1')")
     show_pictures(page, files)
     page.locator("#run").click()
     expect("no hole yet")

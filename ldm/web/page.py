@@ -116,11 +116,11 @@ def build_page(service: EditService) -> "gradio.Blocks":
         with gr.Row():
             with gr.Column(scale=3):
                 gr.Markdown("### Scene")
-                scene = picture("scene", painted=True)
+                scene = picture("scene", service.limits.megabytes, painted=True)
                 with gr.Row():
                     with gr.Column():
                         gr.Markdown("### Exemplar")
-                        exemplar = picture("exemplar", painted=False)
+                        exemplar = picture("exemplar", service.limits.megabytes, painted=False)
                     with gr.Column(visible=bool(examples)):
                         gr.Markdown("### Examples")
                         gallery_of_examples = gr.Gallery(
@@ -203,13 +203,13 @@ def build_page(service: EditService) -> "gradio.Blocks":
         gallery.select(choose, results, [slider, download], **private)
         buttons: dict[str, Any] = dict(outputs=[run, cancel], queue=False, **private)
         changed = [status, results, gallery, slider, download, hole_mask, python, shell]
-        run.click(running(True), **buttons)
-        painting = run.click(
+        # One after the other: an edit that fails at once must not be overtaken by the buttons' first change.
+        painting = run.click(running(True), **buttons).then(
             paint, [files["scene"], scene, files["exemplar"], *settings], changed,
             api_visibility="private", show_progress="minimal", show_progress_on=status, **model,
         )  # fmt: skip
-        painting.then(running(False), **buttons)
-        painting.failure(lambda: "Stopped.", None, status, queue=False, **private)
+        painting.success(running(False), **buttons)
+        painting.failure(running(False), **buttons).then(lambda: "Stopped.", None, status, queue=False, **private)
         cancel.click(running(False), cancels=[painting], **buttons)
         cancel.click(lambda: "Cancelled.", None, status, queue=False, **private)
         add_api(service, settings, model)
@@ -252,14 +252,14 @@ def named(service: EditService, values: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(service.settings, values, strict=True))
 
 
-def picture(part: str, *, painted: bool) -> "gradio.HTML":
+def picture(part: str, megabytes: int, *, painted: bool) -> "gradio.HTML":
     """A place for a picture, to be painted on if `painted`; its value is the hole as PNG data URL, or None."""
     import gradio as gr
 
     html, css, js = ((HERE / f"picture.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js"))
     return gr.HTML(
         None, html_template=html, css_template=css, js_on_load=js, apply_default_css=False, elem_id=part,
-        picture=None, painted=painted, upload=f"upload-{part}",
+        picture=None, painted=painted, upload=f"upload-{part}", megabytes=megabytes,
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 // A picture that is dropped, pasted or chosen, and the hole painted on it. `props.picture` is a copy for the eye as data
-// URL, `props.value` the hole as PNG data URL, white on black, in the copy's size; `props.upload` the id of the
-// upload button that takes the file itself to the server.
+// URL, `props.value` the hole as PNG data URL, white on black, in the copy's size; `props.upload` the id of what
+// holds the upload button that takes the file itself to the server, if it has at most `props.megabytes`.
 const PAINT = "#ff3d7f", UNDO_STEPS = 20;
 const [root, drop, img, canvas] = ["", " .drop", " img", " canvas"].map((part) => element.querySelector(".picture" + part));
-const size = element.querySelector("input"), draw = canvas.getContext("2d", { willReadFrequently: true });
+const [file, size] = element.querySelectorAll("input"), complaint = root.querySelector(".complaint");
+const draw = canvas.getContext("2d", { willReadFrequently: true });
 let tool = "brush", history = [], start = null, last = null;
 
 const snapshot = () => draw.getImageData(0, 0, canvas.width, canvas.height);
@@ -48,8 +49,12 @@ async function show() {
 }
 
 function send(files) {
-  const input = document.querySelector(`#${props.upload} input[type=file]`);
   if (!files.length) return;
+  const [{ name, size: bytes }] = files, megabytes = bytes / 2 ** 20;
+  complaint.textContent = megabytes <= props.megabytes ? "" :
+    `${name}: ${megabytes.toFixed(1)} MB, expected at most ${props.megabytes}; reduce its size first`;
+  if (complaint.textContent) return;
+  const input = document.querySelector(`#${props.upload} input[type=file]`);
   input.files = files;
   input.dispatchEvent(new Event("change", { bubbles: true }));
 }
@@ -90,7 +95,7 @@ for (const end of ["pointerup", "pointercancel"])
   canvas.addEventListener(end, () => { if (start) { start = null; hand_over(); } });
 
 const actions = {
-  open: () => document.querySelector(`#${props.upload} input[type=file]`).click(),
+  open: () => file.click(),
   undo: () => { if (history.length) { draw.putImageData(history.pop(), 0, 0); hand_over(); } },
   clear: () => { history.push(snapshot()); draw.clearRect(0, 0, canvas.width, canvas.height); hand_over(); },
 };
@@ -100,6 +105,7 @@ element.addEventListener("click", (event) => {
   else if (action) actions[action]();
   else if (!props.picture && drop.contains(event.target)) actions.open();
 });
+file.addEventListener("change", () => { send(file.files); file.value = ""; });
 drop.addEventListener("keydown", (event) => { if (event.key === "Enter" && !props.picture) actions.open(); });
 drop.addEventListener("paste", (event) => send(event.clipboardData.files));
 for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]])
