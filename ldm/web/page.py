@@ -36,6 +36,7 @@ STYLE = """
 #upload-scene, #upload-exemplar, footer .divider { display: none; }
 #examples .grid-wrap, #candidates .grid-wrap { min-height: 0; height: auto; max-height: none; }
 #examples .thumbnail-lg, #candidates .thumbnail-lg { aspect-ratio: 3 / 2; }
+#candidates img { object-fit: contain; }
 .progress { display: flex; flex-direction: column; gap: 0.5rem; align-items: center; }
 .progress .bar { width: 100%; height: 0.5rem; border-radius: 1rem; background: var(--background-fill-secondary); }
 .progress .bar div { height: 100%; border-radius: 1rem; background: var(--color-accent); }
@@ -287,7 +288,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise gr.Error(str(error), print_exception=False, title="This cannot be edited") from None
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 def progress_bar(progress: Progress) -> str:

@@ -2,7 +2,7 @@
 // URL, `props.value` the hole as PNG data URL, white on black, in the copy's size; `props.upload` the id of what
 // holds the upload button that takes the file itself to the server, if it has at most `props.megabytes`.
 const PAINT = "#ff3d7f", UNDO_STEPS = 20;
-const [root, drop, img, canvas] = ["", " .drop", " img", " canvas"].map((part) => element.querySelector(".picture" + part));
+const [root, drop, stage, img, canvas] = ["", " .drop", " .stage", " img", " canvas"].map((part) => element.querySelector(".picture" + part));
 const [file, size] = element.querySelectorAll("input"), complaint = root.querySelector(".complaint");
 const draw = canvas.getContext("2d", { willReadFrequently: true });
 let tool = "brush", history = [], start = null, last = null;
@@ -36,7 +36,7 @@ async function show() {
   img.src = props.picture;
   await img.decode();
   Object.assign(canvas, { width: img.naturalWidth, height: img.naturalHeight });
-  img.style.width = `min(100%, calc(26rem * ${img.naturalWidth / img.naturalHeight}))`; // small pictures are enlarged
+  stage.style.width = `min(100%, ${26 * img.naturalWidth / img.naturalHeight}rem)`; // small pictures are enlarged
   if (!props.value) return;
   const hole = new Image();
   hole.src = props.value;
