@@ -22,8 +22,9 @@ FLOORS = (
     ("ldm.latent_diffusion",),
     ("ldm.training", "ldm.sharding", "ldm.editing"),
     ("ldm.callbacks",),
-    ("ldm.run", "ldm.benchmark", "ldm.measure", "ldm.web"),
+    ("ldm.run", "ldm.benchmark", "ldm.measure"),
     ("ldm",),  # the package itself, which offers the public names
+    ("ldm.web",),
     ("main", "inference", "scripts", "benchmarks"),
 )
 # Rooms that know nothing of each other, whatever their floor.

@@ -214,6 +214,7 @@ def test_uploads_that_were_removed(service: EditService, tmp_path: Path) -> None
         ({"path": "/etc/passwd"}, "no hole yet"),
         ("/etc/passwd", "no hole yet"),
         (HOLE_PREFIX + "%%%", "not base64"),
+        (HOLE_PREFIX + "A" * 2**26, "the hole: got 67108886 bytes, expected at most 40 MB"),
     ],
 )
 def test_bad_holes(service: EditService, drawn: Any, message: str) -> None:
@@ -481,6 +482,19 @@ def test_password_and_temporary_files(
         client.predict(**sent(files), **QUICK, api_name="/edit")
         assert list(folder.rglob("scene_0.png"))
     assert not folder.exists()
+
+
+def test_a_taken_port_is_one_line(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    for variable in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(variable, "")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert web_demo.main(["--checkpoint", str(tiny_folder), "--device", "cpu", "--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"error: 127.0.0.1:{port}: taken, or not an address of this machine; see --port\n"
+    assert not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
 
 
 def test_documented_example(url: str, files: dict[str, Path]) -> None:

@@ -225,6 +225,8 @@ class EditService:
         """
         if not isinstance(drawn, str) or not drawn.startswith(HOLE_PREFIX):
             raise EditingError("no hole yet; paint over what is to be replaced, or drag a box around it")
+        if len(drawn) > self.limits.megabytes * 2**20:
+            raise EditingError(f"the hole: got {len(drawn)} bytes, expected at most {self.limits.megabytes} MB")
         try:
             content = base64.b64decode(drawn.removeprefix(HOLE_PREFIX), validate=True)
         except binascii.Error as error:

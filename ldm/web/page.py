@@ -64,7 +64,7 @@ def serving(
         The page's address.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the address cannot be had.
         ModuleNotFoundError: Gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also of Gradio's own parts, which do not see the page's setting
@@ -95,6 +95,11 @@ def serving(
                 prevent_thread_lock=True,
                 quiet=True,
             )
+        except OSError:
+            raise OSError(
+                f"{host}:{port or '7860 to 7959'}: taken, or not an address of this machine; see --port"
+            ) from None
+        try:
             yield url
         finally:
             page.close(verbose=False)

@@ -36,7 +36,8 @@ async function show() {
   img.src = props.picture;
   await img.decode();
   Object.assign(canvas, { width: img.naturalWidth, height: img.naturalHeight });
-  stage.style.width = `min(100%, ${26 * img.naturalWidth / img.naturalHeight}rem)`; // small pictures are enlarged
+  const height = props.painted ? 26 : 14; // rem, at most; small pictures are enlarged
+  stage.style.width = `min(100%, ${height * img.naturalWidth / img.naturalHeight}rem)`;
   if (!props.value) return;
   const hole = new Image();
   hole.src = props.value;
