@@ -164,8 +164,10 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except (MemoryError, RuntimeError) as error:  # torch has no common class for the devices' allocators
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            from ldm.editing import is_out_of_memory
+
+            if not is_out_of_memory(error):
                 raise
             remedy = "a smaller --batch-size" if in_bulk else "fewer --n-samples"
             print(f"error: out of memory; use {remedy}, --precision bf16 or --device cpu", file=sys.stderr)
@@ -271,7 +273,7 @@ def edit(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ldm import __version__
-    from ldm.editing import Editor, as_rgb, given_hole, prepare_exemplar, save_png
+    from ldm.editing import EXAMPLE_PARTS, Editor, as_rgb, given_hole, prepare_exemplar, save_png
 
     name = args.image.stem if args.image else ""
     if not args.image:
@@ -365,17 +367,12 @@ def edit(args: argparse.Namespace) -> int:
     return 0
 
 
-EXAMPLE_PARTS = ("scene", "mask", "exemplar")
-
-
 def bundled_example() -> Path:
-    """The first folder in pretrained_models/mini/examples that holds scene.png, mask.png and exemplar.png."""
-    from ldm.editing import BUNDLED_MODEL, EditingError
+    """The folder of the first bundled example."""
+    from ldm.editing import BUNDLED_MODEL, EditingError, bundled_examples
 
-    folders = sorted((BUNDLED_MODEL / "examples").glob("*/"))
-    for folder in folders:
-        if all((folder / f"{part}.png").is_file() for part in EXAMPLE_PARTS):
-            return folder
+    for folder in bundled_examples():
+        return folder
     raise EditingError(
         f"{BUNDLED_MODEL / 'examples'}: the bundled example is not there; give --image, --mask and --reference"
     )

@@ -37,6 +37,7 @@ from ldm.samplers import OnStep
 from ldm.seams import agree
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "pretrained_models" / "mini"
+EXAMPLE_PARTS = ("scene", "mask", "exemplar")
 MAX_ENLARGEMENT = 4  # a scene pixel covers at most this many model pixels per side
 
 Picture = Image.Image | str | Path
@@ -319,6 +320,17 @@ def checkpoint_file(path: str | Path | None) -> Path:
             f"{checkpoint}: no such checkpoint; see pretrained_models/README.md for where weights come from"
         )
     return checkpoint
+
+
+def bundled_examples() -> list[Path]:
+    """The folders in pretrained_models/mini/examples that hold scene.png, mask.png and exemplar.png, in order."""
+    folders = sorted((BUNDLED_MODEL / "examples").glob("*/"))
+    return [folder for folder in folders if all((folder / f"{part}.png").is_file() for part in EXAMPLE_PARTS)]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch has no common class for the devices' allocators."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ FLOORS = (
     ("ldm.callbacks", "ldm.bulk"),
     ("ldm.run", "ldm.benchmark", "ldm.measure"),
     ("ldm",),  # the package itself, which offers the public names
+    ("ldm.web",),
     ("main", "inference", "scripts", "benchmarks"),
 )
 # Rooms that know nothing of each other, whatever their floor.

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageChops
 
 import inference
+from ldm.editing import EXAMPLE_PARTS
 from ldm.samplers import SAMPLERS
 
 REPOSITORY = Path(inference.__file__).parent
@@ -167,7 +168,7 @@ def test_the_original_command_line(tiny_folder: Path, files: dict[str, Path], tm
 
 def test_bundled_example_is_the_first_complete_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldm.editing.BUNDLED_MODEL", tmp_path)
-    for name, parts in (("a", ["scene"]), ("c", inference.EXAMPLE_PARTS), ("b", inference.EXAMPLE_PARTS)):
+    for name, parts in (("a", ["scene"]), ("c", EXAMPLE_PARTS), ("b", EXAMPLE_PARTS)):
         (tmp_path / "examples" / name).mkdir(parents=True)
         for part in parts:
             (tmp_path / "examples" / name / f"{part}.png").touch()

@@ -1,0 +1,374 @@
+"""An edit that somebody else asks for: settings within bounds, uploads that are checked, limits, the call as text.
+
+Knows nothing of Gradio. Dimension key: B candidates · Z, h, w latents.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import shlex
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm import __version__
+from ldm.data.transforms import ImageFileError, open_image, tensor_to_pil
+from ldm.editing import EditingError, Editor, as_hole, is_out_of_memory, save_png
+from ldm.samplers import SAMPLERS
+
+FORMATS = ("PNG", "JPEG", "WEBP")  # of uploads, told by their content
+HOLE_PREFIX = "data:image/png;base64,"
+PREVIEW_SHARE = 0.1  # of the time, at most, that goes into decoding unfinished pictures
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may cost.
+
+    Attributes:
+        pixels: of an uploaded picture.
+        megabytes: of an uploaded file.
+        seconds: of painting, waiting not counted; looked at after each step.
+        samples: candidates of one edit.
+        waiting: requests in the queue; further ones are turned away.
+        keep_seconds: how long files of an edit stay on the server.
+    """
+
+    pixels: int = 30_000_000
+    megabytes: int = 40
+    seconds: float = 300
+    samples: int = 8
+    waiting: int = 16
+    keep_seconds: int = 3600
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of an edit: page, API, checks, metadata and the call as text all come from this line.
+
+    Attributes:
+        name: the keyword of `Editor.edit`.
+        option: the option of inference.py; of one that is true or false, --no-… says the contrary of what is usual.
+        label: on the page.
+        default: its type is the setting's.
+        choices: the words allowed; of a number the bounds `low` and `high`, both included.
+        step: between two values of a slider; 0 shows a field instead.
+        info: a few words of help.
+    """
+
+    name: str
+    option: str
+    label: str
+    default: Value
+    choices: tuple[str, ...] = ()
+    low: float = 0
+    high: float = 0
+    step: float = 0
+    info: str = ""
+
+    def check(self, value: Any) -> Value:
+        """The value in the setting's type.
+
+        Raises:
+            EditingError: it is of another type or out of bounds.
+        """
+        if isinstance(self.default, bool):
+            if isinstance(value, bool):
+                return value
+            raise EditingError(f"{self.name}: got {value!r}, expected true or false")
+        if isinstance(self.default, str):
+            if value in self.choices:
+                return value
+            raise EditingError(f"{self.name}: got {value!r}, expected one of {', '.join(self.choices)}")
+        kind = type(self.default)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and self.low <= value <= self.high and kind(value) == value:
+            return kind(value)
+        what = "a whole number" if kind is int else "a number"
+        raise EditingError(f"{self.name}: got {value!r}, expected {what} from {self.low:g} to {self.high:g}")
+
+
+def offered_settings(context_margin: float, samples: int) -> dict[str, Setting]:
+    """The settings of an edit by name, in the page's order.
+
+    Args:
+        context_margin: the model's own, the default.
+        samples: most candidates of one edit.
+    """
+    steps, largest = "more is slower and finer", 2**31 - 1
+    settings = (
+        Setting("n_samples", "--n-samples", "Candidates", min(2, samples), low=1, high=samples, step=1),
+        Setting("seed", "--seed", "Seed", 0, low=0, high=largest, info="of the first candidate; the next adds 1"),
+        Setting("num_steps", "--steps", "Steps", 20, low=1, high=250, step=1, info=steps),
+        Setting("guidance_scale", "--guidance-scale", "Guidance scale", 5.0, low=1, high=15, step=0.5),
+        Setting("sampler", "--sampler", "Sampler", "dpm_solver_pp", choices=tuple(SAMPLERS)),
+        Setting("feather", "--feather", "Feather", 2, low=0, high=64, step=1, info="pixels the edge fades over"),
+        Setting("colour_agreement", "--colour-agreement", "Colour agreement", True, info="match colours at the hole's edge"),
+        Setting("context_margin", "--context-margin", "Context margin", float(context_margin), low=0, high=4, step=0.05,
+                info="surroundings shown, times the hole's size"),
+        Setting("whole_image", "--whole-image", "Whole image", False, info="show the model all of the scene"),
+    )  # fmt: skip
+    return {setting.name: setting for setting in settings}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An unfinished edit: so many of its steps, and the crops around the hole, in a row, when last decoded."""
+
+    step: int
+    num_steps: int
+    preview: Image.Image | None
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A finished edit: PNG files with their settings inside, the hole in the scene's size, the calls that repeat it."""
+
+    files: list[Path]
+    hole_mask: Path
+    python: str
+    shell: str
+
+
+class Cancelled(Exception):
+    """Nobody waits for the edit any more."""
+
+
+class EditService:
+    """One model for all who ask; one edit at a time.
+
+    Args:
+        editor: with the model.
+        folder: for files of its own; who made it removes it.
+        limits: of each request.
+        checkpoint, config: where the model came from, for the calls as text; None is the bundled one.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        folder: Path,
+        limits: Limits | None = None,
+        *,
+        checkpoint: Path | None = None,
+        config: Path | None = None,
+    ) -> None:
+        self.editor = editor
+        self.folder = folder
+        self.limits = limits or Limits()
+        self.checkpoint, self.config = checkpoint, config
+        self.settings = offered_settings(editor.model.config.context_margin, self.limits.samples)
+        # One worker: an edit that was cancelled ends its step before the next one begins.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
+
+    def open_upload(self, path: str | Path, reader: Callable[[Path], Image.Image] = open_image) -> Image.Image:
+        """Read an uploaded picture; what it is, its content says and not its name.
+
+        Raises:
+            ImageFileError: not a PNG, JPEG or WebP picture, too many pixels, damaged, or gone. Names the file
+                without its folder.
+        """
+        path = Path(path)
+        if not path.is_file():
+            kept = f"{self.limits.keep_seconds // 60} minutes"
+            raise ImageFileError(f"{path.name}: no longer here, uploads are kept for {kept}; upload it again")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+                with Image.open(path, formats=FORMATS) as header:  # reads no pixels
+                    width, height = header.size
+        except Image.DecompressionBombError:
+            raise ImageFileError(f"{path.name}: far too many pixels; reduce its size first") from None
+        except (OSError, ValueError, SyntaxError, EOFError):
+            raise ImageFileError(f"{path.name}: not a picture that can be read here; save it as PNG or JPEG") from None
+        # The square around a hole can be as long as the scene on both sides: a long strip would cost its square.
+        if max(width * height, max(width, height) ** 2 // 4) > self.limits.pixels:
+            most = f"{self.limits.pixels / 1e6:g} million pixels, and the long side at most {self.longest_side}"
+            raise ImageFileError(f"{path.name}: {width} x {height}, expected at most {most}; reduce its size first")
+        try:
+            return reader(path)
+        except ValueError as error:
+            raise ImageFileError(str(error).replace(str(path), path.name)) from None
+
+    @property
+    def longest_side(self) -> int:
+        """Longest side of a picture in pixels."""
+        return int(2 * self.limits.pixels**0.5)
+
+    def new_folder(self) -> Path:
+        """A folder for the files of one edit; those of edits long ago are removed."""
+        for folder in self.folder.iterdir():
+            if time.time() - folder.stat().st_mtime > self.limits.keep_seconds:
+                shutil.rmtree(folder, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+    def save_hole(self, drawn: Any) -> Path:
+        """Write the hole that a browser drew, a PNG as data URL, to a file.
+
+        Raises:
+            EditingError: it is not one, or nothing is painted.
+        """
+        if not isinstance(drawn, str) or not drawn.startswith(HOLE_PREFIX):
+            raise EditingError("no hole yet; paint over what is to be replaced, or drag a box around it")
+        if len(drawn) > self.limits.megabytes * 2**20:
+            raise EditingError(f"the hole: got {len(drawn)} bytes, expected at most {self.limits.megabytes} MB")
+        try:
+            content = base64.b64decode(drawn.removeprefix(HOLE_PREFIX), validate=True)
+        except binascii.Error as error:
+            raise EditingError(f"the hole: not base64 ({error}); paint it again") from None
+        path = self.new_folder() / "mask.png"
+        path.write_bytes(content)
+        return path
+
+    def edit(
+        self, scene: Path, hole_mask: Path, exemplar: Path, values: Mapping[str, Any]
+    ) -> Generator[Progress | Edited, None, None]:
+        """Edit, step by step; closing the generator ends the edit.
+
+        Args:
+            scene, hole_mask, exemplar: uploaded files.
+            values: settings by name; those left out have their defaults.
+
+        Yields:
+            The progress after each step, and at last the results.
+
+        Raises:
+            EditingError: a setting is out of bounds, the hole is empty, or it took too long.
+            ImageFileError: see `open_upload`.
+        """
+        unknown = values.keys() - self.settings.keys()
+        if unknown:
+            raise EditingError(f"got the setting {min(unknown)}, expected {', '.join(self.settings)}")
+        options = {name: setting.check(values.get(name, setting.default)) for name, setting in self.settings.items()}
+        picture, shown = self.open_upload(scene), self.open_upload(exemplar)
+        hole = self.open_upload(hole_mask, reader=as_hole)
+        if abs(hole.width * picture.height - hole.height * picture.width) > sum(picture.size):  # beyond rounding
+            sizes = f"{hole.width} x {hole.height}, the scene {picture.width} x {picture.height}"
+            raise EditingError(f"the mask is {sizes}; give a mask of the scene's size")
+        if hole.size != picture.size:  # drawn on a smaller copy of a large scene
+            hole = hole.resize(picture.size, Image.Resampling.NEAREST)
+
+        steps, cancelled = SimpleQueue[Progress | None](), threading.Event()
+        work = self._worker.submit(self._paint, picture, hole, shown, options, steps, cancelled)
+        work.add_done_callback(lambda _: steps.put(None))
+        try:
+            while progress := steps.get():
+                yield progress
+            results = work.result()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise EditingError("out of memory; use fewer candidates or a smaller scene") from None
+        finally:
+            cancelled.set()
+            work.cancel()
+        yield self._save(results, hole, (scene, hole_mask, exemplar), options)
+
+    def _paint(
+        self,
+        scene: Image.Image,
+        hole: Image.Image,
+        exemplar: Image.Image,
+        options: Mapping[str, Any],
+        steps: SimpleQueue[Progress | None],
+        cancelled: threading.Event,
+    ) -> list[Image.Image]:
+        began = time.monotonic()
+        next_preview, preview = began, None
+
+        def on_step(step: int, num_steps: int, _x_t: Tensor, x_0: Tensor) -> None:
+            nonlocal next_preview, preview
+            now = time.monotonic()
+            if cancelled.is_set():
+                raise Cancelled
+            if now - began > self.limits.seconds:
+                raise EditingError(
+                    f"stopped at step {step} of {num_steps}: longer than the limit of {self.limits.seconds:g} s; "
+                    "use fewer steps or candidates"
+                )
+            if now >= next_preview:
+                preview = tensor_to_pil(torch.cat(tuple(self.editor.model.decode_latents(x_0)), dim=-1))  # a row
+                done = time.monotonic()
+                next_preview = done + (done - now) * (1 / PREVIEW_SHARE - 1)
+            steps.put(Progress(step, num_steps, preview))
+
+        edited = self.editor.edit(scene, hole, exemplar, on_step=on_step, **options)
+        return edited if isinstance(edited, list) else [edited]
+
+    def _save(
+        self,
+        results: list[Image.Image],
+        hole: Image.Image,
+        files: tuple[Path, Path, Path],
+        options: dict[str, Any],
+    ) -> Edited:
+        folder = self.new_folder()
+        image, mask, reference = (Path(file).name for file in files)
+        record = options | {
+            "version": __version__,
+            "image": image,
+            "mask": mask,
+            "reference": reference,
+            "checkpoint": str(self.checkpoint or "bundled"),
+            "config": str(self.config or "beside the checkpoint"),
+            "device": self.editor.device.type,
+            "precision": str(self.editor.model.weight_dtype).removeprefix("torch."),
+        }
+        written = []
+        for seed, result in enumerate(results, start=options["seed"]):
+            written.append(folder / f"{Path(image).stem}_{seed}.png")
+            save_png(result, written[-1], {"parameters": json.dumps(record | {"seed": seed})})
+        save_png(hole, folder / "mask.png")
+        python, shell = self.calls((image, mask, reference), options)
+        return Edited(written, folder / "mask.png", python, shell)
+
+    def calls(self, files: tuple[str, str, str], options: Mapping[str, Value]) -> tuple[str, str]:
+        """The edit as a Python program and as a shell command, for a folder with the three files.
+
+        Args:
+            files: names of scene, mask and exemplar.
+            options: every setting, checked.
+        """
+        arguments = [repr(str(self.checkpoint)) if self.checkpoint else "None"]
+        arguments += [f"config={str(self.config)!r}"] if self.config else []
+        device, dtype = self.editor.device.type, self.editor.model.weight_dtype
+        arguments += [] if device == "cpu" else [f"device={device!r}"]
+        arguments += [] if dtype == torch.float32 else [f"dtype={dtype}"]
+        keywords = "".join(f"    {name}={value!r},\n" for name, value in options.items())
+        python = ("" if dtype == torch.float32 else "import torch\n\n") + "from ldm import Editor\n\n"
+        python += f"editor = Editor.from_pretrained({', '.join(arguments)})\n"
+        python += f"edited = editor.edit(\n    {', '.join(map(repr, files))},\n{keywords})\n"
+        if options["n_samples"] == 1:
+            python += f'edited.save("result_{options["seed"]}.png")\n'
+        else:
+            python += f"for seed, picture in enumerate(edited, start={options['seed']}):\n"
+            python += '    picture.save(f"result_{seed}.png")\n'
+        words = ["python", "inference.py"]
+        words += [word for pair in zip(("--image", "--mask", "--reference"), files, strict=True) for word in pair]
+        words += ["--checkpoint", str(self.checkpoint)] if self.checkpoint else []
+        words += ["--config", str(self.config)] if self.config else []
+        words += ["--device", device]
+        words += ["--precision", "bf16" if dtype == torch.bfloat16 else "fp16"] if dtype != torch.float32 else []
+        for name, value in options.items():
+            option = self.settings[name].option
+            if not isinstance(value, bool):
+                words += [option, str(value)]
+            elif value is not self.settings[name].default:
+                words += [option] if value else [option.replace("--", "--no-", 1)]
+        return python, shlex.join(words)

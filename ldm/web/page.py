@@ -1,0 +1,326 @@
+"""The page in a browser and the API beside it: a layout over `edits` with Gradio, which is imported when it is built.
+
+Gradio looks at the types of an event's parameters, so annotations here are values and not put off to be strings.
+"""
+
+import base64
+import inspect
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageOps
+
+from ldm.data.transforms import open_image
+from ldm.editing import EXAMPLE_PARTS, as_hole, bundled_examples
+from ldm.web.edits import Edited, EditService, Progress, Setting
+
+if TYPE_CHECKING:
+    import gradio
+    from gradio.components import Component
+
+HERE = Path(__file__).parent
+INTRODUCTION = """# Paint by Example
+Paint over a part of the scene, show what is to be there instead, and run. Nothing outside the hole changes."""
+DISPLAY_SIDE = 1280  # pixels, longest, of the copies that the browser shows
+PAINT = (255, 61, 127)  # of a hole
+HINT = "Paint the hole, choose an exemplar, run."
+STYLE = """
+.gradio-container { max-width: 1240px !important; margin: auto; }
+#scene .html-container, #exemplar .html-container, #status .html-container { padding: 0; }
+#upload-scene, #upload-exemplar, footer .divider { display: none; }
+#examples .grid-wrap, #candidates .grid-wrap { min-height: 0; height: auto; max-height: none; }
+#examples .thumbnail-lg, #candidates .thumbnail-lg { aspect-ratio: 3 / 2; }
+#candidates img { object-fit: contain; }
+.progress { display: flex; flex-direction: column; gap: 0.5rem; align-items: center; }
+.progress .bar { width: 100%; height: 0.5rem; border-radius: 1rem; background: var(--background-fill-secondary); }
+.progress .bar div { height: 100%; border-radius: 1rem; background: var(--color-accent); }
+.progress img { width: 100%; max-height: 14rem; object-fit: contain; margin: 0; }
+"""
+
+
+@contextmanager
+def serving(
+    make_service: Callable[[Path], EditService],
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    auth: tuple[str, str] | None = None,
+) -> Iterator[str]:
+    """Serve the page inside the block; its temporary files are gone afterwards.
+
+    Args:
+        make_service: makes the service, given a folder for its files.
+        host: the address to listen at.
+        port: None takes the first free one from 7860 on.
+        auth: user and password to ask for; None asks for none.
+
+    Yields:
+        The page's address.
+
+    Raises:
+        OSError: the address cannot be had.
+        ModuleNotFoundError: Gradio is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also of Gradio's own parts, which do not see the page's setting
+    with tempfile.TemporaryDirectory(prefix="paint-by-example-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        from gradio.themes import Default
+
+        edits = Path(folder) / "edits"
+        edits.mkdir()
+        service = make_service(edits)
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio looks whether it is there, at each start
+        page = build_page(service)
+        page.queue(max_size=service.limits.waiting, api_open=False)
+        try:
+            _, url, _ = page.launch(
+                server_name=host,
+                server_port=port,
+                auth=auth,
+                max_file_size=service.limits.megabytes * 2**20,
+                theme=Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+                css=STYLE,
+                footer_links=["api"],
+                share=False,
+                ssr_mode=False,
+                mcp_server=False,
+                run_history=False,
+                enable_monitoring=False,
+                prevent_thread_lock=True,
+                quiet=True,
+            )
+        except OSError:
+            raise OSError(
+                f"{host}:{port or '7860 to 7959'}: taken, or not an address of this machine; see --port"
+            ) from None
+        try:
+            yield url
+        finally:
+            page.close(verbose=False)
+
+
+def build_page(service: EditService) -> "gradio.Blocks":
+    """The page and the API endpoint `/edit` of a service."""
+    import gradio as gr
+
+    examples = bundled_examples()
+    keep = service.limits.keep_seconds
+    private: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
+    thumbnails: dict[str, Any] = dict(allow_preview=False, interactive=False, show_label=False, buttons=[])
+    model: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
+
+    with gr.Blocks(title="Paint by Example", analytics_enabled=False, delete_cache=(60, keep)) as page:
+        gr.Markdown(INTRODUCTION)
+        files = {part: gr.State(time_to_live=keep) for part in ("scene", "exemplar")}
+        results = gr.State(time_to_live=keep)  # the scene that was edited and the candidates
+        with gr.Row():
+            with gr.Column(scale=3):
+                gr.Markdown("### Scene")
+                scene = picture("scene", service.limits.megabytes, painted=True)
+                with gr.Row():
+                    with gr.Column():
+                        gr.Markdown("### Exemplar")
+                        exemplar = picture("exemplar", service.limits.megabytes, painted=False)
+                    with gr.Column(visible=bool(examples)):
+                        gr.Markdown("### Examples")
+                        gallery_of_examples = gr.Gallery(
+                            [example_tile(folder) for folder in examples], columns=2, height="auto", elem_id="examples",
+                            format="jpeg", **thumbnails,
+                        )  # fmt: skip
+            with gr.Column(scale=2):
+                with gr.Row():
+                    run = gr.Button("Run", variant="primary", elem_id="run")
+                    cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
+                status = gr.HTML(HINT, elem_id="status")
+                slider = gr.ImageSlider(label="Before and after", format="png", interactive=False, elem_id="slider")
+                gallery = gr.Gallery(columns=4, height="auto", elem_id="candidates", visible=False, **thumbnails)
+                with gr.Row():
+                    download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
+                    hole_mask = gr.DownloadButton("Download the mask", visible=False, elem_id="download-mask")
+        with gr.Accordion("Settings"), gr.Row():
+            settings = [control(setting) for setting in service.settings.values()]
+        with gr.Accordion("The same call in Python and shell", open=False, elem_id="calls"), gr.Row():
+            code: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
+            python = gr.Code(label="Python", language="python", elem_id="python", **code)
+            shell = gr.Code(label="Shell", language="shell", elem_id="shell", **code)
+
+        def show_example(event: gr.SelectData) -> tuple[str, str, Any, Any]:
+            paths = {part: examples[event.index] / f"{part}.png" for part in EXAMPLE_PARTS}
+            hole = display_copy(as_hole(paths["mask"]))
+            return (
+                str(paths["scene"]),
+                str(paths["exemplar"]),
+                gr.HTML(picture=data_url(display_copy(open_image(paths["scene"]))), value=data_url(hole)),
+                gr.HTML(picture=data_url(display_copy(open_image(paths["exemplar"]))), value=None),
+            )
+
+        def take_upload(path: str) -> tuple[str, Any]:
+            with plain_errors():
+                copy = display_copy(service.open_upload(path))
+            return path, gr.HTML(picture=data_url(copy), value=None)
+
+        def paint(scene_file: str | None, hole: Any, exemplar_file: str | None, *values: Any) -> Iterator[dict]:
+            """A run from the page: what changes on it, step by step."""
+            with plain_errors():
+                if not scene_file or not exemplar_file:
+                    raise ValueError("two pictures are needed; drop a scene and an exemplar, or pick an example")
+                files = Path(scene_file), service.save_hole(hole), Path(exemplar_file)
+                with closing(service.edit(*files, named(service, values))) as work:
+                    for event in work:
+                        is_done = isinstance(event, Edited)
+                        yield finished(event, scene_file) if is_done else {status: progress_bar(event)}
+
+        def finished(edited: Edited, scene_file: str) -> dict:
+            written = [str(path) for path in edited.files]
+            return {
+                status: "Done.",
+                results: [scene_file, *written],
+                gallery: gr.Gallery(written, visible=len(written) > 1, selected_index=0),
+                hole_mask: gr.DownloadButton(value=str(edited.hole_mask), visible=True),
+                python: edited.python,
+                shell: edited.shell,
+                **chosen(scene_file, written[0]),
+            }
+
+        def chosen(scene_file: str, result: str) -> dict:
+            before, after = (display_copy(open_image(path)) for path in (scene_file, result))
+            return {
+                slider: (before, after),
+                download: gr.DownloadButton(value=result, visible=True),
+            }
+
+        def choose(event: gr.SelectData, edited: list[str]) -> dict:
+            return chosen(edited[0], edited[1 + event.index])
+
+        def running(is_running: bool) -> Callable[[], tuple]:
+            return lambda: (gr.Button(interactive=not is_running), gr.Button(interactive=is_running))
+
+        for part, shown in (("scene", scene), ("exemplar", exemplar)):
+            with gr.Column(elem_id=f"upload-{part}"):
+                upload = gr.UploadButton()
+            upload.upload(take_upload, upload, [files[part], shown], **private)
+        gallery_of_examples.select(show_example, None, [*files.values(), scene, exemplar], **private)
+        gallery.select(choose, results, [slider, download], **private)
+        buttons: dict[str, Any] = dict(outputs=[run, cancel], queue=False, **private)
+        changed = [status, results, gallery, slider, download, hole_mask, python, shell]
+        # One after the other: an edit that fails at once must not be overtaken by the buttons' first change.
+        painting = run.click(running(True), **buttons).then(
+            paint, [files["scene"], scene, files["exemplar"], *settings], changed,
+            api_visibility="private", show_progress="minimal", show_progress_on=status, **model,
+        )  # fmt: skip
+        painting.success(running(False), **buttons)
+        painting.failure(running(False), **buttons).then(lambda: "Stopped.", None, status, queue=False, **private)
+        cancel.click(running(False), cancels=[painting], **buttons)
+        cancel.click(lambda: "Cancelled.", None, status, queue=False, **private)
+        add_api(service, settings, model)
+    return page
+
+
+def add_api(service: EditService, settings: "list[Component]", model: dict[str, Any]) -> None:
+    """The endpoint `/edit`, with the page's settings as keywords."""
+    import gradio as gr
+
+    names = ("scene", "hole_mask", "exemplar")
+    inputs = [gr.File(visible=False, label=name) for name in names]
+    outputs = [
+        gr.File(visible=False, file_count="multiple", label="results"),
+        gr.Textbox(visible=False, label="python"),
+        gr.Textbox(visible=False, label="shell"),
+    ]
+
+    def edit(*given: Any) -> tuple[list[str], str, str]:
+        paths, values = given[: len(names)], given[len(names) :]
+        with plain_errors():
+            missing = [name for name, path in zip(names, paths, strict=True) if not path]
+            if missing:
+                raise ValueError(f"{missing[0]}: got nothing; send a picture file")
+            scene, hole_mask, exemplar = map(Path, paths)
+            *_, edited = service.edit(scene, hole_mask, exemplar, named(service, values))
+        assert isinstance(edited, Edited)
+        return [str(path) for path in edited.files], edited.python, edited.shell
+
+    # Gradio names an endpoint's keywords after the function's.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in (*names, *service.settings)]
+    edit.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    trigger = gr.Button(visible=False)
+    trigger.click(edit, [*inputs, *settings], outputs, api_name="edit", show_progress="hidden", **model)
+
+
+def named(service: EditService, values: tuple[Any, ...]) -> dict[str, Any]:
+    """The settings' values by name."""
+    return dict(zip(service.settings, values, strict=True))
+
+
+def picture(part: str, megabytes: int, *, painted: bool) -> "gradio.HTML":
+    """A place for a picture, to be painted on if `painted`; its value is the hole as PNG data URL, or None."""
+    import gradio as gr
+
+    html, css, js = ((HERE / f"picture.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js"))
+    return gr.HTML(
+        None, html_template=html, css_template=css, js_on_load=js, apply_default_css=False, elem_id=part,
+        picture=None, painted=painted, upload=f"upload-{part}", megabytes=megabytes,
+    )  # fmt: skip
+
+
+def control(setting: Setting) -> "Component":
+    """The control of a setting."""
+    import gradio as gr
+
+    common: dict[str, Any] = dict(
+        value=setting.default, label=setting.label, info=setting.info or None, elem_id=setting.name, min_width=240
+    )
+    if isinstance(setting.default, bool):
+        return gr.Checkbox(**common)
+    if isinstance(setting.default, str):
+        return gr.Dropdown(list(setting.choices), **common)
+    if setting.step:
+        return gr.Slider(setting.low, setting.high, step=setting.step, **common)
+    return gr.Number(minimum=setting.low, maximum=setting.high, precision=0, **common)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors about a request reach who made it, in one line; others end in the server's log only."""
+    import gradio as gr
+
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def progress_bar(progress: Progress) -> str:
+    """HTML: how far an edit is, and what it looks like by now."""
+    bar = f'<div class="bar"><div style="width: {100 * progress.step / progress.num_steps:.1f}%"></div></div>'
+    image = f'<img src="{data_url(display_copy(progress.preview), "jpeg")}" alt="preview">' if progress.preview else ""
+    return f'<div class="progress">{bar}<span>step {progress.step} of {progress.num_steps}</span>{image}</div>'
+
+
+def display_copy(image: Image.Image) -> Image.Image:
+    """A picture no longer than what the browser shows."""
+    copy = image.copy()
+    copy.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
+    return copy
+
+
+def data_url(image: Image.Image, form: str = "png") -> str:
+    """A picture as data URL."""
+    content = io.BytesIO()
+    image.save(content, form)
+    return f"data:image/{form};base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def example_tile(folder: Path) -> Image.Image:
+    """An example at a glance: the scene with its hole painted, the exemplar in the corner."""
+    scene, exemplar = (open_image(folder / f"{part}.png") for part in ("scene", "exemplar"))
+    scene.paste(PAINT, mask=as_hole(folder / "mask.png").point([level * 3 // 5 for level in range(256)]))
+    exemplar.thumbnail((scene.width // 2, scene.height // 2))
+    scene.paste(ImageOps.expand(exemplar, border=4, fill="white"), (0, scene.height - exemplar.height - 8))
+    return scene

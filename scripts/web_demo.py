@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""Paint by Example in the browser: paint the hole, show an exemplar, run.
+
+    python scripts/web_demo.py                                     # the bundled model, for this machine only
+    python scripts/web_demo.py --config configs/v1.yaml --checkpoint model.ckpt --device cuda --precision bf16
+    python scripts/web_demo.py --host 0.0.0.0 --auth ada:secret    # for others, behind a password
+
+Needs the extra `demo`. docs/web.md describes the page, its limits and its API.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("model", "the bundled small one unless named")
+    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
+    model.add_argument("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
+    model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
+    model.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: %(default)s")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is for everyone; default: %(default)s")
+    server.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    server.add_argument(
+        "--auth", default=os.environ.get("WEB_DEMO_AUTH"), metavar="USER:PASSWORD",
+        help="ask for it; better put into the environment variable WEB_DEMO_AUTH, which others do not see",
+    )  # fmt: skip
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-megapixels", type=float, default=30, metavar="N", help="of a picture; %(default)s")
+    limits.add_argument("--max-megabytes", type=int, default=40, metavar="N", help="of a file; default: %(default)s")
+    limits.add_argument("--max-seconds", type=float, default=300, metavar="N", help="of an edit; default: %(default)s")
+    limits.add_argument("--max-samples", type=int, default=8, metavar="N", help="of an edit; default: %(default)s")
+    limits.add_argument("--max-waiting", type=int, default=16, metavar="N", help="requests; default: %(default)s")
+    limits.add_argument("--keep-minutes", type=float, default=60, metavar="N", help="files; default: %(default)s")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    user, colon, password = (args.auth or "").partition(":")
+    if args.auth and not (user and colon and password):
+        parser.error("--auth: expected USER:PASSWORD")
+    if args.config and not args.checkpoint:
+        parser.error("got --config without --checkpoint; name the weights too (--checkpoint FILE)")
+    counts = (args.max_megapixels, args.max_megabytes, args.max_seconds, args.max_samples, args.max_waiting)
+    if min(*counts, args.keep_minutes) <= 0:
+        parser.error("limits: expected more than 0")
+    if args.host not in LOOPBACK and not args.auth:
+        print(f"warning: everyone can use the page at {args.host}; --auth asks for a password", file=sys.stderr)
+    try:
+        serve(args, (user, password) if args.auth else None)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "gradio":
+            raise
+        print('error: Gradio is missing; pip install -c constraints.txt -e ".[demo]"', file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped")
+    return 0
+
+
+def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
+    """Load the model and serve the page until Ctrl-C or SIGTERM."""
+    import torch
+
+    from ldm.editing import Editor
+    from ldm.web.edits import EditService, Limits
+    from ldm.web.page import serving
+
+    limits = Limits(
+        pixels=round(args.max_megapixels * 1e6),
+        megabytes=args.max_megabytes,
+        seconds=args.max_seconds,
+        samples=args.max_samples,
+        waiting=args.max_waiting,
+        keep_seconds=round(args.keep_minutes * 60),
+    )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
+
+    def make_service(folder: Path) -> EditService:
+        editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=args.device, dtype=dtype)
+        return EditService(editor, folder, limits, checkpoint=args.checkpoint, config=args.config)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: temporary files are removed
+    with serving(make_service, host=args.host, port=args.port, auth=auth) as url:
+        print(f"the page is at {url} (Ctrl-C stops it)", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
