@@ -107,8 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--feather", type=int, metavar="PX", help="over which the hole's edge fades; default: its size / 50"
     )
     fit.add_argument(
-        "--no-colour-agreement", dest="colour_agreement", action="store_false",
-        help="paste what was decoded as it is; else its colours are made to agree with the scene's at the hole's edge",
+        "--colour-agreement", action=argparse.BooleanOptionalAction, default=True,
+        help="correct what was decoded, so that its colours agree with the scene's at the hole's edge (default)",
     )  # fmt: skip
     fit.add_argument("--whole-image", action="store_true", help="show the model the whole scene, as the paper does")
     original = parser.add_argument_group(

@@ -119,7 +119,7 @@ def offered_settings(context_margin: float, samples: int) -> dict[str, Setting]:
         Setting("guidance_scale", "--guidance-scale", "Guidance scale", 5.0, low=1, high=15, step=0.5),
         Setting("sampler", "--sampler", "Sampler", "dpm_solver_pp", choices=tuple(SAMPLERS)),
         Setting("feather", "--feather", "Feather", 2, low=0, high=64, step=1, info="pixels the edge fades over"),
-        Setting("colour_agreement", "--colour-agreement", "Colour agreement", True, info="match colours at the hole's edge"),
+        Setting("colour_agreement", "--colour-agreement", "Colour agreement", True, info="at the hole's edge"),
         Setting("context_margin", "--context-margin", "Context margin", float(context_margin), low=0, high=4, step=0.05,
                 info="surroundings shown, times the hole's size"),
         Setting("whole_image", "--whole-image", "Whole image", False, info="show the model all of the scene"),
