@@ -165,7 +165,22 @@ def build_page(service: EditService) -> "gradio.Blocks":
                 copy = display_copy(service.open_upload(path))
             return path, gr.HTML(picture=data_url(copy), value=None)
 
-        def paint(scene_file: str | None, hole: Any, exemplar_file: str | None, *values: Any) -> Iterator[dict]:
+        # Sessions whose edit is to end. Gradio's own cancelling sometimes loses what the page is told right after it.
+        cancelled = set[str]()
+
+        def begin(request: gr.Request) -> tuple[Any, Any]:
+            cancelled.discard(str(request.session_hash))
+            return buttons(True)
+
+        def stop(request: gr.Request) -> None:
+            cancelled.add(str(request.session_hash))
+
+        def buttons(is_running: bool) -> tuple[Any, Any]:
+            return gr.Button(interactive=not is_running), gr.Button(interactive=is_running)
+
+        def paint(
+            request: gr.Request, scene_file: str | None, hole: Any, exemplar_file: str | None, *values: Any
+        ) -> Iterator[dict]:
             """A run from the page: what changes on it, step by step."""
             with plain_errors():
                 if not scene_file or not exemplar_file:
@@ -173,6 +188,9 @@ def build_page(service: EditService) -> "gradio.Blocks":
                 files = Path(scene_file), service.save_hole(hole), Path(exemplar_file)
                 with closing(service.edit(*files, named(service, values))) as work:
                     for event in work:
+                        if request.session_hash in cancelled:
+                            yield {status: "Cancelled."}
+                            return
                         is_done = isinstance(event, Edited)
                         yield finished(event, scene_file) if is_done else {status: progress_bar(event)}
 
@@ -198,26 +216,22 @@ def build_page(service: EditService) -> "gradio.Blocks":
         def choose(event: gr.SelectData, edited: list[str]) -> dict:
             return chosen(edited[0], edited[1 + event.index])
 
-        def running(is_running: bool) -> Callable[[], tuple]:
-            return lambda: (gr.Button(interactive=not is_running), gr.Button(interactive=is_running))
-
         for part, shown in (("scene", scene), ("exemplar", exemplar)):
             with gr.Column(elem_id=f"upload-{part}"):
                 upload = gr.UploadButton()
             upload.upload(take_upload, upload, [files[part], shown], **private)
         gallery_of_examples.select(show_example, None, [*files.values(), scene, exemplar], **private)
         gallery.select(choose, results, [slider, download], **private)
-        buttons: dict[str, Any] = dict(outputs=[run, cancel], queue=False, **private)
         changed = [status, results, gallery, slider, download, hole_mask, python, shell]
+        at_once: dict[str, Any] = dict(queue=False, **private)
         # One after the other: an edit that fails at once must not be overtaken by the buttons' first change.
-        painting = run.click(running(True), **buttons).then(
+        painting = run.click(begin, None, [run, cancel], **at_once).then(
             paint, [files["scene"], scene, files["exemplar"], *settings], changed,
             api_visibility="private", show_progress="minimal", show_progress_on=status, **model,
         )  # fmt: skip
-        painting.success(running(False), **buttons)
-        painting.failure(running(False), **buttons).then(lambda: "Stopped.", None, status, queue=False, **private)
-        cancel.click(running(False), cancels=[painting], **buttons)
-        cancel.click(lambda: "Cancelled.", None, status, queue=False, **private)
+        painting.success(lambda: buttons(False), None, [run, cancel], **at_once)
+        painting.failure(lambda: (*buttons(False), "Stopped."), None, [run, cancel, status], **at_once)
+        cancel.click(stop, None, None, **at_once)
         add_api(service, settings, model)
     return page
 
