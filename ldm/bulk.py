@@ -289,8 +289,9 @@ def _prepare(editor: Editor, job: Job) -> _Prepared:
 
 
 def _numbers(text: str) -> list[float]:
+    """`1,2 3,4`, or the lists of JSON, as numbers."""
     try:
-        return [float(word) for word in text.replace(",", " ").split()]
+        return [float(word) for word in text.translate(str.maketrans(",[]", "   ")).split()]
     except ValueError:
         raise JobsError(f"got {text!r}, expected numbers with commas or spaces between them") from None
 

@@ -158,6 +158,16 @@ def test_tables_that_are_none(name: str, text: str, message: str, tmp_path: Path
         read_jobs(tmp_path / name, {})
 
 
+def test_boxes_and_outlines_as_lists(tiny_folder: Path, folder: Path) -> None:
+    hole: dict[str, object]
+    for name, hole in (("a", {"box": [5, 6, 25, 30]}), ("b", {"polygon": [[5, 6], [24, 6], [24, 29], [5, 29]]})):
+        row = {"name": name, "scene": "scenes/0.png", "reference": "exemplars/0.png", **hole}
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        assert run(tiny_folder, folder, "out", table=f"{name}.jsonl") == 0
+    made = pictures(folder / "out")
+    assert np.array_equal(made["a"], made["b"])
+
+
 def test_json_lines_and_defaults(tmp_path: Path) -> None:
     rows = [
         {"scene": "a.png", "reference": "/b.png"},
