@@ -282,7 +282,7 @@ def edit(args: argparse.Namespace) -> int:
     # The files come first: a wrong path should not wait for a large model.
     scene = as_rgb(args.image)
     holes = {"mask": args.mask, "boxes": args.box, "polygons": args.polygon, "grow": args.grow, "shape": args.shape}
-    hole = given_hole(args.image, **holes, seed=args.seed[0])
+    hole = given_hole(args.image, scene.size, **holes, seed=args.seed[0])
     look = {"background": args.reference_background, "fit": args.reference_fit}
     exemplars = [prepare_exemplar(path, args.reference_mask, **look) for path in args.reference]
     device, dtype = chosen_device(args)

@@ -24,16 +24,16 @@ from torch import Tensor
 
 from ldm.data.cocoee import Bench
 from ldm.data.transforms import load_mask, open_image
-from ldm.editing import BUNDLED_MODEL, Editor, FittedScene, default_feather, fit_scene
+from ldm.editing import BUNDLED_MODEL, Editor, FittedScene, fit_scene
 from ldm.evaluation.background import background
 from ldm.evaluation.seam import seam
 
 WAYS: dict[str, Callable[[FittedScene, Tensor], Image.Image]] = {
     "decoded": lambda fitted, x: fitted.put_back(x, whole=True),
     "pasted": lambda fitted, x: fitted.put_back(x, colour_agreement=False),
-    "feather": lambda fitted, x: fitted.put_back(x, colour_agreement=False, feather=default_feather(fitted.hole)),
+    "feather": lambda fitted, x: fitted.put_back(x, colour_agreement=False, feather=None),
     "agreement": lambda fitted, x: fitted.put_back(x),
-    "both": lambda fitted, x: fitted.put_back(x, feather=default_feather(fitted.hole)),
+    "both": lambda fitted, x: fitted.put_back(x, feather=None),
 }
 Task = tuple[Image.Image, Image.Image, Image.Image]  # scene, hole, exemplar
 

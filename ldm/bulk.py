@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.transforms import find_images
-from ldm.editing import Editor, FittedScene, as_rgb, default_feather, fit_scene, given_hole, prepare_exemplar, save_png
+from ldm.editing import Editor, FittedScene, as_rgb, fit_scene, given_hole, prepare_exemplar, save_png
 from ldm.files import write_text
 
 FILES = ("scene", "mask", "reference", "reference_mask")  # of a row, relative to the table's folder
@@ -273,6 +273,7 @@ def _prepare(editor: Editor, job: Job) -> _Prepared:
     scene = as_rgb(job.scene)
     hole = given_hole(
         job.scene,
+        scene.size,
         mask=job.mask,
         boxes=[_numbers(job.box)] if job.box else [],
         polygons=[_numbers(job.polygon)] if job.polygon else [],
@@ -320,8 +321,7 @@ def _paint(editor: Editor, batch: Sequence[_Prepared]) -> Tensor:
 
 def _finish(item: _Prepared, pixels: Tensor, outdir: Path, about: Mapping[str, Any]) -> None:
     job = item.job
-    feather = default_feather(item.fitted.hole) if job.feather is None else job.feather
-    result = item.fitted.put_back(pixels, feather=feather, colour_agreement=job.colour_agreement)
+    result = item.fitted.put_back(pixels, feather=job.feather, colour_agreement=job.colour_agreement)
     save_png(result, outdir / f"{job.name}.png", {"parameters": _parameters(job, about)})
 
 

@@ -225,8 +225,6 @@ class Editor:
             eta=eta,
             on_step=on_step,
         )
-        if feather is None:
-            feather = default_feather(fitted.hole)
         results = [fitted.put_back(pixels, feather=feather, colour_agreement=colour_agreement) for pixels in painted]
         return results[0] if alone else results
 
@@ -352,9 +350,14 @@ class FittedScene:
     keep_mask: Tensor
 
     def put_back(
-        self, painted: Tensor, *, feather: int = 0, colour_agreement: bool = True, whole: bool = False
+        self, painted: Tensor, *, feather: int | None = 0, colour_agreement: bool = True, whole: bool = False
     ) -> Image.Image:
-        """Paste the painted square (3, S, S) into the scene: inside the hole only, or as a whole and as it is."""
+        """Paste the painted square (3, S, S) into the scene: inside the hole only, or as a whole and as it is.
+
+        Feather and colour agreement are as for `Editor.edit`.
+        """
+        if feather is None:
+            feather = default_feather(self.hole)
         if colour_agreement and not whole:
             painted = agree(painted[None], self.image, self.keep_mask)[0]
         left, top, side = self.window.left, self.window.top, self.window.side
@@ -469,6 +472,7 @@ def prepare_exemplar(
 
 def given_hole(
     scene: Picture,
+    size: tuple[int, int],
     *,
     mask: Picture | None = None,
     boxes: Sequence[Sequence[float]] = (),
@@ -480,6 +484,7 @@ def given_hole(
     """The hole of a scene from whatever says where it is.
 
     Args:
+        size: (W, H) of the scene, upright.
         mask: as for `Editor.edit`.
         boxes: left, top, right, bottom of rectangles; polygons: x0, y0, x1, y1, x2, y2 … of outlines. Pixels; all of
             them together are the hole. Without mask, boxes and polygons it is the scene's transparent part.
@@ -493,7 +498,6 @@ def given_hole(
     if mask is not None:
         hole = as_hole(mask)
     elif boxes or polygons:
-        size = as_rgb(scene).size
         hole = Image.new("L", size)
         for part in (*(box_hole(size, box) for box in boxes), *(drawn_hole(size, line) for line in polygons)):
             hole.paste(255, mask=part)
