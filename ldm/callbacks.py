@@ -20,12 +20,14 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import default_collate
 from torch.utils.flop_counter import flop_registry
 
 from ldm.checkpoint.io import CheckpointError
-from ldm.checkpoint.keys import TOWER
+from ldm.checkpoint.keys import TEXT_MODULE, TOWER
 from ldm.config import Config, LoggingConfig
 from ldm.data.transforms import tensor_to_pil
 from ldm.files import replacing
@@ -399,7 +401,8 @@ def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to, as the curves name it."""
     if name == "learnable_vector":
         return "null_token"
-    parts = {"model.": "unet", "first_stage_model.": "first_stage", TOWER: "tower", "discriminator.": "discriminator"}
+    parts = {"model.": "unet", "first_stage_model.": "first_stage", "discriminator.": "discriminator"}
+    parts |= dict.fromkeys((TOWER, TEXT_MODULE), "tower")
     return next((part for prefix, part in parts.items() if name.startswith(prefix)), "mapper")
 
 
@@ -423,8 +426,7 @@ class ImageGrid(Callback):
             return
         self._last_step = step
         samples = trainer.datamodule.val_set.first(self.options.num_images)  # type: ignore[attr-defined]
-        device = pl_module.device
-        stacked = {name: torch.stack([s[name] for s in samples]).to(device) for name in samples[0]}
+        stacked = move_data_to_device(default_collate(samples), pl_module.device)
         assert isinstance(pl_module, DiffusionTraining | FirstStageTraining)
         pl_module.eval()
         with torch.no_grad():

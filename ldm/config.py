@@ -16,6 +16,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+INPUT_CHANNELS = ("x_t", "z_masked", "keep_mask", "hole_mask")
+
 
 class ConfigError(ValueError):
     """A config file or override that cannot be used; the message says which key and what to do."""
@@ -95,6 +97,19 @@ class ExemplarEncoderConfig:
 
 
 @dataclass
+class TextEncoderConfig:
+    """Text tower; the defaults are those of CLIP ViT-L/14, which Stable Diffusion v1 reads prompts with."""
+
+    tokenizer: str | None = None  # folder with vocab.json and merges.txt; by default `tokenizer` beside the checkpoint
+    vocab_size: int = 49408
+    max_length: int = 77  # tokens, start and end among them
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+
+
+@dataclass
 class ModelConfig:
     """The whole model: pixels, latents, tokens."""
 
@@ -102,15 +117,30 @@ class ModelConfig:
     scale_factor: float = 0.18215  # latent = scale_factor * posterior sample
     context_margin: float = 0.5  # what editing shows around a hole, as a share of the hole's longer side
     parameterization: str = "eps"  # what the UNet predicts: eps | v | x0
+    condition: str = "exemplar"  # what the context tokens are: exemplar | text | both, one after the other
+    # of the UNet, in this order: keep_mask (1 = keep, resized bilinearly) is Paint by Example's, hole_mask (1 = paint,
+    # cut at a half, resized to the nearest) Stable Diffusion inpainting's
+    input_channels: list[str] = field(default_factory=lambda: ["x_t", "z_masked", "keep_mask"])
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     first_stage: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     exemplar_encoder: ExemplarEncoderConfig = field(default_factory=ExemplarEncoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
 
     def __post_init__(self) -> None:
         if self.context_margin < 0:
             raise ConfigError(f"model.context_margin: got {self.context_margin}, expected 0 or more")
         _one_of("model.parameterization", self.parameterization, ("eps", "v", "x0"))
+        _one_of("model.condition", self.condition, ("exemplar", "text", "both"))
+        if self.condition == "both" and self.exemplar_encoder.tokens != "pooled":
+            raise ConfigError(
+                "model.exemplar_encoder.tokens: got all with condition both, expected pooled: beside text one null "
+                "token cannot stand for many"
+            )
+        for name in self.input_channels:
+            _one_of("model.input_channels", name, INPUT_CHANNELS)
+        if self.input_channels[:1] != ["x_t"] or len(set(self.input_channels)) < len(self.input_channels):
+            raise ConfigError(f"model.input_channels: got {self.input_channels}, expected x_t first and no name twice")
         if self.schedule.zero_terminal_snr and self.parameterization == "eps":
             raise ConfigError(
                 "model.schedule.zero_terminal_snr: got true with parameterization eps, which says nothing about x_0 "
@@ -130,6 +160,7 @@ class DataConfig:
     batch_size: int = 2  # per device
     val_batch_size: int = 2
     num_workers: int = 8
+    captions: str | None = None  # for prompts: classes (what the annotations call the object), or a CSV file
     arbitrary_mask_percent: float = 0.5  # share of arbitrary shapes among the holes
     exact_mask_percent: float = 0.0  # share of holes with the object's own shape, where it is known
     augment_exemplar: bool = True  # flip, rotate, blur and distort the exemplar
@@ -157,13 +188,14 @@ class TrainingConfig:
     warmup_steps: int = 10_000
     weight_decay: float = 0.01
     optimizer: str = "adamw"  # adamw | adamw_fused | adamw_8bit (needs bitsandbytes and a GPU)
-    p_uncond: float = 0.2  # how often the exemplar is replaced by the null token
+    trainable: str = "all"  # but for what is frozen anyway: all | of the UNet input_conv | input_conv_attention
+    p_uncond: float = 0.2  # how often the exemplar is replaced by the null token, the prompt by the empty one
     null_drop: str = "per_sample"  # per_sample | per_batch (as the original)
     timesteps: str = "uniform"  # uniform | logit_normal (middle ones more often) | loss_aware (those with large losses)
     offset_noise: float = 0.0  # standard deviation of a constant added to each channel's noise
     min_snr_gamma: float = 0.0  # weigh timesteps by min(SNR, gamma), of errors of x_0; 0: all alike, as the paper
     ema_decay: float = 0.0  # 0 switches EMA off; the paper trains with 0.9999
-    train_tower: bool = False  # train the CLIP tower too (for models without a pretrained one)
+    train_tower: bool = False  # train the tower too, of images or text (for models without a pretrained one)
     tower_lr_scale: float = 1.0  # of base_lr, for the tower
     lora_rank: int = 0  # train additions of this rank to the UNet's attention, and nothing else; 0: no LoRA
     use_prior: bool = True  # false: of --pretrained-model take the frozen parts alone, the rest starts random
@@ -177,6 +209,12 @@ class TrainingConfig:
             raise ConfigError(f"training.lora_rank: got {self.lora_rank}, expected 0 (off) or more")
         if self.offset_noise < 0:
             raise ConfigError(f"training.offset_noise: got {self.offset_noise}, expected 0 (off) or more")
+        _one_of("training.trainable", self.trainable, ("all", "input_conv", "input_conv_attention"))
+        if self.trainable != "all" and (self.lora_rank or self.train_tower):
+            raise ConfigError(
+                f"training.trainable: got {self.trainable} with lora_rank or train_tower, which train something else; "
+                "choose one of them"
+            )
         _one_of("training.optimizer", self.optimizer, ("adamw", "adamw_fused", "adamw_8bit"))
         _one_of("training.timesteps", self.timesteps, ("uniform", "logit_normal", "loss_aware"))
         _one_of("training.null_drop", self.null_drop, ("per_sample", "per_batch"))

@@ -98,7 +98,7 @@ def _place(start: int, stop: int, length: int, side: int) -> int:
 
 
 class Editor:
-    """Paint by Example for pictures: replace the hole of a scene by what an exemplar shows.
+    """Inpainting of pictures: replace the hole of a scene by what an exemplar shows, or what a prompt says.
 
     Args:
         model: from `load_model`; its device and precision are used as they are.
@@ -108,7 +108,7 @@ class Editor:
     """
 
     def __init__(self, model: LatentDiffusion) -> None:
-        parameter = model.null_context
+        parameter = next(model.parameters())
         if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
             raise EditingError("got float16 on the CPU, expected float32 or bfloat16 there; pass dtype=torch.float32")
         self.model = model
@@ -150,8 +150,10 @@ class Editor:
         self,
         scene: Picture,
         hole_mask: Picture,
-        exemplar: Picture | None,
+        exemplar: Picture | None = None,
         *,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
         sampler: str = "dpm_solver_pp",
         num_steps: int = 20,
         guidance_scale: float = 5.0,
@@ -165,7 +167,7 @@ class Editor:
         whole_image: bool = False,
         on_step: OnStep | None = None,
     ) -> Image.Image | list[Image.Image]:
-        """Replace the hole of a scene by what the exemplar shows.
+        """Replace the hole of a scene by what the exemplar shows or the prompt says, whichever the model reads.
 
         The hole and its surroundings are cropped square, resized to the model's size, painted, and put
         back at the scene's size. Every pixel outside the hole equals the scene's bit for bit; the scene counts as
@@ -177,6 +179,8 @@ class Editor:
                 A mask that is white everywhere is allowed: the whole scene is made up from the exemplar.
             exemplar: picture or path; squashed to the exemplar encoder's square, as in the paper. None
                 uses the model's null token, that is, inpaints without an exemplar.
+            prompt: what to paint, in words; None is the empty prompt.
+            negative_prompt: what guidance leads away from; None is the empty prompt.
             sampler: ddpm | ddim | plms | dpm_solver_pp | unipc.
             num_steps: denoising steps.
             guidance_scale: 1 follows the exemplar without guidance; the paper uses 5.
@@ -198,9 +202,10 @@ class Editor:
             An RGB picture of the scene's size; a list of them for n_samples > 1 or a list of seeds.
 
         Raises:
-            EditingError: the mask is empty or a setting is out of range.
+            EditingError: the mask is empty, a setting is out of range, or the model does not read what is given.
             OSError, ValueError: a file cannot be read.
         """
+        self.check_condition(exemplar, prompt, negative_prompt)
         seeds, alone = _seeds(seed, n_samples)
         if context_margin is None:
             context_margin = self.model.config.context_margin
@@ -218,6 +223,8 @@ class Editor:
             keep_mask,
             pixel_values,
             seeds,
+            prompts=None if prompt is None else [prompt],
+            negative_prompt=negative_prompt,
             sampler=sampler,
             num_steps=num_steps,
             guidance_scale=guidance_scale,
@@ -261,6 +268,13 @@ class Editor:
                 results[i] = edited
         return results[0] if alone else results
 
+    def check_condition(self, exemplar: object, prompt: str | None, negative_prompt: str | None = None) -> None:
+        """Raise EditingError where something is given that the model does not read."""
+        if exemplar is not None and not self.model.reads_exemplars:
+            raise EditingError("got an exemplar for a model that reads text; give a prompt instead")
+        if not (prompt is None and negative_prompt is None) and not self.model.reads_text:
+            raise EditingError("got a prompt for a model that reads exemplars, not text; give an exemplar instead")
+
     def exemplar_tensor(self, exemplar: Picture) -> Tensor:
         """(1, 3, E, E), an exemplar squashed to the encoder's square and normalised for it."""
         return exemplar_to_tensor(as_rgb(exemplar), self.model.config.exemplar_encoder.image_size)[None]
@@ -272,6 +286,9 @@ class Editor:
         keep_mask: Tensor,
         pixel_values: Tensor | None,
         seeds: Sequence[int],
+        *,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         **sampling: Any,
     ) -> Tensor:
         """Edit pictures that have the model's size already.
@@ -281,6 +298,8 @@ class Editor:
             keep_mask: (B, 1, S, S) in [0, 1], 1 = keep.
             pixel_values: (B, 3, E, E) exemplars, CLIP-normalised; None uses the null token.
             seeds: B seeds.
+            prompts: one for all or B; None is the empty prompt.
+            negative_prompt: as for `edit`.
             **sampling: passed to `LatentDiffusion.sample`.
 
         Returns:
@@ -290,12 +309,11 @@ class Editor:
         # Drawn on the CPU, one generator per sample: the same noise on every device and in every batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         image, keep_mask = image.to(self.device), keep_mask.to(self.device)
-        if pixel_values is None:
-            context = model.null_context.expand(len(seeds), -1, -1)
-        else:
-            context = model.encode_exemplar(pixel_values.to(self.device))
+        exemplar = None if pixel_values is None else model.encode_exemplar(pixel_values.to(self.device))
+        context = model.context(exemplar, prompts).expand(len(seeds), -1, -1)
+        null_context = None if negative_prompt is None else model.context(None, [negative_prompt])
         z_masked = model.encode_image(image * keep_mask, generators)  # pixels [-1, 1] => scaled latents
-        z = model.sample(z_masked, keep_mask, context, generator=generators, **sampling)
+        z = model.sample(z_masked, keep_mask, context, null_context=null_context, generator=generators, **sampling)
         return model.decode_latents(z).clamp(-1, 1).float().cpu()
 
 

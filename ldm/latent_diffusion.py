@@ -1,13 +1,15 @@
 """Paint by Example as one module: what is trained, sampled, saved and loaded.
 
-Dimensions: B batch · H, W pixels · h, w latent cells · Z latent channels · L context tokens (1 unless
-`exemplar_encoder.tokens` is `all`) · D token channels.
+Dimensions: B batch · H, W pixels · h, w latent cells · Z latent channels · C input channels of the UNet · D token
+channels · L context tokens: 1 with exemplars unless `exemplar_encoder.tokens` is `all`, 77 with text, 78 with both.
 Source: Yang et al. 2023, "Paint by Example: Exemplar-based Image Editing with Diffusion Models".
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from ldm.config import Config, ConfigError, ModelConfig, load_config
 from ldm.diffusion import make_schedule, q_sample, target, to_eps
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder
+from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNetModel
 from ldm.noise import Generators, draw_noise
 from ldm.samplers import SAMPLERS, OnStep
@@ -32,6 +35,15 @@ def latent_mask(keep_mask: Tensor, z: Tensor) -> Tensor:
     return keep_mask.to(z.dtype)
 
 
+def latent_hole(keep_mask: Tensor, z: Tensor) -> Tensor:
+    """Where a keep mask (B, 1, H, W) says paint, 1, on the grid and in the dtype of latents z (B, Z, h, w).
+
+    Cut at a half, and of each cell the upper left pixel, as for Stable Diffusion inpainting.
+    """
+    hole = (keep_mask <= 0.5).to(z.dtype)
+    return hole if hole.shape[2:] == z.shape[2:] else F.interpolate(hole, size=z.shape[2:], mode="nearest")
+
+
 class DiffusionWrapper(nn.Module):
     """Holds the UNet one level down, where the published checkpoint has it."""
 
@@ -41,7 +53,10 @@ class DiffusionWrapper(nn.Module):
 
 
 class LatentDiffusion(nn.Module):
-    """UNet, first stage, exemplar encoder and noise schedule, under the published attribute names.
+    """UNet, first stage, encoders of the condition and noise schedule, under the published attribute names.
+
+    What a config has no use for is not there: `cond_stage_model`, `proj_out` and `learnable_vector` with exemplars,
+    `text_encoder` with text.
 
     Args:
         config: sizes and conventions; see `ldm.config.ModelConfig`.
@@ -52,28 +67,39 @@ class LatentDiffusion(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        expected = config.unet.out_channels + config.first_stage.embed_dim + 1
-        if config.unet.in_channels != expected:
-            raise ConfigError(
-                f"model.unet.in_channels: got {config.unet.in_channels}, expected {expected} "
-                f"(noisy latent {config.unet.out_channels} + latent of the masked image "
-                f"{config.first_stage.embed_dim} + mask 1)"
-            )
+        _check_widths(config)
         self.config = config
         self.model = DiffusionWrapper(UNetModel(config.unet))
         self.first_stage_model = AutoencoderKL(config.first_stage)
-        self.cond_stage_model = ExemplarEncoder(config.exemplar_encoder)
-        self.proj_out = nn.Linear(config.exemplar_encoder.hidden_size, config.unet.context_dim)
-        self.learnable_vector = nn.Parameter(torch.randn(1, 1, config.unet.context_dim))
+        if self.reads_exemplars:
+            self.cond_stage_model = ExemplarEncoder(config.exemplar_encoder)
+            self.proj_out = nn.Linear(config.exemplar_encoder.hidden_size, config.unet.context_dim)
+            self.learnable_vector = nn.Parameter(torch.randn(1, 1, config.unet.context_dim))
+        if self.reads_text:
+            self.text_encoder = TextEncoder(config.text_encoder)
         self.schedule = make_schedule(config.schedule)
         for name, values in self.schedule.buffers().items():
             self.register_buffer(name, values)
 
     alphas_cumprod: Tensor
+    betas: Tensor
+
+    @property
+    def reads_exemplars(self) -> bool:
+        return self.config.condition != "text"
+
+    @property
+    def reads_text(self) -> bool:
+        return self.config.condition != "exemplar"
+
+    @property
+    def single_token(self) -> bool:
+        """Whether the context is one token, to which attention needs no queries and keys."""
+        return not self.reads_text and self.config.exemplar_encoder.tokens == "pooled"
 
     @property
     def unet(self) -> UNetModel:
-        """The denoiser: `unet(x (B, 9, h, w), t (B,), context (B, L, D))` -> (B, 4, h, w)."""
+        """The denoiser: `unet(x (B, C, h, w), t (B,), context (B, L, D))` -> (B, Z, h, w)."""
         return self.model.diffusion_model
 
     @property
@@ -83,11 +109,12 @@ class LatentDiffusion(nn.Module):
 
     @property
     def null_context(self) -> Tensor:
-        """(1, 1, D), the learned token that stands for "no exemplar" in classifier-free guidance.
+        """(1, L, D), what stands for "no condition" in classifier-free guidance: see `context`.
 
-        With several context tokens it takes the place of each: attention to equal tokens is attention to one.
+        With several tokens of an exemplar the learned one, L = 1, takes the place of each: attention to equal tokens
+        is attention to one.
         """
-        return self.learnable_vector
+        return self.context()
 
     def encode_image(self, x: Tensor, generator: Generators = None) -> Tensor:
         """Pixels to scaled latents, by sampling the posterior as the original does.
@@ -114,27 +141,61 @@ class LatentDiffusion(nn.Module):
         """What the image tower saw, `ExemplarEncoder.features`, to context (B, L, D)."""
         return self.proj_out(self.cond_stage_model.tokens(features.to(self.weight_dtype)))
 
-    def unet_input(self, x_t: Tensor, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
-        """The UNet's channels in the published order: `[x_t, z_masked, keep_mask]`.
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts to context (B, L, D).
+
+        Raises:
+            TokenizerError: the tokenizer is missing.
+        """
+        return self.text_encoder(self.text_encoder.tokenize(prompts).to(self.betas.device))
+
+    def context(self, exemplar: Tensor | None = None, prompts: Sequence[str] | None = None) -> Tensor:
+        """All tokens of the condition: the exemplar's, then the text's, whichever of them the model reads.
 
         Args:
-            x_t: (B, Z, h, w) noisy latent.
-            z_masked: (B, Z, h, w) scaled latent of the image with a mid-grey hole.
-            keep_mask: (B, 1, H, W) or (B, 1, h, w) in [0, 1], 1 = keep; resized to the latent grid
-                bilinearly without antialiasing, as in the checkpoint's training.
+            exemplar: (B, L, D) from `encode_exemplar`; None: the learned token that stands for no exemplar.
+            prompts: B of them; None: the empty prompt, which stands for no text.
 
         Returns:
-            (B, 2 Z + 1, h, w).
+            (B, L, D); B is 1 with neither.
         """
-        return torch.cat([x_t, z_masked, latent_mask(keep_mask, z_masked)], dim=1)
+        parts = []
+        if self.reads_exemplars:
+            parts.append(self.learnable_vector if exemplar is None else exemplar)
+        if self.reads_text:
+            parts.append(self.encode_text([""] if prompts is None else prompts))
+        batch = max(len(part) for part in parts)
+        return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
+
+    def still_channels(self, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
+        """What follows x_t among the UNet's channels, the same at every step, in the config's order.
+
+        Args:
+            z_masked: (B, Z, h, w) scaled latent of the image with a mid-grey hole.
+            keep_mask: (B, 1, H, W) or (B, 1, h, w) in [0, 1], 1 = keep; brought to the latent grid as in the
+                checkpoint's training, see `ModelConfig.input_channels`.
+
+        Returns:
+            (B, C - Z, h, w).
+        """
+        parts = {
+            "z_masked": lambda: z_masked,
+            "keep_mask": lambda: latent_mask(keep_mask, z_masked),
+            "hole_mask": lambda: latent_hole(keep_mask, z_masked),
+        }
+        return torch.cat([parts[name]() for name in self.config.input_channels[1:]], dim=1)
+
+    def unet_input(self, x_t: Tensor, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
+        """The UNet's channels (B, C, h, w): x_t (B, Z, h, w), then `still_channels`."""
+        return torch.cat([x_t, self.still_channels(z_masked, keep_mask)], dim=1)
 
     def loss(self, z_0: Tensor, z_masked: Tensor, keep_mask: Tensor, context: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The denoising objective, per sample.
 
         Args:
             z_0: (B, Z, h, w) scaled latent of the image.
-            z_masked, keep_mask: as for `unet_input`.
-            context: (B, L, D), null tokens already in place of dropped exemplars.
+            z_masked, keep_mask: as for `still_channels`.
+            context: (B, L, D), null tokens already in place of dropped conditions.
             t: (B,) timesteps. eps: (B, Z, h, w) standard normal noise.
 
         Returns:
@@ -147,17 +208,26 @@ class LatentDiffusion(nn.Module):
         wanted = target(z_0, eps, t, self.config.parameterization, self.alphas_cumprod)
         return F.mse_loss(prediction.float(), wanted, reduction="none").flatten(1).mean(1)
 
-    def drop_exemplar(self, context: Tensor, dropped: Tensor) -> Tensor:
-        """Put the null token where `dropped` (B,) bool is true. Source: Ho & Salimans 2022, Alg. 1."""
+    def drop_condition(self, context: Tensor, dropped: Tensor) -> Tensor:
+        """Put the null context where `dropped` (B,) bool is true. Source: Ho & Salimans 2022, Alg. 1."""
         return torch.where(dropped[:, None, None], self.null_context.to(context.dtype), context)
 
+    def sample(self, z_masked: Tensor, keep_mask: Tensor, context: Tensor, **sampling: Any) -> Tensor:
+        """Fill the hole: noise to scaled latents (B, Z, h, w) float32.
+
+        Args:
+            z_masked, keep_mask: as for `still_channels`.
+            context, **sampling: of `denoise`.
+        """
+        return self.denoise(self.still_channels(z_masked, keep_mask), context, **sampling)
+
     @torch.no_grad()
-    def sample(
+    def denoise(
         self,
-        z_masked: Tensor,
-        keep_mask: Tensor,
+        still: Tensor,
         context: Tensor,
         *,
+        null_context: Tensor | None = None,
         sampler: str = "dpm_solver_pp",
         num_steps: int = 20,
         guidance_scale: float = 5.0,
@@ -167,16 +237,17 @@ class LatentDiffusion(nn.Module):
         generator: Generators = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Fill the hole: noise to scaled latents.
+        """Noise to scaled latents, given what the UNet sees beside them.
 
         Args:
-            z_masked, keep_mask: as for `unet_input`.
-            context: (B, L, D) from `encode_exemplar`.
+            still: (B, C - Z, h, w), the channels after x_t.
+            context: (B, L, D).
+            null_context: (1, L or 1, D) or (B, L, D), what guidance leads away from; None is the model's own.
             sampler: ddpm | ddim | plms | dpm_solver_pp | unipc.
             num_steps: denoising steps.
-            guidance_scale: s in `eps_null + s (eps_exemplar - eps_null)`; 1 evaluates the exemplar's branch alone.
+            guidance_scale: s in `eps_null + s (eps_cond - eps_null)`; 1 evaluates the condition's branch alone.
             guidance_interval: the noise levels with guidance, as shares of the timesteps: 0 is data, 1 is noise. At
-                others the exemplar's branch is evaluated alone.
+                others the condition's branch is evaluated alone.
             eta: DDIM's stochasticity in [0, 1].
             x_T: (B, Z, h, w) start noise; drawn when None.
             generator: source of all noise, one for the batch or one per sample.
@@ -195,10 +266,10 @@ class LatentDiffusion(nn.Module):
         low, high = guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval: got {low:g} to {high:g}, expected 0 <= low <= high <= 1")
-        device, dtype = z_masked.device, self.weight_dtype
-        still = torch.cat([z_masked, latent_mask(keep_mask, z_masked)], dim=1).to(dtype)
-        context = context.to(dtype)
-        with_null = torch.cat([self.null_context.to(dtype).expand_as(context), context])
+        device, dtype = still.device, self.weight_dtype
+        still, context = still.to(dtype), context.to(dtype)
+        null_context = self.null_context if null_context is None else null_context
+        with_null = torch.cat([null_context.to(dtype).expand_as(context), context])
         alone, both = (still, context), (still.repeat(2, 1, 1, 1), with_null)
 
         def denoise(x_t: Tensor, t: int) -> Tensor:
@@ -210,11 +281,12 @@ class LatentDiffusion(nn.Module):
             eps = to_eps(prediction, x, steps, self.config.parameterization, self.alphas_cumprod)
             if not guided:
                 return eps
-            eps_null, eps_exemplar = eps.chunk(2)
-            return eps_null + guidance_scale * (eps_exemplar - eps_null)
+            eps_null, eps_cond = eps.chunk(2)
+            return eps_null + guidance_scale * (eps_cond - eps_null)
 
         def noise() -> Tensor:
-            return draw_noise(z_masked.shape, generator, device=device)
+            shape = torch.Size([len(still), self.config.unet.out_channels, *still.shape[2:]])
+            return draw_noise(shape, generator, device=device)
 
         x_T = noise() if x_T is None else x_T.to(device, torch.float32)
         return SAMPLERS[sampler](
@@ -224,7 +296,23 @@ class LatentDiffusion(nn.Module):
     @property
     def weight_dtype(self) -> torch.dtype:
         """The type that inputs are cast to before a network sees them."""
-        return self.learnable_vector.dtype
+        return next(self.unet.parameters()).dtype
+
+
+def _check_widths(config: ModelConfig) -> None:
+    Z, text = config.first_stage.embed_dim, config.text_encoder.hidden_size
+    widths = {"x_t": config.unet.out_channels, "z_masked": Z, "keep_mask": 1, "hole_mask": 1}
+    parts = {name: widths[name] for name in config.input_channels}
+    if config.unet.in_channels != sum(parts.values()):
+        listed = " + ".join(f"{name} {width}" for name, width in parts.items())
+        raise ConfigError(
+            f"model.unet.in_channels: got {config.unet.in_channels}, expected {sum(parts.values())} ({listed}, see "
+            "model.input_channels)"
+        )
+    if config.condition != "exemplar" and text != config.unet.context_dim:
+        raise ConfigError(
+            f"model.text_encoder.hidden_size: got {text}, expected model.unet.context_dim, {config.unet.context_dim}"
+        )
 
 
 def load_model(
@@ -262,6 +350,8 @@ def load_model(
         with torch.device("meta"):
             model = LatentDiffusion(model_config)
         load_weights(model, read_checkpoint(checkpoint), str(checkpoint), dtype=dtype)
+        if model.reads_text:
+            model.text_encoder.find_tokenizer(Path(checkpoint).parent)
     model.requires_grad_(False).eval()
     for parameter in model.parameters():
         if parameter.dtype != dtype:
@@ -309,4 +399,8 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
             )
     weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
     model.load_state_dict({**weights, **schedule}, strict=True, assign=True)
-    model.cond_stage_model.restore_position_ids(model.learnable_vector.device)
+    device = next(model.unet.parameters()).device
+    if model.reads_exemplars:
+        model.cond_stage_model.restore_position_ids(device)
+    if model.reads_text:
+        model.text_encoder.restore_position_ids(device)

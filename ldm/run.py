@@ -89,6 +89,7 @@ class Run:
         """
         if not resuming:
             self._load(checkpoint, from_scratch=from_scratch)
+            self._find_tokenizer(checkpoint)
         if isinstance(self.module, DiffusionTraining):
             self.module.add_lora(self.config.seed)
 
@@ -102,7 +103,8 @@ class Run:
             return
         unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config's schedule; what the first stage was trained with
         given = {name: tensor for name, tensor in given.items() if not name.startswith(unused)}
-        given = with_tower(given, self.module.cond_stage_model)
+        if self.module.reads_exemplars:
+            given = with_tower(given, self.module.cond_stage_model)
         use_prior = self.config.training.use_prior
         if not use_prior:
             trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
@@ -124,6 +126,14 @@ class Run:
         if acceptable and self.trainer.is_global_zero:
             parts = sorted({".".join(name.split(".")[:2]) for name in acceptable})
             Console().print(f"starting from random weights: {', '.join(parts)} ({len(acceptable)} tensors)")
+
+    def _find_tokenizer(self, checkpoint: str | None) -> None:
+        """Make sure that captions can be read, and note in the config by what, for those who go on from the run."""
+        if isinstance(self.module, DiffusionTraining) and self.module.reads_text:
+            encoder = self.module.text_encoder
+            encoder.find_tokenizer(Path(checkpoint or "").parent)
+            encoder.tokenize([""])
+            self.config.model.text_encoder.tokenizer = str(encoder.folder and encoder.folder.resolve())
 
     def _shapes(self, prefix: str = "") -> dict[str, tuple[int, ...]]:
         state: dict[str, Tensor] = self.module.state_dict()

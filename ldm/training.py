@@ -25,7 +25,8 @@ from ldm.evaluation.features import efficientnet_stages, load_feature_network, n
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.discriminator import PatchDiscriminator
-from ldm.models.layers import SpatialTransformer
+from ldm.models.exemplar_encoder import EfficientNetTower
+from ldm.models.layers import CrossAttention, SpatialTransformer
 from ldm.models.unet import ResBlock
 from ldm.sharding import shard
 from ldm.timesteps import LossAwareTimesteps
@@ -69,8 +70,9 @@ def lr_factor(warmup_steps: int, schedule: str, total_steps: int) -> Callable[[i
 class DiffusionTraining(LatentDiffusion, pl.LightningModule):
     """The diffusion model with its training step; keys in checkpoints are those of the plain model.
 
-    Trained: UNet, mapper, final norm, projection, null token, and the image tower where the config asks
-    for it. Frozen: the rest, and whatever has no effect on a one-token context.
+    Trained: UNet (`training.trainable`: all of it or some), with exemplars also mapper, final norm, projection and null
+    token, and the towers of image and text where the config asks for it. Frozen: the rest, and whatever has no effect
+    on a one-token context.
 
     Args:
         config: the run.
@@ -82,14 +84,28 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         loss_aware = config.training.timesteps == "loss_aware"
         self.timesteps = LossAwareTimesteps(config.model.schedule.num_timesteps) if loss_aware else None
         self.first_stage_model.requires_grad_(False)
-        self.cond_stage_model.transformer.requires_grad_(self.options.train_tower)
-        if config.model.exemplar_encoder.tokens == "pooled":
+        for tower in self.towers:
+            tower.requires_grad_(self.options.train_tower)
+        if self.options.trainable != "all":
+            self.requires_grad_(False)
+            self.unet.input_blocks[0].requires_grad_(True)
+        if self.options.trainable == "input_conv_attention":
+            for module in self.unet.modules():
+                if isinstance(module, CrossAttention):
+                    module.requires_grad_(True)
+        if self.single_token:
             for parameter in self.unet.single_token_dead_parameters():
                 parameter.requires_grad_(False)
         self.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if self.options.compile:
             self.unet.compile()
         self.train()
+
+    @property
+    def towers(self) -> list[Any]:
+        """What sees images and reads text, trained elsewhere."""
+        towers = [self.cond_stage_model.transformer] if self.reads_exemplars else []
+        return [*towers, self.text_encoder.transformer] if self.reads_text else towers
 
     def add_lora(self, seed: int) -> None:
         """Train low-rank additions to the UNet's attention weights and nothing else, where the config asks for it.
@@ -104,9 +120,9 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         from peft import LoraConfig, inject_adapter_in_model  # seconds of import
 
         self.requires_grad_(False)
-        cross = r"attn2\.to_(v|out\.0)"  # with one token the others have no effect
-        if self.config.exemplar_encoder.tokens == "all":
-            cross = r"attn2\.to_(q|k|v|out\.0)"
+        cross = r"attn2\.to_(q|k|v|out\.0)"
+        if self.single_token:
+            cross = r"attn2\.to_(v|out\.0)"  # the others have no effect
         targets = rf".*\.(attn1\.to_(q|k|v|out\.0)|{cross})"
         torch.manual_seed(seed)  # a first import of peft draws numbers, a second one does not
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), self.unet)
@@ -116,10 +132,11 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         super().train(mode)
         self.first_stage_model.eval()
         if not self.options.train_tower:
-            self.cond_stage_model.transformer.eval()
+            for tower in self.towers:
+                tower.eval()
         return self
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         torch.manual_seed(int(batch["key"][0]))  # dropout: the only draw that is not made per sample
         losses, t = self.losses(batch)
         gamma = self.options.min_snr_gamma
@@ -138,12 +155,12 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
             self.log(f"train/loss_t{q + 1}of4", losses.detach()[quartile == q].mean())
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The error of prediction, under the EMA weights where EMA is on; the noise is the same in every epoch."""
         losses, _ = self.losses(batch)
         self.log("val/loss", losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
 
-    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Per-sample losses (B,) and the timesteps (B,) they were drawn at.
 
         Every draw comes from the sample's own generator, seeded by its `key`, in the order: posterior noise of
@@ -157,12 +174,18 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         if self.options.null_drop == "per_batch":
             u = u[:1].expand_as(u)
         t, dropped = t.to(z_0.device), (u < self.options.p_uncond).to(z_0.device)
-        if "exemplar_features" in batch and not self.options.train_tower:
-            context = self.encode_features(batch["exemplar_features"])
-        else:
-            context = self.encode_exemplar(batch["exemplar"])
-        context = self.drop_exemplar(context, dropped)
+        context = self.drop_condition(self.batch_context(batch), dropped)
         return self.loss(z_0, z_masked, batch["keep_mask"], context, t, eps), t
+
+    def batch_context(self, batch: dict[str, Any]) -> Tensor:
+        """The condition (B, L, D) of exemplars, seen or as cached features, and captions."""
+        exemplar = None
+        if self.reads_exemplars:
+            if "exemplar_features" in batch and not self.options.train_tower:
+                exemplar = self.encode_features(batch["exemplar_features"])
+            else:
+                exemplar = self.encode_exemplar(batch["exemplar"])
+        return self.context(exemplar, batch.get("caption"))
 
     def _draw_timestep(self, generator: torch.Generator) -> Tensor:
         """Source of logit_normal: Esser et al. 2024 (Stable Diffusion 3), Eq. 19 with location 0 and scale 1."""
@@ -181,7 +204,7 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         return eps
 
     @torch.no_grad()
-    def latents(self, batch: dict[str, Tensor], generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+    def latents(self, batch: dict[str, Any], generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Scaled latents (B, Z, h, w) of image and masked image, encoded in one call or drawn from cached moments."""
         if "image_moments" in batch:
             posteriors = [DiagonalGaussian(batch[name]) for name in ("image_moments", "masked_moments")]
@@ -191,33 +214,38 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         z_0, z_masked = self.encode_image(pixels, [*generators, *generators]).chunk(2)
         return z_0, z_masked
 
-    def preview(self, batch: dict[str, Tensor], options: LoggingConfig) -> list[Tensor]:
-        """Scenes, masked scenes, exemplars and samples (N, 3, S, S) in [-1, 1]; noise depends on the samples' keys."""
+    def preview(self, batch: dict[str, Any], options: LoggingConfig) -> list[Tensor]:
+        """Scenes, masked scenes, exemplars if the model reads them, samples; (N, 3, S, S) in [-1, 1].
+
+        Noise depends on the samples' keys.
+        """
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         z_0, z_masked = self.latents(batch, generators)
         sample = self.sample(
             z_masked,
             batch["keep_mask"],
-            self.encode_exemplar(batch["exemplar"]),
+            self.batch_context(batch),
             num_steps=options.sampler_steps,
             guidance_scale=options.guidance_scale,
             generator=generators,
         )
         scene, masked, sample = (self.decode_latents(z) for z in (z_0, z_masked, sample))
-        return [scene, masked, exemplar_to_pixels(batch["exemplar"]), sample]
+        exemplars = [exemplar_to_pixels(batch["exemplar"])] if self.reads_exemplars else []
+        return [scene, masked, *exemplars, sample]
 
     def configure_model(self) -> None:
         """Called by Lightning once processes know each other; nothing to do but for `trainer.strategy: fsdp2`."""
         if self.device_mesh is not None:
             self.unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
             blocks = [m for m in self.unet.modules() if isinstance(m, ResBlock | SpatialTransformer)]
-            if self.config.exemplar_encoder.tower == "clip":
-                blocks += self.cond_stage_model.transformer.encoder.layers
+            for tower in self.towers:
+                if not isinstance(tower, EfficientNetTower):
+                    blocks += tower.encoder.layers
             shard(self, self.device_mesh["data_parallel"], blocks, ("training_step", "validation_step", "preview"))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         options = self.options
-        tower = set(self.cond_stage_model.transformer.parameters())
+        tower = {p for module in self.towers for p in module.parameters()}
         trained = [p for p in self.parameters() if p.requires_grad]
         parts = [p for p in trained if p not in tower], [p for p in trained if p in tower]
         groups = [{"params": part, "lr": lr} for part, lr in zip(parts, self._lrs(), strict=True) if part]
@@ -386,7 +414,7 @@ def uninitialised(model: DiffusionTraining, given: set[str], *, from_scratch: bo
         given: names that the checkpoint holds.
         from_scratch: whether every trained part may start from random weights.
     """
-    harmless = {id(p) for p in model.unet.single_token_dead_parameters()}
+    harmless = {id(p) for p in model.unet.single_token_dead_parameters()} if model.single_token else set()
     acceptable, refused = [], []
     for name, parameter in model.named_parameters():
         if name not in given:

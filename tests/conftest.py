@@ -6,6 +6,8 @@ weights of `golden/tiny_model.safetensors`. The reference repeated differs from 
 
 from __future__ import annotations
 
+import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.checkpoint.io import write_safetensors
+from ldm.checkpoint.keys import to_file_keys
 from ldm.config import (
     AutoencoderConfig,
     Config,
     ExemplarEncoderConfig,
     ModelConfig,
     ScheduleConfig,
+    TextEncoderConfig,
     UNetConfig,
     dump_config,
     load_config,
@@ -95,4 +99,52 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if tensor.is_floating_point() and not tensor.any():
             tensor.normal_(std=0.1)
     write_safetensors(folder / "model.safetensors", state)
+    return folder
+
+
+MERGES = ["d o", "do g</w>", "c a", "ca t</w>"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-pair tokenizer of letters, `dog` and `cat`, in CLIP's files."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
+    words = [*letters, *(merge.replace(" ", "") for merge in MERGES), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_config() -> Config:
+    """Stable Diffusion inpainting in every convention but its size."""
+    return Config(
+        model=ModelConfig(
+            image_size=32,
+            condition="text",
+            input_channels=["x_t", "hole_mask", "z_masked"],
+            unet=UNetConfig(
+                model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[2, 1], context_dim=16
+            ),
+            first_stage=AutoencoderConfig(ch=32, ch_mult=[1, 1, 1], num_res_blocks=1),
+            text_encoder=TextEncoderConfig(
+                vocab_size=58, max_length=12, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2
+            ),
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def text_folder(text_config: Config, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights under the published names, with config and tokenizer beside them."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "config.yaml").write_text(dump_config(text_config))
+    (folder / "tokenizer").symlink_to(tokenizer_folder)
+    torch.manual_seed(0)
+    state = load_model(text_config).state_dict()
+    for tensor in state.values():  # layers that start at zero would hide the prompt
+        if tensor.is_floating_point() and not tensor.any():
+            tensor.normal_(std=0.1)
+    write_safetensors(folder / "model.safetensors", to_file_keys(state))
     return folder

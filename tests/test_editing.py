@@ -30,10 +30,10 @@ class MeanColourPainter(nn.Module):
         self.config = SimpleNamespace(image_size=S, context_margin=0.5, exemplar_encoder=SimpleNamespace(image_size=14))
         self.learnable_vector = nn.Parameter(torch.zeros(1, 1, 3), requires_grad=False)
         self.calls: list[dict[str, Any]] = []
+        self.reads_exemplars, self.reads_text = True, False
 
-    @property
-    def null_context(self) -> Tensor:
-        return self.learnable_vector
+    def context(self, exemplar: Tensor | None, prompts: object) -> Tensor:
+        return self.learnable_vector if exemplar is None else exemplar
 
     def encode_image(self, x: Tensor, generator: object = None) -> Tensor:
         assert x.shape[1:] == (3, S, S)

@@ -331,7 +331,7 @@ def test_impossible_settings(
 
 def test_dropped_exemplars_become_the_null_token(tiny_model: LatentDiffusion) -> None:
     context = torch.randn(3, 1, 768, generator=seeded(0))
-    got = tiny_model.drop_exemplar(context, torch.tensor([False, True, False]))
+    got = tiny_model.drop_condition(context, torch.tensor([False, True, False]))
     assert torch.equal(got[[0, 2]], context[[0, 2]])
     assert torch.equal(got[1:2], tiny_model.null_context)
 

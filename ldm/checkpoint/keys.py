@@ -20,13 +20,14 @@ FIRST_STAGE = "first_stage_model."
 TOWER = "cond_stage_model.transformer."  # CLIP: the image tower here, the text tower in Stable Diffusion
 FILE_TOWER = TOWER + "vision_model."
 TEXT_TOWER = TOWER + "text_model."
+TEXT_MODULE = "text_encoder.transformer."
 
-# (prefix in files, prefix in modules): transformers 5 has no `vision_model` level in its CLIP image tower.
-RENAMED = ((FILE_TOWER, TOWER),)
+# (prefix in files, prefix in modules): transformers 5 has no `vision_model` and `text_model` level in its CLIP towers,
+# and here the text tower has a module of its own, so that a model can have both.
+RENAMED = ((FILE_TOWER, TOWER), (TEXT_TOWER, TEXT_MODULE))
 
-# Files also hold the tower's position numbers, 0 … N, which no module keeps any more.
-POSITION_IDS = FILE_TOWER + "embeddings.position_ids"
-POSITION_EMBEDDING = FILE_TOWER + "embeddings.position_embedding.weight"  # (N + 1, D)
+# Files also hold the towers' position numbers, 0 … N, which no module keeps any more.
+POSITION_IDS, TEXT_POSITION_IDS = (tower + "embeddings.position_ids" for tower in (FILE_TOWER, TEXT_TOWER))
 
 # A second copy of the UNet, averaged over training, its names without dots; with two counters.
 EMA = "model_ema."
@@ -70,18 +71,20 @@ def to_module_keys(state: Mapping[str, Tensor], *, use_ema: bool = False) -> dic
         CheckpointError: `use_ema`, and the file holds no complete set of averaged weights.
     """
     state = merge_lora(swap_in_ema(state) if use_ema else state)
-    kept = {name: tensor for name, tensor in state.items() if name != POSITION_IDS and not name.startswith(EMA)}
+    unused = (POSITION_IDS, TEXT_POSITION_IDS)
+    kept = {name: tensor for name, tensor in state.items() if name not in unused and not name.startswith(EMA)}
     return {_renamed(name, RENAMED): tensor for name, tensor in kept.items()}
 
 
 def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A module's tensors under the published names, with `position_ids` (1, N + 1) int64 made anew."""
+    """A module's tensors under the published names, with `position_ids` (1, N) int64 made anew."""
     renames = [(module, file) for file, module in RENAMED]
     kept = (FILE_TOWER, TEXT_TOWER)
     renamed = {name if name.startswith(kept) else _renamed(name, renames): tensor for name, tensor in state.items()}
-    if POSITION_EMBEDDING in renamed:
-        table = renamed[POSITION_EMBEDDING]
-        renamed[POSITION_IDS] = torch.arange(table.shape[0], device=table.device)[None]
+    for name in (POSITION_IDS, TEXT_POSITION_IDS):
+        table = renamed.get(name.replace("position_ids", "position_embedding.weight"))
+        if table is not None:
+            renamed[name] = torch.arange(len(table), device=table.device)[None]
     return renamed
 
 
@@ -182,8 +185,20 @@ def _remedy(expected: Mapping[str, Sequence[int]], got: Mapping[str, Tensor], nu
     def holds(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in got)
 
-    four_channels = INPUT_CONV in got and got[INPUT_CONV].shape[1] == 4 != expected.get(INPUT_CONV, (0, 0))[1]
-    if holds(TEXT_TOWER) or four_channels:
+    text = holds(TEXT_MODULE, TEXT_TOWER)
+    channels = got[INPUT_CONV].shape[1] if INPUT_CONV in got else 0
+    four_channels = channels == 4 != expected.get(INPUT_CONV, (0, 0))[1]
+    if any(name.startswith(TEXT_MODULE) for name in expected):
+        if four_channels:
+            return (
+                "this is Stable Diffusion; give it the input channels of inpainting with "
+                "`python scripts/modify_checkpoints.py IN OUT --in-channels 9`, and train those"
+            )
+        if holds("proj_out.") and not text:
+            return "this model reads exemplars, not text; use its own config, such as configs/v1.yaml"
+    elif text and channels == 9:
+        return "this is Stable Diffusion inpainting, which reads text; use it with configs/inpaint-text.yaml"
+    elif text or four_channels:
         return (
             "this is Stable Diffusion; make it a starting point for training with "
             "`python scripts/modify_checkpoints.py IN OUT --clip openai/clip-vit-large-patch14`"

@@ -96,7 +96,7 @@ def test_the_null_token_stands_for_all_tokens(all_tokens_model: LatentDiffusion)
     """Null-dropping and guided sampling broadcast it; attention to equal tokens is attention to one."""
     model, generator = all_tokens_model, torch.Generator().manual_seed(0)
     context = torch.randn(2, 17, 768, generator=generator)
-    got = model.drop_exemplar(context, torch.tensor([False, True]))
+    got = model.drop_condition(context, torch.tensor([False, True]))
     assert torch.equal(got[0], context[0])
     assert torch.equal(got[1], model.null_context[0].expand(17, -1))
     x, t = torch.randn(1, 9, 8, 8, generator=generator), torch.tensor([300])

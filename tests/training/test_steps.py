@@ -210,7 +210,7 @@ class TestNullDrop:
         latents = torch.zeros(rows, 4, 8, 8)
         module.__dict__["latents"] = lambda batch, generators: (latents, latents)
         module.__dict__["encode_exemplar"] = lambda x: torch.zeros(rows, 1, 32)
-        module.__dict__["drop_exemplar"] = lambda context, dropped: seen.append(dropped) or context
+        module.__dict__["drop_condition"] = lambda context, dropped: seen.append(dropped) or context
         module.__dict__["loss"] = lambda z_0, *rest: torch.zeros(len(z_0))
         for start in range(keys.start, keys.stop, rows):
             key = torch.arange(start, start + rows)

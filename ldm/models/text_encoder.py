@@ -1,0 +1,108 @@
+"""The text encoder: prompts to the tokens that Stable Diffusion's UNet attends to.
+
+Dimensions: B batch · L tokens (77) · D tower width (768).
+Source: Rombach et al. 2022; the tower is CLIP's (Radford et al. 2021), whose last normed hidden state is passed on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import TextEncoderConfig
+
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that is missing or does not belong to the tower; the message says where to get one."""
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text tower, with the tokenizer that goes before it.
+
+    Args:
+        config: sizes, and where the tokenizer is; see `ldm.config.TextEncoderConfig`.
+    """
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        # A second of import that nobody should pay who builds no such tower.
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        self.config = config
+        self.folder = Path(config.tokenizer) if config.tokenizer else None
+        self.transformer: Any = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=config.vocab_size,
+                max_position_embeddings=config.max_length,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                projection_dim=config.hidden_size,  # CLIP's own projection is not used
+                bos_token_id=config.vocab_size - 2,
+                eos_token_id=config.vocab_size - 1,
+                pad_token_id=config.vocab_size - 1,
+            )
+        )
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """(B, L) int64 to (B, L, D)."""
+        return self.transformer(input_ids=token_ids).last_hidden_state
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to (B, L) int64: start, at most L - 2 tokens, end, and the end again up to L; longer ones are cut.
+
+        Raises:
+            TokenizerError: there is no tokenizer, or it knows tokens that the tower does not.
+        """
+        length = self.config.max_length
+        ids = self.tokenizer(list(prompts), padding="max_length", max_length=length)["input_ids"]
+        for prompt, row in zip(prompts, ids, strict=True):
+            if len(row) > length:
+                warnings.warn(f"{prompt!r}: {len(row)} tokens, cut to the first {length}", stacklevel=3)
+        return torch.tensor([[*row[: length - 1], row[-1]] for row in ids])
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Byte-pair encoding of lower-case text, from `vocab.json` and `merges.txt`."""
+        folder = self.folder or Path("tokenizer")
+        if not _holds_tokenizer(folder):
+            raise TokenizerError(
+                f"{folder}: got no tokenizer there, expected {' and '.join(TOKENIZER_FILES)}; download both from "
+                "https://huggingface.co/openai/clip-vit-large-patch14 into a folder `tokenizer` beside the checkpoint, "
+                "or name their folder with model.text_encoder.tokenizer"
+            )
+        from transformers import CLIPTokenizer
+
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # whatever a damaged file raises, of several libraries
+            raise TokenizerError(f"{folder}: not a readable tokenizer ({error}); download its files again") from error
+        if len(tokenizer) != self.config.vocab_size:
+            raise TokenizerError(
+                f"{folder}: got a tokenizer of {len(tokenizer)} tokens, expected {self.config.vocab_size}; take the "
+                "one that the text tower was trained with"
+            )
+        return tokenizer
+
+    def find_tokenizer(self, folder: Path) -> None:
+        """Unless the config names one, take the tokenizer in a checkpoint's folder: in `tokenizer`, or beside it."""
+        if self.folder is None:
+            self.folder = folder if _holds_tokenizer(folder) else folder / "tokenizer"
+
+    def restore_position_ids(self, device: torch.device | str) -> None:
+        """Recreate CLIP's index buffer, which no file holds, after a build on the meta device."""
+        position_ids = torch.arange(self.config.max_length, device=device)[None]
+        self.transformer.embeddings.register_buffer("position_ids", position_ids, persistent=False)
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in TOKENIZER_FILES)

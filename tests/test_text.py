@@ -1,0 +1,316 @@
+"""Text instead of exemplars: Stable Diffusion inpainting's conventions, against diffusers."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm import Editor
+from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
+from ldm.checkpoint.keys import EMA, INPUT_CONV, TEXT_TOWER, to_file_keys, to_module_keys
+from ldm.config import Config, ConfigError, ExemplarEncoderConfig, load_config
+from ldm.data.transforms import mask_to_tensor, pil_to_tensor
+from ldm.editing import EditingError
+from ldm.latent_diffusion import LatentDiffusion, latent_hole, load_model
+from ldm.models.text_encoder import TextEncoder, TokenizerError
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def editor(text_folder: Path) -> Editor:
+    return Editor.from_pretrained(text_folder)
+
+
+@pytest.fixture(scope="module")
+def scene() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def hole() -> Image.Image:
+    """Its edges lie on no edge of the latent grid of 4 px."""
+    hole = Image.new("L", (32, 32))
+    hole.paste(255, (7, 6, 21, 25))
+    return hole
+
+
+@pytest.fixture(scope="module")
+def pipeline(editor: Editor) -> Any:
+    """diffusers' own pipeline with the same weights, converted by diffusers."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.loaders import single_file_utils as convert
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model, state = editor.model, editor.model.state_dict()
+    sizes = {"norm_num_groups": 32, "layers_per_block": 1}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=64,
+        in_channels=9,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        **sizes,
+    )
+    unet.load_state_dict(convert.convert_ldm_unet_checkpoint(dict(state), unet.config))
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 32, 32),
+        latent_channels=4,
+        scaling_factor=model.config.scale_factor,
+        **sizes,
+    )
+    vae.load_state_dict(convert.convert_ldm_vae_checkpoint(dict(state), vae.config))
+    text = CLIPTextModel(CLIPTextConfig(**model.text_encoder.transformer.config.to_dict()))
+    text.load_state_dict(model.text_encoder.transformer.state_dict())
+    schedule: dict[str, Any] = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "steps_offset": 1,
+    }
+    schedulers = {
+        "ddim": diffusers.DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False),
+        "plms": diffusers.PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False),
+    }
+    schedulers["ddim"].register_to_config(skip_prk_steps=True)  # the pipeline asks any scheduler for it
+    pipeline = diffusers.StableDiffusionInpaintPipeline(
+        vae.eval(),
+        text.eval(),
+        model.text_encoder.tokenizer,
+        unet.eval(),
+        schedulers["ddim"],
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+    pipeline.tokenizer.model_max_length = model.config.text_encoder.max_length
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.choices = schedulers
+    return pipeline
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+def test_the_same_image_as_diffusers(
+    editor: Editor, pipeline: Any, scene: Image.Image, hole: Image.Image, sampler: str
+) -> None:
+    generator = seeded(5)
+    torch.randn(4, 8, 8, generator=generator)  # the masked image's posterior, drawn first
+    x_T = torch.randn(1, 4, 8, 8, generator=generator)
+    pipeline.scheduler = pipeline.choices[sampler]
+    expected = pipeline(
+        "a dog",
+        scene,
+        hole,
+        height=32,
+        width=32,
+        num_inference_steps=10,
+        guidance_scale=7.5,
+        negative_prompt="cat",
+        generator=seeded(5),
+        latents=x_T,
+        output_type="pt",
+    ).images
+    (got,) = editor.paint(
+        pil_to_tensor(scene)[None],
+        mask_to_tensor(hole)[None],
+        None,
+        [5],
+        prompts=["a dog"],
+        negative_prompt="cat",
+        sampler=sampler,
+        num_steps=10,
+        guidance_scale=7.5,
+    )
+    # measured: 3e-6, the rounding of twenty evaluations of two implementations
+    torch.testing.assert_close(got / 2 + 0.5, expected[0], rtol=0, atol=2e-5)
+
+
+def paint(editor: Editor, scene: Image.Image, hole: Image.Image, **options: Any) -> Tensor:
+    keep_mask = mask_to_tensor(hole)[None]
+    return editor.paint(pil_to_tensor(scene)[None], keep_mask, None, [0], num_steps=2, sampler="ddim", **options)
+
+
+def test_prompts_count(editor: Editor, scene: Image.Image, hole: Image.Image) -> None:
+    dog = paint(editor, scene, hole, prompts=["a dog"])
+    assert torch.equal(paint(editor, scene, hole, prompts=["A  Dog"]), dog)  # case and spaces do not
+    assert torch.equal(paint(editor, scene, hole, prompts=["a dog"], negative_prompt=""), dog)
+    for other in ({"prompts": ["a cat"]}, {}, {"prompts": ["a dog"], "negative_prompt": "cat"}):
+        assert (paint(editor, scene, hole, **other) - dog).abs().max() > 1e-3
+
+
+def test_tokens(editor: Editor) -> None:
+    encoder = editor.model.text_encoder
+    start, end = 56, 57
+    dog, cat, a = 53, 55, 26
+    assert encoder.tokenize(["a dog", ""]).tolist() == [[start, a, dog] + [end] * 9, [start] + [end] * 11]
+    with pytest.warns(UserWarning, match=r"22 tokens, cut to the first 12"):
+        cut = encoder.tokenize(["a dog " * 10])
+    assert cut.tolist() == [[start, *[a, dog] * 5, end]]
+    assert encoder.tokenize(["cat " * 10]).tolist() == [[start, *[cat] * 10, end]]  # just fits
+    # attention is causal: later tokens leave earlier ones alone
+    first, second = editor.model.encode_text(["a dog"]), editor.model.encode_text(["a cat"])
+    torch.testing.assert_close(first[:, :2], second[:, :2], rtol=0, atol=1e-6)
+    assert (first[:, 2:] - second[:, 2:]).abs().max() > 1e-3
+
+
+# --- Conventions ------------------------------------------------------------------------------------------------------
+
+
+def with_channels(config: Config, *names: str, condition: str = "text") -> LatentDiffusion:
+    return LatentDiffusion(replace(config.model, input_channels=list(names), condition=condition))
+
+
+def test_both_orders_of_channels(text_config: Config, hole: Image.Image) -> None:
+    x_t, z_masked, keep_mask = torch.ones(1, 4, 8, 8), torch.full((1, 4, 8, 8), 2.0), mask_to_tensor(hole)[None]
+    paint_by_example = with_channels(text_config, "x_t", "z_masked", "keep_mask").unet_input(x_t, z_masked, keep_mask)
+    inpainting = with_channels(text_config, "x_t", "hole_mask", "z_masked").unet_input(x_t, z_masked, keep_mask)
+    assert torch.equal(paint_by_example[:, :8], torch.cat([x_t, z_masked], dim=1))
+    assert torch.equal(inpainting[:, [0, 1, 2, 3, 5, 6, 7, 8]], paint_by_example[:, :8])
+    keep, paint = paint_by_example[:, 8], inpainting[:, 4]
+    assert paint.unique().tolist() == [0, 1]
+    assert keep[0, 1, 3] == 0.5 and paint[0, 1, 3] == 0  # between rows 5 and 6, where the hole begins; its row 4
+    assert keep[0, 0, 0] == 1 and paint[0, 0, 0] == 0  # outside of the hole
+    assert keep[0, 4, 4] == 0 and paint[0, 4, 4] == 1  # inside
+    # pixels 4 i and 4 j decide for cell i, j: columns 8 to 20 and rows 8 to 24 of the hole
+    assert paint[0].nonzero().amin(0).tolist() == [2, 2] and paint[0].nonzero().amax(0).tolist() == [6, 5]
+
+
+def test_the_hole_is_cut_at_a_half(text_config: Config) -> None:
+    soft = torch.tensor([0.0, 0.49, 0.5, 0.51, 1.0]).repeat_interleave(4).expand(1, 1, 20, 20)
+    assert latent_hole(soft, torch.zeros(1, 4, 5, 5))[0, 0, 0].tolist() == [1, 1, 1, 0, 0]  # as diffusers' >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("names", "in_channels", "message"),
+    [
+        (["x_t", "z_masked"], 9, r"model\.unet\.in_channels: got 9, expected 8 \(x_t 4 \+ z_masked 4, see"),
+        (["z_masked", "x_t"], 8, "model.input_channels: .*expected x_t first"),
+        (["x_t", "x_t"], 8, "model.input_channels: .*no name twice"),
+        (["x_t", "mask"], 5, "model.input_channels: got 'mask', expected one of x_t, z_masked, keep_mask, hole_mask"),
+    ],
+)
+def test_impossible_channels(text_config: Config, names: list[str], in_channels: int, message: str) -> None:
+    unet = replace(text_config.model.unet, in_channels=in_channels)
+    with pytest.raises(ConfigError, match=message):
+        LatentDiffusion(replace(text_config.model, input_channels=names, unet=unet))
+
+
+def test_exemplar_and_text_together(text_config: Config, tokenizer_folder: Path) -> None:
+    """As many tokens as both have, and each counts."""
+    exemplar = ExemplarEncoderConfig(
+        image_size=14, patch_size=7, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, mapper_layers=1
+    )
+    text = replace(text_config.model.text_encoder, tokenizer=str(tokenizer_folder))
+    config = replace(text_config.model, condition="both", exemplar_encoder=exemplar, text_encoder=text)
+    torch.manual_seed(0)
+    editor = Editor(load_model(Config(model=config)))
+    model, picture = editor.model, torch.randn(1, 3, 14, 14, generator=seeded(0))
+    tokens = model.encode_exemplar(picture)
+    assert torch.equal(model.context(tokens, ["dog"]), torch.cat([tokens, model.encode_text(["dog"])], dim=1))
+    assert torch.equal(model.context(None, ["dog", "cat"])[:, :1], model.learnable_vector.expand(2, -1, -1))
+    assert torch.equal(model.null_context[:, 1:], model.encode_text([""]))
+    assert not model.single_token
+    for block in (m for m in model.modules() if isinstance(m, nn.Conv2d) and not m.weight.any()):
+        nn.init.normal_(block.weight, std=0.1, generator=seeded(1))
+    given = {"exemplar": Image.new("RGB", (9, 9), "red"), "prompt": "a dog"}
+    scene, hole = Image.new("RGB", (32, 32), "grey"), Image.new("L", (32, 32), 255)
+    options: dict[str, Any] = {"num_steps": 2, "sampler": "ddim"}
+    results = [
+        editor.edit(scene, hole, **chosen, **options)
+        for chosen in (given, {**given, "prompt": None}, {**given, "exemplar": None}, {})
+    ]
+    pixels = [np.asarray(result) for result in results]
+    assert all((a != b).any() for a, b in combinations(pixels, 2))
+    with pytest.raises(ConfigError, match="tokens: got all with condition both"):
+        replace(config, exemplar_encoder=replace(exemplar, tokens="all"))
+
+
+# --- Loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_stable_diffusion_inpaintings_file_at_full_size() -> None:
+    """The published names and shapes of v1-4, but for the five further input channels that inpainting has."""
+    with open(GOLDEN / "sd_v1_4_state_dict.tsv", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    published = {row["name"]: tuple(json.loads(row["shape"])) for row in rows if not row["name"].startswith(EMA)}
+    published[INPUT_CONV] = (320, 9, 3, 3)
+    with torch.device("meta"):
+        model = LatentDiffusion(load_config(CONFIGS / "inpaint-text.yaml").model)
+    assert {name: tuple(t.shape) for name, t in to_file_keys(model.state_dict()).items()} == published
+    theirs = {name: torch.empty(shape, device="meta") for name, shape in published.items()}
+    modules = {name: tensor.shape for name, tensor in to_module_keys(theirs).items()}
+    assert modules == {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def test_a_ckpt_loads_strictly(text_config: Config, text_folder: Path, tmp_path: Path) -> None:
+    state = read_checkpoint(text_folder / "model.safetensors")
+    position_ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    assert state[position_ids].tolist() == [list(range(12))]
+    ema = {"model_ema.decay": torch.tensor(0.9999)}  # which a pruned file still has
+    torch.save({"state_dict": {**state, **ema}, "global_step": 440_000}, tmp_path / "model.ckpt")
+    model = load_model(text_config, tmp_path / "model.ckpt")
+    assert torch.equal(
+        model.text_encoder.transformer.final_layer_norm.weight, state[f"{TEXT_TOWER}final_layer_norm.weight"]
+    )
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    with pytest.raises(
+        TokenizerError, match=r"tokenizer: got no tokenizer there, expected vocab.json and merges.txt; "
+    ):
+        model.encode_text(["a dog"])
+
+
+def test_wrong_files(text_config: Config, text_folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    state = read_checkpoint(text_folder / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    for config, spoilt, message in (
+        (text_config, {n: t for n, t in state.items() if "fc1.bias" not in n}, r"2 missing:\s+text_encoder\.tran"),
+        (
+            text_config,
+            {**state, INPUT_CONV: state[INPUT_CONV][:, :4]},
+            r"modify_checkpoints\.py IN OUT --in-channels 9",
+        ),
+        (text_config, read_checkpoint(tiny_folder / "model.safetensors"), "this model reads exemplars, not text"),
+        (tiny_folder / "config.yaml", state, r"Stable Diffusion inpainting, .* configs/inpaint-text\.yaml"),
+    ):
+        write_safetensors(path, spoilt)
+        with pytest.raises(CheckpointError, match=f"(?s){message}"):
+            load_model(config, path)
+
+
+def test_wrong_tokenizers(text_config: Config, text_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    encoder = replace(text_config.model.text_encoder, vocab_size=60, tokenizer=str(tokenizer_folder))
+    with pytest.raises(TokenizerError, match="got a tokenizer of 58 tokens, expected 60"):
+        TextEncoder(encoder).tokenize(["dog"])
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "vocab.json").write_text("<html>")
+    with pytest.raises(TokenizerError, match="not a readable tokenizer"):
+        TextEncoder(replace(encoder, tokenizer=str(tmp_path))).tokenize(["dog"])
+    with pytest.raises(ConfigError, match=r"text_encoder\.hidden_size: got 32, expected model\.unet\.context_dim, 16"):
+        LatentDiffusion(replace(text_config.model, text_encoder=replace(encoder, hidden_size=32)))
+
+
+def test_what_a_model_does_not_read(editor: Editor, tiny_folder: Path, scene: Image.Image, hole: Image.Image) -> None:
+    with pytest.raises(EditingError, match="got an exemplar for a model that reads text; give a prompt"):
+        editor.edit(scene, hole, scene)
+    with pytest.raises(EditingError, match="got a prompt for a model that reads exemplars, not text"):
+        Editor.from_pretrained(tiny_folder).edit(scene, hole, negative_prompt="blurred")
