@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from ldm.config import Config
+from ldm.control import Control, Steering, load_controlnet
 from ldm.data.transforms import (
     MID_GREY,
     alpha_channel,
@@ -33,6 +34,7 @@ from ldm.data.transforms import (
 from ldm.files import replacing
 from ldm.holes import box_hole, drawn_hole, grown, parts, reshaped
 from ldm.latent_diffusion import LatentDiffusion, load_model
+from ldm.models.controlnet import HINT_DOWNSAMPLING, ControlNet
 from ldm.samplers import OnStep
 from ldm.seams import agree
 
@@ -165,6 +167,7 @@ class Editor:
         feather: int | None = None,
         colour_agreement: bool = True,
         whole_image: bool = False,
+        controls: Sequence[Control] = (),
         on_step: OnStep | None = None,
     ) -> Image.Image | list[Image.Image]:
         """Replace the hole of a scene by what the exemplar shows or the prompt says, whichever the model reads.
@@ -196,6 +199,7 @@ class Editor:
             colour_agreement: correct the painted region for the decoder's change of colours at its edge; `seams.agree`.
             whole_image: show the model the whole scene instead of a crop, as the paper does. A scene that
                 is not square is extended by reflection, not squashed.
+            controls: control networks (`load_controlnet`), each with a picture that it reads.
             on_step: called after each step as `on_step(step, num_steps, x_t, x_0)`.
 
         Returns:
@@ -218,11 +222,16 @@ class Editor:
         image = fitted.image.expand(len(seeds), -1, -1, -1)
         keep_mask = fitted.keep_mask.expand(len(seeds), -1, -1, -1)
         pixel_values = None if exemplar is None else self.exemplar_tensor(exemplar).expand(len(seeds), -1, -1, -1)
+        steering = None
+        if controls:
+            pictures = [fitted.same_square(control.picture, self.model.config.image_size) for control in controls]
+            steering = Steering(controls, pictures, self.model.weight_dtype)
         painted = self.paint(
             image,
             keep_mask,
             pixel_values,
             seeds,
+            steering=steering,
             prompts=None if prompt is None else [prompt],
             negative_prompt=negative_prompt,
             sampler=sampler,
@@ -267,6 +276,19 @@ class Editor:
                 assert isinstance(edited, Image.Image)
                 results[i] = edited
         return results[0] if alone else results
+
+    def load_controlnet(self, path: str | Path) -> ControlNet:
+        """A control network for the model, on its device; see `control.load_controlnet`.
+
+        Raises:
+            EditingError: the model's latents are not those of Stable Diffusion.
+        """
+        if self.model.downsampling != HINT_DOWNSAMPLING:
+            raise EditingError(
+                f"{path}: control networks read {HINT_DOWNSAMPLING} pixels a latent cell, this model has "
+                f"{self.model.downsampling}; use a model of Stable Diffusion's size"
+            )
+        return load_controlnet(path, self.model.config.unet, device=self.device, dtype=self.model.weight_dtype)
 
     def check_condition(self, exemplar: object, prompt: str | None, negative_prompt: str | None = None) -> None:
         """Raise EditingError where something is given that the model does not read."""
@@ -366,6 +388,21 @@ class FittedScene:
     window: Window
     image: Tensor
     keep_mask: Tensor
+
+    def same_square(self, picture: Picture, image_size: int) -> Tensor:
+        """The square of another picture of the scene that the model sees, (1, 3, S, S) in [0, 1].
+
+        Raises:
+            EditingError: the picture has another aspect than the scene.
+        """
+        other, (width, height) = as_rgb(picture), self.scene.size
+        if abs(other.width * height - other.height * width) > sum((*other.size, width, height)):  # beyond rounding
+            raise EditingError(
+                f"the control picture is {other.width}x{other.height}, the scene {width}x{height}; give one of its size"
+            )
+        square = _cut(other.resize(self.scene.size, Image.Resampling.BICUBIC), self.window)
+        square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        return (pil_to_tensor(square)[None] + 1) / 2
 
     def put_back(
         self, painted: Tensor, *, feather: int | None = 0, colour_agreement: bool = True, whole: bool = False

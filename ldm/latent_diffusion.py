@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, TOWER, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, ModelConfig, load_config
+from ldm.control import Steering
 from ldm.diffusion import make_schedule, q_sample, target, to_eps
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder
@@ -235,6 +236,7 @@ class LatentDiffusion(nn.Module):
         eta: float = 0.0,
         x_T: Tensor | None = None,
         generator: Generators = None,
+        steering: Steering | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Noise to scaled latents, given what the UNet sees beside them.
@@ -251,6 +253,7 @@ class LatentDiffusion(nn.Module):
             eta: DDIM's stochasticity in [0, 1].
             x_T: (B, Z, h, w) start noise; drawn when None.
             generator: source of all noise, one for the batch or one per sample.
+            steering: control networks with their pictures.
             on_step: called after each step as `on_step(step, num_steps, x_t, x_0)`.
 
         Returns:
@@ -277,7 +280,8 @@ class LatentDiffusion(nn.Module):
             conditions, tokens = both if guided else alone
             x = x_t.repeat(2, 1, 1, 1) if guided else x_t
             steps = torch.full((x.shape[0],), t, device=device)
-            prediction = self.unet(torch.cat([x.to(dtype), conditions], dim=1), steps, tokens).float()
+            residuals = steering and steering.residuals(x.to(dtype), steps, tokens, guided=guided)
+            prediction = self.unet(torch.cat([x.to(dtype), conditions], dim=1), steps, tokens, residuals).float()
             eps = to_eps(prediction, x, steps, self.config.parameterization, self.alphas_cumprod)
             if not guided:
                 return eps

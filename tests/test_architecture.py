@@ -26,7 +26,7 @@ FLOORS = (
         "ldm.data.masks",
         "ldm.evaluation",
     ),
-    ("ldm.samplers", "ldm.models", "ldm.data"),
+    ("ldm.samplers", "ldm.models", "ldm.data", "ldm.control"),
     ("ldm.latent_diffusion",),
     ("ldm.training", "ldm.sharding", "ldm.holes", "ldm.editing"),
     ("ldm.callbacks", "ldm.bulk"),

@@ -7,6 +7,8 @@ Yang et al. 2023 (Paint by Example) for the nine input channels and the one-toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -76,11 +78,14 @@ class Stage(nn.ModuleList):
         return layer(x, condition)
 
 
-class UNetModel(nn.Module):
-    """Predicts the noise (or v, or x_0) in a latent, given timestep and context.
+class UNetEncoder(nn.Module):
+    """The UNet down to its middle, which control networks have a copy of.
 
     Args:
         config: sizes; see `ldm.config.UNetConfig`.
+
+    Attributes:
+        skip_channels: widths of what the input blocks give, in order.
 
     Raises:
         ConfigError: widths that the norm groups or the heads do not divide.
@@ -103,28 +108,15 @@ class UNetModel(nn.Module):
             nn.Linear(embedding_channels, embedding_channels),
         )
 
-        def res_block(channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(channels, embedding_channels, out_channels, config.norm_groups, config.dropout)
-
-        def transformer(channels: int) -> SpatialTransformer:
-            return SpatialTransformer(
-                channels,
-                config.num_heads,
-                config.transformer_depth,
-                config.context_dim,
-                norm_groups=config.norm_groups,
-                dropout=config.dropout,
-            )
-
         channels, factor = config.model_channels, 1
         input_blocks = [Stage(nn.Conv2d(config.in_channels, channels, 3, padding=1))]
         skip_channels = [channels]
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                layers: list[nn.Module] = [res_block(channels, width)]
+                layers: list[nn.Module] = [_res_block(config, channels, width)]
                 channels = width
                 if factor in config.attention_resolutions:
-                    layers.append(transformer(channels))
+                    layers.append(_transformer(config, channels))
                 input_blocks.append(Stage(*layers))
                 skip_channels.append(channels)
             if level < len(widths) - 1:
@@ -132,16 +124,38 @@ class UNetModel(nn.Module):
                 skip_channels.append(channels)
                 factor *= 2
         self.input_blocks = nn.ModuleList(input_blocks)
+        self.skip_channels = tuple(skip_channels)
 
-        self.middle_block = Stage(res_block(channels, channels), transformer(channels), res_block(channels, channels))
+        middle = _res_block(config, channels, channels), _transformer(config, channels)
+        self.middle_block = Stage(*middle, _res_block(config, channels, channels))
 
+    def embed(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Timesteps (B,) to (B, E)."""
+        return self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
+
+
+class UNetModel(UNetEncoder):
+    """Predicts the noise (or v, or x_0) in a latent, given timestep and context.
+
+    Args:
+        config: sizes; see `ldm.config.UNetConfig`.
+
+    Raises:
+        ConfigError: widths that the norm groups or the heads do not divide.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        skip_channels = list(self.skip_channels)
+        channels, factor = skip_channels[-1], 2 ** (len(config.channel_mult) - 1)
         output_blocks = []
-        for level, width in reversed(list(enumerate(widths))):
+        for level, multiplier in reversed(list(enumerate(config.channel_mult))):
+            width = config.model_channels * multiplier
             for i in range(config.num_res_blocks + 1):
-                layers = [res_block(channels + skip_channels.pop(), width)]
+                layers: list[nn.Module] = [_res_block(config, channels + skip_channels.pop(), width)]
                 channels = width
                 if factor in config.attention_resolutions:
-                    layers.append(transformer(channels))
+                    layers.append(_transformer(config, channels))
                 if level > 0 and i == config.num_res_blocks:
                     layers.append(Upsample(channels))
                     factor //= 2
@@ -159,7 +173,7 @@ class UNetModel(nn.Module):
             elif isinstance(module, Stage):
                 module.activation_checkpointing = config.activation_checkpointing
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, residuals: Sequence[Tensor] | None = None) -> Tensor:
         """Predict from a noisy latent.
 
         Args:
@@ -167,16 +181,21 @@ class UNetModel(nn.Module):
                 divisible by the UNet's own downsampling factor.
             t: (B,) timesteps in [0, T).
             context: (B, L, D) tokens.
+            residuals: added to what the input blocks and the middle block give, one each; of `ControlNet`.
 
         Returns:
             (B, out_channels, h, w) in the dtype of the computation.
         """
-        embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(context.dtype))
+        embedding = self.embed(t, context.dtype)
         skips = []
         for stage in self.input_blocks:
             x = stage(x, embedding, context)
             skips.append(x)
         x = self.middle_block(x, embedding, context)
+        if residuals is not None:
+            *of_skips, of_middle = residuals
+            x = x + of_middle
+            skips = [skip + residual for skip, residual in zip(skips, of_skips, strict=True)]
         for stage in self.output_blocks:
             x = stage(torch.cat([x, skips.pop()], dim=1), embedding, context)
         return self.out(x)
@@ -189,3 +208,18 @@ class UNetModel(nn.Module):
         """
         suffixes = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")
         return [p for name, p in self.named_parameters() if "transformer_blocks" in name and name.endswith(suffixes)]
+
+
+def _res_block(config: UNetConfig, channels: int, out_channels: int) -> ResBlock:
+    return ResBlock(channels, 4 * config.model_channels, out_channels, config.norm_groups, config.dropout)
+
+
+def _transformer(config: UNetConfig, channels: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        channels,
+        config.num_heads,
+        config.transformer_depth,
+        config.context_dim,
+        norm_groups=config.norm_groups,
+        dropout=config.dropout,
+    )
