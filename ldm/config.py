@@ -16,7 +16,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-INPUT_CHANNELS = ("x_t", "z_masked", "keep_mask", "hole_mask")
+INPAINTING_CHANNELS = ("z_masked", "keep_mask", "hole_mask")
+RELIGHTING_CHANNELS = ("z_foreground", "z_background")
+INPUT_CHANNELS = ("x_t", *INPAINTING_CHANNELS, *RELIGHTING_CHANNELS)
 
 
 class ConfigError(ValueError):
@@ -119,7 +121,7 @@ class ModelConfig:
     parameterization: str = "eps"  # what the UNet predicts: eps | v | x0
     condition: str = "exemplar"  # what the context tokens are: exemplar | text | both, one after the other
     # of the UNet, in this order: keep_mask (1 = keep, resized bilinearly) is Paint by Example's, hole_mask (1 = paint,
-    # cut at a half, resized to the nearest) Stable Diffusion inpainting's
+    # cut at a half, resized to the nearest) Stable Diffusion inpainting's; z_foreground and z_background are IC-Light's
     input_channels: list[str] = field(default_factory=lambda: ["x_t", "z_masked", "keep_mask"])
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)

@@ -210,7 +210,7 @@ class Editor:
             OSError, ValueError: a file cannot be read.
         """
         self.check_condition(exemplar, prompt, negative_prompt)
-        seeds, alone = _seeds(seed, n_samples)
+        seeds, alone = seeds_of(seed, n_samples)
         if context_margin is None:
             context_margin = self.model.config.context_margin
         if context_margin < 0 or (feather or 0) < 0:
@@ -268,7 +268,7 @@ class Editor:
                 f"{len(separate)}, from top to bottom"
             )
         each = list(exemplars) * (len(separate) if len(exemplars) == 1 else 1)
-        seeds, alone = _seeds(options.pop("seed", 0), options.pop("n_samples", 1))
+        seeds, alone = seeds_of(options.pop("seed", 0), options.pop("n_samples", 1))
         results = [picture] * len(seeds)
         for hole, exemplar in zip(separate, each, strict=True):
             for i, seed in enumerate(seeds):
@@ -292,6 +292,8 @@ class Editor:
 
     def check_condition(self, exemplar: object, prompt: str | None, negative_prompt: str | None = None) -> None:
         """Raise EditingError where something is given that the model does not read."""
+        if not self.model.inpaints:
+            raise EditingError("got a model for relighting, which does not inpaint; use Relighter (--mode relight)")
         if exemplar is not None and not self.model.reads_exemplars:
             raise EditingError("got an exemplar for a model that reads text; give a prompt instead")
         if not (prompt is None and negative_prompt is None) and not self.model.reads_text:
@@ -464,8 +466,12 @@ def fit_scene(
     return FittedScene(picture, hole, window, pil_to_tensor(square)[None], mask_to_tensor(square_hole)[None])
 
 
-def _seeds(seed: int | Sequence[int], n_samples: int) -> tuple[list[int], bool]:
-    """Of every sample; and whether a single picture was asked for."""
+def seeds_of(seed: int | Sequence[int], n_samples: int) -> tuple[list[int], bool]:
+    """The seed of every sample; and whether a single picture was asked for.
+
+    Raises:
+        EditingError: there are no seeds, or as many as samples there are not.
+    """
     if not isinstance(seed, int):
         if not seed or n_samples not in (1, len(seed)):
             raise EditingError(f"got {len(seed)} seeds for {n_samples} samples, expected one seed per sample")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, TOWER, check_keys, to_module_keys
-from ldm.config import Config, ConfigError, ModelConfig, load_config
+from ldm.config import INPUT_CHANNELS, RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
 from ldm.control import Steering
 from ldm.diffusion import make_schedule, q_sample, target, to_eps
 from ldm.models.autoencoder import AutoencoderKL
@@ -26,7 +26,7 @@ from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNetModel
 from ldm.noise import Generators, draw_noise
-from ldm.samplers import SAMPLERS, OnStep
+from ldm.samplers import SAMPLERS, OnStep, first_timestep
 
 
 def latent_mask(keep_mask: Tensor, z: Tensor) -> Tensor:
@@ -92,6 +92,10 @@ class LatentDiffusion(nn.Module):
     @property
     def reads_text(self) -> bool:
         return self.config.condition != "exemplar"
+
+    @property
+    def inpaints(self) -> bool:
+        return not set(self.config.input_channels) & set(RELIGHTING_CHANNELS)
 
     @property
     def single_token(self) -> bool:
@@ -235,6 +239,8 @@ class LatentDiffusion(nn.Module):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,
         x_T: Tensor | None = None,
+        z_0: Tensor | None = None,
+        strength: float = 1.0,
         generator: Generators = None,
         steering: Steering | None = None,
         on_step: OnStep | None = None,
@@ -252,6 +258,8 @@ class LatentDiffusion(nn.Module):
                 others the condition's branch is evaluated alone.
             eta: DDIM's stochasticity in [0, 1].
             x_T: (B, Z, h, w) start noise; drawn when None.
+            z_0: (B, Z, h, w) scaled latent to begin with instead of noise alone; noise is added to it.
+            strength: of that noise, as the share of the timesteps, in (0, 1]; all steps are taken from there on.
             generator: source of all noise, one for the batch or one per sample.
             steering: control networks with their pictures.
             on_step: called after each step as `on_step(step, num_steps, x_t, x_0)`.
@@ -293,9 +301,15 @@ class LatentDiffusion(nn.Module):
             return draw_noise(shape, generator, device=device)
 
         x_T = noise() if x_T is None else x_T.to(device, torch.float32)
-        return SAMPLERS[sampler](
-            denoise, x_T, self.schedule.alphas_cumprod, num_steps, eta=eta, noise=noise, on_step=on_step
-        )
+        alphas_cumprod = self.schedule.alphas_cumprod
+        if z_0 is not None:
+            if not 0 < strength <= 1:
+                raise ValueError(f"strength: got {strength:g}, expected more than 0, at most 1")
+            # The rest of the schedule is a schedule; noise is added up to where the sampler begins.
+            alphas_cumprod = alphas_cumprod[: max(1, round(strength * len(alphas_cumprod)))]
+            start = torch.tensor([first_timestep(sampler, alphas_cumprod, num_steps)], device=device)
+            x_T = q_sample(z_0.to(device, torch.float32), start.expand(len(z_0)), x_T, self.alphas_cumprod)
+        return SAMPLERS[sampler](denoise, x_T, alphas_cumprod, num_steps, eta=eta, noise=noise, on_step=on_step)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -305,7 +319,7 @@ class LatentDiffusion(nn.Module):
 
 def _check_widths(config: ModelConfig) -> None:
     Z, text = config.first_stage.embed_dim, config.text_encoder.hidden_size
-    widths = {"x_t": config.unet.out_channels, "z_masked": Z, "keep_mask": 1, "hole_mask": 1}
+    widths = dict.fromkeys(INPUT_CHANNELS, Z) | {"x_t": config.unet.out_channels, "keep_mask": 1, "hole_mask": 1}
     parts = {name: widths[name] for name in config.input_channels}
     if config.unet.in_channels != sum(parts.values()):
         listed = " + ".join(f"{name} {width}" for name, width in parts.items())

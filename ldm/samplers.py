@@ -370,6 +370,13 @@ def quadratic_timesteps(T: int, num_steps: int) -> list[int]:
     return timesteps[::-1]
 
 
+def first_timestep(sampler: str, alphas_cumprod: Tensor, num_steps: int) -> int:
+    """Where a sampler begins: its x_T has the noise of that timestep."""
+    if sampler in ("ddim", "plms"):
+        return ddim_steps(alphas_cumprod, num_steps)[0].t
+    return len(alphas_cumprod) - 1
+
+
 def _x_0(x: Tensor, eps: Tensor, ac_t: float) -> Tensor:
     """x_0 predicted by a noise prediction. Source: DDPM, Eq. 15."""
     return (x - (1 - ac_t) ** 0.5 * eps.to(x.dtype)) / ac_t**0.5

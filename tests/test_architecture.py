@@ -28,7 +28,7 @@ FLOORS = (
     ),
     ("ldm.samplers", "ldm.models", "ldm.data", "ldm.control"),
     ("ldm.latent_diffusion",),
-    ("ldm.training", "ldm.sharding", "ldm.holes", "ldm.editing"),
+    ("ldm.training", "ldm.sharding", "ldm.holes", "ldm.editing", "ldm.relighting"),
     ("ldm.callbacks", "ldm.bulk"),
     ("ldm.run", "ldm.benchmark", "ldm.measure"),
     ("ldm",),  # the package itself, which offers the public names

@@ -80,6 +80,20 @@ def open_alpha(path: str | Path) -> Image.Image:
     return _read(Path(path), alpha_channel)
 
 
+def open_rgba(path: str | Path) -> Image.Image:
+    """Read an image file with its transparency, mode RGBA; what is transparent keeps its colour.
+
+    Raises:
+        ImageFileError: as for `open_image`.
+    """
+    return _read(Path(path), with_alpha)
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    """The same of an image."""
+    return (image if image.has_transparency_data else flatten(image, MID_GREY)).convert("RGBA")
+
+
 def alpha_channel(image: Image.Image) -> Image.Image:
     """The same of an image."""
     if image.has_transparency_data:
