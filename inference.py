@@ -1,8 +1,9 @@
-"""Edit a picture: replace the hole of a scene by what an exemplar shows.
+"""Edit a picture: replace the hole of a scene by what an exemplar shows, or what a prompt says.
 
     python inference.py                                    # the bundled example with the bundled model
     python inference.py --image scene.jpg --mask hole.png --reference dog.jpg
     python inference.py --image scene.jpg --box 120,80,360,300 --reference dog.jpg
+    python inference.py --image scene.jpg --mask hole.png --prompt "a dog" --config … --checkpoint …   # docs/text.md
     python inference.py --jobs jobs.csv --batch-size 16    # a row for each edit: docs/editing.md
     python inference.py --plms --config configs/v1.yaml --checkpoint model.ckpt --image … --mask … --reference …
 
@@ -61,6 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
                           help="of the object; default: %(default)s")  # fmt: skip
     exemplar.add_argument("--reference-fit", default="squash", choices=("squash", "pad"),
                           help="to the encoder's square; default: %(default)s, as the paper")  # fmt: skip
+    text = parser.add_argument_group("text", "for models that read it, instead of --reference or beside it")
+    text.add_argument("--prompt", metavar="TEXT", help="what to paint")
+    text.add_argument("--negative-prompt", metavar="TEXT", help="what not; default: nothing in particular")
     model = parser.add_argument_group("model", "the bundled small one unless named")
     model.add_argument("--checkpoint", "--ckpt", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
     model.add_argument("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
@@ -141,8 +145,13 @@ def main(argv: list[str] | None = None) -> int:
     if in_bulk:
         check_bulk(parser, args)
     drawn = args.mask or args.box or args.polygon
-    if bool(args.image) != bool(args.reference) or (drawn and not args.image):
-        parser.error("got some of --image, --mask, --reference; give all three, or none for the bundled example")
+    conditioned = args.reference or args.prompt is not None
+    if bool(args.image) != bool(conditioned) or (drawn and not args.image):
+        parser.error(
+            "got some of --image, --mask, --reference (or --prompt); give all three, or none for the bundled example"
+        )
+    if args.rank and args.image and not args.reference:
+        parser.error("--rank: compares with an exemplar; give a --reference, too")
     if args.mask and (args.box or args.polygon):
         parser.error("got --mask and --box or --polygon; give either")
     if args.reference_mask and len(args.reference or ()) > 1:
@@ -194,6 +203,7 @@ def check_bulk(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         "--guidance-interval": tuple(args.guidance_interval) != (0.0, 1.0),
         "--box and --polygon": args.box or args.polygon,
         "--reference-mask": args.reference_mask,
+        "--prompt and --negative-prompt": args.prompt is not None or args.negative_prompt is not None,
     }
     if wrong := [name for name, given in single.items() if given]:
         parser.error(f"{', '.join(wrong)}: not for many edits at once; give rows of --jobs what they need")
@@ -284,11 +294,13 @@ def edit(args: argparse.Namespace) -> int:
     holes = {"mask": args.mask, "boxes": args.box, "polygons": args.polygon, "grow": args.grow, "shape": args.shape}
     hole = given_hole(args.image, scene.size, **holes, seed=args.seed[0])
     look = {"background": args.reference_background, "fit": args.reference_fit}
-    exemplars = [prepare_exemplar(path, args.reference_mask, **look) for path in args.reference]
+    exemplars = [prepare_exemplar(path, args.reference_mask, **look) for path in args.reference or ()]
     device, dtype = chosen_device(args)
     args.outdir.mkdir(parents=True, exist_ok=True)
 
     options: dict[str, Any] = {
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
         "sampler": args.sampler,
         "num_steps": args.steps,
         "guidance_scale": args.guidance_scale,
@@ -320,9 +332,10 @@ def edit(args: argparse.Namespace) -> int:
         for i in range(0, len(seeds), size):
             batch = seeds[i : i + size]
             if args.separate or len(exemplars) > 1:
-                edited = editor.edit_each(scene, hole, exemplars, seed=batch, on_step=on_step, **options)
+                edited = editor.edit_each(scene, hole, exemplars or [None], seed=batch, on_step=on_step, **options)
             else:
-                edited = editor.edit(scene, hole, exemplars[0], seed=batch, on_step=on_step, **options)
+                exemplar = exemplars[0] if exemplars else None
+                edited = editor.edit(scene, hole, exemplar, seed=batch, on_step=on_step, **options)
             results += edited if isinstance(edited, list) else [edited]
 
     settings = options | {
@@ -333,7 +346,7 @@ def edit(args: argparse.Namespace) -> int:
         "polygon": args.polygon,
         "grow": args.grow,
         "shape": args.shape,
-        "reference": [str(path) for path in args.reference],
+        "reference": [str(path) for path in args.reference or ()],
         "reference_mask": args.reference_mask and str(args.reference_mask),
         "reference_background": args.reference_background,
         "reference_fit": args.reference_fit,

@@ -209,7 +209,6 @@ class Editor:
             EditingError: the mask is empty, a setting is out of range, or the model does not read what is given.
             OSError, ValueError: a file cannot be read.
         """
-        self.check_condition(exemplar, prompt, negative_prompt)
         seeds, alone = seeds_of(seed, n_samples)
         if context_margin is None:
             context_margin = self.model.config.context_margin
@@ -290,15 +289,6 @@ class Editor:
             )
         return load_controlnet(path, self.model.config.unet, device=self.device, dtype=self.model.weight_dtype)
 
-    def check_condition(self, exemplar: object, prompt: str | None, negative_prompt: str | None = None) -> None:
-        """Raise EditingError where something is given that the model does not read."""
-        if not self.model.inpaints:
-            raise EditingError("got a model for relighting, which does not inpaint; use Relighter (--mode relight)")
-        if exemplar is not None and not self.model.reads_exemplars:
-            raise EditingError("got an exemplar for a model that reads text; give a prompt instead")
-        if not (prompt is None and negative_prompt is None) and not self.model.reads_text:
-            raise EditingError("got a prompt for a model that reads exemplars, not text; give an exemplar instead")
-
     def exemplar_tensor(self, exemplar: Picture) -> Tensor:
         """(1, 3, E, E), an exemplar squashed to the encoder's square and normalised for it."""
         return exemplar_to_tensor(as_rgb(exemplar), self.model.config.exemplar_encoder.image_size)[None]
@@ -328,8 +318,17 @@ class Editor:
 
         Returns:
             (B, 3, S, S) float32 in [-1, 1] on the CPU, the hole and the model's rendering of the rest.
+
+        Raises:
+            EditingError: the model does not read what is given.
         """
         model = self.model
+        if not model.inpaints:
+            raise EditingError("got a model for relighting, which does not inpaint; use Relighter (--mode relight)")
+        if pixel_values is not None and not model.reads_exemplars:
+            raise EditingError("got an exemplar for a model that reads text; give a prompt instead")
+        if not (prompts is None and negative_prompt is None) and not model.reads_text:
+            raise EditingError("got a prompt for a model that reads exemplars, not text; give an exemplar instead")
         # Drawn on the CPU, one generator per sample: the same noise on every device and in every batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         image, keep_mask = image.to(self.device), keep_mask.to(self.device)

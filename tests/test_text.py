@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import inference
 from ldm import Editor
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import EMA, INPUT_CONV, TEXT_TOWER, to_file_keys, to_module_keys
@@ -314,3 +315,58 @@ def test_what_a_model_does_not_read(editor: Editor, tiny_folder: Path, scene: Im
         editor.edit(scene, hole, scene)
     with pytest.raises(EditingError, match="got a prompt for a model that reads exemplars, not text"):
         Editor.from_pretrained(tiny_folder).edit(scene, hole, negative_prompt="blurred")
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_on_the_command_line(
+    editor: Editor, text_folder: Path, scene: Image.Image, hole: Image.Image, tmp_path: Path
+) -> None:
+    scene.save(tmp_path / "scene.png")
+    hole.save(tmp_path / "hole.png")
+    words = ["--image", str(tmp_path / "scene.png"), "--mask", str(tmp_path / "hole.png"), "--steps", "2"]
+    words += ["--checkpoint", str(text_folder), "--device", "cpu", "--outdir", str(tmp_path / "out")]
+    words += ["--prompt", "a dog", "--negative-prompt", "cat", "--seed", "3"]
+    assert inference.main(words) == 0
+    expected = editor.edit(scene, hole, prompt="a dog", negative_prompt="cat", seed=3, num_steps=2)
+    with Image.open(tmp_path / "out" / "scene_3.png") as result:
+        settings = json.loads(result.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
+        assert np.array_equal(np.asarray(result), np.asarray(expected))
+    assert (settings["prompt"], settings["negative_prompt"], settings["reference"]) == ("a dog", "cat", [])
+    assert (tmp_path / "out" / "scene_3_grid.png").is_file()
+    assert inference.main([*words, "--separate"]) == 0  # parts one by one, here one
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "a dog"], "got some of --image, --mask, --reference (or --prompt)"),
+        (
+            ["--image", "{scene}", "--box", "2,2,9,9", "--prompt", "a dog", "--rank"],
+            "--rank: compares with an exemplar",
+        ),
+        (
+            ["--image", "{scene}", "--box", "2,2,9,9", "--reference", "{scene}"],
+            "got an exemplar for a model that reads",
+        ),
+        (["--jobs", "{scene}", "--prompt", "a dog"], "--prompt and --negative-prompt: not for many edits at once"),
+    ],
+)
+def test_wrong_words(
+    text_folder: Path,
+    scene: Image.Image,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    scene.save(tmp_path / "scene.png")
+    words = [word.format(scene=tmp_path / "scene.png") for word in words]
+    try:
+        status = inference.main(
+            [*words, "--checkpoint", str(text_folder), "--outdir", str(tmp_path), "--device", "cpu"]
+        )
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2 and message in capsys.readouterr().err

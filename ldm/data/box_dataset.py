@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,12 +27,14 @@ from torch.utils.data import Dataset
 
 from ldm.data import masks, transforms
 from ldm.data.box_index import BoxIndex, Entry
+from ldm.data.captions import Captions
 from ldm.data.masks import Box
 
 EXEMPLAR_PADDING = 10  # pixels around the box, see masks.pixel_scale
 MAX_ATTEMPTS = 20  # unreadable images in a row
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
 
+Sample = dict[str, Any]  # tensors, and the caption
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ class SampleRecipe:
 
     Called with an entry, a function that opens one of its files, and a generator, it gives a dict of float32 tensors:
     `image` (3, S, S) in [-1, 1]; `keep_mask` (1, S, S) in [0, 1], 0 in the hole, with soft edges; `masked_image` =
-    image * keep_mask; `exemplar` (3, E, E), CLIP-normalised.
+    image * keep_mask; `exemplar` (3, E, E), CLIP-normalised; and with captions a text, `caption`.
 
     Attributes:
         image_size: S.
@@ -58,6 +60,8 @@ class SampleRecipe:
         grey_background: show the exemplar over mid-grey, where its shape is known.
         context_margins: crop as editing does, with smallest and largest margin; see `masks.context_window`. None
             crops as the paper does.
+        hard_edges: whether a pixel is in the hole or not, nothing in between.
+        captions: what to say about an image, by entry and number of the box that is the hole.
     """
 
     image_size: int
@@ -68,10 +72,10 @@ class SampleRecipe:
     augmentation_strength: float = 1.0
     grey_background: bool = False
     context_margins: tuple[float, float] | None = None
+    hard_edges: bool = False
+    captions: Captions | None = None
 
-    def __call__(
-        self, entry: Entry, open_file: Callable[[str], BinaryIO], rng: np.random.Generator
-    ) -> dict[str, Tensor]:
+    def __call__(self, entry: Entry, open_file: Callable[[str], BinaryIO], rng: np.random.Generator) -> Sample:
         with open_file(entry.name) as stream, Image.open(stream) as file:  # reads the header only
             size = file.size
             if size != entry.size:
@@ -96,18 +100,21 @@ class SampleRecipe:
             hole, window = hole.reduce(reduction), _reduced(window, decoded.size, reduction)
         square = crop(decoded, hole, window, self.image_size)
         image, keep_mask = transforms.levels_to_tensor(square[:3]), 1 - square[3:].float() / 255
+        if self.hard_edges:
+            keep_mask = (keep_mask > 0.5).float()
         left, top, right, bottom = (round(edge / reduction) for edge in padded)
         exemplar = decoded.crop((left, top, right, bottom))
         if self.grey_background and shape is not None:
             seen = shape.crop(padded).resize(exemplar.size, Image.Resampling.BILINEAR)
             exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, transforms.MID_GREY), seen)
         pixels = transforms.augment_exemplar(np.asarray(exemplar), self.exemplar_size, augmentation)
-        return {
+        sample = {
             "image": image,
             "masked_image": image * keep_mask,
             "keep_mask": keep_mask,
             "exemplar": transforms.clip_normalise(pixels),
         }
+        return sample | {"caption": self.captions(entry, chosen)} if self.captions else sample
 
     def _hole(
         self,
@@ -163,7 +170,7 @@ def _shape(entry: Entry, chosen: int, open_file: Callable[[str], BinaryIO]) -> I
     return ImageChops.multiply(white, masks.rectangle_hole(entry.size, entry.boxes[chosen]))
 
 
-class BoxDataset(Dataset[dict[str, Tensor]]):
+class BoxDataset(Dataset[Sample]):
     """Samples from images and an index of their boxes.
 
     Args:
@@ -190,7 +197,7 @@ class BoxDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, item: int | tuple[int, int]) -> Sample:
         """The sample of an (epoch, index) pair; an index alone means epoch 0."""
         epoch, i = item if isinstance(item, tuple) else (0, item)
         rng = np.random.default_rng([self.seed, epoch, i])

@@ -9,6 +9,7 @@ it is touched is shared by all processes. It is a safetensors file with these ar
     points, polygon_ends  (P, 2) float32 x, y of all polygons' corners, pixels; (Q,) — where shapes are known
     shape_ends            (M,) where each box's polygons end
     masks, mask_ends      as names, the images' mask files — where masks are known
+    classes, class_ends   as names, what boxes can hold; box_classes (M,) int32 what each does — where that is known
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Entry(NamedTuple):
         boxes: inside the image, at least one.
         shapes: per box the outlines of what it holds, (n, 2) float32 x, y each; empty where unknown.
         mask: path of an image whose white part is what the boxes hold, relative to the same folder; "" for none.
+        labels: per box the name of what it holds, "" where unknown; none where the annotations name nothing.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Entry(NamedTuple):
     boxes: list[Box]
     shapes: list[list[np.ndarray]]
     mask: str
+    labels: tuple[str, ...] = ()
 
 
 class BoxIndex:
@@ -81,6 +84,10 @@ class BoxIndex:
             raise BoxIndexError(f"{path}: version {self.metadata.get('version')}, expected {_VERSION}; {remedy}")
         self._arrays: Mapping[str, np.ndarray] = arrays
         self._has_shapes, self._has_masks = "points" in arrays, "masks" in arrays
+        self.has_labels = "box_classes" in arrays  # whether the annotations name what boxes hold
+        self._classes = [
+            self._text("classes", "class_ends", i) for i in range(len(arrays["class_ends"]) if self.has_labels else 0)
+        ]
 
     def __len__(self) -> int:
         return len(self._arrays["sizes"])
@@ -106,14 +113,14 @@ class BoxIndex:
                 shapes[k - first] = [
                     a["points"][slice(*_span(a["polygon_ends"], q))] for q in range(*_span(a["shape_ends"], k))
                 ]
+        labels = (self._classes[k] for k in a["box_classes"][first:last].tolist()) if self.has_labels else ()
         width, height = a["sizes"][i].tolist()
-        return Entry(self._text("name", i), (width, height), boxes, shapes, self._text("mask", i))
+        mask = self._text("masks", "mask_ends", i) if self._has_masks else ""
+        return Entry(self._text("names", "name_ends", i), (width, height), boxes, shapes, mask, tuple(labels))
 
-    def _text(self, what: str, i: int) -> str:
-        if what == "mask" and not self._has_masks:
-            return ""
-        first, last = _span(self._arrays[f"{what}_ends"], i)
-        return os.fsdecode(self._arrays[f"{what}s"][first:last].tobytes())
+    def _text(self, texts: str, ends: str, i: int) -> str:
+        first, last = _span(self._arrays[ends], i)
+        return os.fsdecode(self._arrays[texts][first:last].tobytes())
 
 
 def _span(ends: np.ndarray, i: int) -> tuple[int, int]:
@@ -141,6 +148,8 @@ class IndexWriter:
         self._name_ends, self._mask_ends, self._box_ends = array("q"), array("q"), array("q")
         self._sizes, self._boxes = array("H"), array("H")
         self._points, self._polygon_ends, self._shape_ends = array("f"), array("q"), array("q")
+        self._classes: dict[str, int] = {}
+        self._box_classes = array("i")
 
     @property
     def images(self) -> int:
@@ -157,6 +166,7 @@ class IndexWriter:
         boxes: Sequence[Sequence[float]],
         shapes: Sequence[Sequence[np.ndarray]] | None = None,
         mask: str = "",
+        labels: Sequence[str] | None = None,
     ) -> bool:
         """Take an image with those of its boxes that cover 2 % to 80 % of it.
 
@@ -166,6 +176,7 @@ class IndexWriter:
             boxes: x_min, y_min, x_max, y_max in pixels, possibly fractional or partly outside.
             shapes: per box its outlines, (n, 2) pixels each.
             mask: path of an image with the boxes' content in white.
+            labels: per box the name of its content.
 
         Returns:
             Whether a box was usable.
@@ -187,6 +198,8 @@ class IndexWriter:
                 self._points.frombytes(np.ascontiguousarray(outline, dtype=np.float32).tobytes())
                 self._polygon_ends.append(len(self._points) // 2)
             self._shape_ends.append(len(self._polygon_ends))
+            label = labels[k] if labels else ""
+            self._box_classes.append(self._classes.setdefault(label, len(self._classes)))
         if not kept:
             self.dropped["images without a usable box"] += 1
             return False
@@ -225,6 +238,11 @@ class IndexWriter:
         if self._masks:
             arrays["masks"] = np.frombuffer(self._masks, np.uint8)
             arrays["mask_ends"] = np.frombuffer(self._mask_ends, np.int64)
+        if any(self._classes):
+            names = [os.fsencode(name) for name in self._classes]
+            arrays["classes"] = np.frombuffer(b"".join(names), np.uint8)
+            arrays["class_ends"] = np.cumsum([len(name) for name in names])
+            arrays["box_classes"] = np.frombuffer(self._box_classes, np.int32)
         metadata = {"version": _VERSION, "dropped": json.dumps(self.dropped), **self.source}
         with replacing(self.path) as partial:
             save_file(arrays, partial, metadata=metadata)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.config import Config, ConfigError
-from ldm.data.box_dataset import BoxDataset, SampleRecipe, sample_key
+from ldm.data.box_dataset import BoxDataset, Sample, SampleRecipe, sample_key
 from ldm.data.cached import CachedDataset
+from ldm.data.captions import open_captions
 from ldm.data.readers import Source, open_index
 from ldm.data.shards import ShardPart, Shards
 
@@ -60,7 +61,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield self.epoch, int(index)
 
 
-class KeyedDataset(Dataset[dict[str, Tensor]]):
+class KeyedDataset(Dataset[Sample]):
     """Passes (epoch, index) on and adds `key`, the seed of the sample's own random draws in training."""
 
     def __init__(self, dataset: BoxDataset | CachedDataset, seed: int) -> None:
@@ -69,11 +70,11 @@ class KeyedDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def first(self, count: int) -> list[dict[str, Tensor]]:
+    def first(self, count: int) -> list[Sample]:
         """The first samples of epoch 0."""
         return [self[i] for i in range(min(count, len(self)))]
 
-    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, item: int | tuple[int, int]) -> Sample:
         epoch, index = item if isinstance(item, tuple) else (0, item)
         return {**self.dataset[epoch, index], "key": sample_key([self.seed, epoch, index])}
 
@@ -96,7 +97,7 @@ class DataModule(pl.LightningDataModule):
         self.train_set = _split(config, "train", None)
         self.val_set = _split(config, "validation", self.data.max_val_samples)
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[Sample]:
         world_size, rank = self._processes()
         position, batch_size = self._position, self.data.batch_size
         start = {"epoch": position["epoch"], "start": position["batch"] * batch_size}
@@ -106,7 +107,7 @@ class DataModule(pl.LightningDataModule):
         sampler = EpochSampler(len(self.train_set), seed=self.seed, rank=rank, world_size=world_size, **start)
         return self._loader(self.train_set, batch_size, sampler)
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def val_dataloader(self) -> DataLoader[Sample]:
         world_size, rank = self._processes()
         if isinstance(self.val_set, Shards):
             part = self._part(self.val_set, self.data.val_batch_size)
@@ -127,7 +128,7 @@ class DataModule(pl.LightningDataModule):
         dataset: KeyedDataset | ShardPart,
         batch_size: int,
         sampler: EpochSampler | Sequence[int] | Sequence[tuple[int, int]],
-    ) -> DataLoader[dict[str, Tensor]]:
+    ) -> DataLoader[Sample]:
         if len(sampler) < batch_size:
             split = "training" if isinstance(sampler, EpochSampler) else "validation"
             raise ValueError(
@@ -187,15 +188,18 @@ def box_dataset(
     """The samples that a config asks for, from images and boxes; `kind`, `root` and `seed` stand in for its own.
 
     Raises:
-        BoxIndexError: the annotations cannot be used.
+        BoxIndexError, CaptionError: the annotations or captions cannot be used.
     """
     data = config.data
     source, folder = data_source(config)
     if root is not None:
         source = source._replace(root=Path(root))
     index = open_index(kind or data.kind, source, split, folder)
+    recipe, count = sample_recipe(config), len(index) if max_samples is None else min(len(index), max_samples)
+    if data.captions is not None:
+        recipe = replace(recipe, captions=open_captions(data.captions, index, count))
     seed = config.seed if seed is None else seed
-    return BoxDataset(index, index.metadata["images"], sample_recipe(config), seed=seed, max_samples=max_samples)
+    return BoxDataset(index, index.metadata["images"], recipe, seed=seed, max_samples=max_samples)
 
 
 def sample_recipe(config: Config) -> SampleRecipe:
@@ -210,14 +214,29 @@ def sample_recipe(config: Config) -> SampleRecipe:
         augmentation_strength=data.augmentation_strength,
         grey_background=data.grey_background,
         context_margins=(margins[0], margins[1]) if margins else None,
+        hard_edges="hole_mask" in config.model.input_channels,
     )
 
 
 def _split(config: Config, split: str, max_samples: int | None) -> KeyedDataset | Shards:
     data, seed = config.data, config.seed
+    _check_source(config)
     if data.kind == "shards":
         recipe, buffer = sample_recipe(config), data.shuffle_buffer if split == "train" else 0
         return Shards(data.root, split, recipe, seed=seed, buffer=buffer, max_samples=max_samples)
     if data.kind == "cached":
         return KeyedDataset(CachedDataset(data.root, split, max_samples=max_samples), seed)
     return KeyedDataset(box_dataset(config, split, max_samples=max_samples), seed)
+
+
+def _check_source(config: Config) -> None:
+    """Whether the data hold what the model reads."""
+    given, kind = config.data.captions, config.data.kind
+    if kind == "cached" and "hole_mask" in config.model.input_channels:
+        raise ConfigError("data.kind: got cached, whose masks are for keep_mask in model.input_channels, not hole_mask")
+    if config.stage == "diffusion" and config.model.condition != "exemplar" and given is None:
+        raise ConfigError("data.captions: got none for a model that reads text, expected classes or a CSV file")
+    if given is not None and kind in ("shards", "cached"):
+        raise ConfigError(
+            f"data.captions: got {given!r} with data.kind {kind}, which holds none; use the images themselves"
+        )

@@ -8,6 +8,7 @@ ignores it too.
 
 from __future__ import annotations
 
+import csv
 import os
 import struct
 from array import array
@@ -28,6 +29,8 @@ ANNOTATIONS = {
     "test": "test-annotations-bbox.csv",
 }
 _COLUMNS = ("ImageID", "XMin", "XMax", "YMin", "YMax")
+_LABEL = "LabelName"  # a column that may be missing
+_CLASS_NAMES = "*class-descriptions*.csv"  # beside the boxes: lines of label and name
 
 
 class AnnotationError(ValueError):
@@ -60,7 +63,7 @@ def read_bbox(
 ) -> Summary:
     """Write the kept boxes of one split as text files.
 
-    Memory: the kept boxes are held as 36 bytes each plus about 200 bytes per image (the order of the CSV's rows
+    Memory: the kept boxes are held as 40 bytes each plus about 200 bytes per image (the order of the CSV's rows
     therefore does not matter): about 1.3 GB for the 14.6 million rows of the official training CSV.
 
     Text files that exist and are not empty are left alone, so an interrupted run goes on where it was. Each file
@@ -87,7 +90,7 @@ def read_bbox(
     temporary = out / f".{split}.{os.getpid()}.tmp"
     problems: list[tuple[str, str]] = []
     try:
-        for name, boxes in tqdm(boxes_of, desc=f"{split}: boxes", unit=" images", total=len(boxes_of)):
+        for name, boxes, labels in tqdm(boxes_of, desc=f"{split}: boxes", unit=" images", total=len(boxes_of)):
             if name in done:
                 summary.resumed += 1
                 if index is None:
@@ -102,7 +105,7 @@ def read_bbox(
                 continue
             pixels = [(a * width, b * height, c * width, d * height) for a, b, c, d in boxes.tolist()]
             if index is not None:
-                index.add(os.path.relpath(path, images), (width, height), pixels)
+                index.add(os.path.relpath(path, images), (width, height), pixels, labels=labels)
             if name in done:
                 continue
             with open(temporary, "w", encoding="ascii") as file:
@@ -135,24 +138,35 @@ def _finished(out: Path) -> set[str]:
 
 
 class KeptBoxes:
-    """Boxes of 2 % to 80 % of their image, by image; iterating gives (id, (n, 4) corners) in the ids' order.
+    """Boxes of 2 % to 80 % of their image, by image; iterating gives (id, (n, 4) corners, n names) in the ids' order.
 
     Attributes:
         rows: in the CSV.
         corners: (N, 4) float64 x_min, y_min, x_max, y_max in [0, 1], those of an image in the CSV's order.
     """
 
-    def __init__(self, ids: list[bytes], image_index: np.ndarray, corners: np.ndarray, rows: int) -> None:
-        self._ids, self.rows = ids, rows
-        self.corners = corners[np.argsort(image_index, kind="stable")]
+    def __init__(
+        self,
+        ids: list[bytes],
+        image_index: np.ndarray,
+        corners: np.ndarray,
+        classes: list[str],
+        class_index: np.ndarray,
+        rows: int,
+    ) -> None:
+        self._ids, self._classes, self.rows = ids, classes, rows
+        order = np.argsort(image_index, kind="stable")
+        self.corners, self._class_index = corners[order], class_index[order]
         self._ends = np.cumsum(np.bincount(image_index, minlength=len(ids)))
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray, list[str]]]:
         for i in sorted(range(len(self)), key=self._ids.__getitem__):
-            yield self._ids[i].decode(), self.corners[self._ends[i - 1] if i else 0 : self._ends[i]]
+            own = slice(self._ends[i - 1] if i else 0, self._ends[i])
+            names = [self._classes[k] for k in self._class_index[own].tolist()]
+            yield self._ids[i].decode(), self.corners[own], names
 
 
 def kept_boxes(csv_path: Path) -> KeptBoxes:
@@ -162,17 +176,35 @@ def kept_boxes(csv_path: Path) -> KeptBoxes:
         AnnotationError: the CSV is missing or malformed.
     """
     index_of: dict[bytes, int] = {}
-    image_index, corners, row_count = array("i"), array("d"), 0
-    for image, x_min, x_max, y_min, y_max in _rows(csv_path):
+    class_of: dict[bytes, int] = {}
+    image_index, class_index, corners, row_count = array("i"), array("i"), array("d"), 0
+    for image, label, x_min, x_max, y_min, y_max in _rows(csv_path):
         row_count += 1
         if MIN_AREA <= (x_max - x_min) * (y_max - y_min) <= MAX_AREA:
             image_index.append(index_of.setdefault(image, len(index_of)))
+            class_index.append(class_of.setdefault(label, len(class_of)))
             corners.extend((x_min, y_min, x_max, y_max))
-    indices, edges = np.frombuffer(image_index, np.int32), np.frombuffer(corners).reshape(-1, 4)
-    return KeptBoxes(list(index_of), indices, edges, row_count)
+    names = _class_names(csv_path.parent)
+    return KeptBoxes(
+        list(index_of),
+        np.frombuffer(image_index, np.int32),
+        np.frombuffer(corners).reshape(-1, 4),
+        [names.get(label.decode(), "") for label in class_of],
+        np.frombuffer(class_index, np.int32),
+        row_count,
+    )
 
 
-def _rows(csv_path: Path) -> Iterator[tuple[bytes, float, float, float, float]]:
+def _class_names(folder: Path) -> dict[str, str]:
+    """Label => name, of all files of class descriptions in a folder; none where there is no such file."""
+    names: dict[str, str] = {}
+    for path in sorted(folder.glob(_CLASS_NAMES)):
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            names |= {row[0]: row[1] for row in csv.reader(file) if len(row) > 1}
+    return names
+
+
+def _rows(csv_path: Path) -> Iterator[tuple[bytes, bytes, float, float, float, float]]:
     try:
         file = open(csv_path, "rb", buffering=1 << 20)  # noqa: SIM115 (closed below)
     except FileNotFoundError:
@@ -183,11 +215,13 @@ def _rows(csv_path: Path) -> Iterator[tuple[bytes, float, float, float, float]]:
             got = ",".join(header)[:100]
             raise AnnotationError(f"{csv_path}: expected a header with {', '.join(_COLUMNS)}; got {got!r}")
         i, x0, x1, y0, y1 = (header.index(column) for column in _COLUMNS)
-        cut = max(i, x0, x1, y0, y1) + 1
+        label = header.index(_LABEL) if _LABEL in header else -1
+        cut = max(i, label, x0, x1, y0, y1) + 1
         for number, line in enumerate(file, start=2):
             try:
                 f = line.split(b",", cut)
-                yield f[i], float(f[x0]), float(f[x1]), float(f[y0]), float(f[y1])
+                name = f[label].strip() if label >= 0 else b""
+                yield f[i], name, float(f[x0]), float(f[x1]), float(f[y0]), float(f[y1])
             except (ValueError, IndexError):
                 if line.strip():
                     got = line[:80].decode(errors="replace")

@@ -64,6 +64,7 @@ class Annotated(NamedTuple):
     boxes: list[tuple[float, float, float, float]]
     shapes: list[list[np.ndarray]] | None = None
     mask: str = ""
+    labels: list[str] | None = None
     relative: bool = False
     problem: str = ""
 
@@ -181,7 +182,7 @@ def write_index(path: Path, kind: str, source: Source, split: str, *, state: str
                 w, h = size
                 boxes = [(a * w, b * h, c * w, d * h) for a, b, c, d in boxes]
                 shapes = shapes and [[outline * (w, h) for outline in outlines] for outlines in shapes]
-            writer.add(item.name, size, boxes, shapes, item.mask)
+            writer.add(item.name, size, boxes, shapes, item.mask, item.labels)
     return writer
 
 
@@ -256,8 +257,8 @@ def _open_images_texts(texts: Path) -> Iterator[Annotated]:
 
 
 def _open_images_csv(csv_path: Path) -> Iterator[Annotated]:
-    for id_, corners in kept_boxes(csv_path):
-        yield Annotated(id_, None, [(a, b, c, d) for a, b, c, d in corners.tolist()], relative=True)
+    for id_, corners, labels in kept_boxes(csv_path):
+        yield Annotated(id_, None, [(a, b, c, d) for a, b, c, d in corners.tolist()], labels=labels, relative=True)
 
 
 def read_coco(source: Source, split: str) -> Reading:
@@ -271,19 +272,22 @@ def read_coco(source: Source, split: str) -> Reading:
 def _coco(path: Path) -> Iterator[Annotated]:
     content = _json(path)
     try:
+        names = {category["id"]: str(category["name"]) for category in content.get("categories", [])}
         by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         for annotation in content["annotations"]:
             if not annotation.get("iscrowd", 0):
                 by_image[annotation["image_id"]].append(annotation)
         for image in content["images"]:
-            boxes, shapes = [], []
+            boxes, shapes, labels = [], [], []
             for annotation in by_image.get(image["id"], []):
                 x, y, width, height = map(float, annotation["bbox"])
                 boxes.append((x, y, x + width, y + height))
+                labels.append(names.get(annotation.get("category_id"), ""))
                 polygons = annotation.get("segmentation")
                 polygons = polygons if isinstance(polygons, list) else []  # run lengths: the box serves
                 shapes.append([np.array(p, dtype=np.float32).reshape(-1, 2) for p in polygons if len(p) >= 6])
-            yield Annotated(image["file_name"], (int(image["width"]), int(image["height"])), boxes, shapes)
+            size = int(image["width"]), int(image["height"])
+            yield Annotated(image["file_name"], size, boxes, shapes, labels=labels)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BoxIndexError(f"{path}: not COCO instances ({error!r}); expected images, annotations, bbox") from None
 
@@ -306,14 +310,16 @@ def _voc(paths: list[Path]) -> Iterator[Annotated]:
             root = ElementTree.parse(path).getroot()
             name = root.findtext("filename") or f"{path.stem}.jpg"
             size = int(root.findtext("size/width") or 0), int(root.findtext("size/height") or 0)
-            boxes = []
-            for box in root.iterfind("object/bndbox"):
-                x_min, y_min, x_max, y_max = (float(box.findtext(k) or "nan") for k in ("xmin", "ymin", "xmax", "ymax"))
+            boxes, labels = [], []
+            for thing in root.iterfind("object"):
+                edges = [f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")]
+                x_min, y_min, x_max, y_max = (float(thing.findtext(k) or "nan") for k in edges)
                 boxes.append((x_min - 1, y_min - 1, x_max, y_max))  # counted from 1, last pixel included
+                labels.append(thing.findtext("name") or "")
         except (ElementTree.ParseError, ValueError, OSError) as error:
             yield Annotated(path.stem, None, [], problem=f"{path}: {error}")
             continue
-        yield Annotated(name, size if min(size) > 0 else None, boxes)
+        yield Annotated(name, size if min(size) > 0 else None, boxes, labels=labels)
 
 
 def read_yolo(source: Source, split: str) -> Reading:
