@@ -8,14 +8,14 @@ file as config.yaml, where editing looks for it.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoint.io import CheckpointError, read_checkpoint, sha256_file, write_safetensors
+from ldm.checkpoint.command import provenance
+from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, to_file_keys
 from ldm.files import write_text
 
@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
                     raise CheckpointError(f"{args.input}: {name} does not fit into {args.dtype}; use --dtype float32")
         if config is not None:
             write_text(config, model_config(run_config))
-        command = shlex.join(["scripts/export_checkpoint.py", *(sys.argv[1:] if argv is None else argv)])
-        write_safetensors(args.output, state, {"input_sha256": sha256_file(args.input), "command": command})
+        write_safetensors(args.output, state, provenance("export_checkpoint", argv, {"input": args.input}))
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,27 +3,31 @@
     python scripts/modify_checkpoints.py --clip openai/clip-vit-large-patch14
 
 reads pretrained_models/sd-v1-4.ckpt and writes pretrained_models/sd-v1-4-modified-9channel.ckpt. The new
-input channels (masked image, mask) are zero, so the network starts as the one it was. Stable Diffusion holds
-no image tower; without `--clip` the result lacks it, as the original's did.
+input channels (masked image, mask) are zero, so the network starts as the one it was; `--init FILE` takes them from
+another checkpoint. Stable Diffusion holds no image tower; without `--clip` the result lacks it, as the original's did.
+
+Any number of channels (`--in-channels 8` for IC-Light), files in CompVis' names, a diffusers UNet's file, or a folder:
+of a UNet, or of a whole pipeline, whose other parts are copied.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import shlex
+import shutil
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.io import CheckpointError, read_checkpoint, sha256_file, write_safetensors, write_torch
+from ldm.checkpoint.command import check_output, provenance
+from ldm.checkpoint.folders import STEMS, read_component, read_json, weight_files
+from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
 from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, swap_in_ema
-from ldm.checkpoint.surgery import add_clip_tower, inflate_input_conv
+from ldm.checkpoint.surgery import add_clip_tower, inflate_input_conv, input_conv
+from ldm.files import replacing_folder, write_text
 
 _CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -50,41 +54,53 @@ def read_clip(source: str) -> dict[str, Tensor]:
     return read_checkpoint(str(downloaded))
 
 
-def modify(source: Path, target: Path, *, in_channels: int, clip: str | None, use_ema: bool, command: str) -> None:
-    """Read, modify and write; prints each step."""
-    state = read_checkpoint(source)
-    print(f"read {source}: {len(state)} tensors")
+def modified(args: argparse.Namespace) -> dict[str, Tensor]:
+    """The input's tensors with what the command line asks for; prints each step."""
+    state = read_component(unet_folder(args.input)) if args.input.is_dir() else read_checkpoint(args.input)
+    print(f"read {args.input}: {len(state)} tensors")
 
     num_ema = sum(name.startswith(EMA) for name in state)
-    state = swap_in_ema(state) if use_ema else {n: tensor for n, tensor in state.items() if not n.startswith(EMA)}
+    state = swap_in_ema(state) if args.use_ema else {n: tensor for n, tensor in state.items() if not n.startswith(EMA)}
     if num_ema:
-        print(f"{'took the averaged weights from' if use_ema else 'left out'} {num_ema} tensors {EMA}*")
+        print(f"{'took the averaged weights from' if args.use_ema else 'left out'} {num_ema} tensors {EMA}*")
 
-    old_channels = state[INPUT_CONV].shape[1] if INPUT_CONV in state else 0
-    state = inflate_input_conv(state, in_channels)
-    print(f"{INPUT_CONV}: {old_channels} -> {in_channels} input channels, the new ones zero")
+    old_channels = state[key := input_conv(state)].shape[1]
+    state = inflate_input_conv(state, args.in_channels, read_checkpoint(args.init) if args.init else None)
+    new = f"the new ones {f'from {args.init}' if args.init else 'zero'}"
+    print(f"{key}: {old_channels} -> {args.in_channels} input channels, {new}")
 
-    if clip is not None:
+    if args.clip is not None:
+        if key != INPUT_CONV:
+            raise CheckpointError(f"{args.input}: a UNet by itself has no place for --clip; leave it out")
         num_text = sum(name.startswith(TEXT_TOWER) for name in state)
-        state = add_clip_tower(state, read_clip(clip))
+        state = add_clip_tower(state, read_clip(args.clip))
         num_image = sum(name.startswith(FILE_TOWER) for name in state)
-        print(f"{FILE_TOWER}*: {num_image} tensors from {clip}; {num_text} tensors of the text tower left out")
-    else:
+        print(f"{FILE_TOWER}*: {num_image} tensors from {args.clip}; {num_text} tensors of the text tower left out")
+    elif key == INPUT_CONV:
         print("no --clip: the result holds no image tower; training needs one (--clip openai/clip-vit-large-patch14)")
+    return state
 
-    provenance = {
-        "input": source.name,
-        "input_sha256": sha256_file(source),
-        "clip": clip or "",
-        "command": command,
-        "versions": json.dumps({"python": platform.python_version(), "torch": torch.__version__}),
-    }
-    print(f"writing {target} …", flush=True)
-    if target.suffix == ".safetensors":
-        write_safetensors(target, state, provenance)
-    else:
-        write_torch(target, state, provenance)
-    print(f"wrote {target}: {len(state)} tensors, {target.stat().st_size / 2**20:.1f} MiB")
+
+def unet_folder(folder: Path) -> Path:
+    """Where a diffusers folder has its UNet: below it, or right there."""
+    return folder / "unet" if (folder / "unet").is_dir() else folder
+
+
+def write_copy(source: Path, target: Path, state: dict[str, Tensor], record: dict[str, str]) -> None:
+    """A diffusers folder with another UNet; everything but its weights and `in_channels` is copied."""
+    unet = unet_folder(source)
+    config = read_json(unet / "config.json") | {"in_channels": state[input_conv(state)].shape[1]}
+    old = {path.resolve() for path in unet.iterdir() if path.suffix in (".safetensors", ".bin", ".msgpack", ".onnx")}
+    old |= {path.resolve() for path in unet.glob("*.index*.json")}
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if (Path(folder) / name).resolve() in old]
+
+    with replacing_folder(target) as partial:
+        shutil.copytree(source, partial, ignore=left_out, dirs_exist_ok=True)
+        inside = partial / unet.relative_to(source)
+        write_text(inside / "config.json", json.dumps(config, indent=2) + "\n")
+        write_safetensors(inside / f"{STEMS['unet']}.safetensors", state, record)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="?",
         type=Path,
         default=Path("pretrained_models/sd-v1-4-modified-9channel.ckpt"),
-        help=".safetensors, or .ckpt as torch.save writes it",
+        help=".safetensors, or .ckpt as torch.save writes it; a folder if the input is one",
     )
     parser.add_argument("--in-channels", type=int, default=9, help="input channels of the UNet afterwards")
     parser.add_argument(
@@ -108,29 +124,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--use-ema", action="store_true", help="take the averaged UNet weights (sd-v1-4-full-ema.ckpt holds them)"
     )
+    parser.add_argument("--init", type=Path, metavar="FILE", help="checkpoint whose input channels the new ones become")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing; show what would be")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
+    folder = args.input.is_dir()
     try:
-        if args.output.suffix not in (".safetensors", ".ckpt"):
-            raise CheckpointError(
-                f"{args.output}: got extension {args.output.suffix!r}, expected .safetensors or .ckpt"
-            )
-        if args.output.resolve() == args.input.resolve():
-            raise CheckpointError(f"{args.output}: the output would replace the input; choose another name")
-        if args.output.exists() and not args.overwrite:
-            raise CheckpointError(f"{args.output}: exists already; pass --overwrite to replace it")
-        command = shlex.join(["scripts/modify_checkpoints.py", *(sys.argv[1:] if argv is None else argv)])
-        modify(
-            args.input,
-            args.output,
-            in_channels=args.in_channels,
-            clip=args.clip,
-            use_ema=args.use_ema,
-            command=command,
-        )
+        inputs = {"input": args.input} | ({"init": args.init} if args.init else {})
+        endings = [] if folder else [".safetensors", ".ckpt"]
+        check_output(args.output, inputs.values(), overwrite=args.overwrite or args.dry_run, endings=endings)
+        state = modified(args)
+        if args.dry_run:
+            print(f"dry run: {args.output} not written")
+            return 0
+        record = provenance("modify_checkpoints", argv, inputs) | {"clip": args.clip or ""}
+        print(f"writing {args.output} …", flush=True)
+        if folder:
+            write_copy(args.input, args.output, state, record)
+        else:
+            (write_safetensors if args.output.suffix == ".safetensors" else write_torch)(args.output, state, record)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    written = args.output if not folder else weight_files(unet_folder(args.output))[0]
+    print(f"wrote {args.output}: {len(state)} tensors, {written.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 

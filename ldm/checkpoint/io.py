@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -33,7 +34,6 @@ from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -102,16 +102,49 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors as safetensors, atomically; tensors that share memory are written in full each.
+class Deferred(NamedTuple):
+    """A tensor to be made when it is written: what it will look like now, its numbers then."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    make: Callable[[], Tensor]
+
+
+Tensors = Mapping[str, Tensor | Deferred]
+
+
+def write_safetensors(path: str | Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically and one at a time; those that share memory are written in full each.
+
+    The header is written from dtypes and shapes alone; of mapped and deferred tensors one at a time is in memory.
 
     Raises:
-        CheckpointError: the disk is full or the folder is not writable; an existing file stays as it was.
+        CheckpointError: the disk is full or the folder is not writable; an existing file stays as it was. A tensor is
+            of a type that the format lacks.
     """
-    with _atomic_target(path) as partial:
-        save_file(_independent(tensors), partial, metadata={"format": "pt", **(metadata or {})})
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # numbers lie on their own size
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{path}: {name}: safetensors knows no {tensor.dtype}; write a .ckpt instead")
+        start, end = end, end + tensor.dtype.itemsize * tensor.shape.numel()
+        dtype = _SAFETENSORS_DTYPES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (
+        _atomic_target(path) as partial,
+        open(partial, "wb") as file,
+        tqdm(desc=f"writing {Path(path).name}", total=end, unit="B", unit_scale=True, delay=3) as bar,
+    ):
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, given in ordered:
+            tensor = given.make() if isinstance(given, Deferred) else given
+            assert (tensor.dtype, tensor.shape) == (given.dtype, given.shape), name
+            if tensor.numel():
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            bar.update(tensor.nbytes)
 
 
 def write_torch(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, str] | None = None) -> None:
@@ -123,6 +156,26 @@ def write_torch(path: str | Path, tensors: Mapping[str, Tensor], provenance: Map
     content = {"state_dict": _independent(tensors), "provenance": dict(provenance or {})}
     with _atomic_target(path) as partial, open(partial, "wb") as file:
         torch.save(content, file)
+
+
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 # --- formats ---------------------------------------------------------------------------------------
@@ -193,6 +246,9 @@ class _Storage(NamedTuple):
     data: torch.UntypedStorage
 
 
+_LARGEST_EXPANSION = 20  # of a zip file: weights that somebody compressed shrink by a tenth, hardly ever by half
+
+
 def _read_zip(path: Path) -> tuple[object, list[str]]:
     try:
         archive = zipfile.ZipFile(path)
@@ -200,6 +256,12 @@ def _read_zip(path: Path) -> tuple[object, list[str]]:
         raise CheckpointError(f"{_DOWNLOAD_AGAIN} ({error})") from error
     with archive, open(path, "rb") as file:
         members = {info.filename: info for info in archive.infolist()}
+        unpacked, size = sum(info.file_size for info in members.values()), path.stat().st_size
+        if unpacked > _LARGEST_EXPANSION * size:
+            raise CheckpointError(
+                f"refused: {size:,} bytes that unpack to {unpacked:,}, a zip bomb; torch.save does not compress, "
+                "get the weights elsewhere"
+            )
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise CheckpointError("a zip archive, but not one that torch.save wrote; pass the checkpoint inside it")

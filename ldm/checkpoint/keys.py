@@ -16,6 +16,8 @@ from ldm.checkpoint.io import CheckpointError
 
 UNET = "model.diffusion_model."
 INPUT_CONV = UNET + "input_blocks.0.0.weight"
+DIFFUSERS_INPUT_CONV = "conv_in.weight"  # of a UNet by itself
+OUTPUT_CONVS = (UNET + "out.2.weight", "conv_out.weight")  # in either layout
 FIRST_STAGE = "first_stage_model."
 TOWER = "cond_stage_model.transformer."  # CLIP: the image tower here, the text tower in Stable Diffusion
 FILE_TOWER = TOWER + "vision_model."
@@ -162,7 +164,7 @@ def check_keys(
     }
     if any(problems.values()):
         lines = [f"{source}: does not fit this model"]
-        lines += [_listing(what, names) for what, names in problems.items() if names]
+        lines += [listing(what, names) for what, names in problems.items() if names]
         raise CheckpointError("\n".join([*lines, f"do: {_remedy(expected, got, len(mismatched))}"]))
     return tolerated
 
@@ -174,7 +176,8 @@ def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def _listing(what: str, names: Sequence[str], limit: int = 10) -> str:
+def listing(what: str, names: Sequence[str], limit: int = 10) -> str:
+    """An indented line for each of the first names, below how many there are."""
     more = [f"… and {len(names) - limit} more"] if len(names) > limit else []
     return "\n    ".join([f"  {len(names)} {what}:", *names[:limit], *more])
 

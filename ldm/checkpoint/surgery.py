@@ -1,4 +1,4 @@
-"""Turning Stable Diffusion into a starting point for Paint by Example: pure functions on named tensors.
+"""Turning Stable Diffusion into a starting point for other models: pure functions on named tensors.
 
 All names are file names (see `ldm.checkpoint.keys`); the given mappings are left as they are.
 """
@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ldm.checkpoint.io import CheckpointError
-from ldm.checkpoint.keys import FILE_TOWER, INPUT_CONV, TEXT_TOWER, TOWER, to_file_keys
+from ldm.checkpoint.keys import (
+    DIFFUSERS_INPUT_CONV,
+    FILE_TOWER,
+    INPUT_CONV,
+    OUTPUT_CONVS,
+    TEXT_TOWER,
+    TOWER,
+    to_file_keys,
+)
 
 _FULL_SIZE_CHANNELS = 320  # of the UNet of Stable Diffusion v1, whose exemplar encoder is CLIP ViT-L/14
 _VIT_L_14 = {"width": 1024, "layers": 24, "patch": 14, "positions": 257}
@@ -21,32 +29,64 @@ _LAYER_PARTS = (
 )
 
 
-def inflate_input_conv(state: Mapping[str, Tensor], in_channels: int = 9, key: str = INPUT_CONV) -> dict[str, Tensor]:
+def input_conv(state: Mapping[str, Tensor]) -> str:
+    """The name of the UNet's first convolution (D, C, 3, 3), in the published layout or diffusers'.
+
+    Raises:
+        CheckpointError: there is none, or it is a ControlNet's.
+    """
+    if any(name.startswith(("control_model.", "controlnet_cond_embedding.")) for name in state):
+        raise CheckpointError(
+            "this is a ControlNet, which sees the four channels of the noisy latent alone beside a UNet of any width; "
+            "pass the UNet's checkpoint"
+        )
+    for key in (INPUT_CONV, DIFFUSERS_INPUT_CONV):
+        if key in state and state[key].ndim == 4:
+            return key
+    raise CheckpointError(
+        f"no convolution {INPUT_CONV} or {DIFFUSERS_INPUT_CONV}; pass Stable Diffusion in CompVis' names, "
+        "or the UNet of a diffusers folder"
+    )
+
+
+def inflate_input_conv(
+    state: Mapping[str, Tensor], in_channels: int = 9, init: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Give the UNet's first convolution more input channels, which count for nothing until trained.
 
     Args:
-        state: a checkpoint; its convolution is (D, C, 3, 3) with C = 4 in Stable Diffusion: x_t.
-        in_channels: channels afterwards; the new ones (z_masked, keep_mask) follow the existing.
-        key: name of the convolution's weight.
+        state: a checkpoint, or a UNet of diffusers; its convolution is (D, C, 3, 3), C = 4 in Stable Diffusion: x_t.
+        in_channels: channels afterwards; the new ones (for inpainting z_masked, keep_mask) follow the existing.
+        init: a checkpoint with (D, in_channels, 3, 3), whose last channels the new ones are to be; None: zero.
 
     Returns:
-        The checkpoint with that one weight (D, in_channels, 3, 3), zero in the new channels.
+        The checkpoint with that one weight (D, in_channels, 3, 3).
 
     Raises:
-        CheckpointError: there is no such weight, or it has `in_channels` or more channels already.
+        CheckpointError: there is no such weight, it has been inflated already, or `init` has another shape.
 
-    Source: paper, section 3.1 (the network is initialised from Stable Diffusion).
+    Source: Yang et al. 2023 (Paint by Example), section 3.1: the network is initialised from Stable Diffusion.
     """
-    if key not in state or state[key].ndim != 4:
-        raise CheckpointError(f"no convolution {key}; pass a checkpoint with the names of CompVis' Stable Diffusion")
+    key = input_conv(state)
     weight = state[key]
-    if weight.shape[1] >= in_channels:
+    old = weight.shape[1]
+    output = next((state[name] for name in OUTPUT_CONVS if name in state), None)  # (C, D, 3, 3): as much comes out
+    if old >= in_channels or (output is not None and old > output.shape[0]):
+        expected = "4" if output is None else str(output.shape[0])
         raise CheckpointError(
-            f"{key}: got {weight.shape[1]} input channels, expected fewer than {in_channels}; "
+            f"{key}: got {old} input channels, expected {expected}, fewer than {in_channels}; "
             "the checkpoint is inflated already, use it as it is"
         )
     inflated = weight.new_zeros(weight.shape[0], in_channels, *weight.shape[2:])
-    inflated[:, : weight.shape[1]] = weight
+    if init is not None:
+        given = init[input_conv(init)]
+        if given.shape != inflated.shape:
+            raise CheckpointError(
+                f"the checkpoint for the new channels: got an input convolution {list(given.shape)}, "
+                f"expected {list(inflated.shape)}; pass one of the wanted width"
+            )
+        inflated[:, old:] = given[:, old:]
+    inflated[:, :old] = weight
     return {**state, key: inflated}
 
 

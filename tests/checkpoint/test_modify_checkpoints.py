@@ -132,6 +132,59 @@ def test_errors(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert not out.exists()
 
 
+def test_init_and_dry_run(sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    init = torch.randn(8, 12, 3, 3)
+    write_safetensors(tmp_path / "init.safetensors", {"conv_in.weight": init})
+    out = tmp_path / "out.safetensors"
+    arguments = [str(sd), str(out), "--in-channels", "12", "--init", str(tmp_path / "init.safetensors")]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "4 -> 12 input channels" in capsys.readouterr().out
+    assert not out.exists()
+    assert main(arguments) == 0
+    weight = read_checkpoint(out)[INPUT_CONV]
+    assert torch.equal(weight[:, :4], read_checkpoint(sd)[INPUT_CONV])
+    assert torch.equal(weight[:, 4:], init[:, 4:])
+    assert read_metadata(out)["init_sha256"] == sha256_file(tmp_path / "init.safetensors")
+
+
+@pytest.fixture(params=["whole", "unet"])
+def diffusers_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A pipeline's folder, or its UNet's by itself, in half precision and as a pickle."""
+    folder = tmp_path / "pipeline"
+    unet = folder / "unet"
+    unet.mkdir(parents=True)
+    state = {"conv_in.weight": torch.randn(8, 4, 3, 3).half(), "conv_out.weight": torch.randn(4, 8, 3, 3).half()}
+    torch.save(state, unet / "diffusion_pytorch_model.bin")
+    (unet / "config.json").write_text(json.dumps({"in_channels": 4, "sample_size": 64}))
+    (folder / "model_index.json").write_text("{}")
+    write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", {"w": torch.ones(2)})
+    return folder if request.param == "whole" else unet
+
+
+def test_diffusers_folders(diffusers_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    before = {path: path.read_bytes() for path in diffusers_folder.rglob("*") if path.is_file()}
+    assert main([str(diffusers_folder), str(out), "--in-channels", "8"]) == 0
+    unet = out / "unet" if (diffusers_folder / "unet").exists() else out
+    assert json.loads((unet / "config.json").read_text()) == {"in_channels": 8, "sample_size": 64}
+    weight = read_checkpoint(unet / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    assert weight.shape == (8, 8, 3, 3)
+    assert weight.dtype == torch.float16
+    assert not (unet / "diffusion_pytorch_model.bin").exists()
+    assert (out / "vae" / "diffusion_pytorch_model.safetensors").exists() == (unet != out)
+    assert {path: path.read_bytes() for path in diffusers_folder.rglob("*") if path.is_file()} == before
+    for arguments, message in (
+        ([out, tmp_path / "again", "--in-channels", "9"], "inflated already"),
+        ([diffusers_folder, out], "exists already"),
+        ([diffusers_folder, diffusers_folder / "inside"], "lies in the other"),
+        ([diffusers_folder, tmp_path / "x", "--clip", "clip"], "has no place for --clip"),
+    ):
+        assert main([str(argument) for argument in arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main([str(diffusers_folder), str(out), "--overwrite"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pipeline"]
+
+
 def test_runs_from_a_checkout(sd: Path, tmp_path: Path) -> None:
     command = [sys.executable, modify_checkpoints.__file__, str(sd), str(tmp_path / "out.safetensors")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -43,7 +43,27 @@ def test_inflation_refuses() -> None:
     with pytest.raises(CheckpointError, match="inflated already"):
         inflate_input_conv(inflated)
     with pytest.raises(CheckpointError, match="no convolution"):
-        inflate_input_conv({"conv_in.weight": torch.ones(2, 4, 3, 3)})
+        inflate_input_conv({"encoder.conv_in.weight": torch.ones(2, 4, 3, 3)})
+    wide = {INPUT_CONV: torch.ones(2, 9, 3, 3), "model.diffusion_model.out.2.weight": torch.ones(4, 2, 3, 3)}
+    with pytest.raises(CheckpointError, match=r"got 9 input channels, expected 4.*inflated already"):
+        inflate_input_conv(wide, 12)  # wider still, but not from four
+    for name in ("control_model.input_blocks.0.0.weight", "controlnet_cond_embedding.conv_in.weight"):
+        with pytest.raises(CheckpointError, match="this is a ControlNet, which sees the four channels"):
+            inflate_input_conv({"conv_in.weight": torch.ones(2, 4, 3, 3), name: torch.ones(1)})
+
+
+@pytest.mark.parametrize("key", [INPUT_CONV, "conv_in.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("in_channels", [8, 9, 12])
+def test_new_channels_are_those_given(key: str, dtype: torch.dtype, in_channels: int) -> None:
+    state = {key: torch.randn(2, 4, 3, 3).to(dtype)}
+    init = {INPUT_CONV: torch.randn(2, in_channels, 3, 3)}
+    inflated = inflate_input_conv(state, in_channels, init)[key]
+    assert inflated.dtype == dtype
+    assert torch.equal(inflated[:, :4], state[key])
+    assert torch.equal(inflated[:, 4:], init[INPUT_CONV][:, 4:].to(dtype))
+    with pytest.raises(CheckpointError, match=rf"expected \[2, {in_channels}, 3, 3\]"):
+        inflate_input_conv(state, in_channels, {INPUT_CONV: torch.randn(2, 5, 3, 3)})
 
 
 @pytest.mark.parametrize("level", ["", "vision_model."])

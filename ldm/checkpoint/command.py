@@ -1,0 +1,65 @@
+"""What every command line over checkpoints promises: no input is replaced, the output tells what it was made from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from ldm.checkpoint.folders import weight_files
+from ldm.checkpoint.io import CheckpointError, sha256_file
+
+
+def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, endings: Sequence[str] = ()) -> None:
+    """Refuse an output before anything is read.
+
+    Args:
+        endings: of a file; none: it is a folder.
+
+    Raises:
+        CheckpointError: it has another ending, is an input or lies in one, or is there and not to be replaced.
+    """
+    if endings and output.suffix not in endings:
+        raise CheckpointError(f"{output}: got extension {output.suffix!r}, expected {' or '.join(endings)}")
+    for path in inputs:
+        ours, theirs = output.resolve(), path.resolve()
+        if ours == theirs or (output.exists() and path.exists() and output.samefile(path)):
+            raise CheckpointError(f"{output}: the output would replace the input; choose another name")
+        if theirs in ours.parents or ours in theirs.parents:
+            raise CheckpointError(f"{output}: one of input and output lies in the other; choose another place")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{output}: exists already; pass --overwrite to replace it")
+    if output.is_dir() != (not endings):
+        raise CheckpointError(f"{output}: is a {'folder' if endings else 'file'}; choose another name")
+    # a mistyped folder of somebody's own would be gone
+    if (
+        output.is_dir()
+        and any(output.iterdir())
+        and not any((output / n).exists() for n in ("model_index.json", "config.json"))
+    ):
+        raise CheckpointError(f"{output}: is no folder of diffusers, so it is not replaced; choose another name")
+
+
+def provenance(script: str, argv: Sequence[str] | None, inputs: Mapping[str, Path]) -> dict[str, str]:
+    """Metadata of an output: the inputs' names and SHA-256 by role, the command, versions.
+
+    Args:
+        inputs: role => file, or folder of diffusers, of which each file of weights is recorded.
+    """
+    record = {"command": shlex.join([f"scripts/{script}.py", *(sys.argv[1:] if argv is None else argv)])}
+    for role, path in inputs.items():
+        record[role] = path.name
+        if path.is_dir():
+            folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
+            files = [file for folder in folders if (folder / "config.json").exists() for file in weight_files(folder)]
+            record |= {f"{role}_sha256 {file.relative_to(path)}": sha256_file(file) for file in files}
+        else:
+            record[f"{role}_sha256"] = sha256_file(path)
+    record["versions"] = json.dumps({"python": platform.python_version(), "torch": version("torch")})
+    return record

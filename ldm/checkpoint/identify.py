@@ -1,0 +1,122 @@
+"""What a checkpoint is, by its names and shapes; of one small tensor by its numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FILE_TOWER, FIRST_STAGE, INPUT_CONV, SCHEDULE_BUFFERS, UNET
+
+_FAMILIES = {
+    768: "Stable Diffusion 1",
+    1024: "Stable Diffusion 2",
+    2048: "SDXL",
+}  # by the channels of their text tokens
+_WIDE = {
+    5: "with depth (5 input channels)",
+    8: "with 8 input channels (InstructPix2Pix, IC-Light fc)",
+    9: "inpainting (9 input channels)",
+    12: "with 12 input channels (IC-Light fbc)",
+}
+_LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|\.lora\.(?:down|up)\.|^lora_(?:unet|te)")
+_CONTROL = ("control_model.", "controlnet_cond_embedding.")
+
+# (pattern of names, part), the first that fits counts.
+_PARTS = (
+    (re.escape(EMA), "averaged UNet (EMA)"),
+    (
+        re.escape(UNET)
+        + r"|(?:down_blocks|mid_block|up_blocks|time_embedding|conv_(?:in|out|norm_out)|add_embedding)\.",
+        "UNet",
+    ),
+    (r"control_model\.|controlnet_", "ControlNet"),
+    (rf"(?:{re.escape(FIRST_STAGE)})?decoder\.(?:encoder|condition_encoder)\.", "condition branch of the decoder"),
+    (rf"(?:{re.escape(FIRST_STAGE)})?(?:encoder|decoder|quant_conv|post_quant_conv)\.", "first stage"),
+    (
+        r"(?:cond_stage_model\.transformer\.|model\.)?vision_model\.|cond_stage_model\.transformer\.network\.",
+        "image tower",
+    ),
+    (
+        r"cond_stage_model\.(?:mapper|final_ln|reduce)\.|mapper\.|final_layer_norm\.|proj_out\.|learnable_vector|uncond_vector",
+        "mapper and null token",
+    ),
+    (r"(?:cond_stage_model\.transformer\.)?text_model\.|cond_stage_model\.model\.|conditioner\.", "text encoder"),
+    (rf"(?:{'|'.join(SCHEDULE_BUFFERS)})$", "noise schedule"),
+)
+
+
+def context_width(state: Mapping[str, Tensor]) -> int | None:
+    """Channels of the tokens that the UNet's cross-attention reads; None: there is no such attention."""
+    return next((t.shape[1] for name, t in state.items() if name.endswith("attn2.to_k.weight")), None)
+
+
+def family(state: Mapping[str, Tensor]) -> str:
+    """`SDXL`, or what the width of the UNet's context tells."""
+    if any(name.startswith(("conditioner.embedders.", "add_embedding.", f"{UNET}label_emb.")) for name in state):
+        return "SDXL"
+    return _FAMILIES.get(context_width(state) or 768, "another UNet")
+
+
+def identify(state: Mapping[str, Tensor]) -> str:
+    """What a checkpoint is, in a few words; `unknown` where its names say nothing."""
+    kind = _identify(state)
+    if any(name.startswith(EMA) for name in state):
+        kind += ", training checkpoint with averaged weights (EMA)"
+    return kind
+
+
+def parts(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """How many tensors and numbers a checkpoint has by part."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, tensor in state.items():
+        part = next((part for pattern, part in _PARTS if re.match(pattern, name)), "other")
+        tensors, numbers = counts.get(part, (0, 0))
+        counts[part] = (tensors + 1, numbers + tensor.numel())
+    return counts
+
+
+def _identify(state: Mapping[str, Tensor]) -> str:
+    def holds(*prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in state)
+
+    if INPUT_CONV in state or holds(UNET):
+        return _identify_whole(state)
+    if any(_LORA.search(name) for name in state):
+        return "LoRA (low-rank additions, not a model by itself)"
+    if holds(*_CONTROL):
+        layout = "CompVis' names" if holds("control_model.") else "diffusers"
+        return f"ControlNet, {layout}"
+    if any(re.match(r"(?:first_stage_model\.)?decoder\.(?:encoder|condition_encoder)\.", name) for name in state):
+        return "asymmetric VAE (its decoder sees the unmasked pixels)"
+    if DIFFUSERS_INPUT_CONV in state and holds("down_blocks."):
+        return _identify_unet(state)
+    if holds("encoder.down_blocks."):
+        return "diffusers component: VAE"
+    if holds("encoder.down.", f"{FIRST_STAGE}encoder."):
+        return "VAE only, CompVis' names"
+    if "uncond_vector" in state:
+        return "diffusers component: image encoder of Paint by Example"
+    if holds("text_model.") and not holds("vision_model."):
+        return "diffusers component: text encoder"
+    if holds("vision_model.", "embeddings.patch_embedding."):
+        return "CLIP" if holds("text_model.") else "CLIP's image tower"
+    return "unknown"
+
+
+def _identify_whole(state: Mapping[str, Tensor]) -> str:
+    if any(name.startswith(("cond_stage_model.mapper.", FILE_TOWER)) or name == "learnable_vector" for name in state):
+        return "Paint by Example"
+    channels = state[INPUT_CONV].shape[1] if INPUT_CONV in state else 4
+    kind = family(state)
+    return kind if channels == 4 else f"{kind}, {_WIDE.get(channels, f'with {channels} input channels')}"
+
+
+def _identify_unet(state: Mapping[str, Tensor]) -> str:
+    channels = state[DIFFUSERS_INPUT_CONV].shape[1]
+    gains = state.get("conv_norm_out.weight")  # about 1 in a network, about 0 in a difference of two
+    if channels in (8, 12) and gains is not None and gains.float().abs().mean() < 0.5:
+        return f"IC-Light offset, {'fc' if channels == 8 else 'fbc'} ({channels} input channels; to be added to a UNet)"
+    kind = f"diffusers component: UNet of {family(state)}"
+    return kind if channels == 4 else f"{kind}, {_WIDE.get(channels, f'with {channels} input channels')}"

@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""A checkpoint of the published layout to a folder for diffusers, or back.
+
+    python scripts/convert_checkpoint.py model.safetensors FOLDER --to diffusers
+    python scripts/convert_checkpoint.py FOLDER model.safetensors --to original
+
+Paint by Example becomes a PaintByExamplePipeline, Stable Diffusion 1 a StableDiffusionPipeline or, with nine input
+channels, a StableDiffusionInpaintPipeline. A checkpoint holds no tokenizer: `--tokenizer FOLDER` copies one into the
+result; without it, pass `tokenizer=` to `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
+
+from ldm.checkpoint.command import check_output, provenance
+from ldm.checkpoint.convert import to_diffusers, to_original
+from ldm.checkpoint.folders import diffusers_configs, model_config, read_folder, schedule_config, write_folder
+from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
+from ldm.checkpoint.keys import EMA, swap_in_ema
+from ldm.config import Config, ConfigError, dump_config, load_config
+from ldm.files import replacing_folder, write_text
+
+
+def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
+    """The checkpoint `args.input` as the folder `args.output`."""
+    beside = args.input.parent / "config.yaml"
+    config = args.config or (beside if beside.is_file() else None)
+    model = load_config(*([config] if config else [])).model
+    print(f"config: {config or 'the published model'}")
+    state = read_checkpoint(args.input)
+    components = to_diffusers(swap_in_ema(state) if args.use_ema else state)
+    if averaged := sum(name.startswith(EMA) for name in state):
+        print(f"{'took the averaged weights from' if args.use_ema else 'left out'} {averaged} tensors {EMA}*")
+    if "unet" not in components:
+        raise CheckpointError(f"{args.input}: holds no UNet; pass a whole model")
+    files = diffusers_configs(components, model)
+    index = files["model_index.json"]
+    if args.tokenizer is not None:
+        if not args.tokenizer.is_dir():
+            raise CheckpointError(f"{args.tokenizer}: no such folder; pass the tokenizer folder of Stable Diffusion")
+        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    elif "text_encoder" in components:
+        print("no --tokenizer: the result holds none; pass tokenizer=… to from_pretrained")
+    print(f"{index['_class_name']}: " + ", ".join(f"{name} {len(part)} tensors" for name, part in components.items()))
+    if args.dry_run:
+        return
+    record = provenance("convert_checkpoint", argv, {"input": args.input})
+    with replacing_folder(args.output) as partial:
+        write_folder(partial, components, files, record)
+        if args.tokenizer is not None:
+            shutil.copytree(args.tokenizer, partial / "tokenizer")
+
+
+def to_file(args: argparse.Namespace, argv: list[str] | None) -> None:
+    """The folder `args.input` as the checkpoint `args.output`, of Paint by Example with its config beside."""
+    components, configs = read_folder(args.input)
+    if "scheduler" not in configs:
+        raise CheckpointError(f"{args.input}: got no scheduler/scheduler_config.json, expected a diffusers pipeline")
+    state = to_original(components, schedule_config(configs["scheduler"]))
+    exemplar = "image_encoder" in components
+    config = dump_config(Config(model=model_config(components, configs))) if exemplar else None
+    beside = args.output.parent / "config.yaml"
+    print(f"{', '.join(components)}: {len(state)} tensors" + (f"; config: {beside}" if config else ""))
+    if config and not args.overwrite and beside.exists() and beside.read_text(encoding="utf-8") != config:
+        raise CheckpointError(
+            f"{beside}: is there already, with another config; pass --overwrite, or choose another folder"
+        )
+    if args.dry_run:
+        return
+    record = provenance("convert_checkpoint", argv, {"input": args.input})
+    if config:
+        write_text(beside, config)
+    (write_safetensors if args.output.suffix == ".safetensors" else write_torch)(args.output, state, record)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, metavar="IN")
+    parser.add_argument("output", type=Path, metavar="OUT")
+    parser.add_argument("--to", required=True, choices=("diffusers", "original"))
+    parser.add_argument(
+        "--config", type=Path, help="the checkpoint's config; default: config.yaml beside it, or the published model's"
+    )
+    parser.add_argument("--use-ema", action="store_true", help="take the averaged UNet weights")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="of a CLIP tokenizer, to be copied")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing; show what would be")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    args = parser.parse_args(argv)
+    try:
+        if args.to == "diffusers" and args.input.is_dir():
+            raise CheckpointError(f"{args.input}: is a folder already; pass a checkpoint, or --to original")
+        if args.to == "original" and args.input.is_file():
+            raise CheckpointError(f"{args.input}: is one file; pass a diffusers folder, or --to diffusers")
+        endings = [".safetensors", ".ckpt"] if args.to == "original" else []
+        check_output(args.output, [args.input], overwrite=args.overwrite or args.dry_run, endings=endings)
+        (to_folder if args.to == "diffusers" else to_file)(args, argv)
+    except (CheckpointError, ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"dry run: {args.output} not written" if args.dry_run else f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""What is this file? Kind, parts, types, metadata and hash of checkpoints, without running anything in them.
+
+Of a safetensors file the header is read, of a .ckpt its table of tensors; numbers are read for the hash and with
+--scan. Of a folder every file of weights is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections import Counter
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
+
+from ldm.checkpoint.identify import identify, parts
+from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file
+
+_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or a folder's files of weights.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.suffix in _ENDINGS)
+    if not found:
+        raise CheckpointError(f"{path}: got a folder without {', '.join(_ENDINGS)}; pass a file")
+    return found
+
+
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """A line for each tensor that holds NaN or Inf."""
+    lines = []
+    for name, tensor in tqdm(state.items(), desc="scanning", unit="tensor", delay=3):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            nan = int(tensor.isnan().sum())
+            lines.append(f"{name}: {nan} NaN, {int(tensor.isinf().sum())} Inf of {tensor.numel()}")
+    return lines
+
+
+def describe(path: Path, *, header_only: bool, scan: bool) -> str:
+    """What a file is, in lines.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    state = read_checkpoint(path)
+    lines = [f"{path}: {identify(state)}", f"  {path.stat().st_size:,} bytes, {len(state)} tensors"]
+    lines += [
+        f"  {part}: {numbers:,} numbers in {tensors} tensors" for part, (tensors, numbers) in parts(state).items()
+    ]
+    types = Counter(tensor.dtype for tensor in state.values())
+    lines.append(
+        "  types: " + ", ".join(f"{str(dtype).removeprefix('torch.')} {n}" for dtype, n in types.most_common())
+    )
+    lines += [f"  metadata {key}: {value}" for key, value in read_metadata(path).items()]
+    if not header_only:
+        lines.append(f"  sha256: {sha256_file(path)}")
+    if scan:
+        found = not_finite(state)
+        lines.append(f"  {len(found)} tensors with NaN or Inf" if found else "  all numbers are finite")
+        lines += [f"    {line}" for line in found[:10]]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--scan", action="store_true", help="read every number and look for NaN and Inf")
+    parser.add_argument(
+        "--header-only", "--dry-run", action="store_true", help="read no numbers: no hash, no scan; at once on any size"
+    )
+    args = parser.parse_args(argv)
+    if args.scan and args.header_only:
+        parser.error("--scan reads what --header-only leaves alone; pass one of them")
+    logging.basicConfig(format="%(message)s")
+    failed = False
+    for given in args.files:
+        try:
+            paths = files_of(given)
+        except CheckpointError as error:
+            paths, failed = [], True
+            print(f"error: {error}", file=sys.stderr)
+        for path in paths:
+            try:
+                print(describe(path, header_only=args.header_only, scan=args.scan), flush=True)
+            except (CheckpointError, OSError) as error:
+                failed = True
+                print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,109 @@
+#!/usr/bin/env python
+"""Merge checkpoints, tensor by tensor: A + M (B - C), (1 - M) A + M B, or BASE + M DELTA.
+
+    python scripts/merge_checkpoints.py add-difference sd-inpainting.ckpt custom.safetensors sd.ckpt OUT.safetensors
+
+makes a custom model an inpainting model without training. `--dry-run` writes nothing and shows how far each block
+moves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
+
+from ldm.checkpoint.command import check_output, provenance
+from ldm.checkpoint.identify import identify
+from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
+from ldm.checkpoint.keys import EMA, FIRST_STAGE, UNET, swap_in_ema
+from ldm.checkpoint.merge import Source, add_difference, block_norms, factors, merged, offset, weighted_sum
+
+MERGES = {
+    "add-difference": (add_difference, {"A": "what is to learn", "B": "the custom model", "C": "what B was made from"}),
+    "weighted-sum": (weighted_sum, {"A": "weighed 1 - M", "B": "weighed M"}),
+    "offset": (offset, {"BASE": "a model", "DELTA": "differences, such as IC-Light's"}),
+}
+PARTS = {"unet": UNET, "first-stage": FIRST_STAGE, "encoder": "cond_stage_model."}
+
+
+def read_source(label: str, path: Path, *, ema: str | None, only: list[str] | None) -> Source:
+    """An input with what is to be merged of it."""
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path}: got a folder, expected a file; pass its unet/diffusion_pytorch_model.safetensors"
+        )
+    state = read_checkpoint(path)
+    print(f"{label} {path}: {identify(state)}, {len(state)} tensors")
+    if ema is not None and any(name.startswith(EMA) for name in state):
+        state = swap_in_ema(state) if ema == "averaged" else {n: t for n, t in state.items() if not n.startswith(EMA)}
+    if only is not None and any(name.startswith(UNET) for name in state):
+        state = {name: t for name, t in state.items() if name.startswith(tuple(PARTS[part] for part in only))}
+    return Source(f"{label} ({path.name})", state)
+
+
+def block_factor(text: str) -> tuple[str, float]:
+    """`input_blocks=0.5` as a pair."""
+    block, equals, value = text.partition("=")
+    if not (block and equals):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected BLOCK=NUMBER, such as input_blocks=0.5")
+    try:
+        return block, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {value!r} for {block}, expected a number") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="merge", required=True)
+    for name, (_, roles) in MERGES.items():
+        command = commands.add_parser(name)
+        for role, what in roles.items():
+            command.add_argument(role.lower(), metavar=role, type=Path, help=f"{what}; .ckpt or .safetensors")
+        command.add_argument("output", metavar="OUT", type=Path, help="file to write, ending in .safetensors")
+        default = 0.5 if name == "weighted-sum" else 1.0
+        command.add_argument("--multiplier", type=float, default=default, metavar="M", help="default: %(default)s")
+        command.add_argument(
+            "--block",
+            action="append",
+            type=block_factor,
+            default=[],
+            metavar="BLOCK=M",
+            help="another M for names that begin so: input_blocks=0.5, output_blocks.11, first_stage_model.decoder",
+        )
+        command.add_argument("--only", nargs="+", choices=PARTS, help="merge these parts and leave the others")
+        command.add_argument("--ema", choices=("last", "averaged"), help="of inputs that hold both kinds of weights")
+        command.add_argument("--dry-run", action="store_true", help="write nothing; show how far each block moves")
+        command.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    args = parser.parse_args(argv)
+    merge, roles = MERGES[args.merge]
+    paths: dict[str, Path] = {role: getattr(args, role.lower()) for role in roles}
+    try:
+        check_output(args.output, paths.values(), overwrite=args.overwrite or args.dry_run, endings=[".safetensors"])
+        first, *others = (
+            read_source(role, path, ema=args.ema, only=None if role in ("A", "BASE") else args.only)
+            for role, path in paths.items()
+        )
+        factor = factors(args.multiplier, dict(args.block), first.state)
+        changes = merge(first, *others, factor)
+        print(f"{len(changes)} of {len(first.state)} tensors change, the others are those of {first.label}")
+        if args.dry_run:
+            print(f"{'block':32} tensors   |change|   |before|   share")
+            for block, norm in block_norms(first.state, changes).items():
+                share = norm.change / norm.before if norm.before else float("inf")
+                print(f"{block:32} {norm.tensors:7} {norm.change:10.4g} {norm.before:10.4g} {share:7.2%}")
+            print(f"dry run: {args.output} not written")
+            return 0
+        record = provenance("merge_checkpoints", argv, paths)
+        write_safetensors(args.output, merged(first.state, changes), record)
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.output}: {len(first.state)} tensors, {args.output.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""What a file is, told from its names, shapes and one small tensor; broken files end in a line."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.checkpoint.identify import identify, parts
+from ldm.checkpoint.io import sha256_file, write_safetensors
+from ldm.checkpoint.keys import FILE_TOWER, INPUT_CONV, TEXT_TOWER, UNET
+from scripts.inspect_checkpoint import main
+
+ATTENTION = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+State = dict[str, Tensor]
+
+
+def names(*given: str) -> State:
+    return {name: torch.ones(1) for name in given}
+
+
+def original(channels: int, context: int, *more: str) -> State:
+    return {INPUT_CONV: torch.ones(8, channels, 3, 3), UNET + ATTENTION: torch.ones(8, context), **names(*more)}
+
+
+def unet(channels: int, gain: float = 1.0) -> State:
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    return {
+        "conv_in.weight": torch.ones(8, channels, 3, 3),
+        "conv_norm_out.weight": torch.full((8,), gain),
+        attention: torch.ones(8, 768),
+        **names("down_blocks.0.resnets.0.conv1.weight"),
+    }
+
+
+TEXT = TEXT_TOWER + "final_layer_norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (original(4, 768, TEXT), "Stable Diffusion 1"),
+        (original(9, 768, TEXT), "Stable Diffusion 1, inpainting (9 input channels)"),
+        (original(5, 1024, TEXT), "Stable Diffusion 2, with depth (5 input channels)"),
+        (original(4, 2048, "conditioner.embedders.0.x"), "SDXL"),
+        (original(9, 768, FILE_TOWER + "x", "learnable_vector"), "Paint by Example"),
+        (original(4, 768, "model_ema.decay"), "Stable Diffusion 1, training checkpoint with averaged weights (EMA)"),
+        (unet(4), "diffusers component: UNet of Stable Diffusion 1"),
+        (unet(9), "diffusers component: UNet of Stable Diffusion 1, inpainting (9 input channels)"),
+        (unet(8, gain=0.01), "IC-Light offset, fc"),
+        (unet(12, gain=-0.01), "IC-Light offset, fbc"),
+        (unet(8), "diffusers component: UNet of Stable Diffusion 1, with 8 input channels"),
+        (names("control_model.input_blocks.0.0.weight"), "ControlNet, CompVis' names"),
+        ({**unet(4), **names("controlnet_cond_embedding.conv_in.weight")}, "ControlNet, diffusers"),
+        (names("encoder.down.0.x", "decoder.encoder.layers.0.weight"), "asymmetric VAE"),
+        (names("encoder.down_blocks.0.x", "decoder.condition_encoder.layers.0.weight"), "asymmetric VAE"),
+        (names("lora_unet_down_blocks_0.lora_down.weight"), "LoRA"),
+        (names("unet.down_blocks.0.attn1.to_q.lora_A.weight"), "LoRA"),
+        (names("first_stage_model.encoder.conv_in.weight"), "VAE only"),
+        (names("encoder.down.0.block.0.norm1.weight", "quant_conv.weight"), "VAE only"),
+        (names("encoder.down_blocks.0.resnets.0.norm1.weight"), "diffusers component: VAE"),
+        (names("uncond_vector", "mapper.blocks.0.norm1.weight"), "diffusers component: image encoder"),
+        (names("text_model.embeddings.x"), "diffusers component: text encoder"),
+        (names("vision_model.embeddings.x"), "CLIP's image tower"),
+        (names("layer.0.weight"), "unknown"),
+    ],
+)
+def test_kinds(state: State, expected: str) -> None:
+    assert identify(state).startswith(expected)
+
+
+def test_published_files(official: State, sd_full_ema: State) -> None:
+    assert identify(official) == "Paint by Example"
+    assert identify(sd_full_ema) == "Stable Diffusion 1, training checkpoint with averaged weights (EMA)"
+    counts = parts(official)
+    assert counts["UNet"] == (686, 859_535_364)
+    assert counts["mapper and null token"][1] == 62_981_120 + 2_048 + 787_200 + 768
+    assert counts["first stage"][0] == 248
+    assert counts["noise schedule"] == (12, 12_000)
+    assert set(parts(sd_full_ema)) == {"UNet", "first stage", "text encoder", "noise schedule", "averaged UNet (EMA)"}
+
+
+def test_a_file_in_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = original(9, 768, TEXT)
+    state["bad"] = torch.tensor([float("nan"), float("inf"), 1.0]).half()
+    write_safetensors(tmp_path / "m.safetensors", state, {"command": "made so"})
+    assert main([str(tmp_path / "m.safetensors"), "--scan"]) == 0
+    output = capsys.readouterr().out
+    for line in (
+        "UNet: 6,792 numbers in 2 tensors",
+        "types: float32 3, float16 1",
+        "metadata command: made so",
+        f"sha256: {sha256_file(tmp_path / 'm.safetensors')}",
+        "bad: 1 NaN, 1 Inf of 3",
+    ):
+        assert line in output
+    assert main([str(tmp_path / "m.safetensors"), "--dry-run"]) == 0
+    assert "sha256" not in capsys.readouterr().out
+
+
+class Call:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_broken_files_are_a_line_each_and_the_others_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = tmp_path / "good.safetensors"
+    write_safetensors(good, original(4, 768, TEXT))
+    content = good.read_bytes()
+    torch.save({"w": torch.ones(1000)}, tmp_path / "good.ckpt")
+    pickled = (tmp_path / "good.ckpt").read_bytes()
+    broken = {
+        "truncated.safetensors": (content[:-100], "truncated or damaged"),
+        "truncated.ckpt": (pickled[: len(pickled) // 2], "truncated or damaged"),
+        "corrupt.safetensors": (content[:8] + b"{" + b"\xff" * 200 + content[300:], "truncated or damaged"),
+        "huge_header.safetensors": (b"\xff" * 7 + b"\x7f{" + content[9:], "truncated or damaged"),
+        "login.ckpt": (b"<!DOCTYPE html><html>Sign in</html>", "a web page, not weights"),
+        "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        "empty.ckpt": (b"", "the file is empty"),
+        "evil.ckpt": (pickle.dumps({"w": Call(tmp_path / "trace")}), "refused: the pickle wants to call"),
+    }
+    for name, (data, _) in broken.items():
+        (tmp_path / name).write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\0" * 50_000_000)
+    broken["bomb.ckpt"] = (b"", "a zip bomb")
+    assert main([str(tmp_path / name) for name in [*broken, "none.ckpt", "good.safetensors"]]) == 2
+    output, errors = capsys.readouterr()
+    assert f"{good}: Stable Diffusion 1" in output
+    lines = errors.splitlines()
+    assert len(lines) == len(broken) + 1  # one line each
+    for line, (name, (_, message)) in zip(lines, broken.items(), strict=False):
+        assert line.startswith(f"error: {tmp_path / name}: ")
+        assert message in line
+    assert "no such file" in lines[-1]
+    assert not (tmp_path / "trace").exists()
+
+
+def test_folders_and_contradictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_safetensors(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", unet(4))
+    write_safetensors(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", names("encoder.down_blocks.0.x"))
+    assert main([str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "component: UNet" in output and "component: VAE" in output
+    (tmp_path / "nothing").mkdir()
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "got a folder without" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), "--scan", "--header-only"])

@@ -1,0 +1,307 @@
+"""Merging: the sums, what stays, and the mistakes that are caught by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ldm.checkpoint.convert import to_diffusers
+from ldm.checkpoint.io import CheckpointError, Deferred, read_checkpoint, read_metadata, sha256_file, write_safetensors
+from ldm.checkpoint.keys import INPUT_CONV, UNET
+from ldm.checkpoint.merge import Source, add_difference, block_norms, factors, merged, offset, weighted_sum
+from ldm.checkpoint.surgery import inflate_input_conv
+from scripts.merge_checkpoints import main
+
+RESNET = UNET + "input_blocks.1.0.in_layers.2.weight"
+ATTENTION = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+DECODER = "first_stage_model.decoder.conv_in.weight"
+POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+State = dict[str, Tensor]
+
+
+def checkpoint(seed: int, channels: int = 4, context: int = 768, dtype: torch.dtype = torch.float32) -> State:
+    """The layout of Stable Diffusion, a few tensors of it."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(dtype)
+
+    return {
+        INPUT_CONV: normal(8, channels, 3, 3),
+        UNET + "input_blocks.1.1.norm.weight": normal(8),
+        RESNET: normal(8, 8, 3, 3),
+        ATTENTION: normal(8, context),
+        UNET + "out.2.weight": normal(4, 8, 3, 3),
+        DECODER: normal(4, 4, 1, 1),
+        POSITIONS: torch.arange(7)[None],
+        "betas": torch.rand(10, generator=draw),
+    }
+
+
+def source(label: str, state: State) -> Source:
+    return Source(label, state)
+
+
+def written(a: State, changes: dict[str, Callable[[], Tensor]]) -> State:
+    """What a merge comes to, every tensor made."""
+    return {name: t.make() if isinstance(t, Deferred) else t for name, t in merged(a, changes).items()}
+
+
+def difference(a: State, b: State, c: State, m: float = 1.0) -> State:
+    return written(a, add_difference(source("A", a), source("B", b), source("C", c), lambda _: m))
+
+
+# --- the sums
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), m=st.floats(-2, 2, width=32), channels=st.sampled_from([4, 8, 9, 12]))
+def test_adding_a_difference(seed: int, m: float, channels: int) -> None:
+    a, b, c = checkpoint(seed, channels), checkpoint(seed + 1), checkpoint(seed + 2)
+    got = difference(a, b, c, m)
+    assert got.keys() == a.keys()
+    assert torch.equal(got[INPUT_CONV][:, 4:], a[INPUT_CONV][:, 4:])
+    for name, tensor in got.items():
+        assert tensor.dtype == a[name].dtype
+        if not tensor.is_floating_point() or name == "betas":
+            assert torch.equal(tensor, a[name])
+            continue
+        expected = a[name].double()
+        first = expected[:, :4] if name == INPUT_CONV else expected
+        first += m * (b[name].double() - c[name].double())
+        # three roundings of numbers below 32
+        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), m=st.floats(0.125, 1, width=32))
+def test_identities(seed: int, m: float) -> None:
+    a, b = checkpoint(seed, 9), checkpoint(seed + 1)
+    for name, tensor in difference(a, b, b, m).items():
+        assert torch.equal(tensor, a[name])  # nothing was learnt
+    none = written(a, weighted_sum(source("A", a), source("B", b), lambda _: 0.0))
+    all_of_it = written(a, weighted_sum(source("A", a), source("B", b), lambda _: 1.0))
+    for name in a:
+        assert torch.equal(none[name], a[name])
+    assert torch.equal(all_of_it[INPUT_CONV][:, 4:], a[INPUT_CONV][:, 4:])
+    torch.testing.assert_close(all_of_it[RESNET], b[RESNET], rtol=0, atol=1e-6)  # B - A + A, one rounding each
+    c = checkpoint(seed + 2)
+    there = difference(a, b, c, m)
+    back = difference(there, c, b, m)
+    for name in a:  # adding C - B takes B - C away
+        torch.testing.assert_close(back[name], a[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    a, b, c = (checkpoint(seed, dtype=dtype) for seed in (1, 2, 3))
+    got = difference(a, b, c, 0.3)[RESNET]
+    assert got.dtype == dtype
+    expected = a[RESNET].float() + 0.3 * (b[RESNET].float() - c[RESNET].float())
+    torch.testing.assert_close(got, expected.to(dtype), rtol=0, atol=0)
+
+
+def test_keys_of_a_alone_stay() -> None:
+    a, b, c = checkpoint(1, 9), checkpoint(2), checkpoint(3)
+    a["cond_stage_model.mapper.resblocks.0.ln_1.weight"] = torch.randn(8)
+    for state in (b, c):
+        del state[DECODER], state[POSITIONS]
+    got = difference(a, b, c)
+    for name in ("cond_stage_model.mapper.resblocks.0.ln_1.weight", DECODER, POSITIONS):
+        assert torch.equal(got[name], a[name])
+
+
+def test_ic_light_is_inflated_and_offset() -> None:
+    """The published file is in diffusers' names, the base in those of CompVis."""
+    base = checkpoint(1)
+    delta = {name: 0.01 * t for name, t in checkpoint(2, 8).items() if name.startswith(UNET)}
+    theirs = to_diffusers(delta)["unet"]
+    assert "conv_in.weight" in theirs
+    with pytest.raises(CheckpointError, match=r"inflate the base first.*--in-channels 8"):
+        offset(source("BASE", base), source("DELTA", theirs), lambda _: 1.0)
+    inflated = inflate_input_conv(base, 8)
+    got = written(inflated, offset(source("BASE", inflated), source("DELTA", theirs), lambda _: 1.0))
+    for name in delta:
+        assert torch.equal(got[name], inflated[name] + delta[name])
+    assert torch.equal(got[DECODER], base[DECODER])
+    unet = to_diffusers({n: t for n, t in inflated.items() if n.startswith(UNET)})["unet"]
+    other = written(unet, offset(source("BASE", unet), source("DELTA", delta), lambda _: 1.0))  # the other way round
+    assert all(
+        torch.equal(other[name], tensor)
+        for name, tensor in to_diffusers({n: t for n, t in got.items() if n.startswith(UNET)})["unet"].items()
+    )
+
+
+def test_multipliers_by_block() -> None:
+    names = [*checkpoint(1), UNET + "input_blocks.11.0.in_layers.0.weight"]
+    factor = factors(1.0, {"input_blocks": 0.5, "input_blocks.1": 0.25, "first_stage_model": 0.0}, names)
+    assert factor(INPUT_CONV) == 0.5
+    assert factor(RESNET) == 0.25
+    assert factor(UNET + "input_blocks.11.0.in_layers.0.weight") == 0.5  # 11 does not begin with the block 1
+    assert factor(ATTENTION) == 1.0
+    assert factor(DECODER) == 0.0
+    with pytest.raises(CheckpointError, match=r"block output_block: no tensor's name.*input_blocks\.1"):
+        factors(1.0, {"output_block": 1.0}, names)
+
+
+def test_norms_by_block() -> None:
+    a, b, c = checkpoint(1), checkpoint(2), checkpoint(3)
+    c[DECODER] = b[DECODER]
+    norms = block_norms(a, add_difference(source("A", a), source("B", b), source("C", c), lambda _: 2.0))
+    assert norms["first_stage_model.decoder"].change == 0
+    block = norms["input_blocks.1"]
+    assert block.tensors == 2
+    names = [name for name in a if "input_blocks.1." in name]
+    expected = torch.cat([(2 * (b[name] - c[name])).flatten() for name in names]).norm().item()
+    assert block.change == pytest.approx(expected, rel=1e-5)
+    assert block.before == pytest.approx(torch.cat([a[name].flatten() for name in names]).norm().item(), rel=1e-5)
+
+
+# --- mistakes
+
+
+def sdxl(seed: int) -> State:
+    return {**checkpoint(seed, context=2048), "conditioner.embedders.0.weight": torch.ones(1)}
+
+
+def with_ema(state: State) -> State:
+    return {**state, "model_ema.diffusion_modelinput_blocks00weight": state[INPUT_CONV]}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "message"),
+    [
+        (checkpoint(1), checkpoint(2, 9), checkpoint(3), "A and B look swapped .*A 4, B 9, C 4"),
+        (checkpoint(1, 9), checkpoint(2), checkpoint(3, 9), "C looks like an inpainting model"),
+        (checkpoint(1, 9), checkpoint(2, 9), checkpoint(3), "B is an inpainting model already"),
+        (checkpoint(1, 5), checkpoint(2), checkpoint(3), "A has 5 input channels: a depth model"),
+        (checkpoint(1, 9), checkpoint(2, 5), checkpoint(3), "B has 5 input channels: a depth model"),
+        (checkpoint(1, 9), sdxl(2), sdxl(3), "B is SDXL .*2048.*A is Stable Diffusion 1"),
+        (checkpoint(1, 9), checkpoint(2, context=1024), checkpoint(3), "B is Stable Diffusion 2"),
+        (checkpoint(1, 9), with_ema(checkpoint(2)), checkpoint(3), "B holds its UNet twice.*--ema"),
+        (with_ema(checkpoint(1, 9)), checkpoint(2), checkpoint(3), "A holds its UNet twice.*--ema"),
+    ],
+)
+def test_mistakes_are_caught_by_name(a: State, b: State, c: State, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        add_difference(source("A", a), source("B", b), source("C", c), lambda _: 1.0)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_names_and_shapes_are_listed() -> None:
+    a, b, c = checkpoint(1, 9), checkpoint(2), checkpoint(3)
+    b["extra.weight"] = c["extra.weight"] = torch.ones(2)
+    del c[RESNET]
+    b[ATTENTION + ".more"] = torch.ones(3)
+    b[DECODER] = torch.ones(2, 4, 1, 1)
+    with pytest.raises(CheckpointError) as caught:
+        add_difference(source("A", a), source("B", b), source("C", c), lambda _: 1.0)
+    lines = str(caught.value).splitlines()
+    assert "  2 not in A but in B and C:" in lines or "  2 not in A but in B:" in lines
+    assert "    extra.weight" in lines
+    assert "  2 not in C but in B:" in lines
+    assert f"    {RESNET}" in lines
+    assert f"    {DECODER}: [2, 4, 1, 1], [4, 4, 1, 1] in A" in lines
+    with pytest.raises(CheckpointError, match="no weight has the same name"):
+        weighted_sum(source("A", a), source("B", {}), lambda _: 1.0)
+
+
+def test_wider_second_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="pass the wider one first"):
+        weighted_sum(source("A", checkpoint(1)), source("B", checkpoint(2, 9)), lambda _: 1.0)
+
+
+def test_a_sum_that_does_not_fit_is_an_error() -> None:
+    a, b, c = (checkpoint(seed, dtype=torch.float16) for seed in (1, 2, 3))
+    with pytest.raises(CheckpointError, match="does not fit into float16"):
+        difference(a, b, c, 1e6)
+
+
+# --- the command line
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A pickle, and two safetensors files."""
+    torch.save({"state_dict": checkpoint(1, 9)}, tmp_path / "a.ckpt")
+    for name, seed in (("b", 2), ("c", 3)):
+        write_safetensors(tmp_path / f"{name}.safetensors", checkpoint(seed))
+    return {name: tmp_path / f"{name}.{'ckpt' if name == 'a' else 'safetensors'}" for name in "abc"}
+
+
+def run(*arguments: Any) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_all_merges_from_files(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c = (read_checkpoint(path) for path in files.values())
+    out = tmp_path / "new" / "out.safetensors"
+    assert run("add-difference", *files.values(), out, "--multiplier", 0.5, "--block", "first_stage_model=0") == 0
+    assert "A " in (output := capsys.readouterr().out)
+    assert "inpainting (9 input channels)" in output
+    got = read_checkpoint(out)
+    assert torch.equal(got[DECODER], a[DECODER])
+    torch.testing.assert_close(got[RESNET], a[RESNET] + 0.5 * (b[RESNET] - c[RESNET]))
+    record = read_metadata(out)
+    for role, path in zip("ABC", files.values(), strict=True):
+        assert record[role] == path.name
+        assert record[f"{role}_sha256"] == sha256_file(path)
+    assert record["command"].startswith("scripts/merge_checkpoints.py add-difference ")
+    assert "torch" in record["versions"]
+    assert run("weighted-sum", files["a"], files["b"], out, "--overwrite", "--only", "unet") == 0
+    got = read_checkpoint(out)
+    torch.testing.assert_close(got[RESNET], (a[RESNET] + b[RESNET]) / 2)
+    assert torch.equal(got[DECODER], a[DECODER])
+    assert run("offset", files["a"], files["b"], out, "--overwrite") == 0
+    assert torch.equal(read_checkpoint(out)[RESNET], a[RESNET] + b[RESNET])
+
+
+def test_dry_run_shows_norms_and_writes_nothing(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert run("add-difference", *files.values(), tmp_path / "out.safetensors", "--dry-run") == 0
+    output = capsys.readouterr().out
+    assert "input_blocks.1 " in output and "first_stage_model.decoder " in output
+    assert "not written" in output
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_averaged_weights_are_chosen(files: dict[str, Path], tmp_path: Path) -> None:
+    state = checkpoint(5)
+    averaged = {
+        f"model_ema.{n.removeprefix('model.').replace('.', '')}": t + 1 for n, t in state.items() if n.startswith(UNET)
+    }
+    write_safetensors(tmp_path / "ema.safetensors", {**state, **averaged})
+    arguments = ("offset", files["a"], tmp_path / "ema.safetensors", tmp_path / "out.safetensors", "--overwrite")
+    assert run(*arguments) == 2
+    a = read_checkpoint(files["a"])
+    for choice, added in (("last", state[RESNET]), ("averaged", state[RESNET] + 1)):
+        assert run(*arguments, "--ema", choice) == 0
+        assert torch.equal(read_checkpoint(tmp_path / "out.safetensors")[RESNET], a[RESNET] + added)
+
+
+def test_wrong_command_lines(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c = files.values()
+    contents = {path: path.read_bytes() for path in files.values()}
+    for arguments, message in (
+        (("add-difference", b, a, c, tmp_path / "o.safetensors"), "look swapped"),
+        (("add-difference", a, b, c, tmp_path / "o.ckpt"), "expected .safetensors"),
+        (("add-difference", a, b, c, b, "--overwrite"), "would replace the input"),
+        (("add-difference", a, b, tmp_path / "none.ckpt", tmp_path / "o.safetensors"), "no such file"),
+        (("weighted-sum", a, tmp_path, tmp_path / "x" / "o.safetensors"), "lies in the other"),
+        (("weighted-sum", a, b, tmp_path / "o.safetensors", "--block", "nonsense=1"), "no tensor's name begins"),
+    ):
+        assert run(*arguments) == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
+    with pytest.raises(SystemExit, match="2"):
+        run("weighted-sum", a, b, tmp_path / "o.safetensors", "--block", "input_blocks")
+    assert "expected BLOCK=NUMBER" in capsys.readouterr().err
