@@ -175,8 +175,9 @@ class Editor:
             scene: picture or path, any size, aspect and mode.
             hole_mask: white (>= 128) is painted; a mask of another size is resized (nearest) with a warning.
                 A mask that is white everywhere is allowed: the whole scene is made up from the exemplar.
-            exemplar: picture or path; squashed to the exemplar encoder's square, as in the paper. None
-                uses the model's null token, that is, inpaints without an exemplar.
+            exemplar: picture or path; cropped to its opaque part and squashed to the exemplar encoder's square, as in
+                the paper (`prepare_exemplar` has other ways). None uses the model's null token, that is, inpaints
+                without an exemplar.
             sampler: ddpm | ddim | plms | dpm_solver_pp | unipc.
             num_steps: denoising steps.
             guidance_scale: 1 follows the exemplar without guidance; the paper uses 5.
@@ -262,8 +263,8 @@ class Editor:
         return results[0] if alone else results
 
     def exemplar_tensor(self, exemplar: Picture) -> Tensor:
-        """(1, 3, E, E), an exemplar squashed to the encoder's square and normalised for it."""
-        return exemplar_to_tensor(as_rgb(exemplar), self.model.config.exemplar_encoder.image_size)[None]
+        """(1, 3, E, E), an exemplar's opaque part, squashed to the encoder's square and normalised for it."""
+        return exemplar_to_tensor(prepare_exemplar(exemplar), self.model.config.exemplar_encoder.image_size)[None]
 
     @torch.inference_mode()
     def paint(

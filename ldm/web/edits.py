@@ -28,7 +28,15 @@ from torch import Tensor
 from ldm import __version__
 from ldm.checkpoint.io import sha256_file
 from ldm.data.transforms import ImageFileError, open_image, tensor_to_pil
-from ldm.editing import EditingError, Editor, as_hole, checkpoint_file, is_out_of_memory, save_png
+from ldm.editing import (
+    EditingError,
+    Editor,
+    as_hole,
+    checkpoint_file,
+    is_out_of_memory,
+    prepare_exemplar,
+    save_png,
+)
 from ldm.provenance import add_watermark, check_watermark
 from ldm.safety import OPEN_NSFW, ContentFilter, withheld
 from ldm.samplers import SAMPLERS
@@ -275,7 +283,7 @@ class EditService:
         if unknown:
             raise EditingError(f"got the setting {min(unknown)}, expected {', '.join(self.settings)}")
         options = {name: setting.check(values.get(name, setting.default)) for name, setting in self.settings.items()}
-        picture, shown = self.open_upload(scene), self.open_upload(exemplar)
+        picture, shown = self.open_upload(scene), self.open_upload(exemplar, reader=prepare_exemplar)
         hole = self.open_upload(hole_mask, reader=as_hole)
         if abs(hole.width * picture.height - hole.height * picture.width) > sum(picture.size):  # beyond rounding
             sizes = f"{hole.width} x {hole.height}, the scene {picture.width} x {picture.height}"
