@@ -115,6 +115,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="correct what was decoded, so that its colours agree with the scene's at the hole's edge (default)",
     )  # fmt: skip
     fit.add_argument("--whole-image", action="store_true", help="show the model the whole scene, as the paper does")
+    shown = parser.add_argument_group("safety and provenance")
+    shown.add_argument(
+        "--safety", nargs="?", const="open-nsfw", metavar="FOLDER",
+        help="withhold what a content filter flags: the folder of Stable Diffusion's safety checker, or a small "
+        "classifier, which comes with the safety extra",
+    )  # fmt: skip
+    shown.add_argument(
+        "--watermark", nargs="?", const="StableDiffusionV1", metavar="TEXT",
+        help="mark all of the picture invisibly, as the original does; default text: %(const)s",
+    )  # fmt: skip
     original = parser.add_argument_group(
         "accepted and ignored",
         "from the original's command line: the config knows the sizes, a scene keeps its own, seeds fix the noise",
@@ -224,6 +234,7 @@ def edit_many(args: argparse.Namespace) -> int:
     from ldm.bulk import match_folders, read_jobs, run_jobs
     from ldm.checkpoint.io import sha256_file
     from ldm.editing import Editor, checkpoint_file
+    from ldm.safety import load_filter
 
     defaults = {
         "seed": args.seed[0],
@@ -255,7 +266,14 @@ def edit_many(args: argparse.Namespace) -> int:
     }
     args.outdir.mkdir(parents=True, exist_ok=True)
     report = run_jobs(
-        editor, jobs[rank::processes], args.outdir, batch_size=args.batch_size, workers=args.workers, about=about
+        editor,
+        jobs[rank::processes],
+        args.outdir,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        about=about,
+        content_filter=load_filter(args.safety, device) if args.safety else None,
+        watermark=args.watermark,
     )
     path = args.outdir / ("report.jsonl" if processes == 1 else f"report-{rank + 1}-of-{processes}.jsonl")
     report.write(path)
@@ -279,11 +297,16 @@ def chosen_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def edit(args: argparse.Namespace) -> int:
-    """Read the files, load the model, edit, and write the results."""
+    """Read the files, load the model, edit, write the results and return the exit status: 1 where some are withheld."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from tqdm import tqdm
 
     from ldm import __version__
-    from ldm.editing import EXAMPLE_PARTS, Editor, as_rgb, given_hole, prepare_exemplar, save_png
+    from ldm.checkpoint.io import sha256_file
+    from ldm.editing import EXAMPLE_PARTS, Editor, as_rgb, checkpoint_file, given_hole, prepare_exemplar, save_png
+    from ldm.provenance import add_watermark, check_watermark
+    from ldm.safety import load_filter, withheld
 
     name = args.image.stem if args.image else ""
     if not args.image:
@@ -295,6 +318,8 @@ def edit(args: argparse.Namespace) -> int:
     hole = given_hole(args.image, scene.size, **holes, seed=args.seed[0])
     look = {"background": args.reference_background, "fit": args.reference_fit}
     exemplars = [prepare_exemplar(path, args.reference_mask, **look) for path in args.reference or ()]
+    if args.watermark:
+        check_watermark(scene.size, args.watermark)
     device, dtype = chosen_device(args)
     args.outdir.mkdir(parents=True, exist_ok=True)
 
@@ -312,14 +337,21 @@ def edit(args: argparse.Namespace) -> int:
         "whole_image": args.whole_image,
     }
     seeds = args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.n_samples * args.n_iter)]
+    content_filter = load_filter(args.safety, device) if args.safety else None
     network = None
     if args.rank:
         from ldm.evaluation.features import load_network
 
         network = load_network(args.rank, device)
     results: list[Image.Image] = []
-    with tqdm(total=args.n_iter * args.steps, desc="loading the model", unit="step") as bar:
+    with (
+        ThreadPoolExecutor(1) as beside,
+        tqdm(total=args.n_iter * args.steps, desc="loading the model", unit="step") as bar,
+    ):
         editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=device, dtype=dtype)
+
+        # Several seconds for a large file, while the device paints.
+        digest = beside.submit(sha256_file, checkpoint_file(args.checkpoint), show_progress=False)
 
         def on_step(_step: int, num_steps: int, *_: object) -> None:
             bar.total = args.n_iter * num_steps  # some step counts are rounded up
@@ -351,10 +383,23 @@ def edit(args: argparse.Namespace) -> int:
         "reference_background": args.reference_background,
         "reference_fit": args.reference_fit,
         "checkpoint": str(args.checkpoint or "bundled"),
+        "checkpoint_sha256": digest.result(),
         "config": str(args.config or "beside the checkpoint"),
+        "safety": args.safety,
+        "watermark": args.watermark,
         "device": device.type,
         "precision": str(dtype).removeprefix("torch."),
     }
+    num_made = len(results)
+    if content_filter is not None:
+        reasons = withheld(content_filter, results, hole)
+        for seed, reason in zip(seeds, reasons, strict=True):
+            if reason:
+                print(f"withheld: seed {seed}: {reason}; another seed or exemplar may pass", file=sys.stderr)
+        passed = [i for i, reason in enumerate(reasons) if reason is None]
+        seeds, results = [seeds[i] for i in passed], [results[i] for i in passed]
+        if not results:
+            return 1
     details: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
     if network is not None:
         from ldm.evaluation.similarity import region_similarities
@@ -366,6 +411,8 @@ def edit(args: argparse.Namespace) -> int:
         details = [details[i] for i in order]
         print(f"similarity to the exemplar by {network.name}, best first:")
         print("\n".join(f"  {detail['similarity']:6.2f}  seed {detail['seed']}" for detail in details))
+    if args.watermark:
+        results = [add_watermark(result, args.watermark) for result in results]
     pictures = {f"{name}_{seed}": (image, detail) for seed, image, detail in zip(seeds, results, details, strict=True)}
     if not args.skip_grid:
         pictures[f"{name}_{args.seed[0]}_grid"] = (side_by_side(scene, hole, exemplars, results), {"seed": seeds})
@@ -377,7 +424,7 @@ def edit(args: argparse.Namespace) -> int:
         print(f"{'overwrote' if replaced else 'wrote'} {path}")
     if suffix:
         print(f"kept the earlier results of the same name; these end in {suffix} (--overwrite replaces them)")
-    return 0
+    return 1 if len(results) < num_made else 0
 
 
 def bundled_example() -> Path:

@@ -22,6 +22,8 @@ from tqdm import tqdm
 from ldm.data.transforms import find_images
 from ldm.editing import Editor, FittedScene, as_rgb, fit_scene, given_hole, prepare_exemplar, save_png
 from ldm.files import write_text
+from ldm.provenance import add_watermark
+from ldm.safety import ContentFilter, SafetyError, withheld
 
 FILES = ("scene", "mask", "reference", "reference_mask")  # of a row, relative to the table's folder
 SAMPLING = ("sampler", "num_steps", "guidance_scale", "eta")  # rows that differ in these share no batch
@@ -192,6 +194,8 @@ def run_jobs(
     batch_size: int = 4,
     workers: int = 2,
     about: Mapping[str, Any],
+    content_filter: ContentFilter | None = None,
+    watermark: str | None = None,
 ) -> Report:
     """Edit every job that has no result yet.
 
@@ -202,11 +206,14 @@ def run_jobs(
         batch_size: jobs that are painted together, scenes of any sizes.
         workers: threads that read pictures, and as many that write them.
         about: what else decides the pictures (model, precision): a result made with another one is made again.
+        content_filter: results that it flags are not written; their jobs count as failed.
+        watermark: text that results are marked with, `provenance.add_watermark`.
 
     Raises:
         OSError: a result can't be written.
     """
     report = Report()
+    about = {**about, "watermark": watermark} if watermark else about
     jobs = sorted(jobs, key=lambda job: [repr(value) for value in job.sampling.values()])
 
     def read(job: Job) -> _Prepared | None:
@@ -217,7 +224,16 @@ def run_jobs(
         ThreadPoolExecutor(workers) as writers,
         tqdm(total=len(jobs), desc="editing", unit="picture", disable=None) as bar,
     ):
-        writing: list[Future[None]] = []
+        writing: list[tuple[Job, Future[None]]] = []
+
+        def finish_first() -> None:
+            job, future = writing.pop(0)
+            try:
+                future.result()
+                report.done.append(job.name)
+            except ValueError as error:  # withheld, or too small for its mark
+                report.failed[job.name] = str(error)
+
         prepared = _ahead(readers, read, jobs, 2 * batch_size, report, bar)
         for batch in _batches(prepared, batch_size):
             bar.update(len(batch))
@@ -227,12 +243,12 @@ def run_jobs(
                 report.failed |= {item.job.name: str(error) for item in batch}
                 continue
             for item, pixels in zip(batch, painted, strict=True):
-                writing.append(writers.submit(_finish, item, pixels, outdir, about))
-                report.done.append(item.job.name)
+                finishing = writers.submit(_finish, item, pixels, outdir, about, content_filter, watermark)
+                writing.append((item.job, finishing))
             while len(writing) > 2 * batch_size:
-                writing.pop(0).result()
-        for future in writing:
-            future.result()
+                finish_first()
+        while writing:
+            finish_first()
     return report
 
 
@@ -319,9 +335,22 @@ def _paint(editor: Editor, batch: Sequence[_Prepared]) -> Tensor:
     )
 
 
-def _finish(item: _Prepared, pixels: Tensor, outdir: Path, about: Mapping[str, Any]) -> None:
+def _finish(
+    item: _Prepared,
+    pixels: Tensor,
+    outdir: Path,
+    about: Mapping[str, Any],
+    content_filter: ContentFilter | None,
+    watermark: str | None,
+) -> None:
     job = item.job
     result = item.fitted.put_back(pixels, feather=job.feather, colour_agreement=job.colour_agreement)
+    if content_filter is not None:
+        (reason,) = withheld(content_filter, [result], item.fitted.hole)
+        if reason:
+            raise SafetyError(f"withheld: {reason}")
+    if watermark:
+        result = add_watermark(result, watermark)
     save_png(result, outdir / f"{job.name}.png", {"parameters": _parameters(job, about)})
 
 

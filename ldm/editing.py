@@ -180,8 +180,9 @@ class Editor:
             scene: picture or path, any size, aspect and mode.
             hole_mask: white (>= 128) is painted; a mask of another size is resized (nearest) with a warning.
                 A mask that is white everywhere is allowed: the whole scene is made up from the exemplar.
-            exemplar: picture or path; squashed to the exemplar encoder's square, as in the paper. None
-                uses the model's null token, that is, inpaints without an exemplar.
+            exemplar: picture or path; cropped to its opaque part and squashed to the exemplar encoder's square, as in
+                the paper (`prepare_exemplar` has other ways). None uses the model's null token, that is, inpaints
+                without an exemplar.
             prompt: what to paint, in words; None is the empty prompt.
             negative_prompt: what guidance leads away from; None is the empty prompt.
             sampler: ddpm | ddim | plms | dpm_solver_pp | unipc.
@@ -290,8 +291,8 @@ class Editor:
         return load_controlnet(path, self.model.config.unet, device=self.device, dtype=self.model.weight_dtype)
 
     def exemplar_tensor(self, exemplar: Picture) -> Tensor:
-        """(1, 3, E, E), an exemplar squashed to the encoder's square and normalised for it."""
-        return exemplar_to_tensor(as_rgb(exemplar), self.model.config.exemplar_encoder.image_size)[None]
+        """(1, 3, E, E), an exemplar's opaque part, squashed to the encoder's square and normalised for it."""
+        return exemplar_to_tensor(prepare_exemplar(exemplar), self.model.config.exemplar_encoder.image_size)[None]
 
     @torch.inference_mode()
     def paint(

@@ -27,6 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     model.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: %(default)s")
+    shown = parser.add_argument_group("safety and provenance", "as for inference.py")
+    shown.add_argument("--safety", nargs="?", const="open-nsfw", metavar="FOLDER", help="withhold what a filter flags")
+    shown.add_argument(
+        "--watermark", nargs="?", const="StableDiffusionV1", metavar="TEXT", help="mark results invisibly"
+    )
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is for everyone; default: %(default)s")
     server.add_argument("--port", type=int, help="default: the first free one from 7860 on")
@@ -77,6 +82,7 @@ def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     import torch
 
     from ldm.editing import Editor
+    from ldm.safety import load_filter
     from ldm.web.edits import EditService, Limits
     from ldm.web.page import serving
 
@@ -92,7 +98,16 @@ def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
 
     def make_service(folder: Path) -> EditService:
         editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=args.device, dtype=dtype)
-        return EditService(editor, folder, limits, checkpoint=args.checkpoint, config=args.config)
+        return EditService(
+            editor,
+            folder,
+            limits,
+            checkpoint=args.checkpoint,
+            config=args.config,
+            safety=args.safety,
+            content_filter=load_filter(args.safety, editor.device) if args.safety else None,
+            watermark=args.watermark,
+        )
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: temporary files are removed
     with serving(make_service, host=args.host, port=args.port, auth=auth) as url:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up: a module may import from lower floors, and within its own.
 FLOORS = (
-    ("ldm.config", "ldm.files", "ldm.noise", "ldm.steps"),
+    ("ldm.config", "ldm.files", "ldm.noise", "ldm.provenance", "ldm.steps"),
     (
         "ldm.checkpoint",
         "ldm.diffusion",
@@ -28,7 +28,7 @@ FLOORS = (
     ),
     ("ldm.samplers", "ldm.models", "ldm.data", "ldm.control"),
     ("ldm.latent_diffusion",),
-    ("ldm.training", "ldm.sharding", "ldm.holes", "ldm.editing", "ldm.relighting"),
+    ("ldm.training", "ldm.sharding", "ldm.holes", "ldm.safety", "ldm.editing", "ldm.relighting"),
     ("ldm.callbacks", "ldm.bulk"),
     ("ldm.run", "ldm.benchmark", "ldm.measure"),
     ("ldm",),  # the package itself, which offers the public names

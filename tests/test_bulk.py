@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,23 @@ def test_a_row_that_fails_leaves_the_others(
     told = capsys.readouterr()
     assert "failed: r2: " in told.err and "2.png: not an image file" in told.err
     assert "4 done, 0 there already, 3 failed" in told.out
+
+
+def test_a_flagged_row_has_no_result(tiny_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def content_filter(pictures: Sequence[Image.Image]) -> list[str | None]:
+        seen.append(pictures[0].size)
+        return ["found something" if len(seen) == 1 else None] * len(pictures)
+
+    monkeypatch.setattr("ldm.safety.load_filter", lambda *_: content_filter)
+    assert run(tiny_folder, folder, "out", "--safety", "--workers", "1") == 1
+    rows = [json.loads(line) for line in (folder / "out" / "report.jsonl").read_text().splitlines()]
+    flagged = [row for row in rows if row["status"] == "failed"]
+    assert [row["reason"] for row in flagged] == ["withheld: found something"]
+    assert set(pictures(folder / "out")) == {f"r{i}" for i in range(ROWS)} - {flagged[0]["name"]}
+    assert run(tiny_folder, folder, "out", "--watermark", "me") == 1  # too small for a mark
+    assert set(report(folder / "out").values()) == {"failed"}
 
 
 def test_folders_are_matched_by_name(tiny_folder: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,6 +236,17 @@ def test_exemplars_are_cut_out() -> None:
         prepare_exemplar(picture, fit="crop")
 
 
+def test_what_is_transparent_of_an_exemplar_is_not_shown(editor: Editor) -> None:
+    """A red square on green: alone it is shown when the green is transparent, and not when it is opaque."""
+    picture = Image.new("RGB", (40, 20), (0, 200, 0))
+    picture.paste((200, 0, 0), (10, 5, 30, 15))
+    cut_out = picture.copy()
+    cut_out.putalpha(box_mask((40, 20), (10, 5, 30, 15)))
+    red = editor.exemplar_tensor(Image.new("RGB", (20, 10), (200, 0, 0)))
+    assert torch.equal(editor.exemplar_tensor(cut_out), red)
+    assert not torch.equal(editor.exemplar_tensor(picture), red)
+
+
 # ---- seeds ----
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from PIL import Image, ImageChops
 
 import inference
 from ldm.editing import EXAMPLE_PARTS
+from ldm.provenance import read_watermark
 from ldm.samplers import SAMPLERS
 
 REPOSITORY = Path(inference.__file__).parent
@@ -120,6 +122,41 @@ def test_listed_seeds_and_the_most_similar_first(
     with Image.open(tmp_path / "out" / "scene_4.png") as picture:
         settings = json.loads(picture.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
     assert settings["seed"] == 4 and settings["similarity"] in scores
+
+
+def test_flagged_results_are_withheld(
+    tiny_folder: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    verdicts = {"all": ["found something"] * 4, "first": ["found something", None, None, None]}
+    monkeypatch.setattr("ldm.safety.load_filter", lambda name, _: lambda pictures: verdicts[name][: len(pictures)])
+    for name, kept in (("all", []), ("first", ["scene_3_grid.png", "scene_4.png"])):
+        assert run(tiny_folder, files, tmp_path / name, "--seed", "3", "--n-samples", "2", "--safety", name) == 1
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == kept
+        assert "withheld: seed 3: found something; another seed" in capsys.readouterr().err
+
+
+def test_watermark_and_weights_can_be_told(tiny_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("scene", "mask"):
+        with Image.open(files[name]) as picture:
+            picture.resize((360, 240)).save(files[name])
+    assert run(tiny_folder, files, tmp_path / "out", "--watermark", "made here") == 0
+    with Image.open(tmp_path / "out" / "scene_0.png") as result:
+        settings = json.loads(result.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
+        assert read_watermark(result, len("made here")) == b"made here"
+    digest = hashlib.sha256((tiny_folder / "model.safetensors").read_bytes()).hexdigest()
+    assert settings["checkpoint_sha256"] == digest and settings["watermark"] == "made here"
+
+
+def test_a_scene_too_small_for_a_mark_is_told_before_painting(
+    tiny_folder: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_folder, files, tmp_path / "out", "--watermark") == 2
+    assert "for a picture of 90 x 60, expected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_never_overwrites_without_saying(

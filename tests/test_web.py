@@ -305,6 +305,11 @@ def test_the_calls_repeat_the_edit(
     service: EditService, tmp_path: Path, values: dict[str, Any], files: dict[str, Path]
 ) -> None:
     folder = files["scene"].parent
+    if values:
+        service.watermark = "mine"
+        for name in ("scene", "mask"):
+            with Image.open(files[name]) as picture:
+                picture.resize((360, 240)).save(files[name])
     files["scene"] = files["scene"].rename(folder / "it's a scene.png")  # quoted in both languages
     edited = edit(service, files, **values)
     (folder / "inference.py").symlink_to(REPOSITORY / "inference.py")
@@ -315,6 +320,23 @@ def test_the_calls_repeat_the_edit(
     for seed, path in enumerate(edited.files, start=values.get("seed", 0)):
         for other in (folder / f"result_{seed}.png", folder / "results" / path.name):
             assert np.abs(pixels(path) - pixels(other)).max() <= 1, other
+
+
+def test_flagged_candidates_are_withheld(editor: Editor, tmp_path: Path, files: dict[str, Path]) -> None:
+    verdicts = [["found something", None], ["found something"] * 2]
+
+    def content_filter(pictures: Any) -> list[str | None]:
+        shown = verdicts.pop(0)
+        return [reason for reason in shown for _ in range(len(pictures) // 2)]  # whole and closer view of each
+
+    service = EditService(editor, tmp_path, content_filter=content_filter)
+    values = QUICK | {"n_samples": 2, "seed": 4}
+    *steps, edited = service.edit(files["scene"], files["mask"], files["exemplar"], values)
+    assert isinstance(edited, Edited) and edited.num_withheld == 1
+    assert [path.name for path in edited.files] == ["scene_5.png"]
+    assert all(isinstance(step, Progress) and step.preview is None for step in steps)  # nobody has judged these
+    with pytest.raises(EditingError, match="withheld: found something; another seed"):
+        list(service.edit(files["scene"], files["mask"], files["exemplar"], values))
 
 
 def test_calls_name_model_device_and_precision(editor: Editor, tmp_path: Path) -> None:

@@ -87,14 +87,16 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def sha256_file(path: str | Path) -> str:
+def sha256_file(path: str | Path, *, show_progress: bool = True) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     path = Path(path)
     digest = hashlib.sha256()
     size = path.stat().st_size
     with (
         open(path, "rb") as file,
-        tqdm(desc=f"sha256 {path.name}", total=size, unit="B", unit_scale=True, delay=3) as bar,
+        tqdm(
+            desc=f"sha256 {path.name}", total=size, unit="B", unit_scale=True, delay=3, disable=not show_progress
+        ) as bar,
     ):
         while block := file.read(2**22):
             digest.update(block)

@@ -26,8 +26,19 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import __version__
+from ldm.checkpoint.io import sha256_file
 from ldm.data.transforms import ImageFileError, open_image, tensor_to_pil
-from ldm.editing import EditingError, Editor, as_hole, is_out_of_memory, save_png
+from ldm.editing import (
+    EditingError,
+    Editor,
+    as_hole,
+    checkpoint_file,
+    is_out_of_memory,
+    prepare_exemplar,
+    save_png,
+)
+from ldm.provenance import add_watermark, check_watermark
+from ldm.safety import OPEN_NSFW, ContentFilter, withheld
 from ldm.samplers import SAMPLERS
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # of uploads, told by their content
@@ -138,12 +149,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Edited:
-    """A finished edit: PNG files with their settings inside, the hole in the scene's size, the calls that repeat it."""
+    """A finished edit: PNG files with their settings inside, the hole in the scene's size, the calls that repeat it.
+
+    Candidates that the content filter flags have no file; there are `num_withheld` of them.
+    """
 
     files: list[Path]
     hole_mask: Path
     python: str
     shell: str
+    num_withheld: int = 0
 
 
 class Cancelled(Exception):
@@ -158,6 +173,9 @@ class EditService:
         folder: for files of its own; who made it removes it.
         limits: of each request.
         checkpoint, config: where the model came from, for the calls as text; None is the bundled one.
+        safety: name of the filter, for the calls as text; content_filter: what it flags is shown to nobody, and neither
+            is any unfinished picture.
+        watermark: text that results are marked with; None leaves them as they are.
     """
 
     def __init__(
@@ -168,14 +186,22 @@ class EditService:
         *,
         checkpoint: Path | None = None,
         config: Path | None = None,
+        safety: str | None = None,
+        content_filter: ContentFilter | None = None,
+        watermark: str | None = None,
     ) -> None:
         self.editor = editor
         self.folder = folder
         self.limits = limits or Limits()
         self.checkpoint, self.config = checkpoint, config
+        self.safety, self.content_filter, self.watermark = safety, content_filter, watermark
         self.settings = offered_settings(editor.model.config.context_margin, self.limits.samples)
         # One worker: an edit that was cancelled ends its step before the next one begins.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
+        # Beside the first edit: it takes seconds for a large file.
+        self._digest = ThreadPoolExecutor(1).submit(
+            lambda: sha256_file(checkpoint_file(checkpoint), show_progress=False)
+        )
 
     def open_upload(self, path: str | Path, reader: Callable[[Path], Image.Image] = open_image) -> Image.Image:
         """Read an uploaded picture; what it is, its content says and not its name.
@@ -249,14 +275,15 @@ class EditService:
             The progress after each step, and at last the results.
 
         Raises:
-            EditingError: a setting is out of bounds, the hole is empty, or it took too long.
+            EditingError: a setting is out of bounds, the hole is empty, it took too long, or all of it is withheld.
+            WatermarkError: the scene is too small to be marked.
             ImageFileError: see `open_upload`.
         """
         unknown = values.keys() - self.settings.keys()
         if unknown:
             raise EditingError(f"got the setting {min(unknown)}, expected {', '.join(self.settings)}")
         options = {name: setting.check(values.get(name, setting.default)) for name, setting in self.settings.items()}
-        picture, shown = self.open_upload(scene), self.open_upload(exemplar)
+        picture, shown = self.open_upload(scene), self.open_upload(exemplar, reader=prepare_exemplar)
         hole = self.open_upload(hole_mask, reader=as_hole)
         if abs(hole.width * picture.height - hole.height * picture.width) > sum(picture.size):  # beyond rounding
             sizes = f"{hole.width} x {hole.height}, the scene {picture.width} x {picture.height}"
@@ -264,6 +291,8 @@ class EditService:
         if hole.size != picture.size:  # drawn on a smaller copy of a large scene
             hole = hole.resize(picture.size, Image.Resampling.NEAREST)
 
+        if self.watermark:
+            check_watermark(picture.size, self.watermark)
         steps, cancelled = SimpleQueue[Progress | None](), threading.Event()
         work = self._worker.submit(self._paint, picture, hole, shown, options, steps, cancelled)
         work.add_done_callback(lambda _: steps.put(None))
@@ -302,7 +331,7 @@ class EditService:
                     f"stopped at step {step} of {num_steps}: longer than the limit of {self.limits.seconds:g} s; "
                     "use fewer steps or candidates"
                 )
-            if now >= next_preview:
+            if now >= next_preview and self.content_filter is None:
                 preview = tensor_to_pil(torch.cat(tuple(self.editor.model.decode_latents(x_0)), dim=-1))  # a row
                 done = time.monotonic()
                 next_preview = done + (done - now) * (1 / PREVIEW_SHARE - 1)
@@ -318,6 +347,12 @@ class EditService:
         files: tuple[Path, Path, Path],
         options: dict[str, Any],
     ) -> Edited:
+        made = list(enumerate(results, start=options["seed"]))
+        if self.content_filter is not None:
+            reasons = withheld(self.content_filter, results, hole)
+            made = [item for item, reason in zip(made, reasons, strict=True) if reason is None]
+            if not made:
+                raise EditingError(f"withheld: {reasons[0]}; another seed or exemplar may pass")
         folder = self.new_folder()
         image, mask, reference = (Path(file).name for file in files)
         record = options | {
@@ -326,17 +361,21 @@ class EditService:
             "mask": mask,
             "reference": reference,
             "checkpoint": str(self.checkpoint or "bundled"),
+            "checkpoint_sha256": self._digest.result(),
             "config": str(self.config or "beside the checkpoint"),
+            "safety": self.safety,
+            "watermark": self.watermark,
             "device": self.editor.device.type,
             "precision": str(self.editor.model.weight_dtype).removeprefix("torch."),
         }
         written = []
-        for seed, result in enumerate(results, start=options["seed"]):
+        for seed, result in made:
+            result = add_watermark(result, self.watermark) if self.watermark else result
             written.append(folder / f"{Path(image).stem}_{seed}.png")
             save_png(result, written[-1], {"parameters": json.dumps(record | {"seed": seed})})
         save_png(hole, folder / "mask.png")
         python, shell = self.calls((image, mask, reference), options)
-        return Edited(written, folder / "mask.png", python, shell)
+        return Edited(written, folder / "mask.png", python, shell, len(results) - len(made))
 
     def calls(self, files: tuple[str, str, str], options: Mapping[str, Value]) -> tuple[str, str]:
         """The edit as a Python program and as a shell command, for a folder with the three files.
@@ -351,20 +390,24 @@ class EditService:
         arguments += [] if device == "cpu" else [f"device={device!r}"]
         arguments += [] if dtype == torch.float32 else [f"dtype={dtype}"]
         keywords = "".join(f"    {name}={value!r},\n" for name, value in options.items())
-        python = ("" if dtype == torch.float32 else "import torch\n\n") + "from ldm import Editor\n\n"
+        python = ("" if dtype == torch.float32 else "import torch\n\n") + "from ldm import Editor\n"
+        python += "from ldm.provenance import add_watermark\n\n" if self.watermark else "\n"
+        mark = f"add_watermark({{}}, {self.watermark!r})" if self.watermark else "{}"
         python += f"editor = Editor.from_pretrained({', '.join(arguments)})\n"
         python += f"edited = editor.edit(\n    {', '.join(map(repr, files))},\n{keywords})\n"
         if options["n_samples"] == 1:
-            python += f'edited.save("result_{options["seed"]}.png")\n'
+            python += f'{mark.format("edited")}.save("result_{options["seed"]}.png")\n'
         else:
             python += f"for seed, picture in enumerate(edited, start={options['seed']}):\n"
-            python += '    picture.save(f"result_{seed}.png")\n'
+            python += f'    {mark.format("picture")}.save(f"result_{{seed}}.png")\n'
         words = ["python", "inference.py"]
         words += [word for pair in zip(("--image", "--mask", "--reference"), files, strict=True) for word in pair]
         words += ["--checkpoint", str(self.checkpoint)] if self.checkpoint else []
         words += ["--config", str(self.config)] if self.config else []
         words += ["--device", device]
         words += ["--precision", "bf16" if dtype == torch.bfloat16 else "fp16"] if dtype != torch.float32 else []
+        words += ["--safety"] + ([self.safety] if self.safety != OPEN_NSFW else []) if self.safety else []
+        words += ["--watermark", self.watermark] if self.watermark else []
         for name, value in options.items():
             option = self.settings[name].option
             if not isinstance(value, bool):

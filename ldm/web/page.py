@@ -197,7 +197,9 @@ def build_page(service: EditService) -> "gradio.Blocks":
         def finished(edited: Edited, scene_file: str) -> dict:
             written = [str(path) for path in edited.files]
             return {
-                status: "Done.",
+                status: f"Done; {edited.num_withheld} withheld by the content filter."
+                if edited.num_withheld
+                else "Done.",
                 results: [scene_file, *written],
                 gallery: gr.Gallery(written, visible=len(written) > 1, selected_index=0),
                 hole_mask: gr.DownloadButton(value=str(edited.hole_mask), visible=True),
