@@ -7,6 +7,7 @@ Source: Yang et al. 2023, "Paint by Example: Exemplar-based Image Editing with D
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ldm.checkpoint.first_stage import CONDITION_ENCODER, autoencoder_keys
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, TOWER, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, ModelConfig, load_config
 from ldm.diffusion import make_schedule, q_sample, target, to_eps
+from ldm.models.asymmetric import AsymmetricAutoencoderKL, build_autoencoder
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder
 from ldm.models.unet import UNetModel
@@ -61,7 +64,7 @@ class LatentDiffusion(nn.Module):
             )
         self.config = config
         self.model = DiffusionWrapper(UNetModel(config.unet))
-        self.first_stage_model = AutoencoderKL(config.first_stage)
+        self.first_stage_model = build_autoencoder(config.first_stage)
         self.cond_stage_model = ExemplarEncoder(config.exemplar_encoder)
         self.proj_out = nn.Linear(config.exemplar_encoder.hidden_size, config.unet.context_dim)
         self.learnable_vector = nn.Parameter(torch.randn(1, 1, config.unet.context_dim))
@@ -102,9 +105,20 @@ class LatentDiffusion(nn.Module):
         posterior = self.first_stage_model.encode(x.to(self.weight_dtype))
         return self.config.scale_factor * posterior.sample(generator).float()
 
-    def decode_latents(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, Z, h, w) to pixels (B, 3, H, W) float32, about [-1, 1], not clamped."""
-        return self.first_stage_model.decode((z / self.config.scale_factor).to(self.weight_dtype)).float()
+    def decode_latents(self, z: Tensor, image: Tensor | None = None, keep_mask: Tensor | None = None) -> Tensor:
+        """Latents to pixels.
+
+        Args:
+            z: (B, Z, h, w), scaled.
+            image, keep_mask: (B, 3, H, W) in [-1, 1] and (B, 1, H, W), 1 = keep: what is known of the picture, for a
+                first stage that looks at it.
+
+        Returns:
+            (B, 3, H, W) float32, about [-1, 1], not clamped.
+        """
+        dtype = self.weight_dtype
+        known = (x if x is None else x.to(dtype) for x in (image, keep_mask))
+        return self.first_stage_model.decode((z / self.config.scale_factor).to(dtype), *known).float()
 
     def encode_exemplar(self, pixel_values: Tensor) -> Tensor:
         """Exemplars (B, 3, S, S), normalised as for CLIP, to context (B, L, D)."""
@@ -231,6 +245,7 @@ def load_model(
     config: str | Path | DictConfig | Config,
     checkpoint: str | Path | None = None,
     *,
+    decoder: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LatentDiffusion:
@@ -242,6 +257,7 @@ def load_model(
     Args:
         config: path of a YAML file, or a loaded config.
         checkpoint: `.ckpt` or `.safetensors` in the published layout; None leaves the weights random.
+        decoder: a mask-conditioned decoder for the first stage, as for `with_decoder`.
         device: where the model goes.
         dtype: type of the weights; the noise schedule stays float32.
 
@@ -262,11 +278,57 @@ def load_model(
         with torch.device("meta"):
             model = LatentDiffusion(model_config)
         load_weights(model, read_checkpoint(checkpoint), str(checkpoint), dtype=dtype)
+    if decoder is not None:
+        model.first_stage_model = with_decoder(model.first_stage_model, decoder)
     model.requires_grad_(False).eval()
     for parameter in model.parameters():
         if parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     return model.to(device)
+
+
+def with_decoder(first_stage: AutoencoderKL, path: str | Path) -> AsymmetricAutoencoderKL:
+    """The same first stage with a mask-conditioned decoder, whose width and depth its file tells.
+
+    Args:
+        first_stage: its encoder stays.
+        path: the authors' checkpoint, a training run's, an exported one, or the folder of a `diffusers` component.
+
+    Raises:
+        CheckpointError: the file is not there, holds no such decoder, does not fit, or was trained for an encoder whose
+            latents mean something else.
+    """
+    path = Path(path)
+    file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; give a mask-conditioned decoder's checkpoint or diffusers folder")
+    state = autoencoder_keys(read_checkpoint(file))
+    last = state.get("decoder.conv_out.weight")
+    if last is None or not any(name.startswith(CONDITION_ENCODER) for name in state):
+        raise CheckpointError(
+            f"{file}: holds no mask-conditioned decoder ({CONDITION_ENCODER}…); give one that was trained with "
+            "model.first_stage.decoder=asymmetric, or the authors' (docs/asymmetric.md)"
+        )
+    config = first_stage.config
+    blocks = {name.split(".")[4] for name in state if name.startswith("decoder.up.0.block.")}
+    config = replace(
+        config,
+        decoder="asymmetric",
+        decoder_width=last.shape[1] / (config.ch * config.ch_mult[0]),
+        decoder_res_blocks=len(blocks) - 1,
+    )
+    with torch.device("meta"):
+        widened = AsymmetricAutoencoderKL(config)
+    check_keys({name: tensor.shape for name, tensor in widened.state_dict().items()}, state, source=file)
+    own = {n: x for n, x in first_stage.state_dict().items() if n.startswith(("encoder.", "quant_conv."))}
+    # as far apart as half precision may put equal weights
+    if not all(torch.allclose(x.float(), state[n].to(x.device).float(), rtol=1e-2, atol=1e-3) for n, x in own.items()):
+        raise CheckpointError(
+            f"{file}: was trained for another encoder than this model's, so that latents mean something else; give the "
+            "decoder that was trained for this model"
+        )
+    widened.load_state_dict({**state, **own}, assign=True)
+    return widened
 
 
 def with_tower(state: dict[str, Tensor], encoder: ExemplarEncoder) -> dict[str, Tensor]:
