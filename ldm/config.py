@@ -196,7 +196,10 @@ class TrainingConfig:
 
 @dataclass
 class FirstStageTrainingConfig:
-    """Objective of the first stage: L1 + perceptual + KL, with an optional patch discriminator."""
+    """Objective of the first stage: L1 + perceptual + KL, with an optional patch discriminator.
+
+    For an asymmetric decoder the encoder is frozen, and the KL, which is the encoder's alone, left out.
+    """
 
     base_lr: float = 4.5e-6
     lr_schedule: str = "constant"
@@ -208,6 +211,7 @@ class FirstStageTrainingConfig:
     adversarial_weight: float = 0.0
     adversarial_start: int = 50_001  # first step at which the discriminator acts
     ema_decay: float = 0.0
+    unknown_percent: float = 0.5  # asymmetric decoder: share of pictures of which it is told nothing, in [0, 1]
 
     def __post_init__(self) -> None:
         _one_of("first_stage_training.lr_schedule", self.lr_schedule, ("constant", "cosine"))

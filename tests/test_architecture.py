@@ -27,7 +27,7 @@ FLOORS = (
         "ldm.evaluation",
     ),
     ("ldm.samplers", "ldm.models", "ldm.data"),
-    ("ldm.latent_diffusion",),
+    ("ldm.decoders", "ldm.latent_diffusion"),
     ("ldm.training", "ldm.sharding", "ldm.holes", "ldm.editing"),
     ("ldm.callbacks", "ldm.bulk"),
     ("ldm.run", "ldm.benchmark", "ldm.measure"),

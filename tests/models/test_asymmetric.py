@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoint.first_stage import autoencoder_keys
 from ldm.checkpoint.io import CheckpointError, write_safetensors, write_torch
 from ldm.config import AutoencoderConfig, ConfigError
-from ldm.latent_diffusion import with_decoder
+from ldm.decoders import with_decoder
 from ldm.models.asymmetric import AsymmetricAutoencoderKL, build_autoencoder
 from ldm.models.autoencoder import AutoencoderKL
 
