@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,15 @@ from ldm.editing import Editor
 from ldm.latent_diffusion import load_model
 from ldm.models.asymmetric import AsymmetricAutoencoderKL
 
+NAMED = ("model.first_stage.decoder=asymmetric", "model.first_stage.decoder_width=2.0")
 FAST = ["--steps", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def decoder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For the tiny model's encoder: one and a half times as wide, random."""
-    config = load_config(tiny_folder / "config.yaml").model.first_stage
+    """For the tiny model's encoder: twice as wide, random."""
     torch.manual_seed(1)
-    model = AsymmetricAutoencoderKL(replace(config, decoder="asymmetric", decoder_width=2.0))
+    model = AsymmetricAutoencoderKL(load_config(tiny_folder / "config.yaml", overrides=NAMED).model.first_stage)
     own = load_model(tiny_folder / "config.yaml", tiny_folder / "model.safetensors").first_stage_model.state_dict()
     model.load_state_dict({n: x for n, x in own.items() if not n.startswith("decoder.")}, strict=False)
     path = tmp_path_factory.mktemp("decoder") / "decoder.safetensors"
@@ -57,7 +56,7 @@ def kept_and_hole(editor: Editor, image: Tensor, keep_mask: Tensor) -> Tensor:
     return editor.paint(image, keep_mask, None, [3], sampler="ddim", num_steps=2)
 
 
-def test_the_editor_tells_it_what_is_kept(tiny_folder: Path, decoder: Path) -> None:
+def test_the_editor_tells_it_what_is_kept(tiny_folder: Path, decoder: Path, tmp_path: Path) -> None:
     plain = Editor.from_pretrained(tiny_folder)
     editor = Editor.from_pretrained(tiny_folder, decoder=decoder)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -73,6 +72,13 @@ def test_the_editor_tells_it_what_is_kept(tiny_folder: Path, decoder: Path) -> N
     assert torch.equal(painted, expected)
     # the encoder is the model's own: the same latents, to which the plain decoder does something else
     torch.testing.assert_close(kept_and_hole(plain, image, keep_mask), from_latents)
+    # a config may also name it, and the model's file hold it
+    config = load_config(tiny_folder / "config.yaml", overrides=NAMED)
+    state = {n: x for n, x in plain.model.state_dict().items() if not n.startswith("first_stage_model.")}
+    state |= {f"first_stage_model.{n}": x for n, x in editor.model.first_stage_model.state_dict().items()}
+    write_safetensors(tmp_path / "whole.safetensors", state)
+    whole = Editor(load_model(config, tmp_path / "whole.safetensors"))
+    torch.testing.assert_close(kept_and_hole(whole, image, keep_mask), painted)
     # nothing of what is to be replaced reaches the result
     other = torch.where(keep_mask > 0, image, -image)
     assert torch.equal(kept_and_hole(editor, other, keep_mask), painted)
