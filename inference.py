@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from ldm.editing import Editor
+
 SAMPLER_NAMES = ("dpm_solver_pp", "plms", "ddim", "unipc", "ddpm")
 DEFAULT_STEPS = {"dpm_solver_pp": 20, "unipc": 20, "plms": 50, "ddim": 50, "ddpm": 250}
 TILE_HEIGHT = (256, 512)  # pixels, least and most in the grid
@@ -68,6 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model", "the bundled small one unless named")
     model.add_argument("--checkpoint", "--ckpt", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
     model.add_argument("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
+    model.add_argument(
+        "--decoder", type=Path, metavar="PATH",
+        help="of the first stage, one that sees the pixels that are kept: docs/asymmetric.md",
+    )  # fmt: skip
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     model.add_argument(
         "--precision",
@@ -233,7 +239,8 @@ def edit_many(args: argparse.Namespace) -> int:
     from ldm import __version__
     from ldm.bulk import match_folders, read_jobs, run_jobs
     from ldm.checkpoint.io import sha256_file
-    from ldm.editing import Editor, checkpoint_file
+    from ldm.decoders import decoder_file
+    from ldm.editing import checkpoint_file
     from ldm.safety import load_filter
 
     defaults = {
@@ -258,12 +265,14 @@ def edit_many(args: argparse.Namespace) -> int:
     device, dtype = chosen_device(args)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=device, dtype=dtype)
+    editor = load_editor(args, device, dtype)
     about = {
         "version": __version__,
         "checkpoint_sha256": sha256_file(checkpoint_file(args.checkpoint)),
         "precision": str(dtype).removeprefix("torch."),
     }
+    if args.decoder:
+        about["decoder_sha256"] = sha256_file(decoder_file(args.decoder))
     args.outdir.mkdir(parents=True, exist_ok=True)
     report = run_jobs(
         editor,
@@ -296,6 +305,12 @@ def chosen_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
+def load_editor(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Editor:
+    from ldm.editing import Editor
+
+    return Editor.from_pretrained(args.checkpoint, config=args.config, decoder=args.decoder, device=device, dtype=dtype)
+
+
 def edit(args: argparse.Namespace) -> int:
     """Read the files, load the model, edit, write the results and return the exit status: 1 where some are withheld."""
     from concurrent.futures import ThreadPoolExecutor
@@ -304,7 +319,7 @@ def edit(args: argparse.Namespace) -> int:
 
     from ldm import __version__
     from ldm.checkpoint.io import sha256_file
-    from ldm.editing import EXAMPLE_PARTS, Editor, as_rgb, checkpoint_file, given_hole, prepare_exemplar, save_png
+    from ldm.editing import EXAMPLE_PARTS, as_rgb, checkpoint_file, given_hole, prepare_exemplar, save_png
     from ldm.provenance import add_watermark, check_watermark
     from ldm.safety import load_filter, withheld
 
@@ -348,7 +363,7 @@ def edit(args: argparse.Namespace) -> int:
         ThreadPoolExecutor(1) as beside,
         tqdm(total=args.n_iter * args.steps, desc="loading the model", unit="step") as bar,
     ):
-        editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=device, dtype=dtype)
+        editor = load_editor(args, device, dtype)
 
         # Several seconds for a large file, while the device paints.
         digest = beside.submit(sha256_file, checkpoint_file(args.checkpoint), show_progress=False)
@@ -387,6 +402,7 @@ def edit(args: argparse.Namespace) -> int:
         "config": str(args.config or "beside the checkpoint"),
         "safety": args.safety,
         "watermark": args.watermark,
+        "decoder": args.decoder and str(args.decoder),
         "device": device.type,
         "precision": str(dtype).removeprefix("torch."),
     }

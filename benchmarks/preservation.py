@@ -1,6 +1,7 @@
 """What editing leaves of the rest of a scene, and whether its outline can be seen.
 
     python benchmarks/preservation.py                                         the bundled bench and examples
+    python benchmarks/preservation.py --decoder pretrained_models/mini/decoder.safetensors    one that sees what is kept
     python benchmarks/preservation.py --config configs/v1.yaml --checkpoint model.ckpt --bench test_bench --limit 500
 
 Every scene is painted once (20 steps of DPM-Solver++, guidance scale 5) and finished in several ways: all of it as the
@@ -63,13 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the bundled model")
     parser.add_argument("--config", type=Path, metavar="FILE")
+    parser.add_argument("--decoder", type=Path, metavar="PATH", help="default: the model's own")
     parser.add_argument(
         "--bench", type=Path, default=BUNDLED_MODEL / "bench", metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=args.device)
+    editor = Editor.from_pretrained(args.checkpoint, config=args.config, decoder=args.decoder, device=args.device)
     for name, tasks in (("bench", bench_items(args.bench, args.limit)), ("photographs", examples())):
         rows: dict[str, list[list[float]]] = {way: [] for way in WAYS}
         for (scene, hole, _), results in finished(editor, tasks, name):

@@ -27,6 +27,7 @@ from ldm.checkpoint.io import sha256_file
 from ldm.config import ModelConfig
 from ldm.data.cocoee import Bench, BenchItem
 from ldm.data.transforms import exemplar_to_tensor
+from ldm.decoders import decoder_file
 from ldm.editing import Editor, FittedScene, checkpoint_file, fit_scene, pick_device, save_png
 from ldm.evaluation.baselines import copy_paste, opencv_inpaint, seamless_clone
 from ldm.files import write_text
@@ -82,6 +83,7 @@ class Settings:
         protocol: how a model edits; baselines do not look at it.
         seed: item k of the bench uses seed + k.
         checkpoint, config: files; None is the bundled model, and the config beside the checkpoint.
+        decoder: as for `Editor.from_pretrained`.
         precision: of the weights, a key of DTYPES.
     """
 
@@ -90,6 +92,7 @@ class Settings:
     seed: int = 0
     checkpoint: Path | None = None
     config: Path | None = None
+    decoder: Path | None = None
     precision: str = "fp32"
 
     @property
@@ -103,6 +106,8 @@ class Settings:
             digest = sha256_file(checkpoint_file(self.checkpoint))
             record |= {**asdict(self.protocol), "guidance_interval": list(self.protocol.guidance_interval)}
             record |= {"seed": self.seed, "precision": self.precision, "checkpoint_sha256": digest}
+            if self.decoder is not None:
+                record["decoder_sha256"] = sha256_file(decoder_file(self.decoder))
         return record
 
 
@@ -180,6 +185,7 @@ class BenchEditing(pl.LightningModule):
             self.editor = Editor.from_pretrained(
                 settings.checkpoint,
                 config=settings.config,
+                decoder=settings.decoder,
                 device=self.trainer.strategy.root_device,
                 dtype=DTYPES[settings.precision],
             )

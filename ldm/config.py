@@ -77,6 +77,17 @@ class AutoencoderConfig:
     patch_size: int = 1  # side of the squares of pixels that enter and leave as channels (space to depth)
     norm_groups: int = 32  # as in the UNet; 0: no norms
     dropout: float = 0.0
+    decoder: str = "plain"  # plain | asymmetric (it also sees the pixels that an edit keeps)
+    decoder_width: float = 1.0  # asymmetric: its channels over the encoder's; published: 1, 1.5 and 2
+    decoder_res_blocks: int | None = None  # asymmetric: as num_res_blocks, which is the default; published: 2, 3 and 5
+
+    def __post_init__(self) -> None:
+        _one_of("model.first_stage.decoder", self.decoder, ("plain", "asymmetric"))
+        if self.decoder_width <= 0 or self.decoder_width * self.ch % 1:
+            raise ConfigError(
+                f"model.first_stage.decoder_width: got {self.decoder_width:g}, expected a number that makes ch "
+                f"({self.ch}) times it a whole number of channels"
+            )
 
 
 @dataclass
@@ -225,7 +236,10 @@ class TrainingConfig:
 
 @dataclass
 class FirstStageTrainingConfig:
-    """Objective of the first stage: L1 + perceptual + KL, with an optional patch discriminator."""
+    """Objective of the first stage: L1 + perceptual + KL, with an optional patch discriminator.
+
+    For an asymmetric decoder the encoder is frozen, and the KL, which is the encoder's alone, left out.
+    """
 
     base_lr: float = 4.5e-6
     lr_schedule: str = "constant"
@@ -237,6 +251,7 @@ class FirstStageTrainingConfig:
     adversarial_weight: float = 0.0
     adversarial_start: int = 50_001  # first step at which the discriminator acts
     ema_decay: float = 0.0
+    unknown_percent: float = 0.5  # asymmetric decoder: share of pictures of which it is told nothing, in [0, 1]
 
     def __post_init__(self) -> None:
         _one_of("first_stage_training.lr_schedule", self.lr_schedule, ("constant", "cosine"))

@@ -122,6 +122,7 @@ class Editor:
         path: str | Path | None = None,
         *,
         config: str | Path | DictConfig | Config | None = None,
+        decoder: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Editor:
@@ -131,6 +132,8 @@ class Editor:
             path: checkpoint file, or a folder with `config.yaml` and `model.safetensors`; None is the
                 bundled small model.
             config: the model's config; None takes the `config.yaml` beside the checkpoint.
+            decoder: a decoder that sees the pixels that are kept, for the model's encoder: a file or a `diffusers`
+                component's folder; see `ldm.decoders`.
             device: `cpu`, `cuda`, `mps`, or `auto` for the fastest one present.
             dtype: precision of the weights; float16 is not for the CPU.
 
@@ -146,7 +149,7 @@ class Editor:
                 raise EditingError(
                     f"{checkpoint}: no config.yaml beside it; name its config (configs/v1.yaml for the published model)"
                 )
-        return cls(load_model(config, checkpoint, device=chosen, dtype=dtype))
+        return cls(load_model(config, checkpoint, decoder=decoder, device=chosen, dtype=dtype))
 
     def edit(
         self,
@@ -338,7 +341,7 @@ class Editor:
         null_context = None if negative_prompt is None else model.context(None, [negative_prompt])
         z_masked = model.encode_image(image * keep_mask, generators)  # pixels [-1, 1] => scaled latents
         z = model.sample(z_masked, keep_mask, context, null_context=null_context, generator=generators, **sampling)
-        return model.decode_latents(z).clamp(-1, 1).float().cpu()
+        return model.decode_latents(z, image, keep_mask).clamp(-1, 1).float().cpu()
 
 
 def checkpoint_file(path: str | Path | None) -> Path:

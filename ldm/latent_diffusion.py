@@ -20,8 +20,9 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, TOWER, check_keys, to_module_keys
 from ldm.config import INPUT_CHANNELS, RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
 from ldm.control import Steering
+from ldm.decoders import with_decoder
 from ldm.diffusion import make_schedule, q_sample, target, to_eps
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.asymmetric import build_autoencoder
 from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNetModel
@@ -71,7 +72,7 @@ class LatentDiffusion(nn.Module):
         _check_widths(config)
         self.config = config
         self.model = DiffusionWrapper(UNetModel(config.unet))
-        self.first_stage_model = AutoencoderKL(config.first_stage)
+        self.first_stage_model = build_autoencoder(config.first_stage)
         if self.reads_exemplars:
             self.cond_stage_model = ExemplarEncoder(config.exemplar_encoder)
             self.proj_out = nn.Linear(config.exemplar_encoder.hidden_size, config.unet.context_dim)
@@ -134,9 +135,20 @@ class LatentDiffusion(nn.Module):
         posterior = self.first_stage_model.encode(x.to(self.weight_dtype))
         return self.config.scale_factor * posterior.sample(generator).float()
 
-    def decode_latents(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, Z, h, w) to pixels (B, 3, H, W) float32, about [-1, 1], not clamped."""
-        return self.first_stage_model.decode((z / self.config.scale_factor).to(self.weight_dtype)).float()
+    def decode_latents(self, z: Tensor, image: Tensor | None = None, keep_mask: Tensor | None = None) -> Tensor:
+        """Latents to pixels.
+
+        Args:
+            z: (B, Z, h, w), scaled.
+            image, keep_mask: (B, 3, H, W) in [-1, 1] and (B, 1, H, W), 1 = keep: what is known of the picture, for a
+                first stage that looks at it.
+
+        Returns:
+            (B, 3, H, W) float32, about [-1, 1], not clamped.
+        """
+        dtype = self.weight_dtype
+        known = (x if x is None else x.to(dtype) for x in (image, keep_mask))
+        return self.first_stage_model.decode((z / self.config.scale_factor).to(dtype), *known).float()
 
     def encode_exemplar(self, pixel_values: Tensor) -> Tensor:
         """Exemplars (B, 3, S, S), normalised as for CLIP, to context (B, L, D)."""
@@ -337,6 +349,7 @@ def load_model(
     config: str | Path | DictConfig | Config,
     checkpoint: str | Path | None = None,
     *,
+    decoder: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LatentDiffusion:
@@ -348,6 +361,7 @@ def load_model(
     Args:
         config: path of a YAML file, or a loaded config.
         checkpoint: `.ckpt` or `.safetensors` in the published layout; None leaves the weights random.
+        decoder: a mask-conditioned decoder for the first stage, a file or folder for `with_decoder`.
         device: where the model goes.
         dtype: type of the weights; the noise schedule stays float32.
 
@@ -370,6 +384,8 @@ def load_model(
         load_weights(model, read_checkpoint(checkpoint), str(checkpoint), dtype=dtype)
         if model.reads_text:
             model.text_encoder.find_tokenizer(Path(checkpoint).parent)
+    if decoder is not None:
+        model.first_stage_model = with_decoder(model.first_stage_model, decoder)
     model.requires_grad_(False).eval()
     for parameter in model.parameters():
         if parameter.dtype != dtype:

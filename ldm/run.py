@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ldm.callbacks import Interrupted, MetricsFile, SafeCheckpointIO, run_callbacks
+from ldm.checkpoint.first_stage import CONDITION_ENCODER, autoencoder_keys
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import FIRST_STAGE, NEW_PARTS, SCHEDULE_BUFFERS, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, dump_config
@@ -96,10 +97,7 @@ class Run:
     def _load(self, checkpoint: str | None, *, from_scratch: bool) -> None:
         given = to_module_keys(read_checkpoint(checkpoint)) if checkpoint else {}
         if isinstance(self.module, FirstStageTraining):
-            if checkpoint:
-                given = {name: tensor for name, tensor in given.items() if name.startswith(FIRST_STAGE)}
-                check_keys(self._shapes(FIRST_STAGE), given, source=checkpoint)
-                self.module.load_state_dict(given, strict=False)
+            self._load_first_stage(self.module, checkpoint, given)
             return
         unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config's schedule; what the first stage was trained with
         given = {name: tensor for name, tensor in given.items() if not name.startswith(unused)}
@@ -134,6 +132,29 @@ class Run:
             encoder.find_tokenizer(Path(checkpoint or "").parent)
             encoder.tokenize([""])
             self.config.model.text_encoder.tokenizer = str(encoder.folder and encoder.folder.resolve())
+
+    def _load_first_stage(self, module: FirstStageTraining, checkpoint: str | None, given: dict[str, Tensor]) -> None:
+        if checkpoint is None:
+            if module.frozen_encoder:
+                raise CheckpointError(
+                    "no checkpoint given: an asymmetric decoder is trained for an encoder that stays as it is; pass "
+                    "the model whose encoder that is as --pretrained-model"
+                )
+            return
+        expected = self._shapes(FIRST_STAGE)
+        given = {FIRST_STAGE + name: tensor for name, tensor in autoencoder_keys(given).items()}
+        fresh = None
+        if module.frozen_encoder:
+            decoder, branch = FIRST_STAGE + "decoder.", FIRST_STAGE + CONDITION_ENCODER
+            plain = [name for name in expected if name.startswith(decoder) and not name.startswith(branch)]
+            fits = all(name in given and given[name].shape == expected[name] for name in plain)
+            if not fits:  # a wider or deeper one starts from nothing, as the authors' do
+                given = {name: tensor for name, tensor in given.items() if not name.startswith(decoder)}
+            fresh = branch if fits else decoder
+        missing = check_keys(expected, given, source=checkpoint, allow_missing=[fresh] if fresh else ())
+        module.load_state_dict(given, strict=False)
+        if missing and self.trainer.is_global_zero:
+            Console().print(f"starting from random weights: {fresh}* ({len(missing)} tensors)")
 
     def _shapes(self, prefix: str = "") -> dict[str, tuple[int, ...]]:
         state: dict[str, Tensor] = self.module.state_dict()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,13 @@ from torch.func import functional_call
 
 from ldm.checkpoint.keys import NEW_PARTS
 from ldm.config import Config, ConfigError, FirstStageTrainingConfig, LoggingConfig, TrainingConfig
-from ldm.data.transforms import exemplar_to_pixels
+from ldm.data.masks import irregular_hole
+from ldm.data.transforms import exemplar_to_pixels, mask_to_tensor
 from ldm.diffusion import min_snr_weight
 from ldm.evaluation.features import efficientnet_stages, load_feature_network, normalise
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.asymmetric import AsymmetricAutoencoderKL, build_autoencoder
+from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.exemplar_encoder import EfficientNetTower
 from ldm.models.layers import CrossAttention, SpatialTransformer
@@ -292,18 +295,25 @@ class FirstStageTraining(pl.LightningModule):
     detached weights, the discriminator sees detached reconstructions, so that neither's gradient reaches
     the other. The adversarial weight is fixed, not balanced by gradient norms.
 
+    An asymmetric decoder is trained by itself: the encoder, and with it what latents mean, is frozen, and there is no
+    KL. It is told everything but an irregular hole, or nothing, so that it serves both in edits and without.
+
     Args:
         config: the run.
 
-    Source: Rombach et al. 2022, appendix G; Esser et al. 2021, Eq. 6 (hinge game).
+    Source: Rombach et al. 2022, appendix G; Esser et al. 2021, Eq. 6 (hinge game); Zhu et al. 2023, section 3.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.options = config.first_stage_training
-        self.first_stage_model = AutoencoderKL(config.model.first_stage)
+        self.first_stage_model = model = build_autoencoder(config.model.first_stage)
+        self.frozen_encoder = isinstance(model, AsymmetricAutoencoderKL)
+        if self.frozen_encoder:
+            for part in (model.encoder, model.quant_conv, model.post_quant_conv):
+                part.requires_grad_(False)
         # A posterior that starts as wide as the prior drowns colour in noise for the first thousands of steps.
-        bias = self.first_stage_model.quant_conv.bias
+        bias = model.quant_conv.bias
         assert bias is not None
         with torch.no_grad():
             bias.chunk(2)[1].fill_(-6.0)
@@ -322,9 +332,13 @@ class FirstStageTraining(pl.LightningModule):
         image, options = batch["image"], self.options
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         posterior = self.first_stage_model.encode(image)
-        reconstruction = self.first_stage_model.decode(posterior.sample(generators)).float()
-        terms = {"l1": F.l1_loss(reconstruction, image), "kl": posterior.kl().mean()}
-        loss = terms["l1"] + options.kl_weight * terms["kl"]
+        known = (image, self._keep_mask(batch)) if self.frozen_encoder else ()
+        reconstruction = self.first_stage_model.decode(posterior.sample(generators), *known).float()
+        terms = {"l1": F.l1_loss(reconstruction, image)}
+        loss = terms["l1"]
+        if not self.frozen_encoder:
+            terms["kl"] = posterior.kl().mean()
+            loss = loss + options.kl_weight * terms["kl"]
         if options.colour_weight > 0:
             # One value per latent cell and channel, so that detail cannot outvote colour; squared, so that
             # the few saturated cells cannot be outvoted by the many grey ones.
@@ -350,12 +364,27 @@ class FirstStageTraining(pl.LightningModule):
         )
         return loss
 
+    def _keep_mask(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, 1, H, W), 1 where the decoder is told the picture; it depends on the samples' keys alone."""
+        height, width = batch["image"].shape[2:]
+        masks = []
+        for key in batch["key"].tolist():
+            rng = np.random.default_rng(key)
+            blind = rng.random() < self.options.unknown_percent
+            masks.append(
+                torch.zeros(1, height, width) if blind else mask_to_tensor(irregular_hole((width, height), rng))
+            )
+        return torch.stack(masks).to(batch["image"])
+
     def preview(self, batch: dict[str, Tensor], options: LoggingConfig) -> list[Tensor]:
-        """Scenes and their reconstructions (N, 3, S, S) in [-1, 1]."""
-        return [batch["image"], self.first_stage_model.decode(self.first_stage_model.encode(batch["image"]).mode())]
+        """Scenes and their reconstructions (N, 3, S, S) in [-1, 1]; with all but the holes known, where that counts."""
+        model, image, keep_mask = self.first_stage_model, batch["image"], batch["keep_mask"]
+        z = model.encode(image).mode()
+        return [image, model.decode(z), *([model.decode(z, image, keep_mask)] if self.frozen_encoder else [])]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.options.base_lr, betas=(0.5, 0.9))
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=self.options.base_lr, betas=(0.5, 0.9))
         return _with_schedule(optimizer, self.options, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from ldm.data.datamodule import box_dataset
 from ldm.data.transforms import exemplar_to_pixels
 from ldm.files import write_text
 from ldm.latent_diffusion import latent_mask, with_tower
+from ldm.models.asymmetric import build_autoencoder
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.exemplar_encoder import ExemplarEncoder
 
@@ -43,7 +44,7 @@ def load_part(module: nn.Module, given: dict[str, Tensor], prefix: str, source: 
 def load_encoders(config: Config, checkpoint: Path, device: str) -> tuple[AutoencoderKL, ExemplarEncoder | None]:
     """First stage and, where its tower is frozen, exemplar encoder; the latter's mapper is not loaded, nor used."""
     given = to_module_keys(read_checkpoint(checkpoint))
-    first_stage = AutoencoderKL(config.model.first_stage)
+    first_stage = build_autoencoder(config.model.first_stage)
     load_part(first_stage, given, FIRST_STAGE, checkpoint)
     exemplar_encoder = None
     if not config.training.train_tower:

@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--outdir", type=Path, required=True, metavar="DIR")
     add("--checkpoint", "--ckpt", type=Path, metavar="FILE", help="default: the bundled model")
     add("--config", type=Path, metavar="FILE", help="default: config.yaml beside the checkpoint")
+    add("--decoder", type=Path, metavar="PATH", help="one that sees the pixels that are kept: docs/asymmetric.md")
     add(
         "--method",
         default="model",
@@ -107,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         checkpoint=args.checkpoint,
         config=args.config,
+        decoder=args.decoder,
         precision={"full": "fp32", "autocast": "fp16"}.get(args.precision) or args.precision,
     )
     count = edit_bench(

@@ -27,7 +27,7 @@ FLOORS = (
         "ldm.evaluation",
     ),
     ("ldm.samplers", "ldm.models", "ldm.data", "ldm.control"),
-    ("ldm.latent_diffusion",),
+    ("ldm.decoders", "ldm.latent_diffusion"),
     ("ldm.training", "ldm.sharding", "ldm.holes", "ldm.safety", "ldm.editing", "ldm.relighting"),
     ("ldm.callbacks", "ldm.bulk"),
     ("ldm.run", "ldm.benchmark", "ldm.measure"),

@@ -39,7 +39,7 @@ class MeanColourPainter(nn.Module):
         assert x.shape[1:] == (3, S, S)
         return nn.functional.avg_pool2d(x, F)
 
-    def decode_latents(self, z: Tensor) -> Tensor:
+    def decode_latents(self, z: Tensor, image: Tensor, keep_mask: Tensor) -> Tensor:
         return nn.functional.interpolate(z, scale_factor=F)
 
     def encode_exemplar(self, pixel_values: Tensor) -> Tensor:

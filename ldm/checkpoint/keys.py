@@ -210,7 +210,7 @@ def _remedy(expected: Mapping[str, Sequence[int]], got: Mapping[str, Tensor], nu
         return "this is a part of a diffusers pipeline; pass the single-file checkpoint (model.diffusion_model.*)"
     if holds("vision_model.", "text_model."):
         return "this is CLIP by itself; pass a complete checkpoint (scripts/modify_checkpoints.py --clip makes one)"
-    if not holds(UNET) and holds(FIRST_STAGE, "encoder.", "decoder."):
+    if INPUT_CONV in expected and not holds(UNET) and holds(FIRST_STAGE, "encoder.", "decoder."):
         return "this is an autoencoder by itself; pass a checkpoint of the whole model"
     if num_mismatched > len(expected) // 10:
         return "the config describes a model of another size; pass the config that belongs to this checkpoint"

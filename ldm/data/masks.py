@@ -154,6 +154,35 @@ def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: in
     return np.concatenate([_corners(box)[:, None], curves], axis=1).reshape(-1, 2)
 
 
+def irregular_hole(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """A large hole anywhere (mode L, white = hole): thick broken lines in one half of the cases, else rectangles.
+
+    Up to five lines of up to five segments, each as long as 4 % to 80 % of the short side and as wide as 2 % to 40 %;
+    or up to four rectangles with sides of 12 % to 60 % of it.
+
+    Source: Suvorov et al. 2022 (LaMa), section 2.3; the shares are those of its masks for 256 px, in any direction.
+    """
+    side, hole = min(size), Image.new("L", size)
+    draw = ImageDraw.Draw(hole)
+    if rng.random() < 0.5:
+        for _ in range(rng.integers(1, 4, endpoint=True)):
+            extent = side * rng.uniform(0.12, 0.6, size=2)
+            corner = rng.uniform(0, np.array(size) - extent)
+            draw.rectangle((*corner, *(corner + extent)), fill=255)
+        return hole
+    for _ in range(rng.integers(1, 5, endpoint=True)):
+        start = rng.uniform((0, 0), size)
+        for _ in range(rng.integers(1, 5, endpoint=True)):
+            angle, length = rng.uniform(0, 2 * np.pi), side * rng.uniform(0.04, 0.8)
+            width = max(1, round(side * rng.uniform(0.02, 0.4)))
+            end = (start + length * np.array([np.cos(angle), np.sin(angle)])).clip(0, size)
+            draw.line((*start, *end), fill=255, width=width)
+            for point in (start, end):
+                draw.circle(tuple(point), width / 2, fill=255)
+            start = end
+    return hole
+
+
 def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> Box:
     """Square window that holds the grown box, at a random place and zoom.
 

@@ -192,13 +192,14 @@ class AutoencoderKL(nn.Module):
 
     Args:
         config: sizes; see `ldm.config.AutoencoderConfig`.
+        decoder: in place of the plain one.
     """
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, decoder: Decoder | None = None) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config) if decoder is None else decoder
         self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
@@ -211,6 +212,9 @@ class AutoencoderKL(nn.Module):
         """(B, 3, H, W) pixels in [-1, 1] to the posterior of the (B, Z, h, w) latent, not yet scaled."""
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """(B, Z, h, w) unscaled latents to (B, 3, H, W) pixels, about [-1, 1] and not clamped."""
+    def decode(self, z: Tensor, image: Tensor | None = None, keep_mask: Tensor | None = None) -> Tensor:
+        """(B, Z, h, w) unscaled latents to (B, 3, H, W) pixels, about [-1, 1] and not clamped.
+
+        What is known of the picture, `image` and `keep_mask`, is for `AsymmetricAutoencoderKL`.
+        """
         return self.decoder(self.post_quant_conv(z))

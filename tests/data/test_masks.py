@@ -225,6 +225,28 @@ def test_context_window_uses_all_margins_and_places() -> None:
     assert min(places) < 0.05 and max(places) > 0.95
 
 
+@given(st.tuples(st.integers(8, 200), st.integers(8, 200)), seeds)
+def test_irregular_holes_are_holes(size: tuple[int, int], seed: int) -> None:
+    hole = masks.irregular_hole(size, np.random.default_rng(seed))
+    assert hole.size == size and is_hole(hole).any()
+    assert np.array_equal(hole, masks.irregular_hole(size, np.random.default_rng(seed)))
+
+
+def test_irregular_holes_are_large_varied_and_of_one_kind_at_every_size() -> None:
+    shares = {}
+    for side in (64, 256):
+        holes = [is_hole(masks.irregular_hole((side, side), np.random.default_rng(seed))) for seed in range(400)]
+        shares[side] = [hole.mean() for hole in holes]
+        assert np.min(shares[side]) < 0.05 and np.max(shares[side]) > 0.75
+        # half of them are up to four rectangles, which begin and end at up to eight rows
+        straight = [(hole[1:] != hole[:-1]).any(1).sum() <= 8 for hole in holes]
+        assert 160 < np.sum(straight) < 240  # four standard errors
+        touched = np.mean(holes, axis=0)
+        assert touched.min() > 0.05  # no place is always known
+    # the same seeds draw the same shapes, but for rounding to pixels
+    assert np.mean(np.abs(np.subtract(*shares.values()))) < 0.03
+
+
 @given(images_with_boxes(), seeds)
 def test_overhanging_crop_overhangs_evenly_along_the_short_side_only(case: Any, seed: int) -> None:
     (width, height), grown = case

@@ -121,3 +121,42 @@ def test_the_perceptual_term_waits_for_its_step(make_config: MakeConfig, picture
 def test_cached_latents_have_no_pixels_to_train_on(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"data\.kind"):
         DataModule(make_config("stage=first_stage", "data.kind=cached"))
+
+
+# ---- a decoder that sees what is known ----
+
+ASYMMETRIC = ("stage=first_stage", "model.first_stage.decoder=asymmetric")
+
+
+def test_masks_depend_on_keys_and_half_are_blind(make_config: MakeConfig) -> None:
+    module = FirstStageTraining(make_config(*ASYMMETRIC))
+    batch = {"image": torch.zeros(400, 3, 16, 16), "key": torch.arange(400)}
+    keep_mask = module._keep_mask(batch)
+    assert keep_mask.shape == (400, 1, 16, 16) and set(keep_mask.unique().tolist()) == {0.0, 1.0}
+    blind = (keep_mask == 0).flatten(1).all(1)
+    assert 150 < blind.sum() < 250  # five standard errors
+    assert torch.equal(module._keep_mask({"image": batch["image"][:2], "key": torch.tensor([7, 3])}), keep_mask[[7, 3]])
+    for share in (0.0, 1.0):
+        module.options.unknown_percent = share
+        assert ((module._keep_mask(batch) == 0).flatten(1).all(1).float().mean() > 0.5) == (share == 1)
+
+
+def test_an_asymmetric_decoder_is_trained_alone(make_config: MakeConfig, picture_batch: Batch) -> None:
+    adversarial = [word for word in ADVERSARIAL if word != "stage=first_stage"]
+    config = make_config(*ASYMMETRIC, *adversarial, "first_stage_training.adversarial_start=0")
+    module = FirstStageTraining(config)
+    logged: dict[str, Tensor] = {}
+    module.log_dict = lambda values, **_: logged.update(values)  # pyright: ignore[reportAttributeAccessIssue]
+    module._loss(picture_batch, "train").backward()
+    trained = {name.split(".")[1] for name, p in module.named_parameters() if p.grad is not None}
+    assert {"decoder"} == trained - {name.split(".")[0] for name, _ in module.discriminator.named_parameters()}  # pyright: ignore[reportOptionalMemberAccess]
+    assert "train/kl" not in logged and "train/discriminator" in logged
+    assert not any(p.requires_grad for p in module.first_stage_model.encoder.parameters())
+
+
+@pytest.mark.parametrize("unknown", [0.0, 1.0])
+def test_the_branch_learns_from_what_is_known(make_config: MakeConfig, batch: Batch, unknown: float) -> None:
+    module = FirstStageTraining(make_config(*ASYMMETRIC, f"first_stage_training.unknown_percent={unknown}"))
+    module._loss(batch, "train").backward()
+    branch = [p.grad for name, p in module.named_parameters() if "decoder.encoder." in name]
+    assert branch and all((grad is not None and bool(grad.any())) == (unknown == 0) for grad in branch)

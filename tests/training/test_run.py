@@ -96,6 +96,43 @@ class TestStart:
             run.initialise(str(partial), from_scratch=False, resuming=False)
 
 
+def test_an_asymmetric_decoder_starts_from_a_model_and_serves_it(
+    fit: Fit, make_config: MakeConfig, pretrained: Path, weights: Weights, tmp_path: Path
+) -> None:
+    options = ("stage=first_stage", "model.first_stage.decoder=asymmetric", "trainer.max_epochs=1")
+    run, status = fit(make_config(*options, "logging.image_every=2"), tmp_path / "run")
+    assert status == 0
+    picture = Image.open(tmp_path / "run" / "images" / "step0000002.png")
+    assert picture.size == (2 * 16, 3 * 16)  # two samples; scene, nothing known, all but the hole known
+    for name, tensor in run.module.state_dict().items():
+        if name.startswith(("first_stage_model.encoder.", "first_stage_model.quant_conv.")):
+            assert torch.equal(tensor, weights[name]), name
+    model = load_model(make_config(), pretrained, decoder=tmp_path / "run" / "checkpoints" / "last.ckpt")
+    trained = last(tmp_path / "run")["state_dict"]
+    for name, tensor in model.first_stage_model.state_dict().items():
+        assert torch.equal(tensor, trained[f"first_stage_model.{name}"]), name
+
+
+def test_what_of_an_asymmetric_decoder_starts_at_random(
+    make_config: MakeConfig, pretrained: Path, weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("stage=first_stage", "model.first_stage.decoder=asymmetric")
+    run = Run(make_config(*options), tmp_path)
+    with pytest.raises(CheckpointError, match="--pretrained-model"):
+        run.initialise(None, from_scratch=True, resuming=False)
+    run.initialise(str(pretrained), from_scratch=False, resuming=False)
+    assert "random weights: first_stage_model.decoder.encoder." in capsys.readouterr().out
+    for name, tensor in run.module.state_dict().items():
+        assert name.startswith("first_stage_model.decoder.encoder.") or torch.equal(tensor, weights[name]), name
+    wide = Run(make_config(*options, "model.first_stage.decoder_width=2.0"), tmp_path)
+    wide.initialise(str(pretrained), from_scratch=False, resuming=False)
+    assert "random weights: first_stage_model.decoder.*" in capsys.readouterr().out
+    partial = tmp_path / "partial.safetensors"
+    write_safetensors(partial, {n: x for n, x in weights.items() if "first_stage_model.encoder.mid" not in n})
+    with pytest.raises(CheckpointError, match="missing"):
+        wide.initialise(str(partial), from_scratch=False, resuming=False)
+
+
 def test_a_first_stage_with_its_discriminator_starts_a_diffusion_run(
     fit: Fit, make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -1,0 +1,68 @@
+"""What decoders make of true pictures, of which all but a hole is known: no sampling, only encoding and decoding.
+
+    python benchmarks/decoders.py --decoder pretrained_models/mini/decoder.safetensors
+
+Each item of the bench is cropped as for editing, encoded (the posterior is drawn, as in editing) and decoded: by the
+model's own decoder, by the other one told nothing, and told everything but the hole. At the model's size, in grey
+levels 0 to 255; the seam is the mean step across the hole's edge, where the scene's own is the one to have.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ImageChops
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ldm.data.cocoee import Bench
+from ldm.data.transforms import tensor_to_pil
+from ldm.decoders import with_decoder
+from ldm.editing import BUNDLED_MODEL, Editor, fit_scene
+from ldm.evaluation.background import background
+from ldm.evaluation.seam import seam
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decoder", type=Path, required=True, metavar="PATH")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the bundled model")
+    parser.add_argument("--config", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--bench", type=Path, default=BUNDLED_MODEL / "bench", metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=args.device)
+    model, config = editor.model, editor.model.config
+    own, other = model.first_stage_model, with_decoder(model.first_stage_model, args.decoder).to(editor.device).eval()
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    items = Bench(args.bench)[: args.limit]
+    for number, item in enumerate(track(items, console=Console(stderr=True))):
+        fitted = fit_scene(item.scene, item.hole_mask, config.image_size, context_margin=config.context_margin)
+        image, keep_mask = fitted.image.to(editor.device), fitted.keep_mask.to(editor.device)
+        z = model.encode_image(image, torch.Generator().manual_seed(number)) / config.scale_factor
+        ways = {"own": own.decode(z), "told nothing": other.decode(z), "told": other.decode(z, image, keep_mask)}
+        scene, hole = tensor_to_pil(fitted.image[0]), tensor_to_pil(1 - 2 * fitted.keep_mask[0].expand(3, -1, -1))
+        hole = hole.convert("L")
+        for way, pixels in {"(the scene)": image, **ways}.items():
+            result = tensor_to_pil(pixels[0].clamp(-1, 1).float().cpu())
+            kept, inside = background(result, scene, hole), background(result, scene, ImageChops.invert(hole))
+            difference = np.abs(np.asarray(result).astype(int) - np.asarray(scene))[np.asarray(hole) < 128].mean()
+            row = (kept.max_abs, float(difference), kept.psnr, kept.ssim, inside.psnr, seam(result, scene, hole).jump)
+            rows.setdefault(way, []).append(row)
+    header = ["kept: max |Δ|", "mean |Δ|", "PSNR, dB", "SSIM", "hole: PSNR, dB", "seam"]
+    table = Table("decoder", *header, title=f"{len(items)} true scenes, encoded and decoded")
+    for way, values in rows.items():
+        table.add_row(way, *(f"{value:.3g}" for value in np.nanmean(np.array(values), axis=0)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
