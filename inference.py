@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.editing import Editor
+    from ldm.safety import ContentFilter
 
 SAMPLER_NAMES = ("dpm_solver_pp", "plms", "ddim", "unipc", "ddpm")
 DEFAULT_STEPS = {"dpm_solver_pp": 20, "unipc": 20, "plms": 50, "ddim": 50, "ddpm": 250}
@@ -67,6 +68,29 @@ def build_parser() -> argparse.ArgumentParser:
     text = parser.add_argument_group("text", "for models that read it, instead of --reference or beside it")
     text.add_argument("--prompt", metavar="TEXT", help="what to paint")
     text.add_argument("--negative-prompt", metavar="TEXT", help="what not; default: nothing in particular")
+    control = parser.add_argument_group("control", "by ControlNets of Stable Diffusion v1; may be given again")
+    control.add_argument("--control", type=Path, action="append", default=[], metavar="FILE", help="the network")
+    control.add_argument(
+        "--control-image", type=Path, action="append", default=[], metavar="FILE",
+        help="what it reads, edges, depth, a pose …, of the scene's size; one for each network",
+    )  # fmt: skip
+    control.add_argument(
+        "--control-scale", type=float, action="append", default=[], metavar="X", help="default: 1 for each"
+    )
+    control.add_argument("--guess-mode", action="store_true", help="follow it without words: scale 3 to 5 is advised")
+    light = parser.add_argument_group(
+        "relighting", "--mode relight, --image with transparency or --mask; docs/relight.md"
+    )
+    light.add_argument("--mode", default="edit", choices=("edit", "relight"), help="default: %(default)s")
+    light.add_argument("--light", default="none", choices=("none", "left", "right", "top", "bottom"),
+                       help="where it comes from; default: %(default)s")  # fmt: skip
+    light.add_argument("--background", type=Path, metavar="FILE", help="for models that read one")
+    light.add_argument("--size", type=numbers, metavar="W,H", help="of the first pass; default: about the model's")
+    light.add_argument("--strength", type=float, default=0.9, help="of the noise on the initial light; %(default)s")
+    light.add_argument("--highres-scale", type=float, default=1.5, metavar="X", help="of the result; %(default)s")
+    light.add_argument(
+        "--highres-strength", type=float, default=0.5, metavar="X", help="of the second pass; 0: none; %(default)s"
+    )
     model = parser.add_argument_group("model", "the bundled small one unless named")
     model.add_argument("--checkpoint", "--ckpt", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
     model.add_argument("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
@@ -90,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--steps", type=int, help=f"default: {steps}")
     sampling.add_argument("--ddim_steps", type=int, help="steps; without a sampler also --sampler ddim")
     sampling.add_argument(
-        "--guidance-scale", "--scale", type=float, default=5.0, help="default: %(default)s (the original's script: 1)"
+        "--guidance-scale", "--scale", type=float, help="default: 5 (the original's script: 1); relighting: 2 or 7"
     )
     sampling.add_argument(
         "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
@@ -158,10 +182,17 @@ def main(argv: list[str] | None = None) -> int:
     given = [count for count in (args.steps, args.ddim_steps) if count is not None]
     args.steps = given[0] if given else DEFAULT_STEPS[args.sampler]
     in_bulk = args.jobs is not None or (args.image is not None and args.image.is_dir())
+    if args.mode == "relight":
+        check_relight(parser, args, in_bulk)
+    elif args.guidance_scale is None:
+        args.guidance_scale = 5.0
     if in_bulk:
         check_bulk(parser, args)
+    scales = args.control_scale or [1.0] * len(args.control)
+    if not len(args.control) == len(args.control_image) == len(scales):
+        parser.error("--control: give a --control-image, and a --control-scale or none, for each")
     drawn = args.mask or args.box or args.polygon
-    conditioned = args.reference or args.prompt is not None
+    conditioned = args.reference or args.prompt is not None or args.mode == "relight"
     if bool(args.image) != bool(conditioned) or (drawn and not args.image):
         parser.error(
             "got some of --image, --mask, --reference (or --prompt); give all three, or none for the bundled example"
@@ -185,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            return edit_many(args) if in_bulk else edit(args)
+            return edit_many(args) if in_bulk else relight(args) if args.mode == "relight" else edit(args)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -200,6 +231,24 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted" + ("; the same command goes on from here" if in_bulk else ""), file=sys.stderr)
             return 130
+
+
+def check_relight(parser: argparse.ArgumentParser, args: argparse.Namespace, in_bulk: bool) -> None:
+    """End with a message where options make no sense for relighting."""
+    if in_bulk or not args.image:
+        parser.error("--mode relight: wants an --image, a file")
+    editing = {
+        "--reference": args.reference,
+        "--box and --polygon": args.box or args.polygon,
+        "--control": args.control,
+        "--rank": args.rank,
+        "--eta": args.eta,
+        "--decoder": args.decoder,
+    }
+    if wrong := [name for name, given in editing.items() if given]:
+        parser.error(f"{', '.join(wrong)}: not for --mode relight")
+    if args.size is not None and len(args.size) != 2:
+        parser.error(f"--size: got {len(args.size)} numbers, expected two: W,H")
 
 
 def check_bulk(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -219,6 +268,7 @@ def check_bulk(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         "--guidance-interval": tuple(args.guidance_interval) != (0.0, 1.0),
         "--box and --polygon": args.box or args.polygon,
         "--reference-mask": args.reference_mask,
+        "--control": args.control,
         "--prompt and --negative-prompt": args.prompt is not None or args.negative_prompt is not None,
     }
     if wrong := [name for name, given in single.items() if given]:
@@ -317,11 +367,11 @@ def edit(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from ldm import __version__
     from ldm.checkpoint.io import sha256_file
-    from ldm.editing import EXAMPLE_PARTS, as_rgb, checkpoint_file, given_hole, prepare_exemplar, save_png
+    from ldm.control import Control
+    from ldm.editing import EXAMPLE_PARTS, as_rgb, checkpoint_file, given_hole, prepare_exemplar
     from ldm.provenance import add_watermark, check_watermark
-    from ldm.safety import load_filter, withheld
+    from ldm.safety import load_filter
 
     name = args.image.stem if args.image else ""
     if not args.image:
@@ -374,19 +424,24 @@ def edit(args: argparse.Namespace) -> int:
 
         if options["context_margin"] is None:
             options["context_margin"] = editor.model.config.context_margin
+        scales = args.control_scale or [1.0] * len(args.control)
+        controls = [
+            Control(editor.load_controlnet(path), picture, scale, args.guess_mode)
+            for path, picture, scale in zip(args.control, args.control_image, scales, strict=True)
+        ]
         bar.set_description("painting")
         size = max(args.n_samples, len(args.seed))
         for i in range(0, len(seeds), size):
             batch = seeds[i : i + size]
             if args.separate or len(exemplars) > 1:
-                edited = editor.edit_each(scene, hole, exemplars or [None], seed=batch, on_step=on_step, **options)
+                each = exemplars or [None]
+                edited = editor.edit_each(scene, hole, each, seed=batch, controls=controls, on_step=on_step, **options)
             else:
                 exemplar = exemplars[0] if exemplars else None
-                edited = editor.edit(scene, hole, exemplar, seed=batch, on_step=on_step, **options)
+                edited = editor.edit(scene, hole, exemplar, seed=batch, controls=controls, on_step=on_step, **options)
             results += edited if isinstance(edited, list) else [edited]
 
     settings = options | {
-        "version": __version__,
         "image": str(args.image),
         "mask": str(args.mask or "drawn"),
         "box": args.box,
@@ -397,25 +452,17 @@ def edit(args: argparse.Namespace) -> int:
         "reference_mask": args.reference_mask and str(args.reference_mask),
         "reference_background": args.reference_background,
         "reference_fit": args.reference_fit,
-        "checkpoint": str(args.checkpoint or "bundled"),
-        "checkpoint_sha256": digest.result(),
-        "config": str(args.config or "beside the checkpoint"),
-        "safety": args.safety,
-        "watermark": args.watermark,
+        "control": [str(path) for path in args.control],
+        "control_image": [str(path) for path in args.control_image],
+        "control_scale": args.control_scale,
+        "guess_mode": args.guess_mode,
         "decoder": args.decoder and str(args.decoder),
-        "device": device.type,
-        "precision": str(dtype).removeprefix("torch."),
+        **common_settings(args, device, dtype, digest.result()),
     }
     num_made = len(results)
-    if content_filter is not None:
-        reasons = withheld(content_filter, results, hole)
-        for seed, reason in zip(seeds, reasons, strict=True):
-            if reason:
-                print(f"withheld: seed {seed}: {reason}; another seed or exemplar may pass", file=sys.stderr)
-        passed = [i for i, reason in enumerate(reasons) if reason is None]
-        seeds, results = [seeds[i] for i in passed], [results[i] for i in passed]
-        if not results:
-            return 1
+    seeds, results = shown(content_filter, seeds, results, hole)
+    if not results:
+        return 1
     details: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
     if network is not None:
         from ldm.evaluation.similarity import region_similarities
@@ -432,6 +479,109 @@ def edit(args: argparse.Namespace) -> int:
     pictures = {f"{name}_{seed}": (image, detail) for seed, image, detail in zip(seeds, results, details, strict=True)}
     if not args.skip_grid:
         pictures[f"{name}_{args.seed[0]}_grid"] = (side_by_side(scene, hole, exemplars, results), {"seed": seeds})
+    save_all(args, pictures, settings)
+    return 1 if len(results) < num_made else 0
+
+
+def relight(args: argparse.Namespace) -> int:
+    """Relight a foreground, write the results and return the exit status: 1 where some are withheld."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from PIL import Image
+    from tqdm import tqdm
+
+    from ldm.checkpoint.io import sha256_file
+    from ldm.editing import as_rgb, checkpoint_file
+    from ldm.provenance import add_watermark
+    from ldm.relighting import Relighter, on_grey
+    from ldm.safety import load_filter
+
+    foreground = on_grey(args.image, args.mask)
+    background = args.background and as_rgb(args.background)
+    device, dtype = chosen_device(args)
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {
+        "prompt": args.prompt or "",
+        "light": args.light,
+        "sampler": args.sampler,
+        "num_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "strength": args.strength,
+        "highres_scale": args.highres_scale,
+        "highres_strength": args.highres_strength,
+        "size": args.size and (round(args.size[0]), round(args.size[1])),
+    }
+    if args.negative_prompt is not None:
+        options["negative_prompt"] = args.negative_prompt
+    seeds = args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.n_samples * args.n_iter)]
+    content_filter = load_filter(args.safety, device) if args.safety else None
+    passes = 2 if args.highres_strength else 1
+    with ThreadPoolExecutor(1) as beside, tqdm(total=passes * args.steps, desc="loading the model", unit="step") as bar:
+        relighter = Relighter(load_editor(args, device, dtype).model)
+        digest = beside.submit(sha256_file, checkpoint_file(args.checkpoint), show_progress=False)
+
+        def on_step(*_: object) -> None:
+            bar.update()
+
+        bar.set_description("painting")
+        results = relighter.relight(foreground, background=background, seed=seeds, on_step=on_step, **options)
+    assert isinstance(results, list)
+    settings = options | {
+        "mode": "relight",
+        "image": str(args.image),
+        "mask": args.mask and str(args.mask),
+        "background": args.background and str(args.background),
+        **common_settings(args, device, dtype, digest.result()),
+    }
+    num_made = len(results)
+    seeds, results = shown(content_filter, seeds, results, Image.new("L", results[0].size, 255))
+    if args.watermark:
+        results = [add_watermark(result, args.watermark) for result in results]
+    pictures = {
+        f"{args.image.stem}_relit_{seed}": (result, {"seed": seed}) for seed, result in zip(seeds, results, strict=True)
+    }
+    save_all(args, pictures, settings)
+    return 1 if len(results) < num_made else 0
+
+
+def common_settings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, digest: str) -> dict[str, Any]:
+    """Of a picture's metadata what every mode writes."""
+    from ldm import __version__
+
+    return {
+        "version": __version__,
+        "checkpoint": str(args.checkpoint or "bundled"),
+        "checkpoint_sha256": digest,
+        "config": str(args.config or "beside the checkpoint"),
+        "safety": args.safety,
+        "watermark": args.watermark,
+        "device": device.type,
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def shown(
+    content_filter: ContentFilter | None, seeds: list[int], results: list[Image.Image], hole: Image.Image
+) -> tuple[list[int], list[Image.Image]]:
+    """The results, and their seeds, that a content filter lets pass; says which it does not."""
+    if content_filter is None:
+        return seeds, results
+    from ldm.safety import withheld
+
+    reasons = withheld(content_filter, results, hole)
+    for seed, reason in zip(seeds, reasons, strict=True):
+        if reason:
+            print(f"withheld: seed {seed}: {reason}; another seed or exemplar may pass", file=sys.stderr)
+    passed = [i for i, reason in enumerate(reasons) if reason is None]
+    return [seeds[i] for i in passed], [results[i] for i in passed]
+
+
+def save_all(
+    args: argparse.Namespace, pictures: dict[str, tuple[Image.Image, dict[str, Any]]], settings: dict[str, Any]
+) -> None:
+    """Write pictures by name, each with the settings and its own details; earlier ones of the name stay."""
+    from ldm.editing import save_png
+
     suffix = "" if args.overwrite else free_suffix(args.outdir, list(pictures))
     for stem, (image, detail) in pictures.items():
         path = args.outdir / f"{stem}{suffix}.png"
@@ -440,7 +590,6 @@ def edit(args: argparse.Namespace) -> int:
         print(f"{'overwrote' if replaced else 'wrote'} {path}")
     if suffix:
         print(f"kept the earlier results of the same name; these end in {suffix} (--overwrite replaces them)")
-    return 1 if len(results) < num_made else 0
 
 
 def bundled_example() -> Path:

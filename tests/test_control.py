@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.checkpoint.io import CheckpointError
-from ldm.checkpoint.keys import UNET
-from ldm.config import UNetConfig
+import inference
+from ldm.checkpoint.io import CheckpointError, write_safetensors
+from ldm.checkpoint.keys import UNET, to_file_keys
+from ldm.config import Config, UNetConfig, dump_config
 from ldm.control import CONTROL, Control, Steering, load_controlnet
 from ldm.editing import EditingError, Editor
 from ldm.latent_diffusion import LatentDiffusion
@@ -175,6 +176,30 @@ def test_an_edit_follows_the_picture(editor: Editor, file: Path) -> None:
     assert not np.array_equal(plain, edited(Control(network, white, guess_mode=True)))
     with pytest.raises(EditingError, match="the control picture is 50x50, the scene 120x96"):
         edited(Control(network, Image.new("RGB", (50, 50))))
+
+
+def test_command_line(
+    editor: Editor, file: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_safetensors(tmp_path / "model.safetensors", to_file_keys(editor.model.state_dict()))
+    (tmp_path / "config.yaml").write_text(dump_config(Config(model=editor.model.config)))
+    (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
+    for name, colour in (("scene", "grey"), ("edges", "white")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    words = ["--image", str(tmp_path / "scene.png"), "--box", "10,10,50,50", "--prompt", "a dog", "--steps", "2"]
+    words += ["--checkpoint", str(tmp_path), "--device", "cpu", "--skip_grid", "--outdir"]
+    control = ["--control", str(file), "--control-image", str(tmp_path / "edges.png")]
+    runs = {"plain": [], "none": [*control, "--control-scale", "0"], "one": control, "two": 2 * control}
+    made = {}
+    for name, options in runs.items():
+        assert inference.main([*words, str(tmp_path / name), *options]) == 0
+        with Image.open(tmp_path / name / "scene_0.png") as result:
+            made[name] = np.asarray(result)
+    assert np.array_equal(made["plain"], made["none"])
+    assert len({made[name].tobytes() for name in ("plain", "one", "two")}) == 3
+    with pytest.raises(SystemExit):
+        inference.main([*words, str(tmp_path / "out"), "--control", str(file)])
+    assert "give a --control-image" in capsys.readouterr().err
 
 
 def test_latents_of_another_size(text_folder: Path, file: Path) -> None:

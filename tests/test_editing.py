@@ -30,7 +30,7 @@ class MeanColourPainter(nn.Module):
         self.config = SimpleNamespace(image_size=S, context_margin=0.5, exemplar_encoder=SimpleNamespace(image_size=14))
         self.learnable_vector = nn.Parameter(torch.zeros(1, 1, 3), requires_grad=False)
         self.calls: list[dict[str, Any]] = []
-        self.reads_exemplars, self.reads_text = True, False
+        self.inpaints, self.reads_exemplars, self.reads_text = True, True, False
 
     def context(self, exemplar: Tensor | None, prompts: object) -> Tensor:
         return self.learnable_vector if exemplar is None else exemplar

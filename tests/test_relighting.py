@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import inference
 from ldm.checkpoint.convert import to_diffusers
-from ldm.config import Config
+from ldm.checkpoint.io import write_safetensors
+from ldm.checkpoint.keys import to_file_keys
+from ldm.config import Config, dump_config
 from ldm.data.transforms import tensor_to_pil
 from ldm.editing import EditingError, Editor
 from ldm.latent_diffusion import LatentDiffusion
@@ -159,6 +163,44 @@ def test_what_is_behind_decides(background_relighter: Relighter, foreground: Ima
     ambient = background_relighter.relight(foreground, background=Image.new("RGB", (9, 9), (64,) * 3), **options)
     assert np.array_equal(as_levels(results[0]), as_levels(ambient))
     assert len({as_levels(picture).tobytes() for picture in results}) == 3
+
+
+def test_command_line(
+    foreground_relighter: Relighter,
+    foreground: Image.Image,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = foreground_relighter.model
+    write_safetensors(tmp_path / "model.safetensors", to_file_keys(model.state_dict()))
+    (tmp_path / "config.yaml").write_text(dump_config(Config(model=model.config)))
+    (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
+    foreground.save(tmp_path / "cup.png")
+    words = [
+        "--mode",
+        "relight",
+        "--image",
+        str(tmp_path / "cup.png"),
+        "--checkpoint",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    words += ["--outdir", str(tmp_path / "out"), "--prompt", "a dog", "--light", "left", "--steps", "2", "--seed", "3"]
+    assert inference.main(words) == 0
+    expected = foreground_relighter.relight(
+        foreground, "a dog", negative_prompt="cat", light="left", num_steps=2, seed=3
+    )
+    with Image.open(tmp_path / "out" / "cup_relit_3.png") as result:
+        assert np.abs(as_levels(result) - as_levels(expected)).max() <= 1  # float32 of another batch
+        parameters = json.loads(result.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
+    assert parameters["mode"] == "relight" and parameters["light"] == "left" and parameters["seed"] == 3
+    assert inference.main([*words, "--background", str(tmp_path / "cup.png")]) == 2
+    assert "got a background for a model that reads none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        inference.main([*words, "--box", "1,2,3,4"])
+    assert "--box and --polygon: not for --mode relight" in capsys.readouterr().err
 
 
 def test_pictures() -> None:
