@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     if in_bulk:
         check_bulk(parser, args)
     drawn = args.mask or args.box or args.polygon
-    conditioned = args.reference or args.prompt is not None
+    conditioned = args.reference or (args.prompt is not None and not args.jobs)
     if bool(args.image) != bool(conditioned) or (drawn and not args.image):
         parser.error(
             "got some of --image, --mask, --reference (or --prompt); give all three, or none for the bundled example"
@@ -203,7 +203,6 @@ def check_bulk(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         "--guidance-interval": tuple(args.guidance_interval) != (0.0, 1.0),
         "--box and --polygon": args.box or args.polygon,
         "--reference-mask": args.reference_mask,
-        "--prompt and --negative-prompt": args.prompt is not None or args.negative_prompt is not None,
     }
     if wrong := [name for name, given in single.items() if given]:
         parser.error(f"{', '.join(wrong)}: not for many edits at once; give rows of --jobs what they need")
@@ -238,6 +237,8 @@ def edit_many(args: argparse.Namespace) -> int:
         "num_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "eta": args.eta,
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
     }
     if args.jobs:
         jobs = read_jobs(args.jobs, defaults)

@@ -384,7 +384,6 @@ def test_a_prompt_on_the_command_line(
             ["--image", "{scene}", "--box", "2,2,9,9", "--reference", "{scene}"],
             "got an exemplar for a model that reads",
         ),
-        (["--jobs", "{scene}", "--prompt", "a dog"], "--prompt and --negative-prompt: not for many edits at once"),
     ],
 )
 def test_wrong_words(
