@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     if not len(args.control) == len(args.control_image) == len(scales):
         parser.error("--control: give a --control-image, and a --control-scale or none, for each")
     drawn = args.mask or args.box or args.polygon
-    conditioned = args.reference or args.prompt is not None or args.mode == "relight"
+    prompted = args.prompt is not None and not args.jobs
+    conditioned = args.reference or prompted or args.mode == "relight"
     if bool(args.image) != bool(conditioned) or (drawn and not args.image):
         parser.error(
             "got some of --image, --mask, --reference (or --prompt); give all three, or none for the bundled example"
@@ -269,7 +270,6 @@ def check_bulk(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         "--box and --polygon": args.box or args.polygon,
         "--reference-mask": args.reference_mask,
         "--control": args.control,
-        "--prompt and --negative-prompt": args.prompt is not None or args.negative_prompt is not None,
     }
     if wrong := [name for name, given in single.items() if given]:
         parser.error(f"{', '.join(wrong)}: not for many edits at once; give rows of --jobs what they need")
@@ -306,6 +306,8 @@ def edit_many(args: argparse.Namespace) -> int:
         "num_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "eta": args.eta,
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
     }
     if args.jobs:
         jobs = read_jobs(args.jobs, defaults)

@@ -26,7 +26,7 @@ from ldm.provenance import add_watermark
 from ldm.safety import ContentFilter, SafetyError, withheld
 
 FILES = ("scene", "mask", "reference", "reference_mask")  # of a row, relative to the table's folder
-SAMPLING = ("sampler", "num_steps", "guidance_scale", "eta")  # rows that differ in these share no batch
+SAMPLING = ("sampler", "num_steps", "guidance_scale", "eta", "negative_prompt")  # rows that differ share no batch
 
 
 class JobsError(ValueError):
@@ -41,6 +41,7 @@ class Job:
         name: of the result, NAME.png; unique.
         scene, reference: files.
         mask, box, polygon: the hole, one of them; none is the scene's transparent part.
+        prompt, negative_prompt: as for `Editor.edit`.
         seed: of the noise.
         grow, shape, reference_mask, reference_background, reference_fit: as for `given_hole` and `prepare_exemplar`.
         context_margin, feather, colour_agreement, sampler, num_steps, guidance_scale, eta: as for `Editor.edit`.
@@ -48,7 +49,9 @@ class Job:
 
     name: str
     scene: str
-    reference: str
+    reference: str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
     mask: str | None = None
     box: str | None = None
     polygon: str | None = None
@@ -65,6 +68,11 @@ class Job:
     num_steps: int = 20
     guidance_scale: float = 5.0
     eta: float = 0.0
+
+    @property
+    def given(self) -> tuple[bool, bool]:
+        """Whether there is an exemplar, and a prompt."""
+        return self.reference is not None, self.prompt is not None
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -128,9 +136,9 @@ def _job(row: Any, where: str, number: int, folder: Path, defaults: Mapping[str,
     if not isinstance(row, dict) or set(row) - known:
         extra = ", ".join(sorted(map(str, set(row) - known))) if isinstance(row, dict) else repr(row)
         raise JobsError(f"{where}: got {extra}, expected some of {', '.join(sorted(known))}")
-    if missing := {"scene", "reference"} - set(row):
-        raise JobsError(f"{where}: lacks {', '.join(sorted(missing))}")
     values = {**defaults, **row}
+    if not row.get("scene") or not (values.get("reference") or values.get("prompt") is not None):
+        raise JobsError(f"{where}: lacks {'reference or prompt' if row.get('scene') else 'scene'}")
     values.setdefault("name", f"{number:06d}_{Path(str(row['scene'])).stem}")
     hints = get_type_hints(Job)
     for key, value in values.items():
@@ -183,7 +191,7 @@ class Report:
 class _Prepared:
     job: Job
     fitted: FittedScene
-    pixel_values: Tensor
+    pixel_values: Tensor | None
 
 
 def run_jobs(
@@ -214,7 +222,7 @@ def run_jobs(
     """
     report = Report()
     about = {**about, "watermark": watermark} if watermark else about
-    jobs = sorted(jobs, key=lambda job: [repr(value) for value in job.sampling.values()])
+    jobs = sorted(jobs, key=lambda job: (job.given, [repr(value) for value in job.sampling.values()]))
 
     def read(job: Job) -> _Prepared | None:
         return None if _is_result(outdir, job, about) else _prepare(editor, job)
@@ -298,11 +306,13 @@ def _prepare(editor: Editor, job: Job) -> _Prepared:
         seed=job.seed,
     )
     margin = config.context_margin if job.context_margin is None else job.context_margin
-    exemplar = prepare_exemplar(
-        job.reference, job.reference_mask, background=job.reference_background, fit=job.reference_fit
-    )
-    fitted = fit_scene(scene, hole, config.image_size, context_margin=margin)
-    return _Prepared(job, fitted, editor.exemplar_tensor(exemplar))
+    pixel_values = None
+    if job.reference:
+        exemplar = prepare_exemplar(
+            job.reference, job.reference_mask, background=job.reference_background, fit=job.reference_fit
+        )
+        pixel_values = editor.exemplar_tensor(exemplar)
+    return _Prepared(job, fit_scene(scene, hole, config.image_size, context_margin=margin), pixel_values)
 
 
 def _numbers(text: str) -> list[float]:
@@ -314,7 +324,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _batches(prepared: Iterable[_Prepared], size: int) -> Iterator[list[_Prepared]]:
-    for _, group in groupby(prepared, key=lambda item: item.job.sampling):
+    for _, group in groupby(prepared, key=lambda item: (*item.job.given, *item.job.sampling.values())):
         batch: list[_Prepared] = []
         for item in group:
             batch.append(item)
@@ -326,11 +336,14 @@ def _batches(prepared: Iterable[_Prepared], size: int) -> Iterator[list[_Prepare
 
 
 def _paint(editor: Editor, batch: Sequence[_Prepared]) -> Tensor:
+    exemplars = [item.pixel_values for item in batch if item.pixel_values is not None]
+    prompts = [item.job.prompt for item in batch if item.job.prompt is not None]
     return editor.paint(
         torch.cat([item.fitted.image for item in batch]),
         torch.cat([item.fitted.keep_mask for item in batch]),
-        torch.cat([item.pixel_values for item in batch]),
+        torch.cat(exemplars) if exemplars else None,
         [item.job.seed for item in batch],
+        prompts=prompts or None,
         **batch[0].job.sampling,
     )
 

@@ -200,7 +200,8 @@ class LatentDiffusion(nn.Module):
             "keep_mask": lambda: latent_mask(keep_mask, z_masked),
             "hole_mask": lambda: latent_hole(keep_mask, z_masked),
         }
-        return torch.cat([parts[name]() for name in self.config.input_channels[1:]], dim=1)
+        names = self.config.input_channels[1:]
+        return torch.cat([z_masked[:, :0], *(parts[name]() for name in names)], dim=1)  # a UNet may see x_t alone
 
     def unet_input(self, x_t: Tensor, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
         """The UNet's channels (B, C, h, w): x_t (B, Z, h, w), then `still_channels`."""

@@ -2,12 +2,13 @@
 """Turn a training checkpoint into a file to share: weights alone, published names, half the size, no pickle.
 
 Of a run with EMA the averaged weights are taken. The noise schedule stays float32. The model's config goes beside the
-file as config.yaml, where editing looks for it.
+file as config.yaml, where editing looks for it, and the tokenizer of a model that reads text in a folder `tokenizer`.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,14 +19,21 @@ from ldm.checkpoint.command import provenance
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, to_file_keys
 from ldm.files import write_text
+from ldm.models.text_encoder import TOKENIZER_FILES
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def model_config(run_config: Path) -> str:
-    """The model section of a run's config, which is all that editing needs."""
+def write_config(run_config: Path, config: Path) -> None:
+    """The model section of a run's config, which is all that editing needs, and the tokenizer that it names."""
     model = OmegaConf.load(run_config).model
-    return "# The model's config, every default written out.\n" + OmegaConf.to_yaml(OmegaConf.create({"model": model}))
+    if tokenizer := OmegaConf.select(model, "text_encoder.tokenizer"):
+        (config.parent / "tokenizer").mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(Path(tokenizer) / name, config.parent / "tokenizer" / name)
+        model.text_encoder.tokenizer = None
+    text = OmegaConf.to_yaml(OmegaConf.create({"model": model}))
+    write_text(config, "# The model's config, every default written out.\n" + text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
                 if not state[name].isfinite().all():
                     raise CheckpointError(f"{args.input}: {name} does not fit into {args.dtype}; use --dtype float32")
         if config is not None:
-            write_text(config, model_config(run_config))
+            write_config(run_config, config)
         write_safetensors(args.output, state, provenance("export_checkpoint", argv, {"input": args.input}))
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

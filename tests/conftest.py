@@ -105,14 +105,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MERGES = ["d o", "do g</w>", "c a", "ca t</w>"]
 
 
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_tokenizer(folder: Path, size: int) -> None:
     """A byte-pair tokenizer of letters, `dog` and `cat`, in CLIP's files."""
-    folder = tmp_path_factory.mktemp("tokenizer")
     letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
-    words = [*letters, *(merge.replace(" ", "") for merge in MERGES), "<|startoftext|>", "<|endoftext|>"]
+    words = [*letters, *(merge.replace(" ", "") for merge in MERGES)]
+    words += [f"unused {i}" for i in range(size - len(words) - 2)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, 58)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from ldm import Editor
 from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import to_module_keys
 from ldm.config import Config, load_config
@@ -16,6 +18,7 @@ from ldm.latent_diffusion import load_model
 from ldm.run import Run
 from ldm.training import DiffusionTraining
 from main import main
+from scripts.export_checkpoint import main as export
 from tests.training.conftest import TINY
 
 INPUT_CONV = {f"model.diffusion_model.input_blocks.0.0.{kind}" for kind in ("weight", "bias")}
@@ -58,6 +61,12 @@ def test_only_the_input_conv_moves(text_yaml: Path, text_folder: Path, tmp_path:
     # whoever takes the checkpoint needs no word on the tokenizer
     model = load_model(run / "config.yaml", last)
     assert model.context(None, ["a dog"]).shape == (1, 12, 16)
+
+    assert export([str(last), str(tmp_path / "shared" / "model.safetensors"), "--dtype", "float32"]) == 0
+    shutil.rmtree(tmp_path / "logs")  # what is shared stands alone
+    shared = Editor.from_pretrained(tmp_path / "shared").model
+    assert all(torch.equal(p, state["state_dict"][name]) for name, p in shared.named_parameters())
+    assert shared.text_encoder.folder == tmp_path / "shared" / "tokenizer" and shared.encode_text(["a dog"]).any()
 
     stopped = train(text_yaml, text_folder, tmp_path / "stopped", "trainer.max_steps=3")
     assert main(["--resume", str(stopped), "trainer.max_steps=6"]) == 0
