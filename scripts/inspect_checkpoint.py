@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from ldm.checkpoint.identify import identify, parts
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file
+from ldm.files import zip_damage
 
 _ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 
@@ -67,6 +69,8 @@ def describe(path: Path, *, header_only: bool, scan: bool) -> str:
     if not header_only:
         lines.append(f"  sha256: {sha256_file(path)}")
     if scan:
+        if zipfile.is_zipfile(path) and (damage := zip_damage(path)):
+            raise CheckpointError(f"{path}: damaged, its checksums do not fit ({damage}); download or copy it again")
         found = not_finite(state)
         lines.append(f"  {len(found)} tensors with NaN or Inf" if found else "  all numbers are finite")
         lines += [f"    {line}" for line in found[:10]]

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FILE_TOWER, FIRST_STAGE, INPUT_CONV, SCHEDULE_BUFFERS, UNET
+from ldm.checkpoint.keys import (
+    DIFFUSERS_INPUT_CONV,
+    EMA,
+    EMA_COUNTERS,
+    FILE_TOWER,
+    FIRST_STAGE,
+    INPUT_CONV,
+    SCHEDULE_BUFFERS,
+    UNET,
+)
 
 _FAMILIES = {
     768: "Stable Diffusion 1",
@@ -62,7 +71,7 @@ def family(state: Mapping[str, Tensor]) -> str:
 def identify(state: Mapping[str, Tensor]) -> str:
     """What a checkpoint is, in a few words; `unknown` where its names say nothing."""
     kind = _identify(state)
-    if any(name.startswith(EMA) for name in state):
+    if any(name.startswith(EMA) and name not in EMA_COUNTERS for name in state):  # pruned files may keep the counters
         kind += ", training checkpoint with averaged weights (EMA)"
     return kind
 

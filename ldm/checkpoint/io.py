@@ -147,6 +147,7 @@ def write_safetensors(path: str | Path, tensors: Tensors, metadata: Mapping[str,
             if tensor.numel():
                 file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             bar.update(tensor.nbytes)
+            del tensor  # before the next is made
 
 
 def write_torch(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, str] | None = None) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.identify import context_width, family
 from ldm.checkpoint.io import CheckpointError, Deferred
-from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, SCHEDULE_BUFFERS, UNET, listing
+from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, EMA_COUNTERS, INPUT_CONV, SCHEDULE_BUFFERS, UNET, listing
 
 State = Mapping[str, Tensor]
 Changes = dict[str, Callable[[], Tensor]]  # name => what is added to that tensor, float32; (D, C', 3, 3), C' <= C
@@ -50,8 +50,8 @@ def add_difference(a: Source, b: Source, c: Source, factor: Callable[[str], floa
     Raises:
         CheckpointError: the three do not belong together; the message says which mistake it looks like.
     """
-    b, c = _named_like(a, b), _named_like(a, c)
     _check_families(a, b, c)
+    b, c = _named_like(a, b), _named_like(a, c)
     channels = (a.in_channels, b.in_channels, c.in_channels)
     if None not in channels:
         _check_roles(a, b, c)
@@ -73,8 +73,8 @@ def weighted_sum(a: Source, b: Source, factor: Callable[[str], float]) -> Change
     Raises:
         CheckpointError: the two do not belong together.
     """
-    b = _named_like(a, b)
     _check_families(a, b)
+    b = _named_like(a, b)
     if (a.in_channels or 0) < (b.in_channels or 0):
         raise CheckpointError(
             f"{b.label} has {b.in_channels} input channels, {a.label} has {a.in_channels}: "
@@ -101,8 +101,8 @@ def offset(base: Source, delta: Source, factor: Callable[[str], float]) -> Chang
 
     Source: Zhang et al. 2025 (IC-Light), whose published weights are differences to Stable Diffusion 1.5.
     """
-    delta = _named_like(base, delta)
     _check_families(base, delta)
+    delta = _named_like(base, delta)
     if (base.in_channels or 0) < (delta.in_channels or 0):
         raise CheckpointError(
             f"{delta.label} has {delta.in_channels} input channels, {base.label} has {base.in_channels}: inflate the "
@@ -207,9 +207,9 @@ def _named_like(a: Source, other: Source) -> Source:
 
 def _check_families(*sources: Source) -> None:
     for source in sources:
-        if averaged := [name for name in source.state if name.startswith(EMA)]:
+        if averaged := sum(name.startswith(EMA) and name not in EMA_COUNTERS for name in source.state):
             raise CheckpointError(
-                f"{source.label} holds its UNet twice, the second time averaged ({len(averaged)} tensors {EMA}*); "
+                f"{source.label} holds its UNet twice, the second time averaged ({averaged} tensors {EMA}*); "
                 "say which is meant: --ema last, or --ema averaged"
             )
     first, *others = sources
@@ -287,4 +287,5 @@ def _shape_fits(name: str, shape: torch.Size, own: torch.Size) -> bool:
 
 
 def _is_weight(name: str, tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and name not in SCHEDULE_BUFFERS and not name.endswith("position_ids")
+    counted = name in SCHEDULE_BUFFERS or name in EMA_COUNTERS or name.endswith("position_ids")
+    return tensor.is_floating_point() and not counted

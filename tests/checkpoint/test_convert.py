@@ -198,8 +198,8 @@ def test_the_same_picture(small: Path, converted: Path) -> None:
     )
     ours = (model.decode_latents(z) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert ours.std() > 0.05  # a picture, not a plane
-    # Two float32 implementations, 10 steps with guidance, in [0, 1]: 20 times less than a step of eight bits.
-    torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=0, atol=2e-4)
+    # Two float32 implementations, 10 steps with guidance: 5e-7 apart here; other processors sum in other orders.
+    torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=0, atol=2e-5)
 
 
 def test_stable_diffusion_becomes_its_pipelines(sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

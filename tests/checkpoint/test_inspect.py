@@ -50,7 +50,10 @@ TEXT = TEXT_TOWER + "final_layer_norm.weight"
         (original(5, 1024, TEXT), "Stable Diffusion 2, with depth (5 input channels)"),
         (original(4, 2048, "conditioner.embedders.0.x"), "SDXL"),
         (original(9, 768, FILE_TOWER + "x", "learnable_vector"), "Paint by Example"),
-        (original(4, 768, "model_ema.decay"), "Stable Diffusion 1, training checkpoint with averaged weights (EMA)"),
+        (
+            original(4, 768, "model_ema.diffusion_modelx"),
+            "Stable Diffusion 1, training checkpoint with averaged weights (EMA)",
+        ),
         (unet(4), "diffusers component: UNet of Stable Diffusion 1"),
         (unet(9), "diffusers component: UNet of Stable Diffusion 1, inpainting (9 input channels)"),
         (unet(8, gain=0.01), "IC-Light offset, fc"),
@@ -135,7 +138,11 @@ def test_broken_files_are_a_line_each_and_the_others_are_shown(
     with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"\0" * 50_000_000)
     broken["bomb.ckpt"] = (b"", "a zip bomb")
-    assert main([str(tmp_path / name) for name in [*broken, "none.ckpt", "good.safetensors"]]) == 2
+    flipped = bytearray(pickled)
+    flipped[pickled.index(torch.ones(2).numpy().tobytes())] ^= 1  # a number, no name: only a checksum tells
+    (tmp_path / "flipped.ckpt").write_bytes(flipped)
+    broken["flipped.ckpt"] = (b"", "its checksums do not fit")
+    assert main([str(tmp_path / name) for name in [*broken, "none.ckpt", "good.safetensors"]] + ["--scan"]) == 2
     output, errors = capsys.readouterr()
     assert f"{good}: Stable Diffusion 1" in output
     lines = errors.splitlines()

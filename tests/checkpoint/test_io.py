@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import types
+import weakref
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import nn
 
 from ldm.checkpoint.io import (
     CheckpointError,
+    Deferred,
     read_checkpoint,
     read_metadata,
     sha256_file,
@@ -321,6 +323,39 @@ def test_views_and_shared_tensors_are_written_in_full(
     slim = torch.zeros(1_000_000)[:2]
     write(tmp_path / "b", {"w": slim})
     assert (tmp_path / "b").stat().st_size < 5000  # the rest of its storage is not written
+
+
+def test_deferred_tensors_are_made_one_at_a_time(tmp_path: Path) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def make(value: int) -> torch.Tensor:
+        assert not any(reference() is not None for reference in alive)
+        tensor = torch.full((3, 2), value, dtype=torch.int64)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    shape = torch.Size((3, 2))
+    deferred = {f"w{i}": Deferred(torch.int64, shape, lambda i=i: make(i)) for i in range(4)}
+    write_safetensors(tmp_path / "a.safetensors", {**deferred, "now": torch.ones(2).half()})
+    assert len(alive) == 4
+    got = read_checkpoint(tmp_path / "a.safetensors")
+    assert_equal({name: got[name] for name in deferred}, {f"w{i}": torch.full((3, 2), i) for i in range(4)})
+
+
+def test_what_fails_to_be_made_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> torch.Tensor:
+        raise CheckpointError("does not fit")
+
+    write_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        write_safetensors(tmp_path / "a.safetensors", {"w": Deferred(torch.float32, torch.Size((2,)), fail)})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert_equal(read_checkpoint(tmp_path / "a.safetensors"), {"w": torch.ones(2)})
+
+
+def test_types_that_safetensors_lacks(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"w: safetensors knows no torch\.complex128"):
+        write_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(2, dtype=torch.complex128)})
 
 
 def test_metadata(tmp_path: Path) -> None:

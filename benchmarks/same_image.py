@@ -1,0 +1,117 @@
+"""Does a full-size checkpoint, converted by scripts/convert_checkpoint.py, give the same image in diffusers?
+
+    python benchmarks/same_image.py FOLDER [--steps 5] [--side 256]
+
+Makes the published model with weights that are a function of their names (5.2 GB) in FOLDER, converts it (another 5.2),
+edits with both from the same noise, and prints the largest difference. Both files are removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint.io import Deferred, write_safetensors
+from ldm.checkpoint.keys import SCHEDULE_BUFFERS
+from ldm.config import Config
+from ldm.latent_diffusion import load_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def procedural() -> dict[str, Tensor | Deferred]:
+    """The published layout, but for what follows from its config."""
+    from tests.procweights import weight
+
+    with open(ROOT / "tests" / "golden" / "official_state_dict.tsv", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    shapes = {row["name"]: torch.Size(json.loads(row["shape"])) for row in rows}
+
+    def deferred(name: str, shape: torch.Size) -> Deferred:
+        return Deferred(torch.float32, shape, lambda: weight(name, shape))
+
+    left_out = (*SCHEDULE_BUFFERS, "cond_stage_model.transformer.vision_model.embeddings.position_ids")
+    return {name: deferred(name, shape) for name, shape in shapes.items() if name not in left_out}
+
+
+def theirs(folder: Path, inputs: dict[str, Tensor], steps: int) -> Tensor:
+    """The edit of diffusers' pipeline, (1, H, W, 3) in [0, 1]."""
+    from diffusers import AutoencoderKL, DDIMScheduler, PaintByExamplePipeline, UNet2DConditionModel
+    from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
+    from transformers import CLIPImageProcessor
+
+    pipeline: Any = PaintByExamplePipeline(
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        image_encoder=PaintByExampleImageEncoder.from_pretrained(folder / "image_encoder"),
+        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        feature_extractor=CLIPImageProcessor.from_pretrained(folder / "feature_extractor"),
+        safety_checker=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    )
+    images = pipeline(
+        image=inputs["image"],
+        mask_image=inputs["hole"],
+        example_image=inputs["exemplar"],
+        latents=inputs["x_T"].clone(),
+        num_inference_steps=steps,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    ).images
+    return torch.from_numpy(images)
+
+
+@torch.no_grad()
+def ours(checkpoint: Path, inputs: dict[str, Tensor], steps: int) -> Tensor:
+    """Our edit, (1, H, W, 3) in [0, 1]."""
+    model = load_model(Config(), checkpoint)
+    keep = 1 - inputs["hole"]
+    z_masked = model.encode_image(inputs["image"] * keep, torch.Generator().manual_seed(5))
+    context = model.encode_exemplar(inputs["exemplar"])
+    z = model.sample(z_masked, keep, context, sampler="ddim", num_steps=steps, x_T=inputs["x_T"])
+    return (model.decode_latents(z) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--side", type=int, default=256, help="pixels")
+    args = parser.parse_args()
+    sys.path.append(str(ROOT))  # for tests.procweights and scripts: of a script only its own folder is on the path
+    from scripts.convert_checkpoint import main as convert
+
+    args.folder.mkdir(parents=True)
+    try:
+        checkpoint, folder = args.folder / "model.safetensors", args.folder / "diffusers"
+        write_safetensors(checkpoint, procedural())
+        if convert([str(checkpoint), str(folder), "--to", "diffusers"]):
+            raise SystemExit(2)
+        torch.manual_seed(0)
+        side = args.side
+        inputs = {
+            "image": torch.rand(1, 3, side, side) * 2 - 1,
+            "hole": torch.zeros(1, 1, side, side),
+            "exemplar": torch.randn(1, 3, 224, 224),
+            "x_T": torch.randn(1, 4, side // 8, side // 8),
+        }
+        inputs["hole"][..., side // 4 : side // 2, side // 4 : -side // 4] = 1  # on latent cells
+        pictures = theirs(folder, inputs, args.steps), ours(checkpoint, inputs, args.steps)
+        difference = (pictures[0] - pictures[1]).abs()
+        print(f"{args.steps} steps, {side} px: largest difference {difference.max():.1e}, mean {difference.mean():.1e}")
+        print(f"of values in [0, 1] with standard deviation {pictures[1].std():.2f}")
+    finally:
+        shutil.rmtree(args.folder)
+
+
+if __name__ == "__main__":
+    main()
