@@ -15,13 +15,14 @@ from torch import Tensor
 
 import inference
 from ldm.checkpoint.convert import to_diffusers
-from ldm.checkpoint.io import write_safetensors
-from ldm.checkpoint.keys import to_file_keys
+from ldm.checkpoint.io import read_checkpoint, write_safetensors
+from ldm.checkpoint.keys import INPUT_CONV, UNET, to_file_keys
 from ldm.config import Config, dump_config
 from ldm.data.transforms import tensor_to_pil
 from ldm.editing import EditingError, Editor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.relighting import Relighter, gradient, on_grey, working_size
+from scripts import merge_checkpoints, modify_checkpoints
 
 CHANNELS = {8: ["x_t", "z_foreground"], 12: ["x_t", "z_foreground", "z_background"]}
 
@@ -148,6 +149,26 @@ def test_of_foreground_and_background_as_published(background_relighter: Relight
     assert np.abs(as_levels(got) - as_levels(tensor_to_pil(expected))).max() <= 1
 
 
+def test_made_of_stable_diffusion_and_an_offset(foreground_relighter: Relighter, tmp_path: Path) -> None:
+    """As the guide says: four channels inflated to eight, plus a difference under diffusers' names."""
+    state = to_file_keys(foreground_relighter.model.state_dict())
+    unet = {name: tensor for name, tensor in state.items() if name.startswith(UNET)}
+    torch.manual_seed(1)
+    offset = {name: torch.randn_like(tensor) for name, tensor in unet.items()}
+    offset[INPUT_CONV][:, 4:] = unet[INPUT_CONV][:, 4:]
+    base = state | {name: tensor - offset[name] for name, tensor in unet.items()}
+    base[INPUT_CONV] = base[INPUT_CONV][:, :4].contiguous()
+    write_safetensors(tmp_path / "sd.safetensors", base)
+    write_safetensors(tmp_path / "offset.safetensors", to_diffusers(offset)["unet"])
+    wide, out = tmp_path / "wide.safetensors", tmp_path / "iclight.safetensors"
+    assert modify_checkpoints.main([str(tmp_path / "sd.safetensors"), str(wide), "--in-channels", "8"]) == 0
+    assert merge_checkpoints.main(["offset", str(wide), str(tmp_path / "offset.safetensors"), str(out)]) == 0
+    made = read_checkpoint(out)
+    assert made.keys() == state.keys()
+    for name, tensor in state.items():  # one subtraction and one addition in float32 of numbers up to 5
+        torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-6)
+
+
 def test_the_second_pass_enlarges(foreground_relighter: Relighter, foreground: Image.Image) -> None:
     options = OPTIONS | dict(num_steps=2, seed=[3, 4], highres_strength=0.5)
     two = foreground_relighter.relight(foreground, size=(128, 70), highres_scale=1.5, **options)
@@ -177,17 +198,9 @@ def test_command_line(
     (tmp_path / "config.yaml").write_text(dump_config(Config(model=model.config)))
     (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
     foreground.save(tmp_path / "cup.png")
-    words = [
-        "--mode",
-        "relight",
-        "--image",
-        str(tmp_path / "cup.png"),
-        "--checkpoint",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    ]
-    words += ["--outdir", str(tmp_path / "out"), "--prompt", "a dog", "--light", "left", "--steps", "2", "--seed", "3"]
+    words = ["--mode", "relight", "--image", str(tmp_path / "cup.png"), "--checkpoint", str(tmp_path)]
+    words += ["--device", "cpu", "--outdir", str(tmp_path / "out"), "--steps", "2", "--seed", "3"]
+    words += ["--prompt", "a dog", "--negative-prompt", "cat", "--light", "left"]
     assert inference.main(words) == 0
     expected = foreground_relighter.relight(
         foreground, "a dog", negative_prompt="cat", light="left", num_steps=2, seed=3
