@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
 import shutil
 import sys
@@ -44,19 +45,19 @@ def procedural() -> dict[str, Tensor | Deferred]:
 
 def theirs(folder: Path, inputs: dict[str, Tensor], steps: int) -> Tensor:
     """The edit of diffusers' pipeline, (1, H, W, 3) in [0, 1]."""
-    from diffusers import AutoencoderKL, DDIMScheduler, PaintByExamplePipeline, UNet2DConditionModel
-    from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
+    diffusers: Any = importlib.import_module("diffusers")  # brings its classes in late, where no type checker sees them
+    from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
     from transformers import CLIPImageProcessor
 
-    pipeline: Any = PaintByExamplePipeline(
-        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
-        vae=AutoencoderKL.from_pretrained(folder / "vae"),
-        image_encoder=PaintByExampleImageEncoder.from_pretrained(folder / "image_encoder"),
-        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
-        feature_extractor=CLIPImageProcessor.from_pretrained(folder / "feature_extractor"),
-        safety_checker=None,  # type: ignore[arg-type]
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {
+        "unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
+        "vae": diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        "image_encoder": PaintByExampleImageEncoder.from_pretrained(folder / "image_encoder"),
+        "scheduler": diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
+        "feature_extractor": CLIPImageProcessor.from_pretrained(folder / "feature_extractor"),
+        "safety_checker": None,
+    }
+    pipeline: Any = diffusers.PaintByExamplePipeline(**parts, requires_safety_checker=False)
     images = pipeline(
         image=inputs["image"],
         mask_image=inputs["hole"],

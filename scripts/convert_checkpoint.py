@@ -20,9 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from ldm.checkpoint.command import check_output, provenance
 from ldm.checkpoint.convert import to_diffusers, to_original
-from ldm.checkpoint.folders import diffusers_configs, model_config, read_folder, schedule_config, write_folder
+from ldm.checkpoint.folders import (
+    check_counterpart,
+    diffusers_configs,
+    model_config,
+    read_folder,
+    schedule_config,
+    write_folder,
+)
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
-from ldm.checkpoint.keys import EMA, swap_in_ema
+from ldm.checkpoint.keys import EMA, NEW_PARTS, swap_in_ema
 from ldm.config import Config, ConfigError, dump_config, load_config
 from ldm.files import replacing_folder, write_text
 
@@ -34,6 +41,7 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
     model = load_config(*([config] if config else [])).model
     print(f"config: {config or 'the published model'}")
     state = read_checkpoint(args.input)
+    check_counterpart(model, exemplar=any(name.startswith(NEW_PARTS) for name in state))
     components = to_diffusers(swap_in_ema(state) if args.use_ema else state)
     if averaged := sum(name.startswith(EMA) for name in state):
         print(f"{'took the averaged weights from' if args.use_ema else 'left out'} {averaged} tensors {EMA}*")

@@ -44,7 +44,9 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
     """A line for each tensor that holds NaN or Inf."""
     lines = []
     for name, tensor in tqdm(state.items(), desc="scanning", unit="tensor", delay=3):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN is the bounds' too; makes no copy
             nan = int(tensor.isnan().sum())
             lines.append(f"{name}: {nan} NaN, {int(tensor.isinf().sum())} Inf of {tensor.numel()}")
     return lines

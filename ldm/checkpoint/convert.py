@@ -115,7 +115,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> Components:
             unknown.append(name)
             continue
         row = table[module]
-        parts = tensor.chunk(len(row.names))
+        parts = tensor.chunk(len(row.names)) if len(row.names) > 1 else [tensor]
         for part_name, part in zip(row.names, parts, strict=True):
             part = part[:, :, 0, 0] if row.pointwise and rest == ".weight" else part
             components.setdefault(row.component, {})[part_name + rest] = part

@@ -106,9 +106,14 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
         model: what the tensors do not show.
 
     Raises:
-        CheckpointError: diffusers has no counterpart of the model, or the config is that of another.
+        CheckpointError: the config is that of another model.
     """
-    _refuse_without_counterpart(components, model)
+    shown = components["unet"]["conv_in.weight"].shape[0]
+    if shown != model.unet.model_channels:
+        raise CheckpointError(
+            f"got a UNet of {shown} channels and a config with {model.unet.model_channels}; pass the checkpoint's own "
+            "config with --config"
+        )
     files = {f"{name}/config.json": _DESCRIBED[name](part, model) for name, part in components.items()}
     files["scheduler/scheduler_config.json"] = _scheduler(model)
     index: Json = {
@@ -198,9 +203,16 @@ def schedule_config(scheduler: Json) -> ScheduleConfig:
     )
 
 
-def _refuse_without_counterpart(components: Components, model: ModelConfig) -> None:
+def check_counterpart(model: ModelConfig, *, exemplar: bool) -> None:
+    """Refuse a model that diffusers cannot build.
+
+    Args:
+        exemplar: there is an exemplar encoder.
+
+    Raises:
+        CheckpointError: names what diffusers lacks.
+    """
     encoder, stage = model.exemplar_encoder, model.first_stage
-    exemplar = "image_encoder" in components
     for absent, what in (
         (exemplar and encoder.tower != "clip", f"exemplar_encoder.tower {encoder.tower}"),
         (exemplar and encoder.tokens != "pooled", f"exemplar_encoder.tokens {encoder.tokens}"),
@@ -215,12 +227,6 @@ def _refuse_without_counterpart(components: Components, model: ModelConfig) -> N
     ):
         if absent:
             raise CheckpointError(f"diffusers has no counterpart of {what}; this model runs here alone")
-    shown = components["unet"]["conv_in.weight"].shape[0] if "unet" in components else model.unet.model_channels
-    if shown != model.unet.model_channels:
-        raise CheckpointError(
-            f"got a UNet of {shown} channels and a config with {model.unet.model_channels}; pass the checkpoint's own "
-            "config with --config"
-        )
 
 
 def _unet(part: Mapping[str, Tensor], model: ModelConfig) -> Json:

@@ -127,7 +127,7 @@ def merged(a: State, changes: Changes) -> dict[str, Tensor | Deferred]:
                 result = own.clone()
                 first = result[:, : change.shape[1]]
                 first.copy_(change.add_(first.float()))
-            if not result.isfinite().all():
+            if result.numel() and not all(bound.isfinite() for bound in result.aminmax()):  # makes no second copy
                 raise CheckpointError(
                     f"{name}: the sum does not fit into {str(own.dtype).removeprefix('torch.')}, or an input is not "
                     "finite; `python scripts/inspect_checkpoint.py --scan FILE…` tells which"
@@ -148,13 +148,14 @@ class BlockNorm(NamedTuple):
 
 
 def block_norms(a: State, changes: Changes) -> dict[str, BlockNorm]:
-    """Norms of the change and of what is changed by block, in the order of A."""
+    """Norms of the change and of what is changed by block, ordered by names and numbers."""
     sums: dict[str, tuple[int, float, float]] = {}
     for name in tqdm([name for name in a if name in changes], desc="comparing", unit="tensor", delay=3):
         tensors, change, before = sums.get(block_of(name), (0, 0.0, 0.0))
         norms = [torch.linalg.vector_norm(tensor.float()).item() ** 2 for tensor in (changes[name](), a[name])]
         sums[block_of(name)] = (tensors + 1, change + norms[0], before + norms[1])
-    return {block: BlockNorm(n, change**0.5, before**0.5) for block, (n, change, before) in sums.items()}
+    ordered = sorted(sums, key=lambda block: [int(part) if part.isdigit() else part for part in block.split(".")])
+    return {block: BlockNorm(sums[block][0], sums[block][1] ** 0.5, sums[block][2] ** 0.5) for block in ordered}
 
 
 def block_of(name: str) -> str:

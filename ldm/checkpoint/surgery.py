@@ -72,10 +72,9 @@ def inflate_input_conv(
     old = weight.shape[1]
     output = next((state[name] for name in OUTPUT_CONVS if name in state), None)  # (C, D, 3, 3): as much comes out
     if old >= in_channels or (output is not None and old > output.shape[0]):
-        expected = "4" if output is None else str(output.shape[0])
+        expected = f"fewer than {in_channels}" if old >= in_channels or output is None else str(output.shape[0])
         raise CheckpointError(
-            f"{key}: got {old} input channels, expected {expected}, fewer than {in_channels}; "
-            "the checkpoint is inflated already, use it as it is"
+            f"{key}: got {old} input channels, expected {expected}; the checkpoint is inflated already, use it as it is"
         )
     inflated = weight.new_zeros(weight.shape[0], in_channels, *weight.shape[2:])
     if init is not None:

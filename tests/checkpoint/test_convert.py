@@ -307,6 +307,11 @@ def test_what_diffusers_lacks_is_named(small: Path, tmp_path: Path, capsys: pyte
         assert not (tmp_path / "out").exists()
 
 
+def test_the_bundled_model_runs_here_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrained_models/mini/model.safetensors", str(tmp_path / "out"), "--to", "diffusers"]) == 2
+    assert "no counterpart of exemplar_encoder.tower efficientnet-lite0" in capsys.readouterr().err
+
+
 def test_wrong_command_lines(small: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_safetensors(
         tmp_path / "odd.safetensors", {**load_file(small), "model.diffusion_model.extra.weight": torch.ones(1)}

@@ -206,7 +206,7 @@ def test_a_whole_module_is_not_a_checkpoint(tmp_path: Path, zipped: bool) -> Non
         (b"", "empty"),
         (b"\n <!DOCTYPE html><html>Sign in</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-        (b"not a checkpoint at all", "damaged"),
+        (b"Access to this model is restricted.\n", "text, not weights, beginning 'Access to this"),
         (b"\x89PNG\r\n\x1a\n", "damaged"),
         (pickle.dumps({"w": 1}), "torch.save"),
     ],

@@ -157,6 +157,7 @@ def test_norms_by_block() -> None:
     c[DECODER] = b[DECODER]
     norms = block_norms(a, add_difference(source("A", a), source("B", b), source("C", c), lambda _: 2.0))
     assert norms["first_stage_model.decoder"].change == 0
+    assert list(norms) == ["first_stage_model.decoder", "input_blocks.0", "input_blocks.1", "middle_block.1", "out.2"]
     block = norms["input_blocks.1"]
     assert block.tensors == 2
     names = [name for name in a if "input_blocks.1." in name]
