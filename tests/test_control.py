@@ -15,8 +15,8 @@ from torch import Tensor
 import inference
 from ldm.checkpoint.io import CheckpointError, write_safetensors
 from ldm.checkpoint.keys import UNET, to_file_keys
-from ldm.config import Config, UNetConfig, dump_config
-from ldm.control import CONTROL, Control, Steering, load_controlnet
+from ldm.config import Config, UNetConfig, dump_config, load_config
+from ldm.control import CONTROL, Control, Steering, control_state, load_controlnet
 from ldm.editing import EditingError, Editor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.controlnet import ControlNet
@@ -116,6 +116,18 @@ def test_the_published_layout(network: ControlNet, call: dict[str, Tensor], pref
     args = call["x_t"], call["t"], call["context"]
     for a, b in zip(network(*args, torch.zeros(1)), again(*args, torch.zeros(1)), strict=True):
         assert torch.equal(a, b)
+
+
+def test_full_size_names_and_shapes() -> None:
+    """Of diffusers' defaults, which are ControlNet's for Stable Diffusion v1; nothing of it is in memory."""
+    import diffusers
+
+    config = load_config(Path(__file__).parent.parent / "configs" / "inpaint-text.yaml").model.unet
+    with torch.device("meta"):
+        theirs, ours = diffusers.ControlNetModel(cross_attention_dim=768), ControlNet(config)
+    state = control_state(theirs.state_dict(), "diffusers")
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in state.items()} == shapes
 
 
 def test_files_that_are_none(file: Path, tmp_path: Path) -> None:

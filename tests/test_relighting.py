@@ -17,7 +17,7 @@ import inference
 from ldm.checkpoint.convert import to_diffusers
 from ldm.checkpoint.io import read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import INPUT_CONV, UNET, to_file_keys
-from ldm.config import Config, dump_config
+from ldm.config import Config, dump_config, load_config
 from ldm.data.transforms import tensor_to_pil
 from ldm.editing import EditingError, Editor
 from ldm.latent_diffusion import LatentDiffusion
@@ -147,6 +147,15 @@ def test_of_foreground_and_background_as_published(background_relighter: Relight
     (expected,) = published(background_relighter, foreground, background, steps=10, noise=noise())
     got = background_relighter.relight(foreground, background=background, num_steps=10, **OPTIONS)
     assert np.abs(as_levels(got) - as_levels(tensor_to_pil(expected))).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [8, 12])
+def test_full_size_configs(channels: int) -> None:
+    name = {8: "iclight-fc.yaml", 12: "iclight-fbc.yaml"}[channels]
+    with torch.device("meta"):
+        model = LatentDiffusion(load_config(Path(__file__).parent.parent / "configs" / name).model)
+    assert model.state_dict()[INPUT_CONV].shape == (320, channels, 3, 3)
+    assert Relighter(model).reads_background is (channels == 12)
 
 
 def test_made_of_stable_diffusion_and_an_offset(foreground_relighter: Relighter, tmp_path: Path) -> None:
