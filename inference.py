@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SAMPLER_NAMES = ("dpm_solver_pp", "plms", "ddim", "unipc", "ddpm")
 DEFAULT_STEPS = {"dpm_solver_pp": 20, "unipc": 20, "plms": 50, "ddim": 50, "ddpm": 250}
-TILE_HEIGHT = (256, 512)  # pixels, least and most in the grid
+TILE_HEIGHT, SHEET_COLUMNS = (256, 512), 6  # of the contact sheet: pixels, least and most; tiles in a row
 UNUSED_ORIGINAL = ("H", "W", "C", "f", "n_rows", "n_imgs")  # of the original's options: take a number, do nothing
 
 
@@ -480,7 +480,7 @@ def edit(args: argparse.Namespace) -> int:
         results = [add_watermark(result, args.watermark) for result in results]
     pictures = {f"{name}_{seed}": (image, detail) for seed, image, detail in zip(seeds, results, details, strict=True)}
     if not args.skip_grid:
-        pictures[f"{name}_{args.seed[0]}_grid"] = (side_by_side(scene, hole, exemplars, results), {"seed": seeds})
+        pictures[f"{name}_{args.seed[0]}_grid"] = (contact_sheet(scene, hole, exemplars, results), {"seed": seeds})
     save_all(args, pictures, settings)
     return 1 if len(results) < num_made else 0
 
@@ -613,10 +613,10 @@ def free_suffix(folder: Path, stems: list[str]) -> str:
     return f"_v{number}" if number > 1 else ""
 
 
-def side_by_side(
+def contact_sheet(
     scene: Image.Image, hole: Image.Image, exemplars: list[Image.Image], results: list[Image.Image]
 ) -> Image.Image:
-    """Scene, scene with its hole, exemplars and results, in one row of equal height."""
+    """Scene, scene with its hole, exemplars and results, of equal height, in rows of at most SHEET_COLUMNS."""
     from PIL import Image
 
     from ldm.data.transforms import MID_GREY
@@ -629,13 +629,15 @@ def side_by_side(
 
     tiles = [tile(image) for image in (scene, scene, *exemplars, *results)]
     tiles[1].paste(MID_GREY, mask=hole.resize(tiles[1].size, Image.Resampling.NEAREST))
-    gap = 8
-    grid = Image.new("RGB", (sum(t.width + gap for t in tiles) - gap, height), "white")
-    left = 0
-    for image in tiles:
-        grid.paste(image, (left, 0))
-        left += image.width + gap
-    return grid
+    gap, rows = 8, [tiles[i : i + SHEET_COLUMNS] for i in range(0, len(tiles), SHEET_COLUMNS)]
+    width = max(sum(image.width + gap for image in row) for row in rows) - gap
+    sheet = Image.new("RGB", (width, len(rows) * (height + gap) - gap), "white")
+    for number, row in enumerate(rows):
+        left = 0
+        for image in row:
+            sheet.paste(image, (left, number * (height + gap)))
+            left += image.width + gap
+    return sheet
 
 
 if __name__ == "__main__":

@@ -53,6 +53,9 @@ def test_writes_result_grid_and_settings(
     assert not np.array_equal(before, after)
     with Image.open(out / "scene_7_grid.png") as grid:
         assert grid.width > 4 * 128 and grid.height == 256
+    assert run(tiny_folder, files, out, "--n-samples", "4", "--overwrite") == 0
+    with Image.open(out / "scene_0_grid.png") as grid:  # scene, hole, exemplar and three of four; the fourth below
+        assert grid.width == 5 * 384 + 128 + 5 * 8 and grid.height == 2 * 256 + 8
 
 
 def edited_at(path: Path, scene: Path) -> tuple[int, int, int, int]:
