@@ -67,7 +67,7 @@ def describe(path: Path, *, header_only: bool, scan: bool) -> str:
     lines.append(
         "  types: " + ", ".join(f"{str(dtype).removeprefix('torch.')} {n}" for dtype, n in types.most_common())
     )
-    lines += [f"  metadata {key}: {value}" for key, value in read_metadata(path).items()]
+    lines += [f"  metadata {key}: {value}" for key, value in sorted(read_metadata(path).items())]
     if not header_only:
         lines.append(f"  sha256: {sha256_file(path)}")
     if scan:

@@ -207,7 +207,10 @@ def _remedy(expected: Mapping[str, Sequence[int]], got: Mapping[str, Tensor], nu
             "`python scripts/modify_checkpoints.py IN OUT --clip openai/clip-vit-large-patch14`"
         )
     if holds("down_blocks.", "mid_block.", "conv_in.", "unet.down_blocks."):
-        return "this is a part of a diffusers pipeline; pass the single-file checkpoint (model.diffusion_model.*)"
+        return (
+            "this is a part of a diffusers pipeline; make a checkpoint of its folder with "
+            "`python scripts/convert_checkpoint.py FOLDER OUT.safetensors --to original`"
+        )
     if holds("vision_model.", "text_model."):
         return "this is CLIP by itself; pass a complete checkpoint (scripts/modify_checkpoints.py --clip makes one)"
     if INPUT_CONV in expected and not holds(UNET) and holds(FIRST_STAGE, "encoder.", "decoder."):
