@@ -87,6 +87,7 @@ class Run:
 
         Raises:
             CheckpointError: the file does not fit, or a frozen part would stay random.
+            TokenizerError: captions are to be read, and there is no tokenizer.
         """
         if not resuming:
             self._load(checkpoint, from_scratch=from_scratch)
@@ -129,9 +130,9 @@ class Run:
         """Make sure that captions can be read, and note in the config by what, for those who go on from the run."""
         if isinstance(self.module, DiffusionTraining) and self.module.reads_text:
             encoder = self.module.text_encoder
-            encoder.find_tokenizer(Path(checkpoint or "").parent)
+            folder = encoder.find_tokenizer(Path(checkpoint or "").parent)
             encoder.tokenize([""])
-            self.config.model.text_encoder.tokenizer = str(encoder.folder and encoder.folder.resolve())
+            self.config.model.text_encoder.tokenizer = str(folder.resolve())
 
     def _load_first_stage(self, module: FirstStageTraining, checkpoint: str | None, given: dict[str, Tensor]) -> None:
         if checkpoint is None:

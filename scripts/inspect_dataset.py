@@ -21,6 +21,7 @@ from PIL import Image
 from ldm.config import ConfigError, load_config
 from ldm.data.box_dataset import BoxDataset, DatasetError
 from ldm.data.box_index import BoxIndex, BoxIndexError
+from ldm.data.captions import CaptionError
 from ldm.data.datamodule import box_dataset, data_source
 from ldm.data.read_bbox import AnnotationError
 from ldm.data.readers import index_path
@@ -57,10 +58,13 @@ def main(argv: list[str] | None = None) -> int:
                 index_path(config.data.kind, source, split, folder).unlink(missing_ok=True)
             dataset = box_dataset(config, split)
             print("\n".join(description(split, dataset.index)))
+            if captions := dataset.recipe.captions:
+                first = (captions(dataset.index[i], 0) for i in range(min(SAMPLES, len(dataset))))
+                print(f"  captions: {' | '.join(first)} …")
             if split == "train":
                 save_png(contact_sheet(dataset, args.epoch), args.sheet)
                 print(f"{args.sheet}: {min(SAMPLES, len(dataset))} samples, each scene, masked scene, exemplar")
-    except (AnnotationError, BoxIndexError, ConfigError, DatasetError, OSError) as error:
+    except (AnnotationError, BoxIndexError, CaptionError, ConfigError, DatasetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

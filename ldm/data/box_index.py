@@ -85,9 +85,7 @@ class BoxIndex:
         self._arrays: Mapping[str, np.ndarray] = arrays
         self._has_shapes, self._has_masks = "points" in arrays, "masks" in arrays
         self.has_labels = "box_classes" in arrays  # whether the annotations name what boxes hold
-        self._classes = [
-            self._text("classes", "class_ends", i) for i in range(len(arrays["class_ends"]) if self.has_labels else 0)
-        ]
+        self._classes = [self._text("classes", "class_ends", i) for i in range(len(arrays.get("class_ends", ())))]
 
     def __len__(self) -> int:
         return len(self._arrays["sizes"])

@@ -32,9 +32,9 @@ def open_captions(source: str, index: BoxIndex, count: int) -> Captions:
     if source == CLASSES:
         if not index.has_labels:
             raise CaptionError(
-                f"{index.path}: got an index without classes, expected them for data.captions: classes; COCO, VOC and "
-                "Open Images' CSVs have them (the latter with class-descriptions-boxable.csv beside them; bbox/*.txt "
-                "have none): see data.annotations and run scripts/inspect_dataset.py --rebuild, or give a CSV file"
+                f"{index.path}: got an index without classes, expected them for data.captions: classes; with Open "
+                "Images put class-descriptions-boxable.csv beside the CSVs of boxes and run scripts/read_bbox.py, with "
+                "COCO and VOC run scripts/inspect_dataset.py --rebuild; other formats need a CSV file of captions"
             )
         return _class_name
     captions = read_captions(Path(source))

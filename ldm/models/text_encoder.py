@@ -58,7 +58,9 @@ class TextEncoder(nn.Module):
         return self.transformer(input_ids=token_ids).last_hidden_state
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to (B, L) int64: start, at most L - 2 tokens, end, and the end again up to L; longer ones are cut.
+        """Prompts to (B, L) int64: start, at most L - 2 tokens, end, and the end again up to L.
+
+        Longer ones are cut; a warning says so, but for captions in training.
 
         Raises:
             TokenizerError: there is no tokenizer, or it knows tokens that the tower does not.
@@ -66,7 +68,7 @@ class TextEncoder(nn.Module):
         length = self.config.max_length
         ids = self.tokenizer(list(prompts), padding="max_length", max_length=length)["input_ids"]
         for prompt, row in zip(prompts, ids, strict=True):
-            if len(row) > length:
+            if len(row) > length and not self.training:
                 warnings.warn(f"{prompt!r}: {len(row)} tokens, cut to the first {length}", stacklevel=3)
         return torch.tensor([[*row[: length - 1], row[-1]] for row in ids])
 
@@ -93,10 +95,11 @@ class TextEncoder(nn.Module):
             )
         return tokenizer
 
-    def find_tokenizer(self, folder: Path) -> None:
+    def find_tokenizer(self, folder: Path) -> Path:
         """Unless the config names one, take the tokenizer in a checkpoint's folder: in `tokenizer`, or beside it."""
         if self.folder is None:
             self.folder = folder if _holds_tokenizer(folder) else folder / "tokenizer"
+        return self.folder
 
     def restore_position_ids(self, device: torch.device | str) -> None:
         """Recreate CLIP's index buffer, which no file holds, after a build on the meta device."""

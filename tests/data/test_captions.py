@@ -12,6 +12,7 @@ from ldm.data.captions import CaptionError, open_captions, read_captions
 from ldm.data.datamodule import DataModule, box_dataset
 from ldm.data.read_bbox import ANNOTATIONS
 from ldm.data.readers import Source, write_index
+from scripts import inspect_dataset, read_bbox
 from tests.data.test_readers import coco, images, voc
 
 
@@ -58,6 +59,21 @@ def test_the_caption_is_of_the_box_that_is_the_hole(tmp_path: Path) -> None:
     dataset = box_dataset(load_config(overrides=overrides), "train")
     assert {dataset[epoch, 0]["caption"] for epoch in range(20)} == {"dog", "cake, cut", ""}
     assert dataset[0, 1]["caption"] == "cake, cut"
+
+
+def test_text_files_of_boxes_get_their_classes_with_the_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = open_images(tmp_path, descriptions=False).root
+    words = [f"data.root={root}", "data.captions=classes", "model.image_size=16"]
+    inspect = [*words, "--splits", "train", "--sheet", str(tmp_path / "sheet.png")]
+    assert read_bbox.main(["--root", str(root), "--splits", "train"]) == 0
+    assert inspect_dataset.main(inspect) == 2
+    assert "got an index without classes" in capsys.readouterr().err
+    (root / "annotations" / "class-descriptions-boxable.csv").write_text("LabelName,DisplayName\n/m/2,Cake\n")
+    assert read_bbox.main(["--root", str(root), "--splits", "train"]) == 0
+    assert inspect_dataset.main(inspect) == 0
+    assert "captions:  | cake …" in capsys.readouterr().out  # the first box of a is of a class without a name
 
 
 def test_edges_are_hard_where_the_model_wants_them(tmp_path: Path) -> None:
