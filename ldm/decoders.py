@@ -41,7 +41,7 @@ def with_decoder(first_stage: AutoencoderKL, path: str | Path) -> AsymmetricAuto
     file = decoder_file(path)
     state = autoencoder_keys(read_checkpoint(file))
     last = state.get("decoder.conv_out.weight")
-    if last is None or not any(name.startswith(CONDITION_ENCODER) for name in state):
+    if last is None or last.dim() != 4 or not any(name.startswith(CONDITION_ENCODER) for name in state):
         raise CheckpointError(
             f"{file}: holds no mask-conditioned decoder ({CONDITION_ENCODER}…); give one that was trained with "
             "model.first_stage.decoder=asymmetric, or the authors' (docs/asymmetric.md)"
@@ -64,5 +64,6 @@ def with_decoder(first_stage: AutoencoderKL, path: str | Path) -> AsymmetricAuto
             f"{file}: was trained for another encoder than this model's, so that latents mean something else; give the "
             "decoder that was trained for this model"
         )
-    widened.load_state_dict({**state, **own}, assign=True)
+    dtype = first_stage.quant_conv.weight.dtype
+    widened.load_state_dict({**{name: tensor.to(dtype) for name, tensor in state.items()}, **own}, assign=True)
     return widened

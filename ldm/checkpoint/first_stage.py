@@ -5,6 +5,7 @@ The names of this project's modules are CompVis', as the authors of the asymmetr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from ldm.checkpoint.keys import FIRST_STAGE
 UNUSED = ("loss.", "discriminator.", "decoder.up_layers.")
 CONDITION_ENCODER = "decoder.encoder."  # of the asymmetric decoder alone
 
-# (in diffusers, here), replaced from top to bottom; `up_blocks` are counted the other way round besides.
+# (in diffusers, here), replaced from top to bottom; the decoder's `up_blocks` are counted the other way round.
 DIFFUSERS = (
     ("decoder.condition_encoder.", CONDITION_ENCODER),
     (".mid_block.resnets.0.", ".mid.block_1."),
@@ -27,7 +28,6 @@ DIFFUSERS = (
     (".attn_1.to_v.", ".attn_1.v."),
     (".attn_1.to_out.0.", ".attn_1.proj_out."),
     (".down_blocks.", ".down."),
-    (".up_blocks.", ".up."),
     (".resnets.", ".block."),
     (".downsamplers.0.", ".downsample."),
     (".upsamplers.0.", ".upsample."),
@@ -52,10 +52,7 @@ def autoencoder_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_diffusers(name: str, levels: int) -> str:
-    words = name.split(".")
-    if words[1] == "up_blocks":
-        words[2] = str(levels - 1 - int(words[2]))
-    name = ".".join(words)
+    name = re.sub(r"^decoder\.up_blocks\.(\d+)", lambda found: f"decoder.up.{levels - 1 - int(found[1])}", name)
     for theirs, ours in DIFFUSERS:
         name = name.replace(theirs, ours)
     return name

@@ -158,6 +158,7 @@ def test_files_of_every_layout(layout: str, tmp_path: Path, scene: tuple[Tensor,
     model = with_decoder(plain, path)
     z = plain.encode(image).mean
     assert torch.equal(model.encode(image).mean, z)
+    assert model.decode(z, image, 1 - hole).dtype == torch.float32  # whatever the file's
     assert (model.config.decoder_width, model.config.decoder_res_blocks) == (1.5, 3)
     if layout in ("authors", "diffusers"):
         assert as_far_apart(model.decode(z, image, 1 - hole), theirs.decode(z, image=image, mask=hole).sample) < 2e-5
