@@ -55,6 +55,8 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     elif "text_encoder" in components:
         print("no --tokenizer: the result holds none; pass tokenizer=… to from_pretrained")
+    if "vae" not in components:
+        print("no first stage in the checkpoint: the result holds none; pass vae=… to from_pretrained")
     print(f"{index['_class_name']}: " + ", ".join(f"{name} {len(part)} tensors" for name, part in components.items()))
     if args.dry_run:
         return
@@ -82,9 +84,9 @@ def to_file(args: argparse.Namespace, argv: list[str] | None) -> None:
     if args.dry_run:
         return
     record = provenance("convert_checkpoint", argv, {"input": args.input})
+    (write_safetensors if args.output.suffix == ".safetensors" else write_torch)(args.output, state, record)
     if config:
         write_text(beside, config)
-    (write_safetensors if args.output.suffix == ".safetensors" else write_torch)(args.output, state, record)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.input.is_dir()
     try:
         inputs = {"input": args.input} | ({"init": args.init} if args.init else {})
+        if args.clip and Path(args.clip).is_file():
+            inputs["clip"] = Path(args.clip)
         endings = [] if folder else [".safetensors", ".ckpt"]
         check_output(args.output, inputs.values(), overwrite=args.overwrite or args.dry_run, endings=endings)
         state = modified(args)
