@@ -373,6 +373,7 @@ def test_wrong_command_lines(small: Path, converted: Path, tmp_path: Path, capsy
         ([tmp_path / "none.ckpt", tmp_path / "x", "--to", "diffusers"], "no such file"),
         ([tmp_path / "empty", tmp_path / "x.ckpt", "--to", "original"], "no folder unet in it"),
         ([tmp_path / "odd.safetensors", tmp_path / "x", "--to", "diffusers", "--config", config], "extra.weight"),
+        ([small, tmp_path / "x.safetensors", "--to", "diffusers"], "the result is a folder"),
         ([small, tmp_path / "mine", "--to", "diffusers"], "exists already"),
         ([small, tmp_path / "mine", "--to", "diffusers", "--overwrite"], "is no folder of diffusers"),
         ([small, converted, "--to", "diffusers"], "exists already"),
