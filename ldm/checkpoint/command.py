@@ -6,7 +6,8 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, end
         and not any((output / n).exists() for n in ("model_index.json", "config.json"))
     ):
         raise CheckpointError(f"{output}: is no folder of diffusers, so it is not replaced; choose another name")
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Puts the file's name before what functions on tensors find wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def provenance(script: str, argv: Sequence[str] | None, inputs: Mapping[str, Path]) -> dict[str, str]:
