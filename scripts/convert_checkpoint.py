@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.command import check_output, provenance
+from ldm.checkpoint.command import about, check_output, provenance
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.folders import (
     check_counterpart,
@@ -41,13 +41,14 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
     model = load_config(*([config] if config else [])).model
     print(f"config: {config or 'the published model'}")
     state = read_checkpoint(args.input)
-    check_counterpart(model, exemplar=any(name.startswith(NEW_PARTS) for name in state))
-    components = to_diffusers(swap_in_ema(state) if args.use_ema else state)
+    with about(args.input):
+        check_counterpart(model, exemplar=any(name.startswith(NEW_PARTS) for name in state))
+        components = to_diffusers(swap_in_ema(state) if args.use_ema else state)
+        if "unet" not in components:
+            raise CheckpointError("holds no UNet; pass a whole model")
+        files = diffusers_configs(components, model)
     if averaged := sum(name.startswith(EMA) for name in state):
         print(f"{'took the averaged weights from' if args.use_ema else 'left out'} {averaged} tensors {EMA}*")
-    if "unet" not in components:
-        raise CheckpointError(f"{args.input}: holds no UNet; pass a whole model")
-    files = diffusers_configs(components, model)
     index = files["model_index.json"]
     if args.tokenizer is not None:
         if not args.tokenizer.is_dir():
@@ -55,6 +56,8 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     elif "text_encoder" in components:
         print("no --tokenizer: the result holds none; pass tokenizer=… to from_pretrained")
+    if "vae" not in components:
+        print("no first stage in the checkpoint: the result holds none; pass vae=… to from_pretrained")
     print(f"{index['_class_name']}: " + ", ".join(f"{name} {len(part)} tensors" for name, part in components.items()))
     if args.dry_run:
         return
@@ -70,9 +73,10 @@ def to_file(args: argparse.Namespace, argv: list[str] | None) -> None:
     components, configs = read_folder(args.input)
     if "scheduler" not in configs:
         raise CheckpointError(f"{args.input}: got no scheduler/scheduler_config.json, expected a diffusers pipeline")
-    state = to_original(components, schedule_config(configs["scheduler"]))
-    exemplar = "image_encoder" in components
-    config = dump_config(Config(model=model_config(components, configs))) if exemplar else None
+    with about(args.input):
+        state = to_original(components, schedule_config(configs["scheduler"]))
+        exemplar = "image_encoder" in components
+        config = dump_config(Config(model=model_config(components, configs))) if exemplar else None
     beside = args.output.parent / "config.yaml"
     print(f"{', '.join(components)}: {len(state)} tensors" + (f"; config: {beside}" if config else ""))
     if config and not args.overwrite and beside.exists() and beside.read_text(encoding="utf-8") != config:
@@ -82,9 +86,9 @@ def to_file(args: argparse.Namespace, argv: list[str] | None) -> None:
     if args.dry_run:
         return
     record = provenance("convert_checkpoint", argv, {"input": args.input})
+    (write_safetensors if args.output.suffix == ".safetensors" else write_torch)(args.output, state, record)
     if config:
         write_text(beside, config)
-    (write_safetensors if args.output.suffix == ".safetensors" else write_torch)(args.output, state, record)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.command import check_output, provenance
+from ldm.checkpoint.command import about, check_output, provenance
 from ldm.checkpoint.folders import STEMS, read_component, read_json, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
 from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, swap_in_ema
@@ -60,12 +60,15 @@ def modified(args: argparse.Namespace) -> dict[str, Tensor]:
     print(f"read {args.input}: {len(state)} tensors")
 
     num_ema = sum(name.startswith(EMA) for name in state)
-    state = swap_in_ema(state) if args.use_ema else {n: tensor for n, tensor in state.items() if not n.startswith(EMA)}
+    with about(args.input):
+        state = swap_in_ema(state) if args.use_ema else {n: t for n, t in state.items() if not n.startswith(EMA)}
     if num_ema:
         print(f"{'took the averaged weights from' if args.use_ema else 'left out'} {num_ema} tensors {EMA}*")
 
-    old_channels = state[key := input_conv(state)].shape[1]
-    state = inflate_input_conv(state, args.in_channels, read_checkpoint(args.init) if args.init else None)
+    init = read_checkpoint(args.init) if args.init else None
+    with about(args.input):
+        old_channels = state[key := input_conv(state)].shape[1]
+        state = inflate_input_conv(state, args.in_channels, init)
     new = f"the new ones {f'from {args.init}' if args.init else 'zero'}"
     print(f"{key}: {old_channels} -> {args.in_channels} input channels, {new}")
 
@@ -131,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.input.is_dir()
     try:
         inputs = {"input": args.input} | ({"init": args.init} if args.init else {})
+        if args.clip and Path(args.clip).is_file():
+            inputs["clip"] = Path(args.clip)
         endings = [] if folder else [".safetensors", ".ckpt"]
         check_output(args.output, inputs.values(), overwrite=args.overwrite or args.dry_run, endings=endings)
         state = modified(args)

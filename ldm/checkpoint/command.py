@@ -6,11 +6,12 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from ldm.checkpoint.folders import weight_files
+from ldm.checkpoint.folders import STEMS, weight_files
 from ldm.checkpoint.io import CheckpointError, sha256_file
 
 
@@ -25,6 +26,8 @@ def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, end
     """
     if endings and output.suffix not in endings:
         raise CheckpointError(f"{output}: got extension {output.suffix!r}, expected {' or '.join(endings)}")
+    if not endings and output.suffix in (".safetensors", ".ckpt", ".bin"):
+        raise CheckpointError(f"{output}: the result is a folder, and this is the name of a file; choose another")
     for path in inputs:
         ours, theirs = output.resolve(), path.resolve()
         if ours == theirs or (output.exists() and path.exists() and output.samefile(path)):
@@ -46,18 +49,27 @@ def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, end
         raise CheckpointError(f"{output}: is no folder of diffusers, so it is not replaced; choose another name")
 
 
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Puts the file's name before what functions on tensors find wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def provenance(script: str, argv: Sequence[str] | None, inputs: Mapping[str, Path]) -> dict[str, str]:
     """Metadata of an output: the inputs' names and SHA-256 by role, the command, versions.
 
     Args:
-        inputs: role => file, or folder of diffusers, of which each file of weights is recorded.
+        inputs: role => file, or folder of diffusers, whose known components are recorded.
     """
     record = {"command": shlex.join([f"scripts/{script}.py", *(sys.argv[1:] if argv is None else argv)])}
     for role, path in inputs.items():
         record[role] = path.name
         if path.is_dir():
-            folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
-            files = [file for folder in folders if (folder / "config.json").exists() for file in weight_files(folder)]
+            folders = [path / name for name in STEMS if (path / name).is_dir()] or [path]
+            files = [file for folder in folders for file in weight_files(folder)]
             record |= {f"{role}_sha256 {file.relative_to(path)}": sha256_file(file) for file in files}
         else:
             record[f"{role}_sha256"] = sha256_file(path)

@@ -298,6 +298,6 @@ def _current(kind: str, name: str) -> str:
 def _refuse_unknown(names: list[str]) -> None:
     if names:
         raise CheckpointError(
-            listing("names without a counterpart", names)
-            + "\ndo: pass Paint by Example or Stable Diffusion 1; scripts/inspect_checkpoint.py says what a file is"
+            f"cannot be converted\n{listing('names without a counterpart', names)}"
+            "\ndo: pass Paint by Example or Stable Diffusion 1; scripts/inspect_checkpoint.py says what a file is"
         )

@@ -114,17 +114,23 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
             f"got a UNet of {shown} channels and a config with {model.unet.model_channels}; pass the checkpoint's own "
             "config with --config"
         )
-    files = {f"{name}/config.json": _DESCRIBED[name](part, model) for name, part in components.items()}
+    files = {}
+    for name, part in components.items():
+        try:
+            files[f"{name}/config.json"] = _DESCRIBED[name](part, model)
+        except KeyError as error:
+            raise CheckpointError(f"incomplete: its {name} lacks {error}; pass a whole model") from None
     files["scheduler/scheduler_config.json"] = _scheduler(model)
     index: Json = {
         "_diffusers_version": _VERSION,
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "DDIMScheduler"],
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
     }
+    if "vae" in components:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
     if "image_encoder" in components:
         index["_class_name"] = "PaintByExamplePipeline"
         index["image_encoder"] = ["paint_by_example", "PaintByExampleImageEncoder"]
@@ -140,7 +146,18 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
 
 
 def model_config(components: Components, configs: Mapping[str, Json]) -> ModelConfig:
-    """Our config of a Paint by Example folder; fields of ours that diffusers does not know keep their defaults."""
+    """Our config of a Paint by Example folder; fields of ours that diffusers does not know keep their defaults.
+
+    Raises:
+        CheckpointError: a config lacks what is needed.
+    """
+    try:
+        return _model_config(components, configs)
+    except KeyError as error:
+        raise CheckpointError(f"the folder's configs lack {error}; copy the folder again") from None
+
+
+def _model_config(components: Components, configs: Mapping[str, Json]) -> ModelConfig:
     unet, vae, encoder = configs["unet"], configs["vae"], configs["image_encoder"]
     levels, channels = len(unet["down_block_types"]), unet["block_out_channels"]
     mapper = {name.split(".")[2] for name in components["image_encoder"] if name.startswith("mapper.blocks.")}
@@ -233,7 +250,7 @@ def _unet(part: Mapping[str, Tensor], model: ModelConfig) -> Json:
     levels = len({name.split(".")[1] for name in part if name.startswith("down_blocks.")})
     blocks = len({name.split(".")[3] for name in part if name.startswith("down_blocks.0.resnets.")})
     attended = [f"down_blocks.{level}.attentions.0.norm.weight" in part for level in range(levels)]
-    context = next(t.shape[1] for name, t in part.items() if name.endswith("attn2.to_k.weight"))
+    context = part["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",

@@ -18,11 +18,8 @@ from ldm.checkpoint.keys import (
     UNET,
 )
 
-_FAMILIES = {
-    768: "Stable Diffusion 1",
-    1024: "Stable Diffusion 2",
-    2048: "SDXL",
-}  # by the channels of their text tokens
+# By the channels of their text tokens.
+_FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 _WIDE = {
     5: "with depth (5 input channels)",
     8: "with 8 input channels (InstructPix2Pix, IC-Light fc)",
@@ -42,13 +39,15 @@ _PARTS = (
     ),
     (r"control_model\.|controlnet_", "ControlNet"),
     (rf"(?:{re.escape(FIRST_STAGE)})?decoder\.(?:encoder|condition_encoder)\.", "condition branch of the decoder"),
+    (r"embeddings\.|encoder\.layers\.|pre_layrnorm\.|post_layernorm\.", "CLIP tower"),
+    (r"final_layer_norm\.", "norm behind the tower"),
     (rf"(?:{re.escape(FIRST_STAGE)})?(?:encoder|decoder|quant_conv|post_quant_conv)\.", "first stage"),
     (
         r"(?:cond_stage_model\.transformer\.|model\.)?vision_model\.|cond_stage_model\.transformer\.network\.",
         "image tower",
     ),
     (
-        r"cond_stage_model\.(?:mapper|final_ln|reduce)\.|mapper\.|final_layer_norm\.|proj_out\.|learnable_vector|uncond_vector",
+        r"cond_stage_model\.(?:mapper|final_ln|reduce)\.|mapper\.|proj_out\.|learnable_vector|uncond_vector",
         "mapper and null token",
     ),
     (r"(?:cond_stage_model\.transformer\.)?text_model\.|cond_stage_model\.model\.|conditioner\.", "text encoder"),
@@ -90,13 +89,13 @@ def _identify(state: Mapping[str, Tensor]) -> str:
     def holds(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in state)
 
+    if holds(*_CONTROL):
+        layout = "CompVis' names" if holds("control_model.") else "diffusers"
+        return f"ControlNet, {layout}" + (", with the model that it controls" if holds(UNET) else "")
     if INPUT_CONV in state or holds(UNET):
         return _identify_whole(state)
     if any(_LORA.search(name) for name in state):
         return "LoRA (low-rank additions, not a model by itself)"
-    if holds(*_CONTROL):
-        layout = "CompVis' names" if holds("control_model.") else "diffusers"
-        return f"ControlNet, {layout}"
     if any(re.match(r"(?:first_stage_model\.)?decoder\.(?:encoder|condition_encoder)\.", name) for name in state):
         return "asymmetric VAE (its decoder sees the unmasked pixels)"
     if DIFFUSERS_INPUT_CONV in state and holds("down_blocks."):
@@ -107,7 +106,7 @@ def _identify(state: Mapping[str, Tensor]) -> str:
         return "VAE only, CompVis' names"
     if "uncond_vector" in state:
         return "diffusers component: image encoder of Paint by Example"
-    if holds("text_model.") and not holds("vision_model."):
+    if holds("text_model.", "embeddings.token_embedding.") and not holds("vision_model."):
         return "diffusers component: text encoder"
     if holds("vision_model.", "embeddings.patch_embedding."):
         return "CLIP" if holds("text_model.") else "CLIP's image tower"

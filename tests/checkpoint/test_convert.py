@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.folders import diffusers_configs, model_config, read_folder, schedule_config
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file, write_safetensors
-from ldm.checkpoint.keys import INPUT_CONV, to_file_keys
+from ldm.checkpoint.keys import INPUT_CONV, NEW_PARTS, to_file_keys
 from ldm.config import (
     AutoencoderConfig,
     Config,
@@ -312,6 +313,50 @@ def test_the_bundled_model_runs_here_alone(tmp_path: Path, capsys: pytest.Captur
     assert "no counterpart of exemplar_encoder.tower efficientnet-lite0" in capsys.readouterr().err
 
 
+def test_incomplete_checkpoints(sd: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(small.parent / "config.yaml")
+    state = read_checkpoint(sd)
+    write_safetensors(tmp_path / "a.safetensors", {n: t for n, t in state.items() if not n.startswith("first_stage")})
+    assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "a"), "--to", "diffusers", "--config", config]) == 0
+    assert "pass vae=" in capsys.readouterr().out
+    assert "vae" not in json.loads((tmp_path / "a" / "model_index.json").read_text())
+    whole = read_checkpoint(small)  # as modify_checkpoints.py --clip makes it: a tower, nothing behind it
+    write_safetensors(tmp_path / "b.safetensors", {n: t for n, t in whole.items() if not n.startswith(NEW_PARTS)})
+    assert main([str(tmp_path / "b.safetensors"), str(tmp_path / "b"), "--to", "diffusers", "--config", config]) == 2
+    assert "its image_encoder lacks 'proj_out.weight'" in capsys.readouterr().err
+    (tmp_path / "a" / "unet" / "config.json").write_text("[]")
+    assert main([str(tmp_path / "a"), str(tmp_path / "c.safetensors"), "--to", "original"]) == 2
+    assert "expected a mapping" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.safetensors", "b.safetensors"]
+
+
+def test_folders_with_poor_configs(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(converted, tmp_path / "folder")
+    (tmp_path / "folder" / "unet" / "config.json").write_text("{}")
+    assert main([str(tmp_path / "folder"), str(tmp_path / "m.safetensors"), "--to", "original"]) == 2
+    assert "configs lack 'down_block_types'" in capsys.readouterr().err
+    (tmp_path / "folder" / "scheduler" / "scheduler_config.json").unlink()
+    assert main([str(tmp_path / "folder"), str(tmp_path / "m.safetensors"), "--to", "original"]) == 2
+    assert "no scheduler/scheduler_config.json" in capsys.readouterr().err
+
+
+def test_a_failed_folder_leaves_the_previous_one(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert main([str(small), str(folder), "--to", "diffusers"]) == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ldm.checkpoint.folders.write_safetensors", full)
+    assert main([str(small), str(folder), "--to", "diffusers", "--overwrite"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_wrong_command_lines(small: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_safetensors(
         tmp_path / "odd.safetensors", {**load_file(small), "model.diffusion_model.extra.weight": torch.ones(1)}
@@ -328,6 +373,7 @@ def test_wrong_command_lines(small: Path, converted: Path, tmp_path: Path, capsy
         ([tmp_path / "none.ckpt", tmp_path / "x", "--to", "diffusers"], "no such file"),
         ([tmp_path / "empty", tmp_path / "x.ckpt", "--to", "original"], "no folder unet in it"),
         ([tmp_path / "odd.safetensors", tmp_path / "x", "--to", "diffusers", "--config", config], "extra.weight"),
+        ([small, tmp_path / "x.safetensors", "--to", "diffusers"], "the result is a folder"),
         ([small, tmp_path / "mine", "--to", "diffusers"], "exists already"),
         ([small, tmp_path / "mine", "--to", "diffusers", "--overwrite"], "is no folder of diffusers"),
         ([small, converted, "--to", "diffusers"], "exists already"),

@@ -60,6 +60,7 @@ TEXT = TEXT_TOWER + "final_layer_norm.weight"
         (unet(12, gain=-0.01), "IC-Light offset, fbc"),
         (unet(8), "diffusers component: UNet of Stable Diffusion 1, with 8 input channels"),
         (names("control_model.input_blocks.0.0.weight"), "ControlNet, CompVis' names"),
+        (original(4, 768, "control_model.input_blocks.0.0.weight"), "ControlNet, CompVis' names, with the model"),
         ({**unet(4), **names("controlnet_cond_embedding.conv_in.weight")}, "ControlNet, diffusers"),
         (names("encoder.down.0.x", "decoder.encoder.layers.0.weight"), "asymmetric VAE"),
         (names("encoder.down_blocks.0.x", "decoder.condition_encoder.layers.0.weight"), "asymmetric VAE"),
@@ -70,7 +71,9 @@ TEXT = TEXT_TOWER + "final_layer_norm.weight"
         (names("encoder.down_blocks.0.resnets.0.norm1.weight"), "diffusers component: VAE"),
         (names("uncond_vector", "mapper.blocks.0.norm1.weight"), "diffusers component: image encoder"),
         (names("text_model.embeddings.x"), "diffusers component: text encoder"),
+        (names("embeddings.token_embedding.weight"), "diffusers component: text encoder"),
         (names("vision_model.embeddings.x"), "CLIP's image tower"),
+        (names("text_model.embeddings.x", "vision_model.embeddings.x"), "CLIP"),
         (names("layer.0.weight"), "unknown"),
     ],
 )
@@ -86,6 +89,8 @@ def test_published_files(official: State, sd_full_ema: State) -> None:
     assert counts["mapper and null token"][1] == 62_981_120 + 2_048 + 787_200 + 768
     assert counts["first stage"][0] == 248
     assert counts["noise schedule"] == (12, 12_000)
+    bare = names("embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight", "final_layer_norm.weight")
+    assert set(parts(bare)) == {"CLIP tower", "norm behind the tower"}
     assert set(parts(sd_full_ema)) == {"UNet", "first stage", "text encoder", "noise schedule", "averaged UNet (EMA)"}
 
 

@@ -119,6 +119,7 @@ def test_errors(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     for arguments, message in (
         ([tmp_path / "none.ckpt", out], "none.ckpt: no such file"),
         ([sd, tmp_path / "out.bin"], "expected .safetensors or .ckpt"),
+        ([tmp_path / "nine.safetensors", out], f"{tmp_path / 'nine.safetensors'}: {INPUT_CONV}: got 9 input channels"),
         ([tmp_path / "nine.safetensors", out], "inflated already"),
         ([sd, out, "--clip", tmp_path / "none.safetensors"], "none.safetensors: no such file"),
         ([sd, out, "--clip", tmp_path / "folder"], "folder without model.safetensors"),
