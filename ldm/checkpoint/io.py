@@ -74,6 +74,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
+        if not head.translate(None, _TEXT):
+            raise CheckpointError(
+                f"{path}: text, not weights, beginning {head[:60].decode()!r}; was the download refused?"
+            ) from error
         raise CheckpointError(f"{path}: {_DOWNLOAD_AGAIN} ({type(error).__name__}: {error})") from error
     return _named_tensors(path, unpickled, dropped)
 
@@ -161,7 +165,7 @@ def write_torch(path: str | Path, tensors: Mapping[str, Tensor], provenance: Map
         torch.save(content, file)
 
 
-_TEXT = bytes((*range(32, 127), *b"\t\n\r"))  # no format that is read here consists of these alone
+_TEXT = bytes((*range(32, 127), *b"\t\n\r"))  # of what is read here, only the oldest pickles consist of these alone
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -201,8 +205,6 @@ def _read_head(path: Path) -> bytes:
         raise CheckpointError(f"{path}: a web page, not weights; open the download link in a browser and save the file")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path}: a Git LFS pointer, not weights; run `git lfs pull`")
-    if not head.translate(None, _TEXT):
-        raise CheckpointError(f"{path}: text, not weights, beginning {head[:60].decode()!r}; was the download refused?")
     return head
 
 
