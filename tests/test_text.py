@@ -117,10 +117,16 @@ def diffusers_pipeline(model: LatentDiffusion, sampler: str) -> Any:
 
 
 def both_images(
-    editor: Editor, scene: Image.Image, hole: Image.Image, sampler: str, num_steps: int
+    editor: Editor,
+    scene: Image.Image,
+    hole: Image.Image,
+    sampler: str,
+    num_steps: int,
+    *,
+    theirs: LatentDiffusion | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ours and diffusers' (3, S, S) in [0, 1], from the same weights, noise and prompts."""
-    pipeline, side = diffusers_pipeline(editor.model, sampler), scene.width
+    """Ours and diffusers' (3, S, S) in [0, 1], from the same weights (or `theirs`), noise and prompts."""
+    pipeline, side = diffusers_pipeline(theirs or editor.model, sampler), scene.width
     cells = side // editor.model.downsampling
     generator = seeded(5)
     torch.randn(4, cells, cells, generator=generator)  # the masked image's posterior, drawn first
@@ -149,6 +155,30 @@ def test_the_same_image_as_diffusers(editor: Editor, scene: Image.Image, hole: I
     got, expected = both_images(editor, scene, hole, sampler, 10)
     print(f"\n{sampler}: largest difference {(got - expected).abs().max():.1e}")
     # measured: 3e-6, the rounding of twenty evaluations of two implementations
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+def test_the_same_image_as_diffusers_with_paint_by_examples_channels(
+    text_config: Config, text_folder: Path, scene: Image.Image
+) -> None:
+    """The input conv's weights in the other order, and of the mask those of its complement: 1 - hole_mask = keep_mask.
+
+    The padding around a mask is 0 in either convention, hence a kernel of one pixel for it, and no bilinear edge is
+    soft, hence a hole on the latent grid.
+    """
+    hole = Image.new("L", scene.size)
+    hole.paste(255, (8, 4, 20, 24))
+    theirs = load_model(text_config, text_folder / "model.safetensors")
+    config = replace(text_config.model, input_channels=["x_t", "z_masked", "keep_mask"])
+    ours = load_model(Config(model=config), text_folder / "model.safetensors")
+    conv, reference = ours.unet.input_blocks[0][0], theirs.unet.input_blocks[0][0]
+    assert isinstance(conv, nn.Conv2d) and isinstance(reference, nn.Conv2d) and conv.bias is not None
+    mask = torch.zeros_like(reference.weight[:, 4:5])
+    mask[:, :, 1, 1] = 0.5 + reference.weight[:, 4:5, 1, 1]
+    reference.weight[:, 4:5] = mask
+    conv.weight.copy_(torch.cat([reference.weight[:, :4], reference.weight[:, 5:], -mask], dim=1))
+    conv.bias += mask.sum((1, 2, 3))
+    got, expected = both_images(Editor(ours), scene, hole, "ddim", 4, theirs=theirs)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
