@@ -101,7 +101,9 @@ class EfficientNetTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, S, S), normalised as for CLIP, to (B, L, NUM_FEATURES), the whole picture's first."""
-        x = F.interpolate(pixel_values, (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
+        # in float32: a CPU cannot antialias in bfloat16
+        x = F.interpolate(pixel_values.float(), (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
+        x = x.to(pixel_values.dtype)
         x = clip_to_efficientnet(x)
         maps = [x, *efficientnet_stages(self.network, x)]
         maps = [features / scale for features, scale in zip(maps, self.SCALES, strict=True)]

@@ -148,6 +148,14 @@ def test_efficientnet_tower_has_unit_scale_and_tells_pictures_apart(efficientnet
     assert (torch.cdist(tokens[:, 0], tokens[:, 0]) + 9 * torch.eye(24)).min() > 0.1
 
 
+def test_efficientnet_tower_in_half_precision(efficientnet_encoder: ExemplarEncoder) -> None:
+    x = torch.rand(1, 3, 64, 64)
+    expected = efficientnet_encoder.features(x)
+    got = copy.deepcopy(efficientnet_encoder).bfloat16().features(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert torch.cosine_similarity(got.float(), expected, dim=-1).min() > 0.99  # 8 bits through seventeen blocks
+
+
 def test_cached_features_of_all_tokens_serve_for_one(efficientnet_encoder: ExemplarEncoder) -> None:
     pooled = ExemplarEncoder(replace(efficientnet_encoder.config, tokens="pooled")).eval().requires_grad_(False)
     pooled.load_state_dict(efficientnet_encoder.state_dict())  # the number of tokens changes no names
