@@ -126,7 +126,10 @@ def control_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]
     if any(name.startswith(CONTROL) for name in state):
         found = {name.removeprefix(CONTROL): tensor for name, tensor in state.items() if name.startswith(CONTROL)}
     elif any(name.startswith(_DIFFUSERS_ZERO_CONVS) for name in state):
-        found = _from_diffusers(state)
+        try:
+            found = _from_diffusers(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from None
     else:
         found = dict(state)
     if _INPUT_CONV not in found or not any(name.startswith("zero_convs.") for name in found):

@@ -39,7 +39,11 @@ def with_decoder(first_stage: AutoencoderKL, path: str | Path) -> AsymmetricAuto
             latents mean something else.
     """
     file = decoder_file(path)
-    state = autoencoder_keys(read_checkpoint(file))
+    state = read_checkpoint(file)
+    try:
+        state = autoencoder_keys(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
     last = state.get("decoder.conv_out.weight")
     if last is None or last.dim() != 4 or not any(name.startswith(CONDITION_ENCODER) for name in state):
         raise CheckpointError(

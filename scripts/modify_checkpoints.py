@@ -80,7 +80,7 @@ def modified(args: argparse.Namespace) -> dict[str, Tensor]:
         num_image = sum(name.startswith(FILE_TOWER) for name in state)
         print(f"{FILE_TOWER}*: {num_image} tensors from {args.clip}; {num_text} tensors of the text tower left out")
     elif key == INPUT_CONV:
-        print("no --clip: the result holds no image tower; training needs one (--clip openai/clip-vit-large-patch14)")
+        print("no --clip: the result holds no image tower (training Paint by Example needs CLIP's: docs/training.md)")
     return state
 
 

@@ -92,7 +92,8 @@ class Layout(NamedTuple):
     unet_blocks: int  # per level
     unet_attended: frozenset[int]  # levels with attention
     vae_levels: int
-    vae_blocks: int
+    vae_blocks: int  # per level of the encoder
+    vae_up_blocks: int  # of the decoder
     mapper_blocks: int
 
 
@@ -216,7 +217,7 @@ def _unet_rows(layout: Layout) -> Iterator[Row]:
 
 
 def _vae_rows(layout: Layout) -> Iterator[Row]:
-    levels, blocks = layout.vae_levels, layout.vae_blocks
+    levels = layout.vae_levels
 
     def row(original: str, name: str, pointwise: bool = False) -> Row:
         return Row(FIRST_STAGE + original, "vae", (name,), pointwise)
@@ -236,12 +237,13 @@ def _vae_rows(layout: Layout) -> Iterator[Row]:
         yield row(f"{middle}.attn_1.norm", f"{middle_block}.attentions.0.group_norm")
         for ours, theirs in _VAE_ATTENTION:
             yield row(f"{middle}.attn_1.{ours}", f"{middle_block}.attentions.0.{theirs}", pointwise=True)
+    yield row("decoder.encoder", "decoder.condition_encoder")  # of an asymmetric decoder
     for level in range(levels):
-        for j in range(blocks):
+        for j in range(layout.vae_blocks):
             yield from resnet(f"encoder.down.{level}.block.{j}", f"encoder.down_blocks.{level}.resnets.{j}")
         yield row(f"encoder.down.{level}.downsample.conv", f"encoder.down_blocks.{level}.downsamplers.0.conv")
         up = levels - 1 - level  # numbered from the picture's side there, from the latent's here
-        for j in range(blocks + 1):
+        for j in range(layout.vae_up_blocks):
             yield from resnet(f"decoder.up.{up}.block.{j}", f"decoder.up_blocks.{level}.resnets.{j}")
         yield row(f"decoder.up.{up}.upsample.conv", f"decoder.up_blocks.{level}.upsamplers.0.conv")
 
@@ -258,6 +260,7 @@ def _layout(names: Collection[str]) -> Layout:
         unet_attended=frozenset((block - 1) // stride for block in attended),
         vae_levels=len(_numbers(names, re.escape(FIRST_STAGE) + r"encoder\.down\.(\d+)\.")),
         vae_blocks=len(_numbers(names, re.escape(FIRST_STAGE) + r"encoder\.down\.0\.block\.(\d+)\.")),
+        vae_up_blocks=len(_numbers(names, re.escape(FIRST_STAGE) + r"decoder\.up\.0\.block\.(\d+)\.")),
         mapper_blocks=len(_numbers(names, re.escape(_MAPPER) + r"resblocks\.(\d+)\.")),
     )
 
@@ -270,6 +273,7 @@ def _layout_of_components(found: Collection[tuple[str, str]]) -> Layout:
         unet_attended=frozenset(_numbers(names, r"unet/down_blocks\.(\d+)\.attentions\.")),
         vae_levels=len(_numbers(names, r"vae/encoder\.down_blocks\.(\d+)\.")),
         vae_blocks=len(_numbers(names, r"vae/encoder\.down_blocks\.0\.resnets\.(\d+)\.")),
+        vae_up_blocks=len(_numbers(names, r"vae/decoder\.up_blocks\.0\.resnets\.(\d+)\.")),
         mapper_blocks=len(_numbers(names, r"image_encoder/mapper\.blocks\.(\d+)\.")),
     )
 
