@@ -7,6 +7,7 @@ weights of `golden/tiny_model.safetensors`. The reference repeated differs from 
 from __future__ import annotations
 
 import json
+import os
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,12 @@ TINY_CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 TINY_CHECKPOINT = GOLDEN / "tiny_model.safetensors"
 
 Close = Callable[[Tensor, Tensor], None]
+
+# One worker per core: further threads of each would only wait for the cores of the others, here and in processes
+# that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
