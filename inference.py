@@ -14,7 +14,6 @@ come after parsing, so that a wrong option costs no waiting.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -25,11 +24,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.editing import Editor
-    from ldm.safety import ContentFilter
 
 SAMPLER_NAMES = ("dpm_solver_pp", "plms", "ddim", "unipc", "ddpm")
 DEFAULT_STEPS = {"dpm_solver_pp": 20, "unipc": 20, "plms": 50, "ddim": 50, "ddpm": 250}
-TILE_HEIGHT, SHEET_COLUMNS = (256, 512), 6  # of the contact sheet: pixels, least and most; tiles in a row
 UNUSED_ORIGINAL = ("H", "W", "C", "f", "n_rows", "n_imgs")  # of the original's options: take a number, do nothing
 
 
@@ -290,7 +287,7 @@ def edit_many(args: argparse.Namespace) -> int:
     from ldm.bulk import match_folders, read_jobs, run_jobs
     from ldm.checkpoint.io import sha256_file
     from ldm.decoders import decoder_file
-    from ldm.editing import checkpoint_file
+    from ldm.editing import checkpoint_file, pick_device, pick_dtype
     from ldm.safety import load_filter
 
     defaults = {
@@ -314,7 +311,8 @@ def edit_many(args: argparse.Namespace) -> int:
     else:
         jobs = match_folders(args.image, args.mask, args.reference[0], defaults)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype = chosen_device(args)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.precision, device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     editor = load_editor(args, device, dtype)
@@ -344,19 +342,6 @@ def edit_many(args: argparse.Namespace) -> int:
     return 1 if report.failed else 0
 
 
-def chosen_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Device and type of the weights."""
-    import torch
-
-    from ldm.editing import pick_device
-
-    device = pick_device(args.device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
-    if args.precision == "autocast" and device.type == "cuda":
-        dtype = torch.float16
-    return device, dtype
-
-
 def load_editor(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Editor:
     from ldm.editing import Editor
 
@@ -371,8 +356,17 @@ def edit(args: argparse.Namespace) -> int:
 
     from ldm.checkpoint.io import sha256_file
     from ldm.control import Control
-    from ldm.editing import EXAMPLE_PARTS, as_rgb, checkpoint_file, given_hole, prepare_exemplar
+    from ldm.editing import (
+        EXAMPLE_PARTS,
+        as_rgb,
+        checkpoint_file,
+        given_hole,
+        pick_device,
+        pick_dtype,
+        prepare_exemplar,
+    )
     from ldm.provenance import add_watermark, check_watermark
+    from ldm.results import contact_sheet, passed, save_results
     from ldm.safety import load_filter
 
     name = args.image.stem if args.image else ""
@@ -387,7 +381,8 @@ def edit(args: argparse.Namespace) -> int:
     exemplars = [prepare_exemplar(path, args.reference_mask, **look) for path in args.reference or ()]
     if args.watermark:
         check_watermark(scene.size, args.watermark)
-    device, dtype = chosen_device(args)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.precision, device)
     args.outdir.mkdir(parents=True, exist_ok=True)
 
     options: dict[str, Any] = {
@@ -462,7 +457,7 @@ def edit(args: argparse.Namespace) -> int:
         **common_settings(args, device, dtype, digest.result()),
     }
     num_made = len(results)
-    seeds, results = shown(content_filter, seeds, results, hole)
+    seeds, results = passed(content_filter, seeds, results, hole)
     if not results:
         return 1
     details: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
@@ -481,7 +476,7 @@ def edit(args: argparse.Namespace) -> int:
     pictures = {f"{name}_{seed}": (image, detail) for seed, image, detail in zip(seeds, results, details, strict=True)}
     if not args.skip_grid:
         pictures[f"{name}_{args.seed[0]}_grid"] = (contact_sheet(scene, hole, exemplars, results), {"seed": seeds})
-    save_all(args, pictures, settings)
+    save_results(args.outdir, pictures, settings, overwrite=args.overwrite)
     return 1 if len(results) < num_made else 0
 
 
@@ -493,14 +488,16 @@ def relight(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ldm.checkpoint.io import sha256_file
-    from ldm.editing import as_rgb, checkpoint_file
+    from ldm.editing import as_rgb, checkpoint_file, pick_device, pick_dtype
     from ldm.provenance import add_watermark
     from ldm.relighting import Relighter, on_grey
+    from ldm.results import passed, save_results
     from ldm.safety import load_filter
 
     foreground = on_grey(args.image, args.mask)
     background = args.background and as_rgb(args.background)
-    device, dtype = chosen_device(args)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.precision, device)
     args.outdir.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {
         "prompt": args.prompt or "",
@@ -536,13 +533,13 @@ def relight(args: argparse.Namespace) -> int:
         **common_settings(args, device, dtype, digest.result()),
     }
     num_made = len(results)
-    seeds, results = shown(content_filter, seeds, results, Image.new("L", results[0].size, 255))
+    seeds, results = passed(content_filter, seeds, results, Image.new("L", results[0].size, 255))
     if args.watermark:
         results = [add_watermark(result, args.watermark) for result in results]
     pictures = {
         f"{args.image.stem}_relit_{seed}": (result, {"seed": seed}) for seed, result in zip(seeds, results, strict=True)
     }
-    save_all(args, pictures, settings)
+    save_results(args.outdir, pictures, settings, overwrite=args.overwrite)
     return 1 if len(results) < num_made else 0
 
 
@@ -562,38 +559,6 @@ def common_settings(args: argparse.Namespace, device: torch.device, dtype: torch
     }
 
 
-def shown(
-    content_filter: ContentFilter | None, seeds: list[int], results: list[Image.Image], hole: Image.Image
-) -> tuple[list[int], list[Image.Image]]:
-    """The results, and their seeds, that a content filter lets pass; says which it does not."""
-    if content_filter is None:
-        return seeds, results
-    from ldm.safety import withheld
-
-    reasons = withheld(content_filter, results, hole)
-    for seed, reason in zip(seeds, reasons, strict=True):
-        if reason:
-            print(f"withheld: seed {seed}: {reason}; another seed or exemplar may pass", file=sys.stderr)
-    passed = [i for i, reason in enumerate(reasons) if reason is None]
-    return [seeds[i] for i in passed], [results[i] for i in passed]
-
-
-def save_all(
-    args: argparse.Namespace, pictures: dict[str, tuple[Image.Image, dict[str, Any]]], settings: dict[str, Any]
-) -> None:
-    """Write pictures by name, each with the settings and its own details; earlier ones of the name stay."""
-    from ldm.editing import save_png
-
-    suffix = "" if args.overwrite else free_suffix(args.outdir, list(pictures))
-    for stem, (image, detail) in pictures.items():
-        path = args.outdir / f"{stem}{suffix}.png"
-        replaced = path.exists()
-        save_png(image, path, {"parameters": json.dumps(settings | detail)})
-        print(f"{'overwrote' if replaced else 'wrote'} {path}")
-    if suffix:
-        print(f"kept the earlier results of the same name; these end in {suffix} (--overwrite replaces them)")
-
-
 def bundled_example() -> Path:
     """The folder of the first bundled example."""
     from ldm.editing import BUNDLED_MODEL, EditingError, bundled_examples
@@ -603,41 +568,6 @@ def bundled_example() -> Path:
     raise EditingError(
         f"{BUNDLED_MODEL / 'examples'}: the bundled example is not there; give --image, --mask and --reference"
     )
-
-
-def free_suffix(folder: Path, stems: list[str]) -> str:
-    """Nothing, or the first of _v2, _v3 … with which none of the names is taken in the folder."""
-    number = 1
-    while any((folder / f"{stem}{f'_v{number}' if number > 1 else ''}.png").exists() for stem in stems):
-        number += 1
-    return f"_v{number}" if number > 1 else ""
-
-
-def contact_sheet(
-    scene: Image.Image, hole: Image.Image, exemplars: list[Image.Image], results: list[Image.Image]
-) -> Image.Image:
-    """Scene, scene with its hole, exemplars and results, of equal height, in rows of at most SHEET_COLUMNS."""
-    from PIL import Image
-
-    from ldm.data.transforms import MID_GREY
-
-    height = min(max(scene.height, TILE_HEIGHT[0]), TILE_HEIGHT[1])
-
-    def tile(image: Image.Image) -> Image.Image:
-        width = min(max(round(image.width * height / image.height), 1), 4 * height)
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-
-    tiles = [tile(image) for image in (scene, scene, *exemplars, *results)]
-    tiles[1].paste(MID_GREY, mask=hole.resize(tiles[1].size, Image.Resampling.NEAREST))
-    gap, rows = 8, [tiles[i : i + SHEET_COLUMNS] for i in range(0, len(tiles), SHEET_COLUMNS)]
-    width = max(sum(image.width + gap for image in row) for row in rows) - gap
-    sheet = Image.new("RGB", (width, len(rows) * (height + gap) - gap), "white")
-    for number, row in enumerate(rows):
-        left = 0
-        for image in row:
-            sheet.paste(image, (left, number * (height + gap)))
-            left += image.width + gap
-    return sheet
 
 
 if __name__ == "__main__":

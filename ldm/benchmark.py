@@ -28,7 +28,7 @@ from ldm.config import ModelConfig
 from ldm.data.cocoee import Bench, BenchItem
 from ldm.data.transforms import exemplar_to_tensor
 from ldm.decoders import decoder_file
-from ldm.editing import Editor, FittedScene, checkpoint_file, fit_scene, pick_device, save_png
+from ldm.editing import Editor, FittedScene, checkpoint_file, fit_scene, pick_device, pick_dtype, save_png
 from ldm.evaluation.baselines import copy_paste, opencv_inpaint, seamless_clone
 from ldm.files import write_text
 
@@ -38,7 +38,6 @@ BASELINES: dict[str, Callable[[BenchItem], Image.Image]] = {
     "opencv-inpaint": lambda item: opencv_inpaint(item.scene, item.hole_mask),
 }
 METHODS = ("model", "null-token", "other-exemplar", *BASELINES)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BenchmarkError(ValueError):
@@ -84,7 +83,7 @@ class Settings:
         seed: item k of the bench uses seed + k.
         checkpoint, config: files; None is the bundled model, and the config beside the checkpoint.
         decoder: as for `Editor.from_pretrained`.
-        precision: of the weights, a key of DTYPES.
+        precision: of the weights, as for `pick_dtype`.
     """
 
     method: str = "model"
@@ -182,12 +181,13 @@ class BenchEditing(pl.LightningModule):
     def setup(self, stage: str) -> None:
         settings = self.run_settings
         if settings.uses_model:
+            device = self.trainer.strategy.root_device
             self.editor = Editor.from_pretrained(
                 settings.checkpoint,
                 config=settings.config,
                 decoder=settings.decoder,
-                device=self.trainer.strategy.root_device,
-                dtype=DTYPES[settings.precision],
+                device=device,
+                dtype=pick_dtype(settings.precision, device),
             )
 
     def predict_dataloader(self) -> DataLoader[Task]:

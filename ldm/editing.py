@@ -671,3 +671,11 @@ def pick_device(device: str | torch.device) -> torch.device:
         there = ", ".join(name for name, there in present.items() if there)
         raise EditingError(f"device: got {device}, which this machine or this PyTorch lacks; expected auto, {there}")
     return chosen
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of weights of fp32 | bf16 | fp16, or of the original's words: full is fp32, autocast is fp16 on CUDA
+    and fp32 elsewhere."""
+    if precision == "autocast":
+        precision = "fp16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -79,9 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     """Load the model and serve the page until Ctrl-C or SIGTERM."""
-    import torch
-
-    from ldm.editing import Editor
+    from ldm.editing import Editor, pick_device, pick_dtype
     from ldm.safety import load_filter
     from ldm.web.edits import EditService, Limits
     from ldm.web.page import serving
@@ -94,10 +92,11 @@ def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
         waiting=args.max_waiting,
         keep_seconds=round(args.keep_minutes * 60),
     )
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.precision, device)
 
     def make_service(folder: Path) -> EditService:
-        editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=args.device, dtype=dtype)
+        editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=device, dtype=dtype)
         return EditService(
             editor,
             folder,

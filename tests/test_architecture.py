@@ -29,7 +29,7 @@ FLOORS = (
     ("ldm.samplers", "ldm.models", "ldm.data", "ldm.control"),
     ("ldm.decoders", "ldm.latent_diffusion"),
     ("ldm.training", "ldm.sharding", "ldm.holes", "ldm.safety", "ldm.editing", "ldm.relighting"),
-    ("ldm.callbacks", "ldm.bulk"),
+    ("ldm.callbacks", "ldm.bulk", "ldm.results"),
     ("ldm.run", "ldm.benchmark", "ldm.measure"),
     ("ldm",),  # the package itself, which offers the public names
     ("ldm.web",),
