@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model", "the bundled small one unless named")
     model.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
     model.add_argument("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
+    model.add_argument("--decoder", type=Path, metavar="PATH", help="of the first stage, as for inference.py")
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     model.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: %(default)s")
     shown = parser.add_argument_group("safety and provenance", "as for inference.py")
@@ -96,13 +97,16 @@ def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     dtype = pick_dtype(args.precision, device)
 
     def make_service(folder: Path) -> EditService:
-        editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=device, dtype=dtype)
+        editor = Editor.from_pretrained(
+            args.checkpoint, config=args.config, decoder=args.decoder, device=device, dtype=dtype
+        )
         return EditService(
             editor,
             folder,
             limits,
             checkpoint=args.checkpoint,
             config=args.config,
+            decoder=args.decoder,
             safety=args.safety,
             content_filter=load_filter(args.safety, editor.device) if args.safety else None,
             watermark=args.watermark,

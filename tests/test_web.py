@@ -300,6 +300,15 @@ def test_old_files_are_removed(service: EditService, files: dict[str, Path]) -> 
     assert not old.exists() and recent.exists()
 
 
+def make_calls(edited: Edited, folder: Path) -> None:
+    """Run both texts of an edit where its files are."""
+    (folder / "inference.py").symlink_to(REPOSITORY / "inference.py")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = f"{REPOSITORY}:{environment.get('PYTHONPATH', '')}"
+    for command in (["python", "-c", edited.python], ["bash", "-c", edited.shell]):
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+
+
 @pytest.mark.parametrize("values", [{}, {"n_samples": 2, "seed": 5, "sampler": "ddim", "whole_image": True}])
 def test_the_calls_repeat_the_edit(
     service: EditService, tmp_path: Path, values: dict[str, Any], files: dict[str, Path]
@@ -312,11 +321,7 @@ def test_the_calls_repeat_the_edit(
                 picture.resize((360, 240)).save(files[name])
     files["scene"] = files["scene"].rename(folder / "it's a scene.png")  # quoted in both languages
     edited = edit(service, files, **values)
-    (folder / "inference.py").symlink_to(REPOSITORY / "inference.py")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment["PYTHONPATH"] = f"{REPOSITORY}:{environment.get('PYTHONPATH', '')}"
-    for command in (["python", "-c", edited.python], ["bash", "-c", edited.shell]):
-        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    make_calls(edited, folder)
     for seed, path in enumerate(edited.files, start=values.get("seed", 0)):
         for other in (folder / f"result_{seed}.png", folder / "results" / path.name):
             assert np.abs(pixels(path) - pixels(other)).max() <= 1, other
@@ -339,13 +344,37 @@ def test_flagged_candidates_are_withheld(editor: Editor, tmp_path: Path, files: 
         list(service.edit(files["scene"], files["mask"], files["exemplar"], values))
 
 
+def test_text_in_place_of_an_exemplar(text_folder: Path, tmp_path: Path, files: dict[str, Path]) -> None:
+    """With a model that reads text only; a prompt that starts like an option is none."""
+    service = make_service(Editor.from_pretrained(text_folder), tmp_path / "edits", checkpoint=text_folder)
+    values = QUICK | {"prompt": "--a 'red' car", "num_steps": 3}
+    *_, edited = service.edit(files["scene"], files["mask"], None, values)
+    *_, other = service.edit(files["scene"], files["mask"], None, values | {"prompt": "a dog"})
+    assert isinstance(edited, Edited) and isinstance(other, Edited)
+    assert changed(edited.files[0], other.files[0]).any()
+    folder = files["scene"].parent
+    make_calls(edited, folder)
+    for path in (folder / "result_0.png", folder / "results" / "scene_0.png"):
+        assert np.abs(pixels(edited.files[0]) - pixels(path)).max() <= 1, path
+    with pytest.raises(EditingError, match="this model reads text only; leave it out"):
+        list(service.edit(files["scene"], files["mask"], files["exemplar"], values))
+    with pytest.raises(EditingError, match="prompt: got 1001 characters, expected a text of at most 1000"):
+        list(service.edit(files["scene"], files["mask"], None, {"prompt": "a" * 1001}))
+
+
+def test_an_exemplar_is_asked_for(service: EditService, files: dict[str, Path]) -> None:
+    with pytest.raises(EditingError, match="no exemplar yet; this model needs one"):
+        list(service.edit(files["scene"], files["mask"], None, QUICK))
+
+
 def test_calls_name_model_device_and_precision(editor: Editor, tmp_path: Path) -> None:
-    source = {"checkpoint": Path("my model.ckpt"), "config": Path("v1.yaml")}
+    source = {"checkpoint": Path("my model.ckpt"), "config": Path("v1.yaml"), "decoder": Path("vae")}
     service = make_service(editor, tmp_path / "edits", **source)
     python, shell = service.calls(("a.png", "b.png", "c.png"), {"n_samples": 1, "seed": 0, "whole_image": True})
-    assert "Editor.from_pretrained('my model.ckpt', config='v1.yaml')" in python
+    assert "Editor.from_pretrained('my model.ckpt', config='v1.yaml', decoder='vae')" in python
     words = shlex.split(shell)
     assert words[words.index("--checkpoint") + 1] == "my model.ckpt" and words[-1] == "--whole-image"
+    assert words[words.index("--decoder") + 1] == "vae"
 
 
 # ---- the command line ----
@@ -506,6 +535,14 @@ def test_password_and_temporary_files(
     assert not folder.exists()
 
 
+def test_api_of_a_model_that_reads_text(text_folder: Path, tmp_path: Path, files: dict[str, Path]) -> None:
+    with running(Editor.from_pretrained(text_folder), Limits(), text_folder) as address:
+        client = connect(address, tmp_path)
+        del files["exemplar"]
+        results, python, _ = client.predict(**sent(files), **QUICK, prompt="a dog", api_name="/edit")
+        assert changed(files["scene"], results[0]).any() and "prompt='a dog'" in python
+
+
 def test_a_taken_port_is_one_line(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -653,6 +690,25 @@ def test_an_example_and_its_preview(page: Any) -> None:
     page.wait_for_selector("#status img")
     wait_until_done(page)
     assert page.locator("#slider img").count() == 2
+
+
+@pytest.mark.slow
+def test_a_prompt_on_the_page(browser: Any, text_folder: Path, files: dict[str, Path]) -> None:
+    with running(Editor.from_pretrained(text_folder), Limits(), text_folder) as address:
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(60_000)
+        page.goto(address)
+        page.wait_for_selector("#status:has-text('Paint the hole, write a prompt, run.')")
+        assert not page.locator("#exemplar").is_visible()
+        upload(page, "scene", files["scene"])
+        page.wait_for_selector("#scene .picture.full")
+        drag(page, (0.3, 0.3), (0.6, 0.6))
+        page.locator("#prompt textarea").fill("a red car")
+        run(page)
+        wait_until_done(page)
+        page.locator("#calls button").first.click()
+        assert "prompt='a red car'" in page.locator("#python .cm-content").inner_text()
+        page.close()
 
 
 @pytest.mark.slow

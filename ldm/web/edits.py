@@ -43,6 +43,7 @@ from ldm.samplers import SAMPLERS
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # of uploads, told by their content
 HOLE_PREFIX = "data:image/png;base64,"
+LONGEST_PROMPT = 1000  # characters; models read the first 75 or so of its word pieces
 PREVIEW_SHARE = 0.1  # of the time, at most, that goes into decoding unfinished pictures
 
 Value = str | int | float | bool
@@ -78,7 +79,8 @@ class Setting:
         option: the option of inference.py; of one that is true or false, --no-… says the contrary of what is usual.
         label: on the page.
         default: its type is the setting's.
-        choices: the words allowed; of a number the bounds `low` and `high`, both included.
+        choices: the words allowed; none: any text of up to `high` characters.
+        low, high: bounds of a number, both included.
         step: between two values of a slider; 0 shows a field instead.
         info: a few words of help.
     """
@@ -93,6 +95,11 @@ class Setting:
     step: float = 0
     info: str = ""
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it is to be written, not chosen."""
+        return isinstance(self.default, str) and not self.choices
+
     def check(self, value: Any) -> Value:
         """The value in the setting's type.
 
@@ -103,8 +110,13 @@ class Setting:
             if isinstance(value, bool):
                 return value
             raise EditingError(f"{self.name}: got {value!r}, expected true or false")
+        if self.is_text:
+            if isinstance(value, str) and len(value) <= self.high:
+                return value
+            got = f"{len(value)} characters" if isinstance(value, str) else repr(value)
+            raise EditingError(f"{self.name}: got {got}, expected a text of at most {self.high:g}")
         if isinstance(self.default, str):
-            if value in self.choices:
+            if isinstance(value, str) and value in self.choices:
                 return value
             raise EditingError(f"{self.name}: got {value!r}, expected one of {', '.join(self.choices)}")
         kind = type(self.default)
@@ -115,15 +127,21 @@ class Setting:
         raise EditingError(f"{self.name}: got {value!r}, expected {what} from {self.low:g} to {self.high:g}")
 
 
-def offered_settings(context_margin: float, samples: int) -> dict[str, Setting]:
+def offered_settings(context_margin: float, samples: int, *, with_text: bool = False) -> dict[str, Setting]:
     """The settings of an edit by name, in the page's order.
 
     Args:
         context_margin: the model's own, the default.
         samples: most candidates of one edit.
+        with_text: whether the model reads prompts.
     """
     steps, largest = "more is slower and finer", 2**31 - 1
+    texts = (
+        Setting("prompt", "--prompt", "Prompt", "", high=LONGEST_PROMPT, info="what to paint"),
+        Setting("negative_prompt", "--negative-prompt", "Negative prompt", "", high=LONGEST_PROMPT, info="what not"),
+    )
     settings = (
+        *(texts if with_text else ()),
         Setting("n_samples", "--n-samples", "Candidates", min(2, samples), low=1, high=samples, step=1),
         Setting("seed", "--seed", "Seed", 0, low=0, high=largest, info="of the first candidate; the next adds 1"),
         Setting("num_steps", "--steps", "Steps", 20, low=1, high=250, step=1, info=steps),
@@ -172,10 +190,14 @@ class EditService:
         editor: with the model.
         folder: for files of its own; who made it removes it.
         limits: of each request.
-        checkpoint, config: where the model came from, for the calls as text; None is the bundled one.
+        checkpoint, config, decoder: where the model came from, for the calls as text; None is the bundled one, the
+            config beside it, its own decoder.
         safety: name of the filter, for the calls as text; content_filter: what it flags is shown to nobody, and neither
             is any unfinished picture.
         watermark: text that results are marked with; None leaves them as they are.
+
+    Raises:
+        EditingError: the model does not inpaint.
     """
 
     def __init__(
@@ -186,16 +208,21 @@ class EditService:
         *,
         checkpoint: Path | None = None,
         config: Path | None = None,
+        decoder: Path | None = None,
         safety: str | None = None,
         content_filter: ContentFilter | None = None,
         watermark: str | None = None,
     ) -> None:
+        if not editor.model.inpaints:
+            raise EditingError("the page edits, and this model relights; use inference.py --mode relight")
         self.editor = editor
         self.folder = folder
         self.limits = limits or Limits()
-        self.checkpoint, self.config = checkpoint, config
+        self.checkpoint, self.config, self.decoder = checkpoint, config, decoder
         self.safety, self.content_filter, self.watermark = safety, content_filter, watermark
-        self.settings = offered_settings(editor.model.config.context_margin, self.limits.samples)
+        self.settings = offered_settings(
+            editor.model.config.context_margin, self.limits.samples, with_text=editor.model.reads_text
+        )
         # One worker: an edit that was cancelled ends its step before the next one begins.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
         # Beside the first edit: it takes seconds for a large file.
@@ -263,19 +290,20 @@ class EditService:
         return path
 
     def edit(
-        self, scene: Path, hole_mask: Path, exemplar: Path, values: Mapping[str, Any]
+        self, scene: Path, hole_mask: Path, exemplar: Path | None, values: Mapping[str, Any]
     ) -> Generator[Progress | Edited, None, None]:
         """Edit, step by step; closing the generator ends the edit.
 
         Args:
-            scene, hole_mask, exemplar: uploaded files.
+            scene, hole_mask, exemplar: uploaded files; only models that read text do without an exemplar.
             values: settings by name; those left out have their defaults.
 
         Yields:
             The progress after each step, and at last the results.
 
         Raises:
-            EditingError: a setting is out of bounds, the hole is empty, it took too long, or all of it is withheld.
+            EditingError: a setting is out of bounds, the hole is empty, the exemplar is missing or not for the model,
+                it took too long, or all of it is withheld.
             WatermarkError: the scene is too small to be marked.
             ImageFileError: see `open_upload`.
         """
@@ -283,7 +311,12 @@ class EditService:
         if unknown:
             raise EditingError(f"got the setting {min(unknown)}, expected {', '.join(self.settings)}")
         options = {name: setting.check(values.get(name, setting.default)) for name, setting in self.settings.items()}
-        picture, shown = self.open_upload(scene), self.open_upload(exemplar, reader=prepare_exemplar)
+        if exemplar is None and not self.editor.model.reads_text:
+            raise EditingError("no exemplar yet; this model needs one")
+        if exemplar is not None and not self.editor.model.reads_exemplars:
+            raise EditingError("got an exemplar, and this model reads text only; leave it out")
+        picture = self.open_upload(scene)
+        shown = None if exemplar is None else self.open_upload(exemplar, reader=prepare_exemplar)
         hole = self.open_upload(hole_mask, reader=as_hole)
         if abs(hole.width * picture.height - hole.height * picture.width) > sum(picture.size):  # beyond rounding
             sizes = f"{hole.width} x {hole.height}, the scene {picture.width} x {picture.height}"
@@ -313,7 +346,7 @@ class EditService:
         self,
         scene: Image.Image,
         hole: Image.Image,
-        exemplar: Image.Image,
+        exemplar: Image.Image | None,
         options: Mapping[str, Any],
         steps: SimpleQueue[Progress | None],
         cancelled: threading.Event,
@@ -344,7 +377,7 @@ class EditService:
         self,
         results: list[Image.Image],
         hole: Image.Image,
-        files: tuple[Path, Path, Path],
+        files: tuple[Path, Path, Path | None],
         options: dict[str, Any],
     ) -> Edited:
         made = list(enumerate(results, start=options["seed"]))
@@ -354,7 +387,8 @@ class EditService:
             if not made:
                 raise EditingError(f"withheld: {reasons[0]}; another seed or exemplar may pass")
         folder = self.new_folder()
-        image, mask, reference = (Path(file).name for file in files)
+        image, mask, reference = (file and Path(file).name for file in files)
+        assert image and mask
         record = options | {
             "version": __version__,
             "image": image,
@@ -363,6 +397,7 @@ class EditService:
             "checkpoint": str(self.checkpoint or "bundled"),
             "checkpoint_sha256": self._digest.result(),
             "config": str(self.config or "beside the checkpoint"),
+            "decoder": self.decoder and str(self.decoder),
             "safety": self.safety,
             "watermark": self.watermark,
             "device": self.editor.device.type,
@@ -377,15 +412,16 @@ class EditService:
         python, shell = self.calls((image, mask, reference), options)
         return Edited(written, folder / "mask.png", python, shell, len(results) - len(made))
 
-    def calls(self, files: tuple[str, str, str], options: Mapping[str, Value]) -> tuple[str, str]:
+    def calls(self, files: tuple[str, str, str | None], options: Mapping[str, Value]) -> tuple[str, str]:
         """The edit as a Python program and as a shell command, for a folder with the three files.
 
         Args:
-            files: names of scene, mask and exemplar.
+            files: names of scene, mask and exemplar, where there is one.
             options: every setting, checked.
         """
         arguments = [repr(str(self.checkpoint)) if self.checkpoint else "None"]
         arguments += [f"config={str(self.config)!r}"] if self.config else []
+        arguments += [f"decoder={str(self.decoder)!r}"] if self.decoder else []
         device, dtype = self.editor.device.type, self.editor.model.weight_dtype
         arguments += [] if device == "cpu" else [f"device={device!r}"]
         arguments += [] if dtype == torch.float32 else [f"dtype={dtype}"]
@@ -394,23 +430,27 @@ class EditService:
         python += "from ldm.provenance import add_watermark\n\n" if self.watermark else "\n"
         mark = f"add_watermark({{}}, {self.watermark!r})" if self.watermark else "{}"
         python += f"editor = Editor.from_pretrained({', '.join(arguments)})\n"
-        python += f"edited = editor.edit(\n    {', '.join(map(repr, files))},\n{keywords})\n"
+        python += f"edited = editor.edit(\n    {', '.join(repr(file) for file in files if file)},\n{keywords})\n"
         if options["n_samples"] == 1:
             python += f'{mark.format("edited")}.save("result_{options["seed"]}.png")\n'
         else:
             python += f"for seed, picture in enumerate(edited, start={options['seed']}):\n"
             python += f'    {mark.format("picture")}.save(f"result_{{seed}}.png")\n'
         words = ["python", "inference.py"]
-        words += [word for pair in zip(("--image", "--mask", "--reference"), files, strict=True) for word in pair]
+        named = zip(("--image", "--mask", "--reference"), files, strict=True)
+        words += [word for option, file in named if file for word in (option, file)]
         words += ["--checkpoint", str(self.checkpoint)] if self.checkpoint else []
         words += ["--config", str(self.config)] if self.config else []
+        words += ["--decoder", str(self.decoder)] if self.decoder else []
         words += ["--device", device]
         words += ["--precision", "bf16" if dtype == torch.bfloat16 else "fp16"] if dtype != torch.float32 else []
         words += ["--safety"] + ([self.safety] if self.safety != OPEN_NSFW else []) if self.safety else []
         words += ["--watermark", self.watermark] if self.watermark else []
         for name, value in options.items():
             option = self.settings[name].option
-            if not isinstance(value, bool):
+            if self.settings[name].is_text:
+                words.append(f"{option}={value}")  # in one word: it may begin with a hyphen
+            elif not isinstance(value, bool):
                 words += [option, str(value)]
             elif value is not self.settings[name].default:
                 words += [option] if value else [option.replace("--", "--no-", 1)]

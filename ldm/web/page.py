@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 INTRODUCTION = """# Paint by Example
-Paint over a part of the scene, show what is to be there instead, and run. Nothing outside the hole changes."""
+Paint over a part of the scene, {say} what is to be there instead, and run. Nothing outside the hole changes."""
 DISPLAY_SIDE = 1280  # pixels, longest, of the copies that the browser shows
 PAINT = (255, 61, 127)  # of a hole
-HINT = "Paint the hole, choose an exemplar, run."
+HINT = "Paint the hole, {say}, run."
 STYLE = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
 #scene .html-container, #exemplar .html-container, #status .html-container { padding: 0; }
@@ -114,17 +114,21 @@ def build_page(service: EditService) -> "gradio.Blocks":
     private: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
     thumbnails: dict[str, Any] = dict(allow_preview=False, interactive=False, show_label=False, buttons=[])
     model: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
+    shows, writes = service.editor.model.reads_exemplars, service.editor.model.reads_text
+    texts = [setting for setting in service.settings.values() if setting.is_text]
 
     with gr.Blocks(title="Paint by Example", analytics_enabled=False, delete_cache=(60, keep)) as page:
-        gr.Markdown(INTRODUCTION)
+        gr.Markdown(INTRODUCTION.format(say=" and ".join(["show"] * shows + ["say"] * writes)))
         files = {part: gr.State(time_to_live=keep) for part in ("scene", "exemplar")}
         results = gr.State(time_to_live=keep)  # the scene that was edited and the candidates
         with gr.Row():
             with gr.Column(scale=3):
                 gr.Markdown("### Scene")
                 scene = picture("scene", service.limits.megabytes, painted=True)
+                with gr.Row(visible=bool(texts)):
+                    written = {setting.name: control(setting) for setting in texts}
                 with gr.Row():
-                    with gr.Column():
+                    with gr.Column(visible=shows):
                         gr.Markdown("### Exemplar")
                         exemplar = picture("exemplar", service.limits.megabytes, painted=False)
                     with gr.Column(visible=bool(examples)):
@@ -137,25 +141,26 @@ def build_page(service: EditService) -> "gradio.Blocks":
                 with gr.Row():
                     run = gr.Button("Run", variant="primary", elem_id="run")
                     cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
-                status = gr.HTML(HINT, elem_id="status")
+                say = " and ".join(["choose an exemplar"] * shows + ["write a prompt"] * writes)
+                status = gr.HTML(HINT.format(say=say), elem_id="status")
                 slider = gr.ImageSlider(label="Before and after", format="png", interactive=False, elem_id="slider")
                 gallery = gr.Gallery(columns=4, height="auto", elem_id="candidates", visible=False, **thumbnails)
                 with gr.Row():
                     download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
                     hole_mask = gr.DownloadButton("Download the mask", visible=False, elem_id="download-mask")
         with gr.Accordion("Settings"), gr.Row():
-            settings = [control(setting) for setting in service.settings.values()]
+            settings = [written.get(name) or control(setting) for name, setting in service.settings.items()]
         with gr.Accordion("The same call in Python and shell", open=False, elem_id="calls"), gr.Row():
             code: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
             python = gr.Code(label="Python", language="python", elem_id="python", **code)
             shell = gr.Code(label="Shell", language="shell", elem_id="shell", **code)
 
-        def show_example(event: gr.SelectData) -> tuple[str, str, Any, Any]:
+        def show_example(event: gr.SelectData) -> tuple[str, str | None, Any, Any]:
             paths = {part: examples[event.index] / f"{part}.png" for part in EXAMPLE_PARTS}
             hole = display_copy(as_hole(paths["mask"]))
             return (
                 str(paths["scene"]),
-                str(paths["exemplar"]),
+                str(paths["exemplar"]) if shows else None,
                 gr.HTML(picture=data_url(display_copy(open_image(paths["scene"]))), value=data_url(hole)),
                 gr.HTML(picture=data_url(display_copy(open_image(paths["exemplar"]))), value=None),
             )
@@ -183,9 +188,11 @@ def build_page(service: EditService) -> "gradio.Blocks":
         ) -> Iterator[dict]:
             """A run from the page: what changes on it, step by step."""
             with plain_errors():
-                if not scene_file or not exemplar_file:
-                    raise ValueError("two pictures are needed; drop a scene and an exemplar, or pick an example")
-                files = Path(scene_file), service.save_hole(hole), Path(exemplar_file)
+                if not scene_file or not (exemplar_file or writes):
+                    needed = "two pictures are needed; drop a scene and an exemplar" if shows else "drop a scene"
+                    raise ValueError(f"{needed}, or pick an example")
+                exemplar_path = Path(exemplar_file) if exemplar_file else None
+                files = Path(scene_file), service.save_hole(hole), exemplar_path
                 with closing(service.edit(*files, named(service, values))) as work:
                     for event in work:
                         if request.session_hash in cancelled:
@@ -242,7 +249,8 @@ def add_api(service: EditService, settings: "list[Component]", model: dict[str, 
     """The endpoint `/edit`, with the page's settings as keywords."""
     import gradio as gr
 
-    names = ("scene", "hole_mask", "exemplar")
+    reads = service.editor.model
+    names = ("scene", "hole_mask", *(("exemplar",) if reads.reads_exemplars else ()))
     inputs = [gr.File(visible=False, label=name) for name in names]
     outputs = [
         gr.File(visible=False, file_count="multiple", label="results"),
@@ -253,11 +261,12 @@ def add_api(service: EditService, settings: "list[Component]", model: dict[str, 
     def edit(*given: Any) -> tuple[list[str], str, str]:
         paths, values = given[: len(names)], given[len(names) :]
         with plain_errors():
-            missing = [name for name, path in zip(names, paths, strict=True) if not path]
+            files = {name: Path(path) for name, path in zip(names, paths, strict=True) if path}
+            missing = [name for name in names if name not in files and not (name == "exemplar" and reads.reads_text)]
             if missing:
                 raise ValueError(f"{missing[0]}: got nothing; send a picture file")
-            scene, hole_mask, exemplar = map(Path, paths)
-            *_, edited = service.edit(scene, hole_mask, exemplar, named(service, values))
+            scene, hole_mask = files["scene"], files["hole_mask"]
+            *_, edited = service.edit(scene, hole_mask, files.get("exemplar"), named(service, values))
         assert isinstance(edited, Edited)
         return [str(path) for path in edited.files], edited.python, edited.shell
 
@@ -294,6 +303,8 @@ def control(setting: Setting) -> "Component":
     )
     if isinstance(setting.default, bool):
         return gr.Checkbox(**common)
+    if setting.is_text:
+        return gr.Textbox(max_length=round(setting.high), **common)
     if isinstance(setting.default, str):
         return gr.Dropdown(list(setting.choices), **common)
     if setting.step:
