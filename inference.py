@@ -14,8 +14,10 @@ come after parsing, so that a wrong option costs no waiting.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
 
 SAMPLER_NAMES = ("dpm_solver_pp", "plms", "ddim", "unipc", "ddpm")
 DEFAULT_STEPS = {"dpm_solver_pp": 20, "unipc": 20, "plms": 50, "ddim": 50, "ddpm": 250}
+EDITING = (
+    "reference", "box", "polygon", "grow", "shape", "separate", "reference_mask", "reference_background",
+    "reference_fit", "control", "control_image", "control_scale", "guess_mode", "decoder", "rank", "eta",
+    "guidance_interval", "context_margin", "feather", "colour_agreement", "whole_image",
+)  # fmt: skip
+RELIGHTING = ("light", "background", "size", "strength", "highres_scale", "highres_strength")
+SINGLE = ("rank", "separate", "whole_image", "guidance_interval", "box", "polygon", "reference_mask", "control")
 UNUSED_ORIGINAL = ("H", "W", "C", "f", "n_rows", "n_imgs")  # of the original's options: take a number, do nothing
 
 
@@ -72,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what it reads, edges, depth, a pose …, of the scene's size; one for each network",
     )  # fmt: skip
     control.add_argument(
-        "--control-scale", type=float, action="append", default=[], metavar="X", help="default: 1 for each"
+        "--control-scale", type=number, action="append", default=[], metavar="X", help="default: 1 for each"
     )
     control.add_argument("--guess-mode", action="store_true", help="follow it without words: scale 3 to 5 is advised")
     light = parser.add_argument_group(
@@ -83,10 +92,10 @@ def build_parser() -> argparse.ArgumentParser:
                        help="where it comes from; default: %(default)s")  # fmt: skip
     light.add_argument("--background", type=Path, metavar="FILE", help="for models that read one")
     light.add_argument("--size", type=numbers, metavar="W,H", help="of the first pass; default: about the model's")
-    light.add_argument("--strength", type=float, default=0.9, help="of the noise on the initial light; %(default)s")
-    light.add_argument("--highres-scale", type=float, default=1.5, metavar="X", help="of the result; %(default)s")
+    light.add_argument("--strength", type=number, default=0.9, help="of the noise on the initial light; %(default)s")
+    light.add_argument("--highres-scale", type=number, default=1.5, metavar="X", help="of the result; %(default)s")
     light.add_argument(
-        "--highres-strength", type=float, default=0.5, metavar="X", help="of the second pass; 0: none; %(default)s"
+        "--highres-strength", type=number, default=0.5, metavar="X", help="of the second pass; 0: none; %(default)s"
     )
     model = parser.add_argument_group("model", "the bundled small one unless named")
     model.add_argument("--checkpoint", "--ckpt", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
@@ -111,14 +120,14 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--steps", type=int, help=f"default: {steps}")
     sampling.add_argument("--ddim_steps", type=int, help="steps; without a sampler also --sampler ddim")
     sampling.add_argument(
-        "--guidance-scale", "--scale", type=float, help="default: 5 (the original's script: 1); relighting: 2 or 7"
+        "--guidance-scale", "--scale", type=number, help="default: 5 (the original's script: 1); relighting: 2 or 7"
     )
     sampling.add_argument(
-        "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        "--guidance-interval", type=number, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
         help="noise levels with guidance, from 0, data, to 1, noise; default: all",
     )  # fmt: skip
     sampling.add_argument(
-        "--eta", "--ddim_eta", type=float, default=0.0, help="ddim's stochasticity; default: %(default)s"
+        "--eta", "--ddim_eta", type=number, default=0.0, help="ddim's stochasticity; default: %(default)s"
     )
     sampling.add_argument(
         "--seed", type=int, nargs="+", default=[0], help="of the first sample, or of each; default: 0"
@@ -132,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     fit = parser.add_argument_group("fitting the scene to the model")
     fit.add_argument(
-        "--context-margin", type=float, help="scene shown on each side, times the hole's size; default: the model's"
+        "--context-margin", type=number, help="scene shown on each side, times the hole's size; default: the model's"
     )
     fit.add_argument(
         "--feather", type=int, metavar="PX", help="over which the hole's edge fades; default: its size / 50"
@@ -163,10 +172,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def number(text: str) -> float:
+    """A number, and a finite one."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number")
+    return value
+
+
 def numbers(text: str) -> list[float]:
     """`1,2,3` or `1,2 3,4` as numbers."""
     try:
-        return [float(word) for word in text.replace(",", " ").split()]
+        return [number(word) for word in text.replace(",", " ").split()]
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers with commas between them") from None
 
@@ -181,13 +198,16 @@ def main(argv: list[str] | None = None) -> int:
     in_bulk = args.jobs is not None or (args.image is not None and args.image.is_dir())
     if args.mode == "relight":
         check_relight(parser, args, in_bulk)
-    elif args.guidance_scale is None:
-        args.guidance_scale = 5.0
+    else:
+        refuse(parser, args, RELIGHTING, "only for --mode relight")
+        args.guidance_scale = 5.0 if args.guidance_scale is None else args.guidance_scale
     if in_bulk:
         check_bulk(parser, args)
     scales = args.control_scale or [1.0] * len(args.control)
     if not len(args.control) == len(args.control_image) == len(scales):
         parser.error("--control: give a --control-image, and a --control-scale or none, for each")
+    if args.guess_mode and not args.control:
+        parser.error("--guess-mode: goes with --control")
     drawn = args.mask or args.box or args.polygon
     prompted = args.prompt is not None and not args.jobs
     conditioned = args.reference or prompted or args.mode == "relight"
@@ -231,22 +251,20 @@ def main(argv: list[str] | None = None) -> int:
             return 130
 
 
+def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """End with a message where one of the options was given another value than its default."""
+    wrong = [name for name in names if getattr(args, name) != parser.get_default(name)]
+    if wrong:
+        parser.error(f"{', '.join('--' + name.replace('_', '-') for name in wrong)}: {why}")
+
+
 def check_relight(parser: argparse.ArgumentParser, args: argparse.Namespace, in_bulk: bool) -> None:
     """End with a message where options make no sense for relighting."""
     if in_bulk or not args.image:
         parser.error("--mode relight: wants an --image, a file")
-    editing = {
-        "--reference": args.reference,
-        "--box and --polygon": args.box or args.polygon,
-        "--control": args.control,
-        "--rank": args.rank,
-        "--eta": args.eta,
-        "--decoder": args.decoder,
-    }
-    if wrong := [name for name, given in editing.items() if given]:
-        parser.error(f"{', '.join(wrong)}: not for --mode relight")
-    if args.size is not None and len(args.size) != 2:
-        parser.error(f"--size: got {len(args.size)} numbers, expected two: W,H")
+    refuse(parser, args, EDITING, "not for --mode relight")
+    if args.size is not None and (len(args.size) != 2 or min(args.size) < 1):
+        parser.error(f"--size: got {args.size}, expected two numbers of pixels: W,H")
 
 
 def check_bulk(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -257,19 +275,10 @@ def check_bulk(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(
             f"--image: {args.image} is a folder; give folders for --mask and --reference, too, or one exemplar"
         )
-    single = {
-        "--n-samples": args.n_samples * args.n_iter > 1,
-        "--seed with several numbers": len(args.seed) > 1,
-        "--rank": args.rank,
-        "--separate": args.separate,
-        "--whole-image": args.whole_image,
-        "--guidance-interval": tuple(args.guidance_interval) != (0.0, 1.0),
-        "--box and --polygon": args.box or args.polygon,
-        "--reference-mask": args.reference_mask,
-        "--control": args.control,
-    }
-    if wrong := [name for name, given in single.items() if given]:
-        parser.error(f"{', '.join(wrong)}: not for many edits at once; give rows of --jobs what they need")
+    why = "not for many edits at once; give rows of --jobs what they need"
+    refuse(parser, args, SINGLE, why)
+    if args.n_samples * args.n_iter > 1 or len(args.seed) > 1:
+        parser.error(f"--n-samples, --n_iter and several seeds: {why}")
     if min(args.batch_size, args.workers) < 1:
         parser.error("--batch-size and --workers: expected 1 or more")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -290,7 +291,7 @@ def _ahead(
 
 def _prepare(editor: Editor, job: Job) -> _Prepared:
     config = editor.model.config
-    if (job.feather or 0) < 0 or (job.context_margin or 0) < 0 or job.grow < 0:
+    if (job.feather or 0) < 0 or not 0 <= (job.context_margin or 0) < math.inf or job.grow < 0:
         raise JobsError(
             f"got feather={job.feather}, context_margin={job.context_margin}, grow={job.grow}, expected 0 or more"
         )

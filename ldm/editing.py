@@ -5,6 +5,7 @@ Dimension key: B samples · S the model's picture side, pixels · W, H scene siz
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ class Editor:
         seeds, alone = seeds_of(seed, n_samples)
         if context_margin is None:
             context_margin = self.model.config.context_margin
-        if context_margin < 0 or (feather or 0) < 0:
+        if not 0 <= context_margin < math.inf or (feather or 0) < 0:
             raise EditingError(f"got context_margin={context_margin}, feather={feather}, expected 0 or more")
 
         fitted = fit_scene(

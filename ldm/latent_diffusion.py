@@ -7,6 +7,7 @@ Source: Yang et al. 2023, "Paint by Example: Exemplar-based Image Editing with D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -281,12 +282,14 @@ class LatentDiffusion(nn.Module):
             (B, Z, h, w) float32.
 
         Raises:
-            ValueError: unknown sampler, impossible step count or interval.
+            ValueError: unknown sampler, impossible step count, scale or interval.
 
         Source: Ho & Salimans 2022, Eq. 6 (guidance); Kynkäänniemi et al. 2024, Eq. 5 (in an interval).
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale: got {guidance_scale}, expected a finite number")
         low, high = guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval: got {low:g} to {high:g}, expected 0 <= low <= high <= 1")

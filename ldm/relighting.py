@@ -182,7 +182,7 @@ def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
     """A foreground over grey, RGB; as far as `mask`, or its own alpha channel, says that it is there.
 
     Raises:
-        EditingError: the mask has another size.
+        EditingError: the mask has another size, or says that nothing is there.
     """
     if isinstance(foreground, Image.Image):
         picture = with_alpha(ImageOps.exif_transpose(foreground))
@@ -194,6 +194,8 @@ def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
             f"the foreground's mask is {matte.width}x{matte.height}, the foreground {picture.width}x{picture.height}; "
             "give a mask of its size"
         )
+    if matte.getbbox() is None:
+        raise EditingError("the foreground is empty; give a picture that is not all transparent, or a mask with white")
     return Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size, GREY), matte)
 
 

@@ -226,7 +226,7 @@ def test_json_lines_and_defaults(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--image", "a.png"], "names all files itself"),
-        (["--n-samples", "2"], "--n-samples: not for many edits"),
+        (["--n-samples", "2"], "several seeds: not for many edits"),
         (["--rank", "--separate"], "--rank, --separate: not for many"),
         (["--batch-size", "0"], "expected 1 or more"),
     ],

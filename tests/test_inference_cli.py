@@ -285,6 +285,10 @@ def test_errors_are_one_line(
         (["--grow", "-1"], "expected 0 or more"),
         (["--n-samples", "0"], "expected 1 or more"),
         (["--steps", "-1"], "expected 1 or more"),
+        (["--guidance-scale", "nan"], "got nan, expected a finite number"),
+        (["--light", "left", "--strength", "0.5"], "--light, --strength: only for --mode relight"),
+        (["--mode", "relight", "--image", "a.png", "--size", "0,0"], "expected two numbers of pixels"),
+        (["--guess-mode"], "--guess-mode: goes with --control"),
     ],
 )
 def test_wrong_options(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -315,6 +315,7 @@ def test_guidance_acts_within_its_interval(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"guidance_scale": float("nan")}, "guidance_scale: got nan, expected a finite number"),
         ({"guidance_interval": (0.6, 0.4)}, r"guidance_interval: got 0\.6 to 0\.4, expected 0 <= low <= high <= 1"),
         ({"sampler": "euler"}, "sampler: got 'euler', expected one of ddpm, ddim, plms, dpm_solver_pp, unipc"),
         ({"num_steps": 0}, "num_steps: got 0, expected 1 to 1000"),

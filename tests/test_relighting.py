@@ -221,8 +221,8 @@ def test_command_line(
     assert inference.main([*words, "--background", str(tmp_path / "cup.png")]) == 2
     assert "got a background for a model that reads none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        inference.main([*words, "--box", "1,2,3,4"])
-    assert "--box and --polygon: not for --mode relight" in capsys.readouterr().err
+        inference.main([*words, "--box", "1,2,3,4", "--whole-image"])
+    assert "--box, --whole-image: not for --mode relight" in capsys.readouterr().err
 
 
 def test_pictures() -> None:
@@ -234,6 +234,8 @@ def test_pictures() -> None:
         levels = np.asarray(lights)[..., 0]
         assert lights.getpixel(lit) == (224,) * 3 == (levels.max(),) * 3 and levels.min() == 32, light
     assert working_size((3000, 2000), 512) == (640, 448)
+    with pytest.raises(EditingError, match="the foreground is empty"):
+        on_grey(half, Image.new("L", (4, 4)))
     with pytest.raises(EditingError, match="mask is 3x3, the foreground 4x4"):
         on_grey(half, Image.new("L", (3, 3)))
 
