@@ -373,6 +373,7 @@ def edit(args: argparse.Namespace) -> int:
         pick_device,
         pick_dtype,
         prepare_exemplar,
+        upright,
     )
     from ldm.provenance import add_watermark, check_watermark
     from ldm.results import contact_sheet, passed, save_results
@@ -383,9 +384,9 @@ def edit(args: argparse.Namespace) -> int:
         folder = bundled_example()
         name, (args.image, args.mask, *args.reference) = folder.name, (folder / f"{part}.png" for part in EXAMPLE_PARTS)
     # The files come first: a wrong path should not wait for a large model.
-    scene = as_rgb(args.image)
+    scene = upright(args.image)
     holes = {"mask": args.mask, "boxes": args.box, "polygons": args.polygon, "grow": args.grow, "shape": args.shape}
-    hole = given_hole(args.image, scene.size, **holes, seed=args.seed[0])
+    hole = given_hole(scene, scene.size, **holes, seed=args.seed[0])
     look = {"background": args.reference_background, "fit": args.reference_fit}
     exemplars = [prepare_exemplar(path, args.reference_mask, **look) for path in args.reference or ()]
     if args.watermark:
@@ -406,6 +407,7 @@ def edit(args: argparse.Namespace) -> int:
         "feather": args.feather,
         "colour_agreement": args.colour_agreement,
         "whole_image": args.whole_image,
+        "separate": args.separate,
     }
     seeds = args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.n_samples * args.n_iter)]
     content_filter = load_filter(args.safety, device) if args.safety else None
@@ -439,12 +441,8 @@ def edit(args: argparse.Namespace) -> int:
         size = max(args.n_samples, len(args.seed))
         for i in range(0, len(seeds), size):
             batch = seeds[i : i + size]
-            if args.separate or len(exemplars) > 1:
-                each = exemplars or [None]
-                edited = editor.edit_each(scene, hole, each, seed=batch, controls=controls, on_step=on_step, **options)
-            else:
-                exemplar = exemplars[0] if exemplars else None
-                edited = editor.edit(scene, hole, exemplar, seed=batch, controls=controls, on_step=on_step, **options)
+            shown = exemplars if len(exemplars) > 1 else exemplars[0] if exemplars else None
+            edited = editor.edit(scene, hole, shown, seed=batch, controls=controls, on_step=on_step, **options)
             results += edited if isinstance(edited, list) else [edited]
 
     settings = options | {
@@ -484,7 +482,10 @@ def edit(args: argparse.Namespace) -> int:
         results = [add_watermark(result, args.watermark) for result in results]
     pictures = {f"{name}_{seed}": (image, detail) for seed, image, detail in zip(seeds, results, details, strict=True)}
     if not args.skip_grid:
-        pictures[f"{name}_{args.seed[0]}_grid"] = (contact_sheet(scene, hole, exemplars, results), {"seed": seeds})
+        pictures[f"{name}_{args.seed[0]}_grid"] = (
+            contact_sheet(as_rgb(scene), hole, exemplars, results),
+            {"seed": seeds},
+        )
     save_results(args.outdir, pictures, settings, overwrite=args.overwrite)
     return 1 if len(results) < num_made else 0
 

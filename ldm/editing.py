@@ -9,31 +9,32 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
+from PIL import Image, ImageChops, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from ldm.config import Config
 from ldm.control import Control, Steering, load_controlnet
+from ldm.data import transforms
+from ldm.data.masks import Box, pad_box
 from ldm.data.transforms import (
     MID_GREY,
-    alpha_channel,
     exemplar_to_tensor,
     flatten,
     load_mask,
     mask_to_tensor,
-    open_alpha,
-    open_image,
+    open_upright,
     pil_to_tensor,
     tensor_to_pil,
 )
 from ldm.files import replacing
-from ldm.holes import box_hole, drawn_hole, grown, parts, reshaped
+from ldm.holes import box_hole, depth, drawn_hole, grown, parts, reshaped
 from ldm.latent_diffusion import LatentDiffusion, load_model
 from ldm.models.controlnet import HINT_DOWNSAMPLING, ControlNet
 from ldm.samplers import OnStep
@@ -156,8 +157,9 @@ class Editor:
         self,
         scene: Picture,
         hole_mask: Picture,
-        exemplar: Picture | None = None,
+        exemplar: Picture | Sequence[Picture | None] | None = None,
         *,
+        separate: bool = False,
         prompt: str | None = None,
         negative_prompt: str | None = None,
         sampler: str = "dpm_solver_pp",
@@ -181,12 +183,15 @@ class Editor:
         what it looks like: turned upright as its EXIF data say, transparent parts over mid-grey, 8 bits, RGB.
 
         Args:
-            scene: picture or path, any size, aspect and mode.
+            scene: picture or path, any size, aspect and mode. A colour profile stays with the result.
             hole_mask: white (>= 128) is painted; a mask of another size is resized (nearest) with a warning.
                 A mask that is white everywhere is allowed: the whole scene is made up from the exemplar.
             exemplar: picture or path; cropped to its opaque part and squashed to the exemplar encoder's square, as in
                 the paper (`prepare_exemplar` has other ways). None uses the model's null token, that is, inpaints
-                without an exemplar.
+                without an exemplar. A list: one for each separate part of the hole, in the order of `holes.parts`, from
+                top to bottom, or one for all of them.
+            separate: edit the separate parts of the hole one after the other, each with a crop of its own, as a list of
+                exemplars does, too.
             prompt: what to paint, in words; None is the empty prompt.
             negative_prompt: what guidance leads away from; None is the empty prompt.
             sampler: ddpm | ddim | plms | dpm_solver_pp | unipc.
@@ -205,13 +210,14 @@ class Editor:
             whole_image: show the model the whole scene instead of a crop, as the paper does. A scene that
                 is not square is extended by reflection, not squashed.
             controls: control networks (`load_controlnet`), each with a picture that it reads.
-            on_step: called after each step as `on_step(step, num_steps, x_t, x_0)`.
+            on_step: called after each step as `on_step(step, num_steps, x_t, x_0)`, for one part after the other.
 
         Returns:
             An RGB picture of the scene's size; a list of them for n_samples > 1 or a list of seeds.
 
         Raises:
-            EditingError: the mask is empty, a setting is out of range, or the model does not read what is given.
+            EditingError: the mask is empty, a setting is out of range, the model does not read what is given, or the
+                numbers of parts and exemplars differ.
             OSError, ValueError: a file cannot be read.
         """
         seeds, alone = seeds_of(seed, n_samples)
@@ -220,65 +226,50 @@ class Editor:
         if not 0 <= context_margin < math.inf or (feather or 0) < 0:
             raise EditingError(f"got context_margin={context_margin}, feather={feather}, expected 0 or more")
 
-        fitted = fit_scene(
-            scene, hole_mask, self.model.config.image_size, context_margin=context_margin, whole_image=whole_image
-        )
-        image = fitted.image.expand(len(seeds), -1, -1, -1)
-        keep_mask = fitted.keep_mask.expand(len(seeds), -1, -1, -1)
-        pixel_values = None if exemplar is None else self.exemplar_tensor(exemplar).expand(len(seeds), -1, -1, -1)
-        steering = None
-        if controls:
-            pictures = [fitted.same_square(control.picture, self.model.config.image_size) for control in controls]
-            steering = Steering(controls, pictures, self.model.weight_dtype)
-        painted = self.paint(
-            image,
-            keep_mask,
-            pixel_values,
-            seeds,
-            steering=steering,
-            prompts=None if prompt is None else [prompt],
-            negative_prompt=negative_prompt,
-            sampler=sampler,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            eta=eta,
-            on_step=on_step,
-        )
-        results = [fitted.put_back(pixels, feather=feather, colour_agreement=colour_agreement) for pixels in painted]
-        return results[0] if alone else results
-
-    def edit_each(
-        self, scene: Picture, hole_mask: Picture, exemplars: Sequence[Picture | None], **options: Any
-    ) -> Image.Image | list[Image.Image]:
-        """Edit every separate part of a hole by itself, one after the other, each with a crop of its own.
-
-        Args:
-            scene, hole_mask: as for `edit`.
-            exemplars: one for all parts, or one for each, in the order of `holes.parts`: from top to bottom.
-            **options: of `edit`.
-
-        Returns:
-            As `edit` does.
-
-        Raises:
-            EditingError: the numbers of parts and exemplars differ, or as for `edit`.
-        """
-        picture = as_rgb(scene)
-        separate = parts(_of_size(as_hole(hole_mask), picture.size))
-        if len(exemplars) not in (1, len(separate)):
+        picture = upright(scene)
+        hole = _of_size(as_hole(hole_mask), picture.size)
+        if exemplar is None or isinstance(exemplar, (Image.Image, str, Path)):
+            exemplars, holes = [exemplar], parts(hole) if separate else [hole]
+        else:
+            exemplars, holes = list(exemplar), parts(hole)
+        if len(exemplars) not in (1, len(holes)):
             raise EditingError(
-                f"got {len(exemplars)} exemplars for a hole of {len(separate)} separate parts, expected one or "
-                f"{len(separate)}, from top to bottom"
+                f"got {len(exemplars)} exemplars for a hole of {len(holes)} separate parts, expected one or "
+                f"{len(holes)}, from top to bottom"
             )
-        each = list(exemplars) * (len(separate) if len(exemplars) == 1 else 1)
-        seeds, alone = seeds_of(options.pop("seed", 0), options.pop("n_samples", 1))
+        image_size = self.model.config.image_size
         results = [picture] * len(seeds)
-        for hole, exemplar in zip(separate, each, strict=True):
-            for i, seed in enumerate(seeds):
-                edited = self.edit(results[i], hole, exemplar, seed=seed, **options)
-                assert isinstance(edited, Image.Image)
-                results[i] = edited
+        for i, hole in enumerate(holes):
+            # They are one picture before the first part is painted.
+            fits = [
+                fit_scene(result, hole, image_size, context_margin=context_margin, whole_image=whole_image)
+                for result in (results if i else results[:1])
+            ]
+            shown = exemplars[i % len(exemplars)]
+            steering = None
+            if controls:
+                pictures = [fits[0].same_square(control.picture, image_size) for control in controls]
+                steering = Steering(controls, pictures, self.model.weight_dtype)
+            painted = self.paint(
+                torch.cat([fitted.image for fitted in fits]).expand(len(seeds), -1, -1, -1),
+                fits[0].keep_mask.expand(len(seeds), -1, -1, -1),
+                None if shown is None else self.exemplar_tensor(shown).expand(len(seeds), -1, -1, -1),
+                seeds,
+                steering=steering,
+                prompts=None if prompt is None else [prompt],
+                negative_prompt=negative_prompt,
+                sampler=sampler,
+                num_steps=num_steps,
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+                eta=eta,
+                on_step=on_step,
+            )
+            results = [
+                fitted.put_back(pixels, feather=feather, colour_agreement=colour_agreement)
+                for fitted, pixels in zip(fits if i else fits * len(seeds), painted, strict=True)
+            ]
+        results = [flatten(result, MID_GREY) for result in results]
         return results[0] if alone else results
 
     def load_controlnet(self, path: str | Path) -> ControlNet:
@@ -382,7 +373,7 @@ class FittedScene:
     """A scene, and the square of it in the model's size.
 
     Attributes:
-        scene: the whole picture, RGB.
+        scene: the whole picture, RGB, or RGBA where parts of it are transparent.
         hole: its hole, mode L, 0 or 255.
         window: where the square lies.
         image: (1, 3, S, S) in [-1, 1], the square's pixels.
@@ -415,7 +406,10 @@ class FittedScene:
     ) -> Image.Image:
         """Paste the painted square (3, S, S) into the scene: inside the hole only, or as a whole and as it is.
 
-        Feather and colour agreement are as for `Editor.edit`.
+        Feather and colour agreement are as for `Editor.edit`; what is transparent is painted without feather.
+
+        Returns:
+            A picture of the scene's size and mode; what is painted is opaque.
         """
         if feather is None:
             feather = default_feather(self.hole)
@@ -429,8 +423,30 @@ class FittedScene:
         inside = square.crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
         result = self.scene.copy()
         # Blending is exact at both ends: weight 255 takes the painted pixel, 0 leaves the scene's.
-        result.paste(inside, box[:2], None if whole else _feathered(self.hole.crop(box), feather))
+        result.paste(inside, box[:2], None if whole else self._weights(feather).crop(box))
         return result
+
+    def _weights(self, feather: int) -> Image.Image:
+        """Of what is painted, mode L: 0 outside the hole, rising linearly to 255 feather + 1 pixels inside its edge."""
+        if feather == 0:
+            return self.hole
+        share = np.minimum(self._depth, feather + 1, dtype=np.float32) / (feather + 1)
+        weights = Image.new("L", self.hole.size)
+        weights.paste(Image.fromarray(np.rint(255 * share).astype(np.uint8)), self._rim)
+        if self.scene.mode == "RGBA":  # there is nothing to fade into
+            see_through = self.scene.getchannel("A").point([255] * 255 + [0])
+            weights.paste(255, mask=ImageChops.multiply(see_through, self.hole))
+        return weights
+
+    @property
+    def _rim(self) -> Box:
+        """The hole's box and the pixels right beside it."""
+        return pad_box(Box(*(self.hole.getbbox() or ())), self.hole.size, 1)
+
+    @cached_property
+    def _depth(self) -> np.ndarray:
+        """Within the rim."""
+        return depth(self.hole.crop(self._rim))
 
 
 def fit_scene(
@@ -449,7 +465,7 @@ def fit_scene(
     Raises:
         EditingError: the mask is empty.
     """
-    picture = as_rgb(scene)
+    picture = upright(scene)
     hole = _of_size(as_hole(hole_mask), picture.size)
     bounds = hole.getbbox()
     assert bounds is not None
@@ -462,7 +478,7 @@ def fit_scene(
     )
     # Where the square reaches over the border, the hole is reflected with the scene: what must not be
     # seen inside must not be seen in its mirror image either.
-    square, square_hole = _cut(picture, window), _cut(hole, window)
+    square, square_hole = flatten(_cut(picture, window), MID_GREY), _cut(hole, window)
     if window.side != image_size:
         square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
         share = square_hole.convert("F").resize((image_size, image_size), Image.Resampling.BOX)
@@ -474,15 +490,25 @@ def seeds_of(seed: int | Sequence[int], n_samples: int) -> tuple[list[int], bool
     """The seed of every sample; and whether a single picture was asked for.
 
     Raises:
-        EditingError: there are no seeds, or as many as samples there are not.
+        EditingError: there are no seeds, or as many as samples there are not, or one is too large.
     """
-    if not isinstance(seed, int):
-        if not seed or n_samples not in (1, len(seed)):
+    if isinstance(seed, (int, np.integer)):
+        if n_samples < 1:
+            raise EditingError(f"n_samples: got {n_samples}, expected at least 1")
+        seeds, alone = [int(seed) + i for i in range(n_samples)], n_samples == 1
+    else:
+        if not len(seed) or n_samples not in (1, len(seed)):
             raise EditingError(f"got {len(seed)} seeds for {n_samples} samples, expected one seed per sample")
-        return list(seed), False
-    if n_samples < 1:
-        raise EditingError(f"n_samples: got {n_samples}, expected at least 1")
-    return [seed + i for i in range(n_samples)], n_samples == 1
+        seeds, alone = [int(one) for one in seed], False
+    for one in seeds:
+        check_seed(one)
+    return seeds, alone
+
+
+def check_seed(seed: int) -> None:
+    """Raise EditingError where no generator takes such a seed."""
+    if not -(2**63) <= seed < 2**63:
+        raise EditingError(f"seed: got {seed}, expected less than 2^63")
 
 
 def _of_size(hole: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -519,8 +545,11 @@ def prepare_exemplar(
     """
     if background not in ("keep", "grey") or fit not in ("squash", "pad"):
         raise EditingError(f"got background={background!r}, fit={fit!r}, expected keep or grey, and squash or pad")
-    picture = as_rgb(exemplar)
-    shape = as_hole(mask if mask is not None else _alpha(exemplar))
+    picture = upright(exemplar)
+    shape = as_hole(mask) if mask is not None else _alpha(picture).point([0] * 128 + [255] * 128)
+    if shape.getbbox() is None:
+        raise EditingError("the exemplar is transparent everywhere; give an opaque picture, or its mask")
+    picture = as_rgb(picture)
     if shape.size != picture.size:
         raise EditingError(
             f"the exemplar's mask is {shape.width}x{shape.height}, the exemplar {picture.width}x{picture.height}; "
@@ -572,28 +601,29 @@ def given_hole(
 
 
 def transparent_hole(scene: Picture) -> Image.Image:
-    """Where a scene is more transparent than opaque, as a hole.
+    """Where a scene is not opaque, as a hole.
 
     Raises:
         EditingError: nowhere.
     """
-    hole = _alpha(scene).point([255] * 128 + [0] * 128)
+    hole = _alpha(upright(scene)).point([255] * 255 + [0])
     if hole.getbbox() is None:
         raise EditingError("the scene has no transparent part to paint; give a mask, a box or a polygon")
     return hole
 
 
-def _alpha(picture: Picture) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return alpha_channel(ImageOps.exif_transpose(picture))
-    return open_alpha(picture)
+def _alpha(picture: Image.Image) -> Image.Image:
+    return picture.getchannel("A") if picture.mode == "RGBA" else Image.new("L", picture.size, 255)
+
+
+def upright(picture: Picture) -> Image.Image:
+    """A picture or file as upright 8-bit RGB, or RGBA where it has transparency."""
+    return transforms.upright(picture) if isinstance(picture, Image.Image) else open_upright(picture)
 
 
 def as_rgb(picture: Picture) -> Image.Image:
     """A picture or file as upright 8-bit RGB, transparent parts over mid-grey."""
-    if not isinstance(picture, Image.Image):
-        return open_image(picture)
-    return flatten(ImageOps.exif_transpose(picture), MID_GREY)
+    return flatten(upright(picture), MID_GREY)
 
 
 def as_hole(mask: Picture) -> Image.Image:
@@ -620,7 +650,7 @@ def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | Non
     for key, value in (text or {}).items():
         info.add_text(key, value)
     with replacing(path) as partial:
-        image.save(partial, format="png", pnginfo=info)
+        image.save(partial, format="png", pnginfo=info, compress_level=4)
 
 
 def _cut(picture: Image.Image, window: Window) -> Image.Image:
@@ -644,18 +674,6 @@ def default_feather(hole: Image.Image) -> int:
     """A fiftieth of the hole's longer side, in pixels."""
     left, top, right, bottom = hole.getbbox() or (0, 0, 0, 0)
     return round(max(right - left, bottom - top) / 50)
-
-
-def _feathered(hole: Image.Image, feather: int) -> Image.Image:
-    """Mode L: 0 outside the hole, rising linearly to 255 feather + 1 pixels inside its edge (chessboard distance)."""
-    if feather == 0:
-        return hole
-    total = np.asarray(hole, np.float32)
-    shrunk = hole
-    for _ in range(feather):
-        shrunk = shrunk.filter(ImageFilter.MinFilter(3))
-        total = total + np.asarray(shrunk)
-    return Image.fromarray(np.rint(total / (feather + 1)).astype(np.uint8))
 
 
 def pick_device(device: str | torch.device) -> torch.device:

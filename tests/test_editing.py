@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.transforms import CLIP_MEAN, CLIP_STD, MID_GREY
-from ldm.editing import EditingError, Editor, Window, fit_scene, fit_window, prepare_exemplar
+from ldm.editing import EditingError, Editor, Window, fit_scene, fit_window, given_hole, prepare_exemplar
 from ldm.noise import draw_noise
 
 S, F = 32, 4  # the painter's picture side and downsampling
@@ -203,17 +203,44 @@ def test_each_part_of_a_hole_is_an_edit_of_its_own(editor: Editor, painter: Mean
     scene, mask = photo(200, 120), box_mask((200, 120), (10, 10, 40, 40))
     mask.paste(255, (140, 70, 180, 110))
     blue = Image.new("RGB", (9, 9), (20, 30, 220))
-    result = pixels(editor.edit_each(scene, mask, [RED, blue], colour_agreement=False)).astype(int)  # pyright: ignore[reportArgumentType]
+    result = pixels(editor.edit(scene, mask, [RED, blue], colour_agreement=False)).astype(int)  # pyright: ignore[reportArgumentType]
     assert len(painter.calls) == 2
     for box, colour in (((14, 14, 36, 36), (220, 30, 40)), ((144, 74, 176, 106), (20, 30, 220))):
         inside = result[box[1] : box[3], box[0] : box[2]].reshape(-1, 3).mean(0)
         assert np.abs(inside - colour).max() < 15
     outside = np.asarray(mask) == 0
     assert np.array_equal(result[outside], np.asarray(scene)[outside])
-    several = editor.edit_each(scene, mask, [RED], n_samples=2)
+    several = editor.edit(scene, mask, [RED], n_samples=2)
     assert isinstance(several, list) and len(several) == 2
     with pytest.raises(EditingError, match="got 3 exemplars for a hole of 2 separate parts"):
-        editor.edit_each(scene, mask, [RED, RED, RED])
+        editor.edit(scene, mask, [RED, RED, RED])
+
+
+def test_candidates_of_separate_parts_are_those_made_alone(editor: Editor) -> None:
+    scene, mask = photo(200, 120), box_mask((200, 120), (10, 10, 40, 40))
+    mask.paste(255, (140, 70, 180, 110))
+    both = editor.edit(scene, mask, RED, separate=True, seed=[5, 8])
+    assert isinstance(both, list)
+    for picture, seed in zip(both, (5, 8), strict=True):
+        assert np.array_equal(pixels(picture), pixels(editor.edit(scene, mask, RED, separate=True, seed=seed)))
+    assert not np.array_equal(pixels(both[0]), pixels(both[1]))
+    assert not np.array_equal(pixels(both[0]), pixels(editor.edit(scene, mask, RED, seed=5)))
+
+
+def test_nothing_is_left_of_transparency(editor: Editor) -> None:
+    """An eraser with a soft edge: neither the grey that stands for nothing nor what was half erased remains."""
+    scene = Image.new("RGB", (96, 64), (220, 30, 40))
+    alpha = Image.new("L", scene.size, 255)
+    alpha.paste(100, (28, 18, 62, 46))
+    alpha.paste(0, (30, 20, 60, 44))
+    scene.putalpha(alpha)
+    scene.paste((0, 255, 0, 90), (70, 10, 80, 20))
+    hole = given_hole(scene, scene.size)
+    assert hole.getpixel((28, 18)) == 255 and hole.getpixel((75, 15)) == 255
+    for separate in (False, True):
+        result = pixels(editor.edit(scene, hole, RED, feather=6, separate=separate))
+        # The painter's noise has a standard deviation of 4 levels; with grey the edge would be 80 away.
+        assert np.abs(result.astype(int) - (220, 30, 40)).max() <= 30
 
 
 def test_exemplars_are_cut_out() -> None:
@@ -232,6 +259,9 @@ def test_exemplars_are_cut_out() -> None:
     assert prepare_exemplar(Image.new("RGB", (7, 5))).size == (7, 5)
     with pytest.raises(EditingError, match=r"mask is 4x4, the exemplar 7x5"):
         prepare_exemplar(Image.new("RGB", (7, 5)), Image.new("L", (4, 4), 255))
+    picture.putalpha(100)
+    with pytest.raises(EditingError, match="the exemplar is transparent everywhere"):
+        prepare_exemplar(picture)
     with pytest.raises(EditingError, match="expected keep or grey"):
         prepare_exemplar(picture, fit="crop")
 
@@ -359,6 +389,8 @@ def test_smallest_pictures(editor: Editor) -> None:
         ({"seed": []}, "0 seeds"),
         ({"feather": -1}, "feather=-1"),
         ({"context_margin": -0.1}, "context_margin=-0.1"),
+        ({"context_margin": float("nan")}, "context_margin=nan"),
+        ({"seed": 2**63}, "expected less than"),
     ],
 )
 def test_settings_out_of_range(editor: Editor, options: dict[str, Any], message: str) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from ldm.holes import MOST_PARTS, HoleError, box_hole, drawn_hole, grown, parts, reshaped
+from ldm.holes import MOST_PARTS, HoleError, box_hole, depth, drawn_hole, grown, parts, reshaped
 
 SIZE = (40, 30)
 
@@ -70,6 +70,16 @@ def test_growing_reaches_so_many_pixels(hole: Image.Image, reach: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
+@given(blotches())
+def test_depth_is_how_often_a_hole_can_be_shrunk(hole: Image.Image) -> None:
+    times, shrunk = np.zeros(pixels(hole).shape, int), hole
+    for _ in range(max(hole.size)):
+        times += pixels(shrunk)
+        shrunk = shrunk.filter(ImageFilter.MinFilter(3))
+    assert (np.minimum(depth(hole), max(hole.size)) == times).all()
+
+
+@settings(max_examples=40, deadline=None)
 @given(blotches(), st.integers(0, 5))
 def test_other_shapes_cover_the_hole(hole: Image.Image, seed: int) -> None:
     given_pixels = pixels(hole)
@@ -89,7 +99,7 @@ def test_boxes_and_outlines() -> None:
     assert triangle[6, 6] and not triangle[24, 24] and 180 < triangle.sum() < 240  # half of 20 x 20 and its outline
 
 
-@pytest.mark.parametrize("box", [(10, 5, 4, 9), (5, 5, 5, 9), (50, 5, 60, 9), (-9, 5, -2, 9)])
+@pytest.mark.parametrize("box", [(10, 5, 4, 9), (5, 5, 5, 9), (50, 5, 60, 9), (-9, 5, -2, 9), (4, 5, float("inf"), 9)])
 def test_boxes_that_are_none(box: tuple[int, int, int, int]) -> None:
     with pytest.raises(HoleError, match="expected left,top,right,bottom"):
         box_hole(SIZE, box)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -71,13 +71,13 @@ def load_mask(path: str | Path) -> Image.Image:
     return _read(Path(path), lambda image: flatten(image, (0, 0, 0)).convert("L"))
 
 
-def open_alpha(path: str | Path) -> Image.Image:
-    """How opaque an image file's pixels are, mode L: 255 is opaque, as all are of a file that says nothing about it.
+def open_upright(path: str | Path) -> Image.Image:
+    """Read an image file as `open_image` does, but with its transparency, where it has some: RGB or RGBA.
 
     Raises:
         ImageFileError: as for `open_image`.
     """
-    return _read(Path(path), alpha_channel)
+    return _read(Path(path), _rgb_or_rgba)
 
 
 def open_rgba(path: str | Path) -> Image.Image:
@@ -91,14 +91,20 @@ def open_rgba(path: str | Path) -> Image.Image:
 
 def with_alpha(image: Image.Image) -> Image.Image:
     """The same of an image."""
-    return (image if image.has_transparency_data else flatten(image, MID_GREY)).convert("RGBA")
+    return _rgb_or_rgba(image).convert("RGBA")
 
 
-def alpha_channel(image: Image.Image) -> Image.Image:
-    """The same of an image."""
-    if image.has_transparency_data:
-        return image.convert("RGBA").getchannel("A")
-    return Image.new("L", image.size, 255)
+def upright(image: Image.Image) -> Image.Image:
+    """An image as `open_upright` reads it from a file; itself, if it is that already."""
+    return _rgb_or_rgba(ImageOps.exif_transpose(image) if ExifTags.Base.Orientation in image.getexif() else image)
+
+
+def _rgb_or_rgba(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return flatten(image, MID_GREY)
+    result = image.convert("RGBA")
+    result.info = _profile(image)
+    return result
 
 
 def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -106,7 +112,8 @@ def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Im
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a warning from 89 million pixels on
             with Image.open(path) as image:
-                return convert(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                return convert(image)
     except FileNotFoundError:
         raise ImageFileError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
@@ -116,22 +123,36 @@ def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Im
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise ImageFileError(f"{path}: has more than {limit:.0f} million pixels; reduce its size first") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
-        raise ImageFileError(f"{path}: damaged or unsupported image ({error}); re-save it as PNG or JPEG") from None
+    except Exception as error:  # of damaged files; Pillow's decoders and its reading of EXIF raise nearly anything
+        reason = str(error) or type(error).__name__
+        raise ImageFileError(f"{path}: damaged or unsupported image ({reason}); re-save it as PNG or JPEG") from None
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Any mode to RGB, transparent parts over `background`."""
+    """Any mode to RGB, transparent parts over `background`; of the metadata a colour profile stays that is for RGB.
+
+    An image to which nothing is to be done is returned itself.
+    """
+    if image.mode == "RGB" and image.info == _profile(image):
+        return image
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+        result = Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    elif image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
+        result = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    else:
+        result = image.convert("RGB")
+    result.info = _profile(image)
+    return result
+
+
+def _profile(image: Image.Image) -> dict[str | tuple[int, int], Any]:
+    """The metadata that go on being true of the image in RGB."""
+    is_rgb = image.mode in ("RGB", "RGBA", "P", "PA") and "icc_profile" in image.info
+    return {"icc_profile": image.info["icc_profile"]} if is_rgb else {}
 
 
 # ---- tensors ----

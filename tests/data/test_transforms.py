@@ -180,6 +180,26 @@ def png_of_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
+def exif_without_sense() -> bytes:
+    """A turned JPEG in which a number is kept as text; Pillow's turning fails on it."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0100] = 6, 100  # orientation, width
+    buffer = io.BytesIO()
+    photo().save(buffer, "JPEG", exif=exif)
+    entry = struct.pack(">HH", 0x0100, 4)
+    spoilt = buffer.getvalue().replace(entry, struct.pack(">HH", 0x0100, 2))
+    assert spoilt != buffer.getvalue()
+    return spoilt
+
+
+def test_profiles_stay_where_they_are_true(tmp_path: Path) -> None:
+    profile = b"a profile"
+    for mode, kept in (("RGB", True), ("RGBA", True), ("P", True), ("L", False), ("LA", False)):
+        path = save(photo().convert(mode), tmp_path / f"{mode}.png", icc_profile=profile)
+        for opened in (transforms.open_image(path), transforms.open_upright(path)):
+            assert opened.info == ({"icc_profile": profile} if kept else {}), mode
+
+
 def test_unusable_files_are_one_clear_line(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     photo(200, 200).save(buffer, "JPEG")
@@ -191,6 +211,7 @@ def test_unusable_files_are_one_clear_line(tmp_path: Path) -> None:
         "empty.png": (b"", "not an image"),
         "bomb.png": (png_of_size(20000, 10001), "million pixels"),
         "cut.png": (png_of_size(10, 10), "damaged"),
+        "exif.jpg": (exif_without_sense(), "damaged"),
         "float.tif": (float_tiff.getvalue(), "floating-point"),
     }
     for file_name, (content, reason) in contents.items():
