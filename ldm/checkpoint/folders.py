@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,19 @@ def read_json(path: Path) -> Json:
 def weight_files(folder: Path) -> list[Path]:
     """The files with a component's weights: one, or the shards that its index names.
 
-    Of several variants safetensors goes before pickles, and full before half precision.
+    Full precision goes before half, as in diffusers, and weights from before averaging come last; of each variant
+    safetensors goes before pickles, and one file before shards.
 
     Raises:
         CheckpointError: there are none.
     """
-    for pattern in ("*.safetensors.index*.json", "*.bin.index*.json"):
-        for index in sorted(folder.glob(pattern)):
-            return sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
     stems = ("diffusion_pytorch_model", "model", "pytorch_model")
-    for ending in ("safetensors", "fp16.safetensors", "bin", "fp16.bin"):
-        for stem in stems:
-            if (path := folder / f"{stem}.{ending}").exists():
-                return [path]
+    for variant, kind, stem in product(("", ".fp16", ".non_ema"), ("safetensors", "bin"), stems):
+        if (path := folder / f"{stem}{variant}.{kind}").is_file():
+            return [path]
+        for name in (f"{stem}.{kind}.index{variant}.json", f"{stem}.{kind}{variant}.index.json"):
+            if (index := folder / name).is_file():
+                return sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
     raise CheckpointError(f"{folder}: no weights in this folder; pass a folder that diffusers or transformers saved")
 
 
