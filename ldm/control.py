@@ -5,6 +5,7 @@ Dimensions: B batch · H, W pixels · h, w latent cells · L context tokens · D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint.convert import to_original
+from ldm.checkpoint.folders import read_component
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import UNET, check_keys
 from ldm.config import UNetConfig
@@ -42,12 +44,19 @@ class Control:
         scale: of its residuals; 1 is as trained, 0 is without.
         guess_mode: steer the prompt's branch of the guidance alone, and less the finer the residuals are, so that the
             picture is followed without words, too. Source: Zhang et al. 2023, section 3.4.
+
+    Raises:
+        ValueError: the scale is no finite number.
     """
 
     network: ControlNet
     picture: Image.Image | str | Path
     scale: float = 1.0
     guess_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):  # the hole would be black
+            raise ValueError(f"control scale: got {self.scale}, expected a finite number")
 
     def scales(self, count: int) -> list[float]:
         """Of so many residuals, from the finest to the middle."""
@@ -99,8 +108,8 @@ def load_controlnet(
     """Load a control network for a UNet, strictly.
 
     Args:
-        path: file in the published layout (`control_model.*`, alone or with the model that it steers) or in that of
-            diffusers (`diffusion_pytorch_model.safetensors`).
+        path: file in the published layout (`control_model.*`, alone or with the model that it steers), or in that of
+            diffusers (`diffusion_pytorch_model.safetensors`), or a folder of diffusers.
         config: of the UNet.
 
     Returns:
@@ -109,7 +118,8 @@ def load_controlnet(
     Raises:
         CheckpointError: the file cannot be read, is no control network, or one for another UNet.
     """
-    state = control_state(read_checkpoint(path), str(path))
+    state = read_component(Path(path)) if Path(path).is_dir() else read_checkpoint(path)
+    state = control_state(state, str(path))
     with torch.device("meta"):
         network = ControlNet(config)
     check_keys({name: tensor.shape for name, tensor in network.state_dict().items()}, state, source=path)

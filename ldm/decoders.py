@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint.first_stage import CONDITION_ENCODER, autoencoder_keys
+from ldm.checkpoint.folders import weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import check_keys
 from ldm.models.asymmetric import AsymmetricAutoencoderKL
@@ -15,13 +16,13 @@ from ldm.models.autoencoder import AutoencoderKL
 
 
 def decoder_file(path: str | Path) -> Path:
-    """The file with the weights: of a `diffusers` component's folder its own name for them.
+    """The file with the weights: of a `diffusers` component's folder the one that it holds.
 
     Raises:
         CheckpointError: it is not there.
     """
     path = Path(path)
-    file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    file = weight_files(path)[0] if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; give a mask-conditioned decoder's checkpoint or diffusers folder")
     return file

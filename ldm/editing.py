@@ -350,6 +350,12 @@ def checkpoint_file(path: str | Path | None) -> Path:
         )
     if checkpoint.is_dir():
         checkpoint = checkpoint / "model.safetensors"
+    folder = checkpoint.parent
+    if not checkpoint.is_file() and (folder / "model_index.json").is_file():
+        raise EditingError(
+            f"{folder}: a folder of diffusers; make a checkpoint of it with `python scripts/convert_checkpoint.py "
+            f"{folder} OUT.safetensors --to original`"
+        )
     if not checkpoint.is_file():
         raise EditingError(
             f"{checkpoint}: no such checkpoint; see pretrained_models/README.md for where weights come from"

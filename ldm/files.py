@@ -47,10 +47,12 @@ def replacing(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """As `replacing`, for a folder: what was at `path` goes away once the new one is complete.
 
+    Of a link to a folder the folder is replaced, and the link stays.
+
     Raises:
         OSError: the disk is full or the parent is not writable; what was at `path` before is still there.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     partial, before = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "before"))
     partial.mkdir(parents=True)
     try:
@@ -58,9 +60,13 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         if path.exists():
             os.replace(path, before)
         os.replace(partial, path)
-        shutil.rmtree(before, ignore_errors=True)
+    except shutil.Error as error:  # of copytree: a list of what was not copied, from where, to where, and why
+        raise OSError(f"{path}: could not be written, nothing was changed: {error.args[0][0][-1]}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if before.exists() and not path.exists():
+            os.replace(before, path)
+        for leftover in (before, partial):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def zip_damage(path: str | Path) -> str:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ldm.checkpoint.io import CheckpointError, read_checkpoint
-from ldm.checkpoint.keys import SCHEDULE_BUFFERS, TOWER, check_keys, to_module_keys
+from ldm.checkpoint.io import read_checkpoint
+from ldm.checkpoint.keys import SCHEDULE_BUFFERS, TOWER, check_keys, check_schedule, to_module_keys
 from ldm.config import INPUT_CHANNELS, RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
 from ldm.control import Steering
 from ldm.decoders import with_decoder
@@ -426,15 +426,7 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
     given = {name: tensor for name, tensor in state.items() if name not in SCHEDULE_BUFFERS}
     check_keys(expected, given, source=source)
     schedule = model.schedule.buffers()
-    for name in set(SCHEDULE_BUFFERS) & state.keys():
-        rtol = 1e-2 if state[name].dtype == torch.bfloat16 else 1e-3  # files in half precision hold it so, too
-        if state[name].shape != schedule[name].shape or not torch.allclose(
-            state[name].float(), schedule[name], rtol=rtol, atol=1e-6
-        ):
-            raise CheckpointError(
-                f"{source}: its noise schedule ({name}) is not the config's; "
-                "set model.schedule to what it was trained with"
-            )
+    check_schedule(schedule, state, source=source)
     weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
     model.load_state_dict({**weights, **schedule}, strict=True, assign=True)
     device = next(model.unet.parameters()).device

@@ -22,6 +22,7 @@ from ldm.checkpoint.command import about, check_output, provenance
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.folders import (
     check_counterpart,
+    check_family,
     diffusers_configs,
     model_config,
     read_folder,
@@ -29,8 +30,9 @@ from ldm.checkpoint.folders import (
     write_folder,
 )
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
-from ldm.checkpoint.keys import EMA, NEW_PARTS, swap_in_ema
+from ldm.checkpoint.keys import EMA, check_schedule, swap_in_ema
 from ldm.config import Config, ConfigError, dump_config, load_config
+from ldm.diffusion import make_schedule
 from ldm.files import replacing_folder, write_text
 
 
@@ -42,11 +44,12 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
     print(f"config: {config or 'the published model'}")
     state = read_checkpoint(args.input)
     with about(args.input):
-        check_counterpart(model, exemplar=any(name.startswith(NEW_PARTS) for name in state))
+        check_counterpart(model, state)
         components = to_diffusers(swap_in_ema(state) if args.use_ema else state)
         if "unet" not in components:
             raise CheckpointError("holds no UNet; pass a whole model")
         files = diffusers_configs(components, model)
+    check_schedule(make_schedule(model.schedule).buffers(), state, source=args.input)
     if averaged := sum(name.startswith(EMA) for name in state):
         print(f"{'took the averaged weights from' if args.use_ema else 'left out'} {averaged} tensors {EMA}*")
     index = files["model_index.json"]
@@ -56,6 +59,8 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     elif "text_encoder" in components:
         print("no --tokenizer: the result holds none; pass tokenizer=… to from_pretrained")
+    elif "image_encoder" not in components:
+        print("no text encoder in the checkpoint: the result holds none; pass text_encoder=… to from_pretrained")
     if "vae" not in components:
         print("no first stage in the checkpoint: the result holds none; pass vae=… to from_pretrained")
     print(f"{index['_class_name']}: " + ", ".join(f"{name} {len(part)} tensors" for name, part in components.items()))
@@ -69,16 +74,22 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
 
 
 def to_file(args: argparse.Namespace, argv: list[str] | None) -> None:
-    """The folder `args.input` as the checkpoint `args.output`, of Paint by Example with its config beside."""
+    """The folder `args.input` as the checkpoint `args.output`, with its config and tokenizer beside."""
     components, configs = read_folder(args.input)
     if "scheduler" not in configs:
         raise CheckpointError(f"{args.input}: got no scheduler/scheduler_config.json, expected a diffusers pipeline")
     with about(args.input):
+        check_family(components, configs)
         state = to_original(components, schedule_config(configs["scheduler"]))
-        exemplar = "image_encoder" in components
-        config = dump_config(Config(model=model_config(components, configs))) if exemplar else None
+        model = model_config(components, configs)
+        config = dump_config(Config(model=model)) if model else None
     beside = args.output.parent / "config.yaml"
     print(f"{', '.join(components)}: {len(state)} tensors" + (f"; config: {beside}" if config else ""))
+    if config is None:
+        print("no config.yaml: a part of the model is missing, or nothing tells what its UNet's input channels are")
+    tokenizer, target = args.input / "tokenizer", args.output.parent / "tokenizer"
+    if "text_encoder" in components and not tokenizer.is_dir() and not target.exists():
+        print("no tokenizer in the folder: put one beside the checkpoint, in `tokenizer` (docs/text.md)")
     if config and not args.overwrite and beside.exists() and beside.read_text(encoding="utf-8") != config:
         raise CheckpointError(
             f"{beside}: is there already, with another config; pass --overwrite, or choose another folder"
@@ -89,6 +100,9 @@ def to_file(args: argparse.Namespace, argv: list[str] | None) -> None:
     (write_safetensors if args.output.suffix == ".safetensors" else write_torch)(args.output, state, record)
     if config:
         write_text(beside, config)
+    if tokenizer.is_dir() and not target.exists():
+        with replacing_folder(target) as partial:
+            shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -130,6 +130,17 @@ def test_full_size_names_and_shapes() -> None:
     assert {name: tensor.shape for name, tensor in state.items()} == shapes
 
 
+def test_a_folder_of_diffusers(file: Path, network: ControlNet) -> None:
+    state = load_controlnet(file.parent, SIZES).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scales_that_are_none(network: ControlNet, scale: float) -> None:
+    with pytest.raises(ValueError, match="expected a finite number"):
+        Control(network, "", scale)
+
+
 def test_files_that_are_none(file: Path, tmp_path: Path) -> None:
     path, state = tmp_path / "other.safetensors", load_file(file)
     save_file({name: tensor for name, tensor in state.items() if "controlnet_" not in name}, path)
@@ -209,6 +220,8 @@ def test_command_line(
             made[name] = np.asarray(result)
     assert np.array_equal(made["plain"], made["none"])
     assert len({made[name].tobytes() for name in ("plain", "one", "two")}) == 3
+    assert inference.main([*words, str(tmp_path / "out"), *control, "--control-scale", "nan"]) == 2
+    assert "expected a finite number" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         inference.main([*words, str(tmp_path / "out"), "--control", str(file)])
     assert "give a --control-image" in capsys.readouterr().err

@@ -104,11 +104,19 @@ def test_another_model_s_decoder(
     for path, reason in (
         (foreign, "was trained for another encoder"),
         (tiny_folder / "model.safetensors", "holds no mask-conditioned decoder"),
-        (tmp_path, "diffusion_pytorch_model.safetensors: no such file"),
+        (tmp_path, "no weights in this folder"),
+        (tmp_path / "none.ckpt", "none.ckpt: no such file"),
     ):
         assert run(tiny_folder, files, tmp_path / "out", "--decoder", str(path)) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert reason in line
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"])
+def test_folders_of_diffusers(name: str, tiny_folder: Path, decoder: Path, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(decoder)
+    editor = Editor.from_pretrained(tiny_folder, decoder=tmp_path)
+    assert isinstance(editor.model.first_stage_model, AsymmetricAutoencoderKL)
 
 
 def test_bulk(tiny_folder: Path, decoder: Path, files: dict[str, Path], tmp_path: Path) -> None:

@@ -416,6 +416,9 @@ def test_missing_models_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(EditingError, match=r"no config\.yaml beside it"):
         Editor.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model_index.json")
+    with pytest.raises(EditingError, match=r"a folder of diffusers; .* scripts/convert_checkpoint\.py"):
+        Editor.from_pretrained(tmp_path)
     monkeypatch.setattr("ldm.editing.BUNDLED_MODEL", tmp_path / "mini")
     with pytest.raises(EditingError, match="bundled model is not there"):
         Editor.from_pretrained()

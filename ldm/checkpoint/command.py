@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from ldm.checkpoint.folders import STEMS, weight_files
+from ldm.checkpoint.folders import STEMS, read_json, weight_files
 from ldm.checkpoint.io import CheckpointError, sha256_file
+
+# Of a folder of diffusers, beside the folders of its components and a UNet's weights.
+_FILES = ("model_index.json", "config.json", "README.md", "LICENSE", ".gitattributes")
 
 
 def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, endings: Sequence[str] = ()) -> None:
@@ -22,7 +25,8 @@ def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, end
         endings: of a file; none: it is a folder.
 
     Raises:
-        CheckpointError: it has another ending, is an input or lies in one, or is there and not to be replaced.
+        CheckpointError: it has another ending, is an input or lies in one, or is there and not to be replaced: a folder
+            of something else never is.
     """
     if endings and output.suffix not in endings:
         raise CheckpointError(f"{output}: got extension {output.suffix!r}, expected {' or '.join(endings)}")
@@ -40,13 +44,26 @@ def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, end
         raise CheckpointError(f"{output}: exists already; pass --overwrite to replace it")
     if output.is_dir() != (not endings):
         raise CheckpointError(f"{output}: is a {'folder' if endings else 'file'}; choose another name")
-    # a mistyped folder of somebody's own would be gone
-    if (
-        output.is_dir()
-        and any(output.iterdir())
-        and not any((output / n).exists() for n in ("model_index.json", "config.json"))
-    ):
-        raise CheckpointError(f"{output}: is no folder of diffusers, so it is not replaced; choose another name")
+    if output.is_dir():
+        _check_replaceable(output)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """A mistyped folder of somebody's own would be gone, and so would the one that a shell is in."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{folder}: is the current folder or lies above it; name one inside or beside it")
+    entries = sorted(folder.iterdir())
+    descriptions = [read_json(path) for path in entries if path.name in ("config.json", "model_index.json")]
+    if entries and not any("_class_name" in description for description in descriptions):
+        raise CheckpointError(f"{folder}: is no folder of diffusers, so it is not replaced; choose another name")
+    parts = {name for description in descriptions for name in description}  # a pipeline's index names its folders
+    for path in entries:
+        known = parts if path.is_dir() else _FILES
+        if path.name not in known and not (path.is_file() and path.name.startswith(STEMS["unet"])):
+            raise CheckpointError(
+                f"{folder}: holds {path.name}, which is no part of a diffusers folder, so it is not replaced; move it "
+                "away, or choose another name"
+            )
 
 
 @contextmanager

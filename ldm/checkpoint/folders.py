@@ -7,17 +7,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ldm.checkpoint.convert import Components
+from ldm.checkpoint.first_stage import CONDITION_ENCODER
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
-from ldm.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, ScheduleConfig, UNetConfig
+from ldm.checkpoint.keys import FIRST_STAGE, NEW_PARTS, TEXT_MODULE, TEXT_TOWER
+from ldm.config import (
+    AutoencoderConfig,
+    ExemplarEncoderConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TextEncoderConfig,
+    UNetConfig,
+)
 from ldm.files import write_text
 
 Json = dict[str, Any]
+
+_FAMILY_ALONE = "only Stable Diffusion 1 and what is made from it can be converted"
 
 # Component => its file of weights, as the libraries call it, without the ending.
 STEMS = {
@@ -28,6 +40,21 @@ STEMS = {
 }
 _VERSION = "0.42.0"  # of diffusers, whose folders these are; pipelines look for it
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+# What pipelines feed the UNet, in this order: Paint by Example's, and those with text by the UNet's input channels.
+_EXEMPLAR_INPUTS = ["x_t", "z_masked", "keep_mask"]
+_TEXT_INPUTS = {
+    4: ["x_t"],
+    9: ["x_t", "hole_mask", "z_masked"],
+    8: ["x_t", "z_foreground"],  # IC-Light's are of a StableDiffusionPipeline whose calls are intercepted
+    12: ["x_t", "z_foreground", "z_background"],
+}
+# What is not in a config of ours, because all of Stable Diffusion 1 has it so.
+_FAMILY = {
+    "unet": {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "use_linear_projection": False},
+    "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu"},
+    "image_encoder": {"hidden_act": "quick_gelu"},
+    "text_encoder": {"hidden_act": "quick_gelu"},
+}
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
@@ -50,19 +77,19 @@ def read_json(path: Path) -> Json:
 def weight_files(folder: Path) -> list[Path]:
     """The files with a component's weights: one, or the shards that its index names.
 
-    Of several variants safetensors goes before pickles, and full before half precision.
+    Full precision goes before half, as in diffusers, and weights from before averaging come last; of each variant
+    safetensors goes before pickles, and one file before shards.
 
     Raises:
         CheckpointError: there are none.
     """
-    for pattern in ("*.safetensors.index*.json", "*.bin.index*.json"):
-        for index in sorted(folder.glob(pattern)):
-            return sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
     stems = ("diffusion_pytorch_model", "model", "pytorch_model")
-    for ending in ("safetensors", "fp16.safetensors", "bin", "fp16.bin"):
-        for stem in stems:
-            if (path := folder / f"{stem}.{ending}").exists():
-                return [path]
+    for variant, kind, stem in product(("", ".fp16", ".non_ema"), ("safetensors", "bin"), stems):
+        if (path := folder / f"{stem}{variant}.{kind}").is_file():
+            return [path]
+        for name in (f"{stem}.{kind}.index{variant}.json", f"{stem}.{kind}{variant}.index.json"):
+            if (index := folder / name).is_file():
+                return sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
     raise CheckpointError(f"{folder}: no weights in this folder; pass a folder that diffusers or transformers saved")
 
 
@@ -72,7 +99,7 @@ def read_component(folder: Path) -> dict[str, Tensor]:
 
 
 def read_folder(folder: Path) -> tuple[Components, dict[str, Json]]:
-    """The components of a pipeline that we know, and all its configs by component.
+    """The components of a pipeline that we know, and all its configs by component, its index as `pipeline`.
 
     Raises:
         CheckpointError: there is no such component, or a file of one cannot be read.
@@ -83,6 +110,8 @@ def read_folder(folder: Path) -> tuple[Components, dict[str, Json]]:
             f"{folder}: got no folder unet in it, expected a diffusers pipeline (model_index.json, …)"
         )
     configs = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/*config.json"))}
+    if (index := folder / "model_index.json").is_file():
+        configs["pipeline"] = read_json(index)
     return {name: read_component(folder / name) for name in found}, configs
 
 
@@ -114,6 +143,7 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
             f"got a UNet of {shown} channels and a config with {model.unet.model_channels}; pass the checkpoint's own "
             "config with --config"
         )
+    _check_projections(components["unet"])
     files = {}
     for name, part in components.items():
         try:
@@ -145,37 +175,74 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
     return {**files, "model_index.json": dict(sorted(index.items()))}
 
 
-def model_config(components: Components, configs: Mapping[str, Json]) -> ModelConfig:
-    """Our config of a Paint by Example folder; fields of ours that diffusers does not know keep their defaults.
+def check_family(components: Components, configs: Mapping[str, Json]) -> None:
+    """Refuse a folder whose tensors would mean something else here.
+
+    Raises:
+        CheckpointError: names what Stable Diffusion 1 has otherwise.
+    """
+    expected = [(part, key, value) for part, fixed in _FAMILY.items() for key, value in fixed.items()]
+    for part, key, value in expected:
+        if part in components and (got := configs.get(part, {}).get(key, value)) != value:
+            raise CheckpointError(f"{part}: got {key} {got!r}, expected {value!r}; {_FAMILY_ALONE}")
+    prediction, known = configs["scheduler"].get("prediction_type", "epsilon"), _PREDICTIONS.values()
+    if prediction not in known:
+        raise CheckpointError(f"scheduler: got prediction_type {prediction!r}, expected one of {', '.join(known)}")
+    _check_projections(components["unet"])
+
+
+def _check_projections(unet: Mapping[str, Tensor]) -> None:
+    if any(name.endswith(".proj_in.weight") and tensor.ndim == 2 for name, tensor in unet.items()):
+        raise CheckpointError(
+            f"unet: got linear projections around its attention, expected convolutions; {_FAMILY_ALONE}"
+        )
+
+
+def model_config(components: Components, configs: Mapping[str, Json]) -> ModelConfig | None:
+    """Our config of a folder; fields of ours that diffusers does not know keep their defaults.
+
+    Returns:
+        None of a folder that lacks a part of a model, or does not say what its UNet's input channels are.
 
     Raises:
         CheckpointError: a config lacks what is needed.
     """
+    width = components["unet"]["conv_in.weight"].shape[1]
+    pipeline = configs.get("pipeline", {}).get("_class_name")
+    known = width in (4, 9) or pipeline == "StableDiffusionPipeline"  # InstructPix2Pix has 8, of something else
+    inputs = _EXEMPLAR_INPUTS if "image_encoder" in components else _TEXT_INPUTS.get(width) if known else None
+    if inputs is None or "vae" not in components or not components.keys() & {"image_encoder", "text_encoder"}:
+        return None
     try:
-        return _model_config(components, configs)
+        return _model_config(components, configs, inputs)
     except KeyError as error:
         raise CheckpointError(f"the folder's configs lack {error}; copy the folder again") from None
 
 
-def _model_config(components: Components, configs: Mapping[str, Json]) -> ModelConfig:
-    unet, vae, encoder = configs["unet"], configs["vae"], configs["image_encoder"]
+def _model_config(components: Components, configs: Mapping[str, Json], inputs: list[str]) -> ModelConfig:
+    unet, vae = configs["unet"], configs["vae"]
     levels, channels = len(unet["down_block_types"]), unet["block_out_channels"]
-    mapper = {name.split(".")[2] for name in components["image_encoder"] if name.startswith("mapper.blocks.")}
     predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
+    tower: Json
+    if "image_encoder" in components:
+        tower = {"exemplar_encoder": _exemplar_tower(components["image_encoder"], configs["image_encoder"])}
+    else:
+        tower = {"condition": "text", "text_encoder": _text_tower(configs["text_encoder"])}
     return ModelConfig(
         image_size=unet.get("sample_size", 64) * 2 ** (len(vae["block_out_channels"]) - 1),
         scale_factor=vae.get("scaling_factor", 0.18215),
         parameterization=predictions[configs["scheduler"].get("prediction_type", "epsilon")],
         schedule=schedule_config(configs["scheduler"]),
+        input_channels=inputs,
         unet=UNetConfig(
             in_channels=unet["in_channels"],
             out_channels=unet["out_channels"],
             model_channels=channels[0],
             channel_mult=[width // channels[0] for width in channels],
-            num_res_blocks=unet["layers_per_block"],
+            num_res_blocks=_same("layers_per_block", unet["layers_per_block"]),
             attention_resolutions=[2**i for i in reversed(range(levels)) if "CrossAttn" in unet["down_block_types"][i]],
-            num_heads=unet["attention_head_dim"],  # so called in diffusers; it is the number of heads
-            transformer_depth=unet.get("transformer_layers_per_block", 1),
+            num_heads=_same("attention_head_dim", unet["attention_head_dim"]),  # so called, but numbers of heads
+            transformer_depth=_same("transformer_layers_per_block", unet.get("transformer_layers_per_block", 1)),
             context_dim=unet["cross_attention_dim"],
             norm_groups=unet.get("norm_num_groups", 32),
         ),
@@ -188,16 +255,39 @@ def _model_config(components: Components, configs: Mapping[str, Json]) -> ModelC
             embed_dim=vae["latent_channels"],
             norm_groups=vae.get("norm_num_groups", 32),
         ),
-        exemplar_encoder=ExemplarEncoderConfig(
-            image_size=encoder["image_size"],
-            patch_size=encoder["patch_size"],
-            hidden_size=encoder["hidden_size"],
-            intermediate_size=encoder["intermediate_size"],
-            num_layers=encoder["num_hidden_layers"],
-            num_heads=encoder["num_attention_heads"],
-            mapper_layers=len(mapper),
-        ),
+        **tower,
     )
+
+
+def _exemplar_tower(part: Mapping[str, Tensor], config: Json) -> ExemplarEncoderConfig:
+    return ExemplarEncoderConfig(
+        image_size=config["image_size"],
+        patch_size=config["patch_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        mapper_layers=len({name.split(".")[2] for name in part if name.startswith("mapper.blocks.")}),
+    )
+
+
+def _text_tower(config: Json) -> TextEncoderConfig:
+    return TextEncoderConfig(
+        vocab_size=config["vocab_size"],
+        max_length=config["max_position_embeddings"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+    )
+
+
+def _same(key: str, given: int | list[int]) -> int:
+    """A number that diffusers can tell apart by level, and this project cannot."""
+    numbers = {given} if isinstance(given, int) else set(given)
+    if len(numbers) != 1:
+        raise CheckpointError(f"unet: got {key} {given}, expected the same at every level; {_FAMILY_ALONE}")
+    return numbers.pop()
 
 
 def schedule_config(scheduler: Json) -> ScheduleConfig:
@@ -220,22 +310,42 @@ def schedule_config(scheduler: Json) -> ScheduleConfig:
     )
 
 
-def check_counterpart(model: ModelConfig, *, exemplar: bool) -> None:
-    """Refuse a model that diffusers cannot build.
+def check_counterpart(model: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    """Refuse a model that diffusers cannot build, or whose pipelines would feed it something else.
 
     Args:
-        exemplar: there is an exemplar encoder.
+        model: the checkpoint's config, or the published model's, which any Stable Diffusion 1 may come with.
+        state: the checkpoint.
 
     Raises:
         CheckpointError: names what diffusers lacks.
     """
-    encoder, stage = model.exemplar_encoder, model.first_stage
+    encoder, stage, inputs = model.exemplar_encoder, model.first_stage, ", ".join(model.input_channels)
+
+    def holds(*prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in state)
+
+    exemplar = holds(*NEW_PARTS)
     for absent, what in (
+        (model.condition == "both" or (exemplar and holds(TEXT_TOWER, TEXT_MODULE)), "condition both"),
+        (
+            exemplar and model.input_channels != _EXEMPLAR_INPUTS,
+            f"input_channels {inputs} (its pipeline with exemplars feeds {', '.join(_EXEMPLAR_INPUTS)})",
+        ),
+        (
+            model.condition == "text" and model.input_channels not in _TEXT_INPUTS.values(),
+            f"input_channels {inputs} with text (its inpainting pipeline feeds {', '.join(_TEXT_INPUTS[9])}: another "
+            "order, and a mask with 1 = paint)",
+        ),
         (exemplar and encoder.tower != "clip", f"exemplar_encoder.tower {encoder.tower}"),
         (exemplar and encoder.tokens != "pooled", f"exemplar_encoder.tokens {encoder.tokens}"),
         (
             exemplar and encoder.mapper_layers != (encoder.num_layers + 1) // 5,
             f"{encoder.mapper_layers} mapper blocks beside {encoder.num_layers} layers (it fixes (layers + 1) // 5)",
+        ),
+        (
+            stage.decoder == "asymmetric" or holds(FIRST_STAGE + CONDITION_ENCODER),
+            "first_stage.decoder asymmetric in a pipeline (AutoencoderKL drops its branch)",
         ),
         (stage.patch_size != 1, f"first_stage.patch_size {stage.patch_size}"),
         (stage.norm_groups == 0, "a first stage without norms"),
@@ -311,7 +421,7 @@ def _image_encoder(part: Mapping[str, Tensor], model: ModelConfig) -> Json:
     }
 
 
-def _text_encoder(part: Mapping[str, Tensor], _: ModelConfig) -> Json:
+def _text_encoder(part: Mapping[str, Tensor], model: ModelConfig) -> Json:
     vocabulary, width = part["text_model.embeddings.token_embedding.weight"].shape
     return {
         "architectures": ["CLIPTextModel"],
@@ -322,7 +432,8 @@ def _text_encoder(part: Mapping[str, Tensor], _: ModelConfig) -> Json:
         "intermediate_size": part["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         "max_position_embeddings": part["text_model.embeddings.position_embedding.weight"].shape[0],
         "model_type": "clip_text_model",
-        "num_attention_heads": width // 64,  # as in all of CLIP's
+        # without a config of its own: as in all of CLIP's
+        "num_attention_heads": width // 64 if model.condition == "exemplar" else model.text_encoder.num_heads,
         "num_hidden_layers": len({name.split(".")[3] for name in part if ".layers." in name}),
         "pad_token_id": 1,
         "projection_dim": width,

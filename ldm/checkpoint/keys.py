@@ -54,6 +54,9 @@ SCHEDULE_BUFFERS = (
     "posterior_mean_coef2",
 )
 
+# In files of 2022 the text tower's names lack the level `text_model`; this one tells them from an image tower's.
+_BARE_TEXT = TOWER + "embeddings.token_embedding.weight"
+
 # What Paint by Example adds to Stable Diffusion and CLIP, hence what starts at random in training.
 NEW_PARTS = (
     *("cond_stage_model.reduce.", "cond_stage_model.mapper.", "cond_stage_model.final_ln."),
@@ -72,7 +75,7 @@ def to_module_keys(state: Mapping[str, Tensor], *, use_ema: bool = False) -> dic
     Raises:
         CheckpointError: `use_ema`, and the file holds no complete set of averaged weights.
     """
-    state = merge_lora(swap_in_ema(state) if use_ema else state)
+    state = _with_text_level(merge_lora(swap_in_ema(state) if use_ema else state))
     unused = (POSITION_IDS, TEXT_POSITION_IDS)
     kept = {name: tensor for name, tensor in state.items() if name not in unused and not name.startswith(EMA)}
     return {_renamed(name, RENAMED): tensor for name, tensor in kept.items()}
@@ -82,6 +85,7 @@ def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A module's tensors under the published names, with `position_ids` (1, N) int64 made anew."""
     renames = [(module, file) for file, module in RENAMED]
     kept = (FILE_TOWER, TEXT_TOWER)
+    state = _with_text_level(state)
     renamed = {name if name.startswith(kept) else _renamed(name, renames): tensor for name, tensor in state.items()}
     for name in (POSITION_IDS, TEXT_POSITION_IDS):
         table = renamed.get(name.replace("position_ids", "position_embedding.weight"))
@@ -126,6 +130,28 @@ def merge_lora(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             raise CheckpointError(f"the checkpoint has a low-rank addition without {error}; it is incomplete") from None
         merged[f"{stem}.weight"] = (weight.float() + up @ down).to(weight.dtype)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in merged.items()}
+
+
+def check_schedule(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], *, source: object) -> None:
+    """Compare the schedule buffers that a checkpoint holds with the config's.
+
+    Args:
+        expected: of `NoiseSchedule.buffers`.
+        got: the checkpoint's tensors, by any names; buffers that are missing are no fault.
+        source: the file, for the message.
+
+    Raises:
+        CheckpointError: one differs by more than half precision may change it.
+    """
+    for name in set(SCHEDULE_BUFFERS) & got.keys():
+        rtol = 1e-2 if got[name].dtype == torch.bfloat16 else 1e-3  # files in half precision hold it so, too
+        if got[name].shape != expected[name].shape or not torch.allclose(
+            got[name].float(), expected[name], rtol=rtol, atol=1e-6
+        ):
+            raise CheckpointError(
+                f"{source}: its noise schedule ({name}) is not the config's; "
+                "set model.schedule to what it was trained with"
+            )
 
 
 def check_keys(
@@ -174,6 +200,10 @@ def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
+
+
+def _with_text_level(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {_renamed(name, [(TOWER, TEXT_TOWER)]): x for name, x in state.items()} if _BARE_TEXT in state else state
 
 
 def listing(what: str, names: Sequence[str], limit: int = 10) -> str:

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.checkpoint.convert import to_diffusers, to_original
-from ldm.checkpoint.folders import diffusers_configs, model_config, read_folder, schedule_config
+from ldm.checkpoint.folders import diffusers_configs, model_config, read_folder, schedule_config, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file, write_safetensors
 from ldm.checkpoint.keys import INPUT_CONV, NEW_PARTS, to_file_keys
 from ldm.config import (
@@ -28,6 +30,7 @@ from ldm.config import (
     dump_config,
     load_config,
 )
+from ldm.editing import Editor
 from ldm.latent_diffusion import load_model
 from scripts.convert_checkpoint import main
 
@@ -219,7 +222,7 @@ def test_stable_diffusion_becomes_its_pipelines(sd: Path, tmp_path: Path, capsys
         assert torch.equal(loaded.unet.conv_in.weight, read_checkpoint(path)[INPUT_CONV])
         text = state["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
         assert torch.equal(loaded.text_encoder.get_input_embeddings().weight, text)
-        back = tmp_path / f"{kind.__name__}.ckpt"
+        back = tmp_path / f"back from {kind.__name__}" / "model.ckpt"
         assert main([str(folder), str(back), "--to", "original"]) == 0
         returned, given = read_checkpoint(back), read_checkpoint(path)
         assert returned.keys() == {name for name in given if not name.startswith("model_ema.")}
@@ -278,34 +281,140 @@ def test_pickles_shards_and_half_precision(converted: Path, tmp_path: Path) -> N
     assert read["vae"].keys() == components["vae"].keys()
 
 
-def test_what_diffusers_lacks_is_named(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bundled = Path("pretrained_models/mini/config.yaml")
-    for config, message in (
-        (
-            dump_config(load_config(small.parent / "config.yaml", overrides=["model.first_stage.norm_groups=0"])),
-            "without norms",
-        ),
-        (
-            dump_config(load_config(small.parent / "config.yaml", overrides=["model.exemplar_encoder.tokens=all"])),
-            "tokens all",
-        ),
-        (
-            dump_config(
-                load_config(small.parent / "config.yaml", overrides=["model.exemplar_encoder.mapper_layers=5"])
-            ),
-            "5 mapper",
-        ),
-        (dump_config(load_config(small.parent / "config.yaml", overrides=["model.schedule.name=cosine"])), "cosine"),
-        ("model: {}", "its own config|the checkpoint's own|5 mapper"),
-        (bundled.read_text(), "tower efficientnet-lite0"),
-    ):
-        (tmp_path / "other.yaml").write_text(config)
-        arguments = [str(small), str(tmp_path / "out"), "--to", "diffusers", "--config", str(tmp_path / "other.yaml")]
-        assert main(arguments) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and len(error.splitlines()) == 1
-        assert re.search(message, error), error
-        assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["first_stage.norm_groups=0"], "without norms"),
+        (["exemplar_encoder.tokens=all"], "tokens all"),
+        (["exemplar_encoder.mapper_layers=5"], "5 mapper"),
+        (["schedule.name=cosine"], "cosine"),
+        (["schedule.name=linear"], r"noise schedule \(\w+\) is not the config's"),
+        (["condition=both"], "condition both"),
+        (["condition=text"], "x_t, z_masked, keep_mask with text .* feeds x_t, hole_mask, z_masked"),
+        (["input_channels=[x_t,hole_mask,z_masked]"], "x_t, hole_mask, z_masked .* feeds x_t, z_masked, keep_mask"),
+        (["first_stage.decoder=asymmetric"], "decoder asymmetric"),
+        (["unet.model_channels=320"], "the checkpoint's own config"),
+    ],
+)
+def test_what_diffusers_lacks_is_named(
+    overrides: list[str], message: str, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(small.parent / "config.yaml", overrides=[f"model.{override}" for override in overrides])
+    (tmp_path / "other.yaml").write_text(dump_config(config))
+    arguments = [str(small), str(tmp_path / "out"), "--to", "diffusers", "--config", str(tmp_path / "other.yaml")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "condition both"),
+        ("first_stage_model.decoder.encoder.layers.0.weight", "decoder asymmetric"),
+    ],
+)
+def test_parts_that_the_config_does_not_tell(
+    name: str, message: str, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_safetensors(tmp_path / "more.safetensors", {**read_checkpoint(small), name: torch.ones(1)})
+    (tmp_path / "config.yaml").write_text(dump_config(Config(model=SMALL)))
+    assert main([str(tmp_path / "more.safetensors"), str(tmp_path / "out"), "--to", "diffusers"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def edit_json(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture
+def text_pipeline(text_folder: Path, tmp_path: Path) -> Path:
+    """A model for text, converted, with its tokenizer."""
+    words = [str(text_folder / "model.safetensors"), str(tmp_path / "pipeline"), "--to", "diffusers"]
+    assert main([*words, "--tokenizer", str(text_folder / "tokenizer")]) == 0
+    return tmp_path / "pipeline"
+
+
+def test_a_text_model_comes_back_ready_to_use(
+    text_folder: Path, text_config: Config, text_pipeline: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "back" / "model.safetensors"
+    assert main([str(text_pipeline), str(out), "--to", "original"]) == 0
+    assert load_config(out.parent / "config.yaml").model == text_config.model
+    scene, hole = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32), 255)
+    pictures = [
+        Editor.from_pretrained(path).edit(scene, hole, prompt="a dog", num_steps=2) for path in (text_folder, out)
+    ]
+    assert np.array_equal(*map(np.asarray, pictures))
+    edit_json(text_pipeline / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    assert main([str(text_pipeline), str(out), "--to", "original", "--overwrite"]) == 0
+    assert load_config(out.parent / "config.yaml").model.parameterization == "v"
+
+
+@pytest.mark.parametrize(("pipeline", "known"), [("StableDiffusionPipeline", True), ("OtherPipeline", False)])
+def test_eight_channels_are_of_relighting_unless_told_otherwise(
+    pipeline: str, known: bool, text_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = text_pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    write_safetensors(weights, {**load_file(weights), "conv_in.weight": torch.ones(32, 8, 3, 3)})
+    edit_json(text_pipeline / "unet" / "config.json", in_channels=8)
+    edit_json(text_pipeline / "model_index.json", _class_name=pipeline)
+    out = tmp_path / "back" / "model.safetensors"
+    assert main([str(text_pipeline), str(out), "--to", "original"]) == 0
+    assert (out.parent / "config.yaml").exists() == known != ("no config.yaml" in capsys.readouterr().out)
+    if known:
+        model = load_config(out.parent / "config.yaml")
+        assert load_model(model, out).config.input_channels == ["x_t", "z_foreground"]
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "message"),
+    [
+        ("unet/config", {"use_linear_projection": True}, "use_linear_projection True"),
+        ("unet/config", {"attention_head_dim": [5, 10]}, r"attention_head_dim \[5, 10\]"),
+        ("text_encoder/config", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("vae/config", {"_class_name": "AsymmetricAutoencoderKL"}, "AsymmetricAutoencoderKL"),
+        ("scheduler/scheduler_config", {"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
+        ("unet", {}, "linear projections"),
+    ],
+)
+def test_folders_of_other_families(
+    part: str,
+    fields: dict[str, Any],
+    message: str,
+    text_pipeline: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if fields:
+        edit_json(text_pipeline / f"{part}.json", **fields)
+    else:
+        weights = text_pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+        state = {n: t.flatten(1) if n.endswith("proj_in.weight") else t for n, t in load_file(weights).items()}
+        write_safetensors(weights, state)
+    assert main([str(text_pipeline), str(tmp_path / "back.safetensors"), "--to", "original"]) == 2
+    assert re.search(f"^error: .*{message}", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (["model.fp16.safetensors", "model.safetensors", "model.bin"], "model.safetensors"),
+        (["model.safetensors.index.fp16.json", "model.safetensors"], "model.safetensors"),
+        (["pytorch_model.bin.index.json", "model.safetensors"], "model.safetensors"),
+        (["model.fp16.safetensors", "model.bin"], "model.bin"),
+        (["model.fp16.bin", "model.fp16.safetensors"], "model.fp16.safetensors"),
+        (["model.fp16.bin", "model.safetensors.index.json"], "shard"),
+        (["diffusion_pytorch_model.non_ema.safetensors"], "diffusion_pytorch_model.non_ema.safetensors"),
+    ],
+)
+def test_full_precision_goes_first(names: list[str], taken: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"weight_map": {"x": "shard"}}))
+    assert weight_files(tmp_path) == [tmp_path / taken]
 
 
 def test_the_bundled_model_runs_here_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,6 +429,23 @@ def test_incomplete_checkpoints(sd: Path, small: Path, tmp_path: Path, capsys: p
     assert main([str(tmp_path / "a.safetensors"), str(tmp_path / "a"), "--to", "diffusers", "--config", config]) == 0
     assert "pass vae=" in capsys.readouterr().out
     assert "vae" not in json.loads((tmp_path / "a" / "model_index.json").read_text())
+    unet = {n: t for n, t in state.items() if n.startswith("model.")}
+    write_safetensors(tmp_path / "a.safetensors", unet)
+    assert (
+        main(
+            [
+                str(tmp_path / "a.safetensors"),
+                str(tmp_path / "a"),
+                "--to",
+                "diffusers",
+                "--config",
+                config,
+                "--overwrite",
+            ]
+        )
+        == 0
+    )
+    assert "pass text_encoder=" in capsys.readouterr().out
     whole = read_checkpoint(small)  # as modify_checkpoints.py --clip makes it: a tower, nothing behind it
     write_safetensors(tmp_path / "b.safetensors", {n: t for n, t in whole.items() if not n.startswith(NEW_PARTS)})
     assert main([str(tmp_path / "b.safetensors"), str(tmp_path / "b"), "--to", "diffusers", "--config", config]) == 2
@@ -350,11 +476,54 @@ def test_a_failed_folder_leaves_the_previous_one(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldm.checkpoint.folders.write_safetensors", full)
-    assert main([str(small), str(folder), "--to", "diffusers", "--overwrite"]) == 2
-    assert "No space left" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    def not_copied(*_: object) -> None:
+        raise shutil.Error([("from", "to", "[Errno 28] No space left on device: 'from' -> 'to'")])
+
+    def second_time(source: Path, target: Path) -> None:
+        if source.suffix == ".partial" and target == folder:
+            raise OSError(28, "No space left on device")
+        source.rename(target)
+
+    for where, failing in (
+        ("ldm.checkpoint.folders.write_safetensors", full),
+        ("ldm.checkpoint.folders.write_safetensors", not_copied),
+        ("ldm.files.os.replace", second_time),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, failing)
+            assert main([str(small), str(folder), "--to", "diffusers", "--overwrite"]) == 2
+        error = capsys.readouterr().err
+        assert "No space left" in error and "[(" not in error
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_a_link_the_folder_is_replaced(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "folder").mkdir()
+    assert main([str(small), str(tmp_path / "link"), "--to", "diffusers", "--overwrite"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "model_index.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+
+
+def test_nothing_but_a_folder_of_diffusers_is_replaced(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(small), str(tmp_path / "mine"), "--to", "diffusers", "--overwrite"]
+    assert main(words) == 0
+    (tmp_path / "mine" / "thesis").mkdir()
+    assert main(words) == 2
+    assert "mine: holds thesis, which is no part" in capsys.readouterr().err
+    (tmp_path / "mine" / "model_index.json").unlink()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    assert main(words) == 2
+    assert "mine: is no folder of diffusers" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main([words[0], ".", *words[2:]]) == 2
+    assert "is the current folder" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis").is_dir()
 
 
 def test_wrong_command_lines(small: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

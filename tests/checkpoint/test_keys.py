@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +43,16 @@ def test_maps_leave_their_own_results_alone(official: dict[str, Tensor]) -> None
 def test_position_ids_are_made_anew() -> None:
     state = to_file_keys({"cond_stage_model.transformer.embeddings.position_embedding.weight": torch.randn(17, 8)})
     assert torch.equal(state[POSITION_IDS], torch.arange(17)[None])
+
+
+@pytest.mark.parametrize("translate", [to_module_keys, to_file_keys])
+def test_text_towers_of_2022(
+    translate: Callable[[dict[str, Tensor]], dict[str, Tensor]], sd_full_ema: dict[str, Tensor]
+) -> None:
+    """Their names lack a level, and are then those of an image tower here."""
+    older = {name.replace(".text_model.", "."): tensor for name, tensor in sd_full_ema.items()}
+    assert older.keys() != sd_full_ema.keys()
+    assert translate(older).keys() == translate(sd_full_ema).keys()
 
 
 def test_averaged_weights_are_dropped_or_take_over(sd_full_ema: dict[str, Tensor]) -> None:

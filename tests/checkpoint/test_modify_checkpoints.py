@@ -156,8 +156,9 @@ def diffusers_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     unet.mkdir(parents=True)
     state = {"conv_in.weight": torch.randn(8, 4, 3, 3).half(), "conv_out.weight": torch.randn(4, 8, 3, 3).half()}
     torch.save(state, unet / "diffusion_pytorch_model.bin")
-    (unet / "config.json").write_text(json.dumps({"in_channels": 4, "sample_size": 64}))
-    (folder / "model_index.json").write_text("{}")
+    (unet / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", "in_channels": 4}))
+    index = {"_class_name": "StableDiffusionPipeline", "unet": [], "vae": []}
+    (folder / "model_index.json").write_text(json.dumps(index))
     write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", {"w": torch.ones(2)})
     return folder if request.param == "whole" else unet
 
@@ -167,7 +168,7 @@ def test_diffusers_folders(diffusers_folder: Path, tmp_path: Path, capsys: pytes
     before = {path: path.read_bytes() for path in diffusers_folder.rglob("*") if path.is_file()}
     assert main([str(diffusers_folder), str(out), "--in-channels", "8"]) == 0
     unet = out / "unet" if (diffusers_folder / "unet").exists() else out
-    assert json.loads((unet / "config.json").read_text()) == {"in_channels": 8, "sample_size": 64}
+    assert json.loads((unet / "config.json").read_text()) == {"_class_name": "UNet2DConditionModel", "in_channels": 8}
     weight = read_checkpoint(unet / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
     assert weight.shape == (8, 8, 3, 3)
     assert weight.dtype == torch.float16
