@@ -100,14 +100,6 @@ def sha256_file(path: str | Path, *, show_progress: bool = True) -> str:
     return digest.hexdigest()
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether floating-point numbers hold neither NaN nor Inf; makes no copy, but of numbers of one byte."""
-    if not tensor.numel():
-        return True
-    bounds = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()  # NaN is the bounds' too
-    return all(bound.isfinite() for bound in bounds)
-
-
 class Deferred(NamedTuple):
     """A tensor to be made when it is written: what it will look like now, its numbers then."""
 
