@@ -67,7 +67,7 @@ def add_difference(a: Source, b: Source, c: Source, factor: Callable[[str], floa
 
 
 def weighted_sum(a: Source, b: Source, factor: Callable[[str], float]) -> Changes:
-    """What (1 - M) A + M B changes in A; with M = 1 it is B to the bit.
+    """What (1 - M) A + M B changes in A; with M = 1 it is B, number by number.
 
     Raises:
         CheckpointError: the two do not belong together.
