@@ -40,15 +40,26 @@ def files_of(path: Path) -> list[Path]:
     return found
 
 
+def printable(text: str) -> str:
+    """Text from a file in one line, without the characters that a terminal obeys."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, limit: int = 300) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
 def not_finite(state: dict[str, Tensor]) -> list[str]:
     """A line for each tensor that holds NaN or Inf."""
     lines = []
     for name, tensor in tqdm(state.items(), desc="scanning", unit="tensor", delay=3):
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        if not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN is the bounds' too; makes no copy
-            nan = int(tensor.isnan().sum())
-            lines.append(f"{name}: {nan} NaN, {int(tensor.isinf().sum())} Inf of {tensor.numel()}")
+        numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has no arithmetic
+        if not all(bound.isfinite() for bound in numbers.aminmax()):  # NaN is the bounds' too; makes no copy
+            nan = int(numbers.isnan().sum())
+            lines.append(f"{printable(name)}: {nan} NaN, {int(numbers.isinf().sum())} Inf of {numbers.numel()}")
     return lines
 
 
@@ -67,7 +78,8 @@ def describe(path: Path, *, header_only: bool, scan: bool) -> str:
     lines.append(
         "  types: " + ", ".join(f"{str(dtype).removeprefix('torch.')} {n}" for dtype, n in types.most_common())
     )
-    lines += [f"  metadata {key}: {value}" for key, value in sorted(read_metadata(path).items())]
+    metadata = sorted(read_metadata(path).items())
+    lines += [f"  metadata {printable(shortened(key))}: {printable(shortened(value))}" for key, value in metadata]
     if not header_only:
         lines.append(f"  sha256: {sha256_file(path)}")
     if scan:
@@ -102,7 +114,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(describe(path, header_only=args.header_only, scan=args.scan), flush=True)
             except (CheckpointError, OSError) as error:
                 failed = True
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+            except RuntimeError as error:  # a type that torch stores, but cannot compute with
+                failed = True
+                print(f"error: {path}: cannot be scanned: {printable(str(error))}", file=sys.stderr, flush=True)
     return 2 if failed else 0
 
 

@@ -10,6 +10,7 @@ moves.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -18,8 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from ldm.checkpoint.command import check_output, provenance
 from ldm.checkpoint.identify import identify
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
-from ldm.checkpoint.keys import EMA, FIRST_STAGE, UNET, swap_in_ema
-from ldm.checkpoint.merge import Source, add_difference, block_norms, factors, merged, offset, weighted_sum
+from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FIRST_STAGE, UNET, swap_in_ema
+from ldm.checkpoint.merge import (
+    Source,
+    add_difference,
+    block_norms,
+    check_blocks,
+    factors,
+    merged,
+    offset,
+    weighted_sum,
+)
 
 MERGES = {
     "add-difference": (add_difference, {"A": "what is to learn", "B": "the custom model", "C": "what B was made from"}),
@@ -39,9 +49,26 @@ def read_source(label: str, path: Path, *, ema: str | None, only: list[str] | No
     print(f"{label} {path}: {identify(state)}, {len(state)} tensors")
     if ema is not None and any(name.startswith(EMA) for name in state):
         state = swap_in_ema(state) if ema == "averaged" else {n: t for n, t in state.items() if not n.startswith(EMA)}
-    if only is not None and any(name.startswith(UNET) for name in state):
-        state = {name: t for name, t in state.items() if name.startswith(tuple(PARTS[part] for part in only))}
+    if only is not None:
+        level = UNET if DIFFUSERS_INPUT_CONV in state else ""  # a UNet by itself
+        wanted = tuple(PARTS[part] for part in only)
+        state = {name: tensor for name, tensor in state.items() if (level + name).startswith(wanted)}
+        if not state:
+            raise CheckpointError(
+                f"{path}: holds nothing of {', '.join(only)}; pass a file that does, or another --only"
+            )
     return Source(f"{label} ({path.name})", state)
+
+
+def finite(text: str) -> float:
+    """A number that is neither NaN nor infinite."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number, such as 0.5")
+    return number
 
 
 def block_factor(text: str) -> tuple[str, float]:
@@ -49,10 +76,7 @@ def block_factor(text: str) -> tuple[str, float]:
     block, equals, value = text.partition("=")
     if not (block and equals):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected BLOCK=NUMBER, such as input_blocks=0.5")
-    try:
-        return block, float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {value!r} for {block}, expected a number") from None
+    return block, finite(value)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument(role.lower(), metavar=role, type=Path, help=f"{what}; .ckpt or .safetensors")
         command.add_argument("output", metavar="OUT", type=Path, help="file to write, ending in .safetensors")
         default = 0.5 if name == "weighted-sum" else 1.0
-        command.add_argument("--multiplier", type=float, default=default, metavar="M", help="default: %(default)s")
+        command.add_argument("--multiplier", type=finite, default=default, metavar="M", help="default: %(default)s")
         command.add_argument(
             "--block",
             action="append",
@@ -86,8 +110,9 @@ def main(argv: list[str] | None = None) -> int:
             read_source(role, path, ema=args.ema, only=None if role in ("A", "BASE") else args.only)
             for role, path in paths.items()
         )
-        factor = factors(args.multiplier, dict(args.block), first.state)
-        changes = merge(first, *others, factor)
+        blocks = dict(args.block)
+        changes = merge(first, *others, factors(args.multiplier, blocks))
+        check_blocks(blocks, changes)
         print(f"{len(changes)} of {len(first.state)} tensors change, the others are those of {first.label}")
         if args.dry_run:
             print(f"{'block':32} tensors   |change|   |before|   share")
@@ -101,6 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(f"wrote {args.output}: {len(first.state)} tensors, {args.output.stat().st_size / 2**20:.1f} MiB")
     return 0
 

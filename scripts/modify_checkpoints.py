@@ -32,16 +32,16 @@ from ldm.files import replacing_folder, write_text
 _CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def read_clip(source: str) -> dict[str, Tensor]:
-    """CLIP's weights from a file, a transformers folder, or the Hugging Face hub."""
+def clip_file(source: str) -> Path:
+    """CLIP's weights: a file, that of a transformers folder, or one downloaded from the Hugging Face hub."""
     path = Path(source)
     if path.is_dir():
         found = [path / name for name in _CLIP_FILES if (path / name).exists()]
         if not found:
             raise CheckpointError(f"{path}: got a folder without {' or '.join(_CLIP_FILES)}; pass the file itself")
-        return read_checkpoint(found[0])
+        return found[0]
     if path.exists() or path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") or source.count("/") != 1:
-        return read_checkpoint(path)
+        return path
     from transformers.utils.hub import cached_file  # a second of import that only this branch needs
 
     try:
@@ -51,10 +51,10 @@ def read_clip(source: str) -> dict[str, Tensor]:
             f"{source}: neither a local path nor available from the Hugging Face hub "
             f"({str(error).splitlines()[0]}); download it elsewhere and pass its folder"
         ) from error
-    return read_checkpoint(str(downloaded))
+    return Path(str(downloaded))
 
 
-def modified(args: argparse.Namespace) -> dict[str, Tensor]:
+def modified(args: argparse.Namespace, clip: Path | None) -> dict[str, Tensor]:
     """The input's tensors with what the command line asks for; prints each step."""
     state = read_component(unet_folder(args.input)) if args.input.is_dir() else read_checkpoint(args.input)
     print(f"read {args.input}: {len(state)} tensors")
@@ -72,11 +72,11 @@ def modified(args: argparse.Namespace) -> dict[str, Tensor]:
     new = f"the new ones {f'from {args.init}' if args.init else 'zero'}"
     print(f"{key}: {old_channels} -> {args.in_channels} input channels, {new}")
 
-    if args.clip is not None:
+    if clip is not None:
         if key != INPUT_CONV:
             raise CheckpointError(f"{args.input}: a UNet by itself has no place for --clip; leave it out")
         num_text = sum(name.startswith(TEXT_TOWER) for name in state)
-        state = add_clip_tower(state, read_clip(args.clip))
+        state = add_clip_tower(state, read_checkpoint(clip))
         num_image = sum(name.startswith(FILE_TOWER) for name in state)
         print(f"{FILE_TOWER}*: {num_image} tensors from {args.clip}; {num_text} tensors of the text tower left out")
     elif key == INPUT_CONV:
@@ -134,11 +134,12 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.input.is_dir()
     try:
         inputs = {"input": args.input} | ({"init": args.init} if args.init else {})
-        if args.clip and Path(args.clip).is_file():
-            inputs["clip"] = Path(args.clip)
         endings = [] if folder else [".safetensors", ".ckpt"]
         check_output(args.output, inputs.values(), overwrite=args.overwrite or args.dry_run, endings=endings)
-        state = modified(args)
+        if args.clip is not None:  # perhaps a download, so not before the first check
+            inputs["clip"] = clip_file(args.clip)
+            check_output(args.output, [inputs["clip"]], overwrite=args.overwrite or args.dry_run, endings=endings)
+        state = modified(args, inputs.get("clip"))
         if args.dry_run:
             print(f"dry run: {args.output} not written")
             return 0
@@ -151,6 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     written = args.output if not folder else weight_files(unet_folder(args.output))[0]
     print(f"wrote {args.output}: {len(state)} tensors, {written.stat().st_size / 2**20:.1f} MiB")
     return 0

@@ -14,6 +14,7 @@ from ldm.checkpoint.keys import (
     FILE_TOWER,
     FIRST_STAGE,
     INPUT_CONV,
+    OUTPUT_CONVS,
     SCHEDULE_BUFFERS,
     UNET,
 )
@@ -26,8 +27,9 @@ _WIDE = {
     9: "inpainting (9 input channels)",
     12: "with 12 input channels (IC-Light fbc)",
 }
-_LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|\.lora\.(?:down|up)\.|^lora_(?:unet|te)")
-_CONTROL = ("control_model.", "controlnet_cond_embedding.")
+_LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te)")
+CONTROL = ("control_model.", "input_hint_block.", "controlnet_cond_embedding.")  # what names of ControlNets begin with
+_LAST_GAINS = (UNET + "out.0.weight", "conv_norm_out.weight")  # of the last norm, in either layout
 
 # (pattern of names, part), the first that fits counts.
 _PARTS = (
@@ -37,7 +39,7 @@ _PARTS = (
         + r"|(?:down_blocks|mid_block|up_blocks|time_embedding|conv_(?:in|out|norm_out)|add_embedding)\.",
         "UNet",
     ),
-    (r"control_model\.|controlnet_", "ControlNet"),
+    (r"control_model\.|controlnet_|input_hint_block\.|zero_convs\.|middle_block_out\.", "ControlNet"),
     (rf"(?:{re.escape(FIRST_STAGE)})?decoder\.(?:encoder|condition_encoder)\.", "condition branch of the decoder"),
     (r"embeddings\.|encoder\.layers\.|pre_layrnorm\.|post_layernorm\.", "CLIP tower"),
     (r"final_layer_norm\.", "norm behind the tower"),
@@ -60,11 +62,29 @@ def context_width(state: Mapping[str, Tensor]) -> int | None:
     return next((t.shape[1] for name, t in state.items() if name.endswith("attn2.to_k.weight")), None)
 
 
-def family(state: Mapping[str, Tensor]) -> str:
-    """`SDXL`, or what the width of the UNet's context tells."""
+def latent_channels(state: Mapping[str, Tensor]) -> int:
+    """Channels of the noisy latent: as many as leave the UNet; without its last convolution the 4 of most."""
+    return next((state[name].shape[0] for name in OUTPUT_CONVS if name in state), 4)
+
+
+def family(state: Mapping[str, Tensor]) -> str | None:
+    """`SDXL`, or what the width of the UNet's context tells; None: nothing tells."""
     if any(name.startswith(("conditioner.embedders.", "add_embedding.", f"{UNET}label_emb.")) for name in state):
         return "SDXL"
-    return _FAMILIES.get(context_width(state) or 768, "another UNet")
+    width = context_width(state)
+    return None if width is None else _FAMILIES.get(width, "another UNet")
+
+
+def is_difference(state: Mapping[str, Tensor]) -> bool | None:
+    """Whether a UNet is the difference of two: their names are the same, but the last norm's gains are about 0, not 1.
+
+    Long training with weight decay makes gains smaller; what fine-tuning changes in them is hundredths.
+
+    Returns:
+        None where there is no such norm.
+    """
+    gains = next((state[name] for name in _LAST_GAINS if name in state), None)
+    return None if gains is None else bool(gains.float().abs().mean() < 0.1)
 
 
 def identify(state: Mapping[str, Tensor]) -> str:
@@ -89,8 +109,8 @@ def _identify(state: Mapping[str, Tensor]) -> str:
     def holds(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in state)
 
-    if holds(*_CONTROL):
-        layout = "CompVis' names" if holds("control_model.") else "diffusers"
+    if holds(*CONTROL):
+        layout = "diffusers" if holds("controlnet_cond_embedding.") else "CompVis' names"
         return f"ControlNet, {layout}" + (", with the model that it controls" if holds(UNET) else "")
     if INPUT_CONV in state or holds(UNET):
         return _identify_whole(state)
@@ -110,21 +130,27 @@ def _identify(state: Mapping[str, Tensor]) -> str:
         return "diffusers component: text encoder"
     if holds("vision_model.", "embeddings.patch_embedding."):
         return "CLIP" if holds("text_model.") else "CLIP's image tower"
+    if holds("down_blocks.", "mid_block.", "up_blocks."):
+        return "diffusers component: part of a UNet (one of several files)"
     return "unknown"
 
 
 def _identify_whole(state: Mapping[str, Tensor]) -> str:
     if any(name.startswith(("cond_stage_model.mapper.", FILE_TOWER)) or name == "learnable_vector" for name in state):
         return "Paint by Example"
-    channels = state[INPUT_CONV].shape[1] if INPUT_CONV in state else 4
     kind = family(state)
-    return kind if channels == 4 else f"{kind}, {_WIDE.get(channels, f'with {channels} input channels')}"
+    if INPUT_CONV not in state:  # Flux and SD3 also call theirs `model.diffusion_model`
+        return kind or "unknown (another architecture)"
+    return _with_width(kind or "another UNet", state[INPUT_CONV].shape[1])
 
 
 def _identify_unet(state: Mapping[str, Tensor]) -> str:
     channels = state[DIFFUSERS_INPUT_CONV].shape[1]
-    gains = state.get("conv_norm_out.weight")  # about 1 in a network, about 0 in a difference of two
-    if channels in (8, 12) and gains is not None and gains.float().abs().mean() < 0.5:
+    if channels in (8, 12) and is_difference(state):
         return f"IC-Light offset, {'fc' if channels == 8 else 'fbc'} ({channels} input channels; to be added to a UNet)"
-    kind = f"diffusers component: UNet of {family(state)}"
+    kind = family(state)
+    return _with_width(f"diffusers component: UNet of {kind}" if kind else "diffusers component: UNet", channels)
+
+
+def _with_width(kind: str, channels: int) -> str:
     return kind if channels == 4 else f"{kind}, {_WIDE.get(channels, f'with {channels} input channels')}"

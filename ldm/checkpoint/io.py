@@ -3,7 +3,7 @@
 A `.ckpt` is a pickle, and a pickle is a program. Here it is read by an unpickler for which every
 global falls in one of three classes, decided by its name alone; nothing is ever imported for it:
 
-1. Tensors, parameters, storages, dtypes and plain containers are rebuilt, by the functions of this file.
+1. Tensors, parameters, storages, dtypes and mappings are rebuilt, by the functions of this file.
 2. A name from Python's standard library beyond plain data types (`os.system`, `builtins.eval`,
    `subprocess.Popen`, …) has no business among weights: the file is refused.
 3. Any other class (Lightning's callbacks, numpy scalars, `pathlib` paths) becomes an inert placeholder,
@@ -14,6 +14,7 @@ Safety rests on 1 being a closed list; the refusal in 2 is there to tell you tha
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -67,28 +68,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     head = _read_head(path)
     if _is_safetensors(head):
         return _read_safetensors(path)
-    try:
-        unpickled, dropped = _read_zip(path) if head.startswith(b"PK") else _read_legacy(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except (OSError, MemoryError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        if not head.translate(None, _TEXT):
-            raise CheckpointError(
-                f"{path}: text, not weights, beginning {head[:60].decode()!r}; was the download refused?"
-            ) from error
-        raise CheckpointError(f"{path}: {_DOWNLOAD_AGAIN} ({type(error).__name__}: {error})") from error
-    return _named_tensors(path, unpickled, dropped)
+    return _named_tensors(path, *_unpickled(path, head))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The text metadata of a safetensors file; empty for other formats, which have none."""
+    """The text metadata of a safetensors file, or what `write_torch` put beside the weights; empty for other files."""
     path = Path(path)
-    if not _is_safetensors(_read_head(path)):
-        return {}
-    with _opened_safetensors(path) as file:
-        return dict(file.metadata() or {})
+    head = _read_head(path)
+    if _is_safetensors(head):
+        with _opened_safetensors(path) as file:
+            return dict(file.metadata() or {})
+    content = _unpickled(path, head)[0] if head.startswith(_ZIP) else None  # older ones would be read as a whole
+    found = content.get("provenance") if isinstance(content, Mapping) else None
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, Mapping) else {}
 
 
 def sha256_file(path: str | Path, *, show_progress: bool = True) -> str:
@@ -126,7 +118,7 @@ def write_safetensors(path: str | Path, tensors: Tensors, metadata: Mapping[str,
 
     Raises:
         CheckpointError: the disk is full or the folder is not writable; an existing file stays as it was. A tensor is
-            of a type that the format lacks.
+            of a type that the format lacks, or cannot be made.
     """
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # numbers lie on their own size
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -146,7 +138,10 @@ def write_safetensors(path: str | Path, tensors: Tensors, metadata: Mapping[str,
     ):
         file.write(struct.pack("<Q", len(text)) + text)
         for name, given in ordered:
-            tensor = given.make() if isinstance(given, Deferred) else given
+            try:
+                tensor = given.make() if isinstance(given, Deferred) else given
+            except RuntimeError as error:  # no memory, or a type that torch cannot compute with
+                raise CheckpointError(f"{path}: {name} could not be made, nothing was changed: {error}") from error
             assert (tensor.dtype, tensor.shape) == (given.dtype, given.shape), name
             if tensor.numel():
                 file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -165,7 +160,6 @@ def write_torch(path: str | Path, tensors: Mapping[str, Tensor], provenance: Map
         torch.save(content, file)
 
 
-_TEXT = bytes((*range(32, 127), *b"\t\n\r"))  # of what is read here, only the oldest pickles consist of these alone
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -200,12 +194,23 @@ def _read_head(path: Path) -> bytes:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if not head:
         raise CheckpointError(f"{path}: the file is empty; download it again")
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if not any(head):
+        raise CheckpointError(f"{path}: begins with nothing but zeros, an aborted download; download it again")
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if text.startswith((b"<!doctype", b"<!--", b"<html", b"<?xml", b"<head")):
         raise CheckpointError(f"{path}: a web page, not weights; open the download link in a browser and save the file")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path}: a Git LFS pointer, not weights; run `git lfs pull`")
     return head
+
+
+def _as_text(head: bytes) -> str:
+    """The first bytes of a text; nothing if they are none. Of checkpoints only the oldest pickles look like one."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # the last character may be cut
+    except UnicodeDecodeError:
+        return ""
+    return text if all(character.isprintable() or character in "\t\n\r" for character in text) else ""
 
 
 def _is_safetensors(head: bytes) -> bool:
@@ -227,6 +232,25 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors; pass a checkpoint with weights")
     return tensors
+
+
+_ZIP = b"PK"
+
+
+def _unpickled(path: Path, head: bytes) -> tuple[object, list[str]]:
+    """What torch saved, and the classes of which objects were dropped; every error is one that names the file."""
+    try:
+        return _read_zip(path) if head.startswith(_ZIP) else _read_legacy(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        if text := _as_text(head):
+            raise CheckpointError(
+                f"{path}: text, not weights, beginning {text[:60]!r}; was the download refused?"
+            ) from error
+        raise CheckpointError(f"{path}: {_DOWNLOAD_AGAIN} ({type(error).__name__}: {error})") from error
 
 
 def _named_tensors(path: Path, unpickled: object, dropped: list[str]) -> dict[str, Tensor]:
@@ -410,11 +434,11 @@ _REBUILT: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _first,
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _first,
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "defaultdict"): _empty_mapping,
-    **{
-        (module, kind.__name__): kind
+    **{  # weights need none of them, and called they may ask for any amount of memory: bytearray(10**9)
+        (module, kind.__name__): _Placeholder
         for module in ("builtins", "__builtin__")
         for kind in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list, set, slice, str, tuple)
     },
@@ -444,17 +468,41 @@ _DATA_MODULES = {
 _REFUSED_MODULES = (set(sys.stdlib_module_names) | {"__builtin__", "commands", "distutils", "imp"}) - _DATA_MODULES
 
 
-def _check_memo(file: IO[bytes]) -> None:
-    """Raise CheckpointError where the pickle at the file's position numbers its objects wildly.
+_LARGEST_TUPLE = 50_000  # objects in it at any depth; what describes a tensor has a dozen
 
-    Unpickling makes room for the largest number first: four damaged bytes are worth 64 GiB.
+
+def _check_program(file: IO[bytes]) -> None:
+    """Raise CheckpointError where the pickle at the file's position would take more memory or time than it can mean.
+
+    Unpickling makes room for the largest number of an object first: four damaged bytes are worth 64 GiB. And a tuple
+    that holds one twice that holds another twice, and so on, takes for ever as a key: hashing walks every path.
     """
     start, memoised = file.tell(), 0
+    stack: list[int | None] = []  # what hashing would visit in each object; None: a mark
+    memo: dict[Any, int | None] = {}
     for opcode, number, _ in pickletools.genops(file):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             memoised += 1
             if number is not None and number > memoised:  # honest ones count up, from 0 or from 1
                 raise CheckpointError(_DOWNLOAD_AGAIN)
+            memo[len(memo) if number is None else number] = stack[-1]
+            continue
+        if opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[number])
+            continue
+        taken: list[int] = []
+        if marked := pickletools.markobject in opcode.stack_before:
+            while (top := stack.pop()) is not None:
+                taken.append(top)
+        rest = opcode.stack_before.index(pickletools.markobject) if marked else len(opcode.stack_before)
+        taken += [stack.pop() or 0 for _ in range(rest)]
+        if opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "LIST", "DICT"):
+            size = taken[-1] if rest else 1  # these cannot be hashed, and are what they were
+        else:
+            size = 1 + sum(taken)
+        if opcode.name.startswith(("TUPLE", "FROZENSET")) and size > _LARGEST_TUPLE:
+            raise CheckpointError(f"refused: a tuple of more than {_LARGEST_TUPLE:,} objects, which no weights need")
+        stack += [None if kind is pickletools.markobject else size for kind in opcode.stack_after]
     file.seek(start)
 
 
@@ -462,7 +510,7 @@ class _Unpickler(pickle.Unpickler):
     """Rebuilds tensors and containers; see the rule at the top of this file."""
 
     def __init__(self, file: IO[bytes], storage: Callable[..., _Storage]) -> None:
-        _check_memo(file)
+        _check_program(file)
         super().__init__(file, encoding="utf-8")
         self.storage = storage
         self.dropped: set[str] = set()
@@ -474,12 +522,13 @@ class _Unpickler(pickle.Unpickler):
             return _STORAGE_DTYPES[name]
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
+        called = f"{module}.{name}".encode("unicode_escape").decode()  # a terminal obeys some characters
         if module.partition(".")[0] in _REFUSED_MODULES and (module, name) != ("builtins", "object"):
             raise CheckpointError(
-                f"refused: the pickle wants to call {module}.{name}, which no weights need; "
+                f"refused: the pickle wants to call {called}, which no weights need; "
                 "don't use this file, get the weights elsewhere or as safetensors"
             )
-        self.dropped.add(f"{module}.{name}")
+        self.dropped.add(called)
         return type(name, (_Placeholder,), {})
 
     def persistent_load(self, pid: Any) -> Any:
@@ -516,7 +565,7 @@ def _atomic_target(path: str | Path) -> Iterator[Path]:
     try:
         with replacing(path) as partial:
             yield partial
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's errors
+    except (OSError, RuntimeError) as error:  # torch wraps the system's errors
         full = any(getattr(cause, "errno", None) in _DISK_FULL for cause in (error, error.__context__))
         full = full or "No space left" in str(error)
         remedy = "the disk is full; free some space and run again" if full else f"check the folder ({error})"

@@ -1,7 +1,7 @@
 """Merging checkpoints: what changes in one, from others. Pure functions on named tensors.
 
-Every merge is A + change, tensor by tensor; a change is made when it is asked for, so that of memory-mapped
-checkpoints one tensor at a time is in memory. Sums are in float32, results in A's type.
+Every merge goes tensor by tensor; a sum is made when it is asked for, so that of memory-mapped checkpoints one tensor
+at a time is in memory. Sums are in float32, results in A's type.
 
 Dimensions: D channels · C input channels (4 in Stable Diffusion; 9 for inpainting, 8 and 12 for IC-Light).
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.checkpoint.convert import to_diffusers, to_original
-from ldm.checkpoint.identify import context_width, family
+from ldm.checkpoint.identify import context_width, family, identify, is_difference, latent_channels
 from ldm.checkpoint.io import CheckpointError, Deferred
 from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, EMA_COUNTERS, INPUT_CONV, SCHEDULE_BUFFERS, UNET, listing
 
 State = Mapping[str, Tensor]
-Changes = dict[str, Callable[[], Tensor]]  # name => what is added to that tensor, float32; (D, C', 3, 3), C' <= C
+Changes = dict[str, Callable[[], Tensor]]  # name => what that tensor becomes, float32; (D, C', 3, 3), C' <= C
 
 INPUT_CONVS = (INPUT_CONV, DIFFUSERS_INPUT_CONV)
 
@@ -50,6 +50,7 @@ def add_difference(a: Source, b: Source, c: Source, factor: Callable[[str], floa
     Raises:
         CheckpointError: the three do not belong together; the message says which mistake it looks like.
     """
+    _check_networks(a, b, c)
     _check_families(a, b, c)
     b, c = _named_like(a, b), _named_like(a, c)
     _check_roles(a, b, c)
@@ -57,8 +58,8 @@ def add_difference(a: Source, b: Source, c: Source, factor: Callable[[str], floa
 
     def change(name: str) -> Callable[[], Tensor]:
         def make() -> Tensor:
-            difference = b.state[name].to(torch.float32, copy=True)
-            return difference.sub_(c.state[name].float()).mul_(factor(name))
+            difference = b.state[name].to(torch.float32, copy=True).sub_(c.state[name].float())
+            return difference.mul_(factor(name)).add_(_shared(a.state[name], difference).float())
 
         return make
 
@@ -66,11 +67,12 @@ def add_difference(a: Source, b: Source, c: Source, factor: Callable[[str], floa
 
 
 def weighted_sum(a: Source, b: Source, factor: Callable[[str], float]) -> Changes:
-    """What (1 - M) A + M B changes in A.
+    """What (1 - M) A + M B changes in A; with M = 1 it is B, number by number.
 
     Raises:
         CheckpointError: the two do not belong together.
     """
+    _check_networks(a, b)
     _check_families(a, b)
     b = _named_like(a, b)
     if (a.in_channels or 0) < (b.in_channels or 0):
@@ -82,9 +84,8 @@ def weighted_sum(a: Source, b: Source, factor: Callable[[str], float]) -> Change
 
     def change(name: str) -> Callable[[], Tensor]:
         def make() -> Tensor:
-            other = b.state[name]
-            own = a.state[name][:, : other.shape[1]] if other.ndim == 4 else a.state[name]
-            return other.to(torch.float32, copy=True).sub_(own.float()).mul_(factor(name))
+            other = b.state[name].float()
+            return _shared(a.state[name], other).to(torch.float32, copy=True).lerp_(other, factor(name))
 
         return make
 
@@ -99,6 +100,12 @@ def offset(base: Source, delta: Source, factor: Callable[[str], float]) -> Chang
 
     Source: Zhang et al. 2025 (IC-Light), whose published weights are differences to Stable Diffusion 1.5.
     """
+    _check_networks(base)
+    if is_difference(delta.state) is False:
+        raise CheckpointError(
+            f"{delta.label} is a whole network, no difference of two: added, it would double the weights; pass a file "
+            "of differences such as IC-Light's, or use add-difference or weighted-sum"
+        )
     _check_families(base, delta)
     delta = _named_like(base, delta)
     if (base.in_channels or 0) < (delta.in_channels or 0):
@@ -107,34 +114,47 @@ def offset(base: Source, delta: Source, factor: Callable[[str], float]) -> Chang
             f"base first, `python scripts/modify_checkpoints.py BASE OUT --in-channels {delta.in_channels}`"
         )
     names = _common_names(base, delta)
-    return {name: lambda name=name: delta.state[name].to(torch.float32, copy=True).mul_(factor(name)) for name in names}
+
+    def change(name: str) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            difference = delta.state[name].to(torch.float32, copy=True).mul_(factor(name))
+            return difference.add_(_shared(base.state[name], difference).float())
+
+        return make
+
+    return {name: change(name) for name in names}
+
+
+def _shared(own: Tensor, other: Tensor) -> Tensor:
+    """A's tensor; of a wider input convolution the first channels, as many as the other has."""
+    return own if own.shape == other.shape else own[:, : other.shape[1]]
 
 
 def merged(a: State, changes: Changes) -> dict[str, Tensor | Deferred]:
-    """A with the changes added, each when it is written; everything else is A's.
+    """A with the changes, each made when it is written; everything else is A's.
 
     The deferred tensors raise CheckpointError where a sum does not fit into A's type.
     """
 
-    def added(name: str) -> Callable[[], Tensor]:
+    def changed(name: str) -> Callable[[], Tensor]:
         def make() -> Tensor:
-            change, own = changes[name](), a[name]
-            if change.shape == own.shape:
-                result = change.add_(own.float()).to(own.dtype)
-            else:  # the input convolution: further channels stay
-                result = own.clone()
-                first = result[:, : change.shape[1]]
-                first.copy_(change.add_(first.float()))
-            if result.numel() and not all(bound.isfinite() for bound in result.aminmax()):  # makes no second copy
+            value, own = changes[name](), a[name]
+            largest = torch.finfo(own.dtype).max  # beyond it some types have Inf, some NaN, and some stay there
+            if value.numel() and not all(abs(bound.item()) <= largest for bound in value.aminmax()):
                 raise CheckpointError(
                     f"{name}: the sum does not fit into {str(own.dtype).removeprefix('torch.')}, or an input is not "
                     "finite; `python scripts/inspect_checkpoint.py --scan FILE…` tells which"
                 )
+            if value.shape == own.shape:
+                result = value.to(own.dtype)
+            else:  # the input convolution: further channels stay
+                result = own.clone()
+                _shared(result, value).copy_(value)
             return result
 
         return make
 
-    return {n: Deferred(t.dtype, t.shape, added(n)) if n in changes else t for n, t in a.items()}
+    return {n: Deferred(t.dtype, t.shape, changed(n)) if n in changes else t for n, t in a.items()}
 
 
 class BlockNorm(NamedTuple):
@@ -150,7 +170,8 @@ def block_norms(a: State, changes: Changes) -> dict[str, BlockNorm]:
     sums: dict[str, tuple[int, float, float]] = {}
     for name in tqdm([name for name in a if name in changes], desc="comparing", unit="tensor", delay=3):
         tensors, change, before = sums.get(block_of(name), (0, 0.0, 0.0))
-        norms = [torch.linalg.vector_norm(tensor.float()).item() ** 2 for tensor in (changes[name](), a[name])]
+        own, value = a[name].float(), changes[name]()
+        norms = [torch.linalg.vector_norm(part).item() ** 2 for part in (value.sub_(_shared(own, value)), own)]
         sums[block_of(name)] = (tensors + 1, change + norms[0], before + norms[1])
     ordered = sorted(sums, key=lambda block: [int(part) if part.isdigit() else part for part in block.split(".")])
     return {block: BlockNorm(sums[block][0], sums[block][1] ** 0.5, sums[block][2] ** 0.5) for block in ordered}
@@ -163,32 +184,31 @@ def block_of(name: str) -> str:
     return ".".join(parts[: 2 if divided else 1])
 
 
-def factors(multiplier: float, blocks: Mapping[str, float], names: Iterable[str]) -> Callable[[str], float]:
+def factors(multiplier: float, blocks: Mapping[str, float]) -> Callable[[str], float]:
     """M by tensor name, from one for all and others for blocks.
 
     Args:
         multiplier: where no block is given.
         blocks: beginnings of names, whole parts between dots, with or without `model.diffusion_model.`; the longest
             that fits a name counts.
-        names: of the tensors that there are.
-
-    Raises:
-        CheckpointError: a block fits no name.
     """
-    names = list(names)
-
-    def fits(block: str, name: str) -> bool:
-        return any(f"{candidate}.".startswith(f"{block}.") for candidate in (name, name.removeprefix(UNET)))
-
-    for block in blocks:
-        if not any(fits(block, name) for name in names):
-            known = ", ".join(dict.fromkeys(block_of(name) for name in names))
-            raise CheckpointError(f"block {block}: no tensor's name begins with it; expected one of {known}, or longer")
 
     def factor(name: str) -> float:
-        return blocks[max(fitting, key=len)] if (fitting := [b for b in blocks if fits(b, name)]) else multiplier
+        return blocks[max(fitting, key=len)] if (fitting := [b for b in blocks if _fits(b, name)]) else multiplier
 
     return factor
+
+
+def check_blocks(blocks: Iterable[str], changes: Changes) -> None:
+    """Raise CheckpointError where a block fits no name of what is merged."""
+    for block in blocks:
+        if not any(_fits(block, name) for name in changes):
+            known = ", ".join(dict.fromkeys(block_of(name) for name in changes))
+            raise CheckpointError(f"block {block}: no merged tensor's name begins with it; expected {known}, or longer")
+
+
+def _fits(block: str, name: str) -> bool:
+    return any(f"{candidate}.".startswith(f"{block}.") for candidate in (name, name.removeprefix(UNET)))
 
 
 # --- what belongs together -------------------------------------------------------------------------
@@ -204,7 +224,20 @@ def _named_like(a: Source, other: Source) -> Source:
     return other
 
 
+def _check_networks(*sources: Source) -> None:
+    for source in sources:
+        if is_difference(source.state):
+            raise CheckpointError(
+                f"{source.label} is a difference of two networks (the gains of its last norm are about 0), no network; "
+                "add it to one with `python scripts/merge_checkpoints.py offset BASE DELTA OUT`"
+            )
+
+
 def _check_families(*sources: Source) -> None:
+    additions = [next((k for k in ("LoRA", "ControlNet") if identify(s.state).startswith(k)), "") for s in sources]
+    for source, kind in zip(sources, additions, strict=True):
+        if kind and len(set(additions)) > 1 and INPUT_CONV not in source.state:  # a ControlNet's file may hold both
+            raise CheckpointError(f"{source.label} is a {kind}, no model by itself; pass the checkpoint of a model")
     for source in sources:
         if averaged := sum(name.startswith(EMA) and name not in EMA_COUNTERS for name in source.state):
             raise CheckpointError(
@@ -215,18 +248,26 @@ def _check_families(*sources: Source) -> None:
     for other in others:
         widths = [context_width(source.state) for source in (first, other)]
         families = [family(source.state) for source in (first, other)]
-        if families[0] != families[1] or (None not in widths and widths[0] != widths[1]):
+        if any(None not in pair and pair[0] != pair[1] for pair in (families, widths)):
             raise CheckpointError(
                 f"{other.label} is {families[1]} (context of {widths[1]} channels), {first.label} is {families[0]} "
                 f"({widths[0]}): weights of one mean nothing in the other; pass checkpoints of one family"
             )
-    widths = [source.in_channels for source in sources]
+    widths = {source.in_channels for source in sources} - {None}
     for source in sources:
-        if source.in_channels == 5 and len(set(widths)) > 1:
+        if source.in_channels == 5 and len(widths) > 1:
             raise CheckpointError(
                 f"{source.label} has 5 input channels: a depth model (noisy latent 4 + depth 1), "
                 "no inpainting model (9); pass the one with 9"
             )
+    latent = latent_channels(first.state)
+    if len(widths - {latent}) > 1:
+        key = INPUT_CONV if INPUT_CONV in first.state else DIFFUSERS_INPUT_CONV
+        counts = ", ".join(f"{source.label} {source.in_channels}" for source in sources)
+        raise CheckpointError(
+            f"{key}: channels beyond the noisy latent's {latent} mean something else at every width (input channels: "
+            f"{counts}); pass checkpoints of one width, or with {latent} channels beside it"
+        )
 
 
 def _check_roles(a: Source, b: Source, c: Source) -> None:

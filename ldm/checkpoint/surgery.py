@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ldm.checkpoint.identify import CONTROL, latent_channels
 from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import (
     DIFFUSERS_INPUT_CONV,
     FILE_TOWER,
     INPUT_CONV,
-    OUTPUT_CONVS,
     TEXT_TOWER,
     TOWER,
     to_file_keys,
@@ -35,7 +35,7 @@ def input_conv(state: Mapping[str, Tensor]) -> str:
     Raises:
         CheckpointError: there is none, or it is a ControlNet's.
     """
-    if any(name.startswith(("control_model.", "controlnet_cond_embedding.")) for name in state):
+    if any(name.startswith(CONTROL) for name in state):
         raise CheckpointError(
             "this is a ControlNet, which sees the four channels of the noisy latent alone beside a UNet of any width; "
             "pass the UNet's checkpoint"
@@ -63,19 +63,20 @@ def inflate_input_conv(
         The checkpoint with that one weight (D, in_channels, 3, 3).
 
     Raises:
-        CheckpointError: there is no such weight, it has been inflated already, or `init` has another shape.
+        CheckpointError: there is no such weight, it has been inflated already or has as many channels, or `init` has
+            another shape.
 
     Source: Yang et al. 2023 (Paint by Example), section 3.1: the network is initialised from Stable Diffusion.
     """
     key = input_conv(state)
     weight = state[key]
-    old = weight.shape[1]
-    output = next((state[name] for name in OUTPUT_CONVS if name in state), None)  # (C, D, 3, 3): as much comes out
-    if old >= in_channels or (output is not None and old > output.shape[0]):
-        expected = f"fewer than {in_channels}" if old >= in_channels or output is None else str(output.shape[0])
+    old, latent = weight.shape[1], latent_channels(state)
+    if old > latent:
         raise CheckpointError(
-            f"{key}: got {old} input channels, expected {expected}; the checkpoint is inflated already, use it as it is"
+            f"{key}: got {old} input channels, expected {latent}; the checkpoint is inflated already, use it as it is"
         )
+    if in_channels <= old:
+        raise CheckpointError(f"{key}: has {old} input channels, and {in_channels} are asked for; ask for more")
     inflated = weight.new_zeros(weight.shape[0], in_channels, *weight.shape[2:])
     if init is not None:
         given = init[input_conv(init)]

@@ -74,6 +74,14 @@ TEXT = TEXT_TOWER + "final_layer_norm.weight"
         (names("embeddings.token_embedding.weight"), "diffusers component: text encoder"),
         (names("vision_model.embeddings.x"), "CLIP's image tower"),
         (names("text_model.embeddings.x", "vision_model.embeddings.x"), "CLIP"),
+        (names("down_blocks.0.attn1.processor.to_q_lora.down.weight"), "LoRA"),
+        (names("input_hint_block.0.weight", "input_blocks.0.0.weight"), "ControlNet, CompVis' names"),
+        (names("up_blocks.1.resnets.0.conv1.weight"), "diffusers component: part of a UNet (one of several files)"),
+        (names(UNET + "double_blocks.0.img_attn.qkv.weight"), "unknown (another architecture)"),
+        (
+            names(UNET + "joint_blocks.0.x_block.attn.qkv.weight", "first_stage_model.x"),
+            "unknown (another architecture)",
+        ),
         (names("layer.0.weight"), "unknown"),
     ],
 )
@@ -97,15 +105,20 @@ def test_published_files(official: State, sd_full_ema: State) -> None:
 def test_a_file_in_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = original(9, 768, TEXT)
     state["bad"] = torch.tensor([float("nan"), float("inf"), 1.0]).half()
-    write_safetensors(tmp_path / "m.safetensors", state, {"command": "made so"})
+    state["bad8"] = torch.tensor([float("nan"), 1.0]).to(torch.float8_e4m3fn)
+    metadata = {"command": "made so", "title": "\x1b[2J\nerror: süß", "tags": "x" * 1000}
+    write_safetensors(tmp_path / "m.safetensors", state, metadata)
     assert main([str(tmp_path / "m.safetensors"), "--scan"]) == 0
     output = capsys.readouterr().out
     for line in (
         "UNet: 6,792 numbers in 2 tensors",
-        "types: float32 3, float16 1",
-        "metadata command: made so",
+        "types: float32 3, float16 1, float8_e4m3fn 1",
+        "metadata command: made so\n",
+        "metadata title: \\x1b[2J\\nerror: süß\n",
+        f"metadata tags: {'x' * 300}… (1,000 characters)\n",
         f"sha256: {sha256_file(tmp_path / 'm.safetensors')}",
         "bad: 1 NaN, 1 Inf of 3",
+        "bad8: 1 NaN, 0 Inf of 2",
     ):
         assert line in output
     assert main([str(tmp_path / "m.safetensors"), "--dry-run"]) == 0

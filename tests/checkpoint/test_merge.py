@@ -15,7 +15,16 @@ from torch import Tensor
 from ldm.checkpoint.convert import to_diffusers
 from ldm.checkpoint.io import CheckpointError, Deferred, read_checkpoint, read_metadata, sha256_file, write_safetensors
 from ldm.checkpoint.keys import INPUT_CONV, UNET
-from ldm.checkpoint.merge import Source, add_difference, block_norms, factors, merged, offset, weighted_sum
+from ldm.checkpoint.merge import (
+    Source,
+    add_difference,
+    block_norms,
+    check_blocks,
+    factors,
+    merged,
+    offset,
+    weighted_sum,
+)
 from ldm.checkpoint.surgery import inflate_input_conv
 from scripts.merge_checkpoints import main
 
@@ -91,7 +100,8 @@ def test_identities(seed: int, m: float) -> None:
     for name in a:
         assert torch.equal(none[name], a[name])
     assert torch.equal(all_of_it[INPUT_CONV][:, 4:], a[INPUT_CONV][:, 4:])
-    torch.testing.assert_close(all_of_it[RESNET], b[RESNET], rtol=0, atol=1e-6)  # B - A + A, one rounding each
+    assert torch.equal(all_of_it[INPUT_CONV][:, :4], b[INPUT_CONV])
+    assert torch.equal(all_of_it[RESNET], b[RESNET])
     c = checkpoint(seed + 2)
     there = difference(a, b, c, m)
     back = difference(there, c, b, m)
@@ -141,15 +151,17 @@ def test_ic_light_is_inflated_and_offset() -> None:
 
 
 def test_multipliers_by_block() -> None:
-    names = [*checkpoint(1), UNET + "input_blocks.11.0.in_layers.0.weight"]
-    factor = factors(1.0, {"input_blocks": 0.5, "input_blocks.1": 0.25, "first_stage_model": 0.0}, names)
+    factor = factors(1.0, {"input_blocks": 0.5, "input_blocks.1": 0.25, "first_stage_model": 0.0})
     assert factor(INPUT_CONV) == 0.5
     assert factor(RESNET) == 0.25
     assert factor(UNET + "input_blocks.11.0.in_layers.0.weight") == 0.5  # 11 does not begin with the block 1
     assert factor(ATTENTION) == 1.0
     assert factor(DECODER) == 0.0
-    with pytest.raises(CheckpointError, match=r"block output_block: no tensor's name.*input_blocks\.1"):
-        factors(1.0, {"output_block": 1.0}, names)
+    changes = weighted_sum(source("A", checkpoint(1)), source("B", checkpoint(2)), factor)
+    check_blocks(["input_blocks", "first_stage_model.decoder"], changes)
+    for block in ("output_block", "betas"):  # no name; a name, but never merged
+        with pytest.raises(CheckpointError, match=rf"block {block}: no merged tensor's name.*input_blocks\.1"):
+            check_blocks([block], changes)
 
 
 def test_norms_by_block() -> None:
@@ -177,6 +189,14 @@ def with_ema(state: State) -> State:
     return {**state, "model_ema.diffusion_modelinput_blocks00weight": state[INPUT_CONV]}
 
 
+def unet_of(state: State) -> State:
+    return to_diffusers({name: tensor for name, tensor in state.items() if name.startswith(UNET)})["unet"]
+
+
+def with_gains(seed: int, gain: float) -> State:
+    return {**checkpoint(seed), UNET + "out.0.weight": torch.full((8,), gain)}
+
+
 @pytest.mark.parametrize(
     ("a", "b", "c", "message"),
     [
@@ -195,6 +215,11 @@ def with_ema(state: State) -> State:
         (checkpoint(1, 9), checkpoint(2, context=1024), checkpoint(3), "B is Stable Diffusion 2"),
         (checkpoint(1, 9), with_ema(checkpoint(2)), checkpoint(3), "B holds its UNet twice.*--ema"),
         (with_ema(checkpoint(1, 9)), checkpoint(2), checkpoint(3), "A holds its UNet twice.*--ema"),
+        (checkpoint(1, 9), checkpoint(2, 8), checkpoint(3, 8), rf"^{INPUT_CONV}: .*A 9, B 8, C 8\); pass"),
+        (checkpoint(1, 9), unet_of(checkpoint(2, 12)), checkpoint(3), rf"^{INPUT_CONV}: .*A 9, B 12, C 4\)"),
+        (checkpoint(1, 9), checkpoint(2), with_gains(3, 0.01), "C is a difference of two networks.*offset BASE"),
+        (checkpoint(1, 9), {"lora_unet_x.lora_up.weight": torch.ones(2, 1)}, checkpoint(3), "B is a LoRA"),
+        (checkpoint(1, 9), checkpoint(2), {"input_hint_block.0.weight": torch.ones(1)}, "C is a ControlNet"),
     ],
 )
 def test_mistakes_are_caught_by_name(a: State, b: State, c: State, message: str) -> None:
@@ -221,9 +246,40 @@ def test_other_names_and_shapes_are_listed() -> None:
         weighted_sum(source("A", a), source("B", {}), lambda _: 1.0)
 
 
-def test_wider_second_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="pass the wider one first"):
-        weighted_sum(source("A", checkpoint(1)), source("B", checkpoint(2, 9)), lambda _: 1.0)
+@pytest.mark.parametrize(
+    ("merge", "a", "b", "message"),
+    [
+        (weighted_sum, checkpoint(1), checkpoint(2, 9), "pass the wider one first"),
+        (weighted_sum, checkpoint(1, 9), checkpoint(2, 8), "mean something else at every width.*A 9, B 8"),
+        (weighted_sum, checkpoint(1, 12), checkpoint(2, 9), "mean something else at every width.*A 12, B 9"),
+        (weighted_sum, with_gains(1, 1.0), with_gains(2, 0.0), "B is a difference of two networks"),
+        (offset, checkpoint(1, 12), checkpoint(2, 8), "mean something else at every width.*A 12, B 8"),
+        (offset, with_gains(1, 1.0), with_gains(2, 0.8), "B is a whole network, no difference"),
+        (offset, with_gains(1, 0.0), with_gains(2, 0.0), "A is a difference of two networks"),
+    ],
+)
+def test_mistakes_of_two(merge: Any, a: State, b: State, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        merge(source("A", a), source("B", b), lambda _: 1.0)
+
+
+def test_depth_models_merge_among_themselves() -> None:
+    a, b, c = (checkpoint(seed, 5) for seed in (1, 2, 3))
+    torch.testing.assert_close(difference(a, b, c)[INPUT_CONV], a[INPUT_CONV] + b[INPUT_CONV] - c[INPUT_CONV])
+    first_stage = {DECODER: b[DECODER]}  # has no channels to compare
+    assert torch.equal(
+        written(a, weighted_sum(source("A", a), source("B", first_stage), lambda _: 1.0))[DECODER], b[DECODER]
+    )
+
+
+def test_float8_is_summed_and_checked() -> None:
+    a, b, c = checkpoint(1, 9, dtype=torch.float8_e4m3fn), checkpoint(2), checkpoint(3)
+    got = difference(a, b, c, 0.5)
+    expected = a[RESNET].float() + 0.5 * (b[RESNET] - c[RESNET])
+    torch.testing.assert_close(got[RESNET].float(), expected.to(torch.float8_e4m3fn).float())
+    assert torch.equal(got[INPUT_CONV][:, 4:].float(), a[INPUT_CONV][:, 4:].float())
+    with pytest.raises(CheckpointError, match="does not fit into float8_e4m3fn"):
+        difference(a, b, c, 1e6)
 
 
 def test_a_sum_that_does_not_fit_is_an_error() -> None:
@@ -298,18 +354,52 @@ def test_averaged_weights_are_chosen(files: dict[str, Path], tmp_path: Path) -> 
 
 def test_wrong_command_lines(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b, c = files.values()
-    contents = {path: path.read_bytes() for path in files.values()}
+    unet = tmp_path / "unet.safetensors"
+    write_safetensors(unet, unet_of(checkpoint(4)))
+    contents = {path: path.read_bytes() for path in (*files.values(), unet)}
     for arguments, message in (
         (("add-difference", b, a, c, tmp_path / "o.safetensors"), "look swapped"),
         (("add-difference", a, b, c, tmp_path / "o.ckpt"), "expected .safetensors"),
         (("add-difference", a, b, c, b, "--overwrite"), "would replace the input"),
         (("add-difference", a, b, tmp_path / "none.ckpt", tmp_path / "o.safetensors"), "no such file"),
         (("weighted-sum", a, tmp_path, tmp_path / "x" / "o.safetensors"), "lies in the other"),
-        (("weighted-sum", a, b, tmp_path / "o.safetensors", "--block", "nonsense=1"), "no tensor's name begins"),
+        (("weighted-sum", a, b, tmp_path / "o.safetensors", "--block", "nonsense=1"), "no merged tensor's name begins"),
+        (
+            ("weighted-sum", a, unet, tmp_path / "o.safetensors", "--only", "first-stage"),
+            "holds nothing of first-stage",
+        ),
     ):
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
-    with pytest.raises(SystemExit, match="2"):
-        run("weighted-sum", a, b, tmp_path / "o.safetensors", "--block", "input_blocks")
-    assert "expected BLOCK=NUMBER" in capsys.readouterr().err
+    for options, message in (
+        (("--block", "input_blocks"), "expected BLOCK=NUMBER"),
+        (("--block", "input_blocks=nan"), "got 'nan', expected a finite number"),
+        (("--multiplier", "inf"), "got 'inf', expected a finite number"),
+        (("--multiplier", "half"), "got 'half', expected a finite number"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run("weighted-sum", a, b, tmp_path / "o.safetensors", *options)
+        assert message in capsys.readouterr().err
+
+
+def test_a_unet_alone_is_only_a_unet(files: dict[str, Path], tmp_path: Path) -> None:
+    """`--only unet` takes all of it, on either side."""
+    unet, out = tmp_path / "unet.safetensors", tmp_path / "out.safetensors"
+    write_safetensors(unet, unet_of(checkpoint(4)))
+    for a, b, name in ((files["a"], unet, RESNET), (unet, files["b"], "down_blocks.0.resnets.0.conv1.weight")):
+        assert run("weighted-sum", a, b, out, "--only", "unet", "--multiplier", 1, "--overwrite") == 0
+        expected = checkpoint(4 if b == unet else 2)[RESNET]
+        assert torch.equal(read_checkpoint(out)[name], expected)
+
+
+def test_an_interrupted_merge_leaves_nothing(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupted)
+    assert run("weighted-sum", files["a"], files["b"], tmp_path / "out.safetensors") == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert sorted(tmp_path.iterdir()) == sorted(files.values())

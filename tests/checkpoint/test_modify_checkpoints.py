@@ -62,6 +62,8 @@ def test_nine_channels_and_clip(sd: Path, clip: Path, tmp_path: Path) -> None:
     provenance = read_metadata(out)
     assert provenance["input_sha256"] == sha256_file(sd)
     assert provenance["command"].startswith("scripts/modify_checkpoints.py ")
+    assert provenance["clip"] == str(clip)
+    assert provenance["clip_sha256"] == sha256_file(clip / "model.safetensors")
     assert json.loads(provenance["versions"])["torch"] == torch.__version__
 
 
@@ -95,11 +97,12 @@ def test_defaults_are_the_originals(sd: Path, tmp_path: Path, monkeypatch: pytes
     )
 
 
-def test_never_overwrites_unasked(sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = sd.read_bytes()
-    assert main([str(sd), str(sd), "--overwrite"]) == 2
-    assert "would replace the input" in capsys.readouterr().err
-    assert sd.read_bytes() == before
+def test_never_overwrites_unasked(sd: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (sd, clip / "model.safetensors"):
+        before = path.read_bytes()
+        assert main([str(sd), str(path), "--clip", str(clip), "--overwrite"]) == 2
+        assert "would replace the input" in capsys.readouterr().err
+        assert path.read_bytes() == before
     (tmp_path / "out.ckpt").write_text("precious")
     assert main([str(sd), str(tmp_path / "out.ckpt")]) == 2
     assert "--overwrite" in capsys.readouterr().err
@@ -121,6 +124,8 @@ def test_errors(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         ([sd, tmp_path / "out.bin"], "expected .safetensors or .ckpt"),
         ([tmp_path / "nine.safetensors", out], f"{tmp_path / 'nine.safetensors'}: {INPUT_CONV}: got 9 input channels"),
         ([tmp_path / "nine.safetensors", out], "inflated already"),
+        ([sd, out, "--in-channels", "4"], f"{INPUT_CONV}: has 4 input channels, and 4 are asked for"),
+        ([sd, out, "--in-channels", "-3"], "and -3 are asked for; ask for more"),
         ([sd, out, "--clip", tmp_path / "none.safetensors"], "none.safetensors: no such file"),
         ([sd, out, "--clip", tmp_path / "folder"], "folder without model.safetensors"),
         ([sd, out, "--clip", sd], "no complete CLIP image tower"),
@@ -131,6 +136,18 @@ def test_errors(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert error.startswith("error: ")
         assert message in error
         assert not out.exists()
+
+
+def test_an_interruption_leaves_nothing(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupted)
+    assert main([str(sd), str(tmp_path / "out.safetensors")]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert list(tmp_path.iterdir()) == [sd]
 
 
 def test_init_and_dry_run(sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
