@@ -129,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(f"dry run: {args.output} not written" if args.dry_run else f"wrote {args.output}")
     return 0
 

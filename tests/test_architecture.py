@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up: a module may import from lower floors, and within its own.
 FLOORS = (
-    ("ldm.config", "ldm.files", "ldm.noise", "ldm.provenance", "ldm.steps"),
+    ("ldm.config", "ldm.files", "ldm.noise", "ldm.provenance", "ldm.steps", "ldm.version"),
     (
         "ldm.checkpoint",
         "ldm.diffusion",

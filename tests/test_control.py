@@ -220,8 +220,6 @@ def test_command_line(
             made[name] = np.asarray(result)
     assert np.array_equal(made["plain"], made["none"])
     assert len({made[name].tobytes() for name in ("plain", "one", "two")}) == 3
-    assert inference.main([*words, str(tmp_path / "out"), *control, "--control-scale", "nan"]) == 2
-    assert "expected a finite number" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         inference.main([*words, str(tmp_path / "out"), "--control", str(file)])
     assert "give a --control-image" in capsys.readouterr().err

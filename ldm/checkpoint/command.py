@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ldm.checkpoint.folders import STEMS, read_json, weight_files
 from ldm.checkpoint.io import CheckpointError, sha256_file
+from ldm.version import __version__
 
 # Of a folder of diffusers, beside the folders of its components and a UNet's weights.
 _FILES = ("model_index.json", "config.json", "README.md", "LICENSE", ".gitattributes")
@@ -90,5 +91,6 @@ def provenance(script: str, argv: Sequence[str] | None, inputs: Mapping[str, Pat
             record |= {f"{role}_sha256 {file.relative_to(path)}": sha256_file(file) for file in files}
         else:
             record[f"{role}_sha256"] = sha256_file(path)
-    record["versions"] = json.dumps({"python": platform.python_version(), "torch": version("torch")})
+    versions = {"paint-by-example": __version__, "python": platform.python_version(), "torch": version("torch")}
+    record["versions"] = json.dumps(versions)
     return record

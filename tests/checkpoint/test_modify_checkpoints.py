@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ldm
 from ldm.checkpoint.io import read_checkpoint, read_metadata, sha256_file, write_safetensors
 from ldm.checkpoint.keys import FILE_TOWER, INPUT_CONV, TEXT_TOWER
 from scripts import modify_checkpoints
@@ -64,7 +65,8 @@ def test_nine_channels_and_clip(sd: Path, clip: Path, tmp_path: Path) -> None:
     assert provenance["command"].startswith("scripts/modify_checkpoints.py ")
     assert provenance["clip"] == str(clip)
     assert provenance["clip_sha256"] == sha256_file(clip / "model.safetensors")
-    assert json.loads(provenance["versions"])["torch"] == torch.__version__
+    versions = json.loads(provenance["versions"])
+    assert (versions["torch"], versions["paint-by-example"]) == (torch.__version__, ldm.__version__)
 
 
 def test_clip_from_a_file(sd: Path, clip: Path, tmp_path: Path) -> None:
