@@ -38,7 +38,7 @@ from ldm.holes import box_hole, depth, drawn_hole, grown, parts, reshaped
 from ldm.latent_diffusion import LatentDiffusion, load_model
 from ldm.models.controlnet import HINT_DOWNSAMPLING, ControlNet
 from ldm.samplers import OnStep
-from ldm.seams import agree
+from ldm.seams import agree, membrane
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "pretrained_models" / "mini"
 EXAMPLE_PARTS = ("scene", "mask", "exemplar")
@@ -226,8 +226,7 @@ class Editor:
         if not 0 <= context_margin < math.inf or (feather or 0) < 0:
             raise EditingError(f"got context_margin={context_margin}, feather={feather}, expected 0 or more")
 
-        picture = upright(scene)
-        hole = _of_size(as_hole(hole_mask), picture.size)
+        picture, hole = _opaque(scene, hole_mask)
         if exemplar is None or isinstance(exemplar, (Image.Image, str, Path)):
             exemplars, holes = [exemplar], parts(hole) if separate else [hole]
         else:
@@ -269,7 +268,6 @@ class Editor:
                 fitted.put_back(pixels, feather=feather, colour_agreement=colour_agreement)
                 for fitted, pixels in zip(fits if i else fits * len(seeds), painted, strict=True)
             ]
-        results = [flatten(result, MID_GREY) for result in results]
         return results[0] if alone else results
 
     def load_controlnet(self, path: str | Path) -> ControlNet:
@@ -379,7 +377,7 @@ class FittedScene:
     """A scene, and the square of it in the model's size.
 
     Attributes:
-        scene: the whole picture, RGB, or RGBA where parts of it are transparent.
+        scene: the whole picture, RGB.
         hole: its hole, mode L, 0 or 255.
         window: where the square lies.
         image: (1, 3, S, S) in [-1, 1], the square's pixels.
@@ -412,10 +410,7 @@ class FittedScene:
     ) -> Image.Image:
         """Paste the painted square (3, S, S) into the scene: inside the hole only, or as a whole and as it is.
 
-        Feather and colour agreement are as for `Editor.edit`; what is transparent is painted without feather.
-
-        Returns:
-            A picture of the scene's size and mode; what is painted is opaque.
+        Feather and colour agreement are as for `Editor.edit`.
         """
         if feather is None:
             feather = default_feather(self.hole)
@@ -438,21 +433,12 @@ class FittedScene:
             return self.hole
         share = np.minimum(self._depth, feather + 1, dtype=np.float32) / (feather + 1)
         weights = Image.new("L", self.hole.size)
-        weights.paste(Image.fromarray(np.rint(255 * share).astype(np.uint8)), self._rim)
-        if self.scene.mode == "RGBA":  # there is nothing to fade into
-            see_through = self.scene.getchannel("A").point([255] * 255 + [0])
-            weights.paste(255, mask=ImageChops.multiply(see_through, self.hole))
+        weights.paste(Image.fromarray(np.rint(255 * share).astype(np.uint8)), _with_rim(self.hole))
         return weights
-
-    @property
-    def _rim(self) -> Box:
-        """The hole's box and the pixels right beside it."""
-        return pad_box(Box(*(self.hole.getbbox() or ())), self.hole.size, 1)
 
     @cached_property
     def _depth(self) -> np.ndarray:
-        """Within the rim."""
-        return depth(self.hole.crop(self._rim))
+        return depth(self.hole.crop(_with_rim(self.hole)))
 
 
 def fit_scene(
@@ -471,8 +457,7 @@ def fit_scene(
     Raises:
         EditingError: the mask is empty.
     """
-    picture = upright(scene)
-    hole = _of_size(as_hole(hole_mask), picture.size)
+    picture, hole = _opaque(scene, hole_mask)
     bounds = hole.getbbox()
     assert bounds is not None
     window = fit_window(
@@ -484,12 +469,29 @@ def fit_scene(
     )
     # Where the square reaches over the border, the hole is reflected with the scene: what must not be
     # seen inside must not be seen in its mirror image either.
-    square, square_hole = flatten(_cut(picture, window), MID_GREY), _cut(hole, window)
+    square, square_hole = _cut(picture, window), _cut(hole, window)
     if window.side != image_size:
         square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
         share = square_hole.convert("F").resize((image_size, image_size), Image.Resampling.BOX)
         square_hole = Image.fromarray(np.uint8(255) * (np.asarray(share) > 0))
     return FittedScene(picture, hole, window, pil_to_tensor(square)[None], mask_to_tensor(square_hole)[None])
+
+
+def _opaque(scene: Picture, hole_mask: Picture) -> tuple[Image.Image, Image.Image]:
+    """A scene, RGB, and its hole. What is transparent in the hole becomes a continuation of what surrounds it.
+
+    With grey there, what is painted would fade into grey.
+    """
+    picture = upright(scene)
+    hole = _of_size(as_hole(hole_mask), picture.size)
+    result = flatten(picture, MID_GREY)
+    if picture.mode == "RGBA":
+        box = _with_rim(hole)
+        see_through = picture.getchannel("A").crop(box).point([255] * 255 + [0])
+        unknown = ImageChops.multiply(see_through, hole.crop(box))
+        colours = pil_to_tensor(result.crop(box))[None]
+        result.paste(tensor_to_pil(membrane(colours, mask_to_tensor(unknown)[None])[0]), box, unknown)
+    return result, hole
 
 
 def seeds_of(seed: int | Sequence[int], n_samples: int) -> tuple[list[int], bool]:
@@ -674,6 +676,11 @@ def _cut(picture: Image.Image, window: Window) -> Image.Image:
 def _clipped(window: Window, size: tuple[int, int]) -> tuple[int, int, int, int]:
     left, top, side = window.left, window.top, window.side
     return max(left, 0), max(top, 0), min(left + side, size[0]), min(top + side, size[1])
+
+
+def _with_rim(hole: Image.Image) -> Box:
+    """The hole's box and the pixels right beside it."""
+    return pad_box(Box(*(hole.getbbox() or ())), hole.size, 1)
 
 
 def default_feather(hole: Image.Image) -> int:

@@ -32,16 +32,19 @@ def agree(painted: Tensor, image: Tensor, keep_mask: Tensor) -> Tensor:
     """
     kept = (keep_mask > 0.5).to(painted.dtype)
     ring = F.max_pool2d(1 - kept, 3, stride=1, padding=1) * kept
-    return painted + _membrane((image - painted).clamp(-LIMIT, LIMIT) * ring, ring)
+    return painted + membrane((image - painted).clamp(-LIMIT, LIMIT) * ring, ring)
 
 
-def _membrane(values: Tensor, known: Tensor) -> Tensor:
-    """Values (B, C, H, W), where `known` (B, 1, H, W) is 1, and a smooth continuation of them elsewhere."""
+def membrane(values: Tensor, known: Tensor) -> Tensor:
+    """Values (B, C, H, W), where `known` (B, 1, H, W) is 1, and a smooth continuation of them elsewhere.
+
+    Source: Gortler et al. 1996, section 3.4 (from coarse to fine).
+    """
     if min(values.shape[2:]) == 1:
         mean = (values * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp(min=1)
         return mean.expand_as(values)
     share = F.avg_pool2d(known, 2, ceil_mode=True)
     half = F.avg_pool2d(values * known, 2, ceil_mode=True) / share.clamp(min=1e-6)
-    coarse = _membrane(half, (share > 0).to(values.dtype))
+    coarse = membrane(half, (share > 0).to(values.dtype))
     up = F.interpolate(coarse, size=values.shape[2:], mode="bilinear", align_corners=False)
     return torch.where(known > 0, values, up)
