@@ -11,6 +11,7 @@ Needs the extra `demo`. docs/web.md describes the page, its limits and its API.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -43,10 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-megapixels", type=float, default=30, metavar="N", help="of a picture; %(default)s")
     limits.add_argument("--max-megabytes", type=int, default=40, metavar="N", help="of a file; default: %(default)s")
-    limits.add_argument("--max-seconds", type=float, default=300, metavar="N", help="of an edit; default: %(default)s")
+    limits.add_argument("--max-seconds", type=float, default=300, metavar="N", help="of painting; default: %(default)s")
     limits.add_argument("--max-samples", type=int, default=8, metavar="N", help="of an edit; default: %(default)s")
     limits.add_argument("--max-waiting", type=int, default=16, metavar="N", help="requests; default: %(default)s")
-    limits.add_argument("--keep-minutes", type=float, default=60, metavar="N", help="files; default: %(default)s")
+    limits.add_argument("--keep-minutes", type=float, default=90, metavar="N", help="files; default: %(default)s")
     return parser
 
 
@@ -59,8 +60,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.config and not args.checkpoint:
         parser.error("got --config without --checkpoint; name the weights too (--checkpoint FILE)")
     counts = (args.max_megapixels, args.max_megabytes, args.max_seconds, args.max_samples, args.max_waiting)
-    if min(*counts, args.keep_minutes) <= 0:
-        parser.error("limits: expected more than 0")
+    if not all(0 < count < math.inf for count in (*counts, args.keep_minutes)):
+        parser.error("limits: expected more than 0, and finite numbers")
+    if args.port is not None and not 1 <= args.port <= 65535:
+        parser.error(f"--port: got {args.port}, expected a number from 1 to 65535")
+    longest_wait = (args.max_waiting + 1) * args.max_seconds / 60
+    if args.keep_minutes < longest_wait:
+        parser.error(
+            f"--keep-minutes: got {args.keep_minutes:g}, and a request may wait for {longest_wait:g} minutes, "
+            "(--max-waiting + 1) x --max-seconds; keep files longer, or lower the others"
+        )
     if args.host not in LOOPBACK and not args.auth:
         print(f"warning: everyone can use the page at {args.host}; --auth asks for a password", file=sys.stderr)
     try:

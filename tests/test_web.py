@@ -25,7 +25,8 @@ from PIL import Image
 
 from ldm.data.transforms import ImageFileError
 from ldm.editing import EditingError, Editor
-from ldm.web.edits import HOLE_PREFIX, Edited, EditService, Limits, Progress
+from ldm.web import page as web_page
+from ldm.web.edits import EXEMPLAR_LOOK, HOLE_PREFIX, Edited, EditService, Limits, Progress
 from ldm.web.page import data_url, serving
 from scripts import web_demo
 
@@ -124,6 +125,9 @@ def test_settings_take_their_type(service: EditService, name: str, value: Any, e
         ("num_steps", True, "num_steps: got True"),
         ("seed", 2**31, "seed: got 2147483648"),
         ("seed", None, "seed: got None"),
+        ("seed", 1.5, "seed: got 1.5"),
+        ("feather", 1.5, "feather: got 1.5, expected a whole number from -1 to 64"),
+        ("sampler", "x" * 10**6, "sampler: got 'xxx"),
         ("n_samples", 9, "from 1 to 8"),
         ("guidance_scale", float("nan"), "guidance_scale: got nan"),
         ("guidance_scale", float("inf"), "a number from 1 to 15"),
@@ -132,8 +136,9 @@ def test_settings_take_their_type(service: EditService, name: str, value: Any, e
     ],
 )
 def test_settings_out_of_bounds(service: EditService, name: str, value: Any, message: str) -> None:
-    with pytest.raises(EditingError, match=re.escape(message)):
+    with pytest.raises(EditingError, match=re.escape(message)) as caught:
         service.settings[name].check(value)
+    assert len(str(caught.value)) < 200
 
 
 def test_settings_are_those_of_the_editor_and_the_command_line(service: EditService) -> None:
@@ -144,7 +149,8 @@ def test_settings_are_those_of_the_editor_and_the_command_line(service: EditServ
     keywords = inspect.signature(Editor.edit).parameters
     options = inference.build_parser()._option_string_actions
     for setting in service.settings.values():
-        assert setting.name in keywords and setting.option in options
+        assert setting.name in keywords or setting.name in ("separate", *EXEMPLAR_LOOK)
+        assert setting.option in options
         assert setting.check(setting.default) == setting.default
     assert service.settings["context_margin"].default == service.editor.model.config.context_margin
 
@@ -203,7 +209,7 @@ def test_content_and_not_the_name_says_what_a_file_is(service: EditService, tmp_
 
 
 def test_uploads_that_were_removed(service: EditService, tmp_path: Path) -> None:
-    with pytest.raises(ImageFileError, match=r"scene.png: no longer here, uploads are kept for 60 minutes"):
+    with pytest.raises(ImageFileError, match=r"scene.png: no longer here, files are kept for 90 minutes"):
         service.open_upload(tmp_path / "scene.png")
 
 
@@ -292,12 +298,18 @@ def test_out_of_memory(service: EditService, files: dict[str, Path], monkeypatch
         edit(service, files)
 
 
-def test_old_files_are_removed(service: EditService, files: dict[str, Path]) -> None:
-    old = edit(service, files).files[0].parent
-    recent = edit(service, files).files[0].parent
+def test_files_that_nobody_uses_are_removed(service: EditService, files: dict[str, Path]) -> None:
+    used, spared = (Path(shutil.copy(files["scene"], service.folder / name)) for name in ("scene.png", "spared.png"))
+    old, recent = (edit(service, files).files[0].parent for _ in range(2))
+    for path in (used, spared, *old.iterdir()):
+        os.utime(path, (0, 0))
+    edit(service, files | {"scene": used})
+    service.sweep({spared})
+    assert used.exists() and spared.exists() and len(list(recent.iterdir())) == 2
+    assert not list(old.iterdir())
     os.utime(old, (0, 0))
-    service.new_folder()
-    assert not old.exists() and recent.exists()
+    service.sweep({spared})
+    assert not old.exists()
 
 
 def make_calls(edited: Edited, folder: Path) -> None:
@@ -309,7 +321,10 @@ def make_calls(edited: Edited, folder: Path) -> None:
         subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("values", [{}, {"n_samples": 2, "seed": 5, "sampler": "ddim", "whole_image": True}])
+FURTHER = {"feather": 3, "separate": True, "reference_background": "grey", "reference_fit": "pad"}
+
+
+@pytest.mark.parametrize("values", [{}, FURTHER | {"n_samples": 2, "seed": 5, "sampler": "ddim", "whole_image": True}])
 def test_the_calls_repeat_the_edit(
     service: EditService, tmp_path: Path, values: dict[str, Any], files: dict[str, Path]
 ) -> None:
@@ -325,6 +340,31 @@ def test_the_calls_repeat_the_edit(
     for seed, path in enumerate(edited.files, start=values.get("seed", 0)):
         for other in (folder / f"result_{seed}.png", folder / "results" / path.name):
             assert np.abs(pixels(path) - pixels(other)).max() <= 1, other
+
+
+@pytest.mark.parametrize(
+    ("scene", "exemplar"), [("image.png", "Image.png"), ("mask.png", "dog.png"), ("-a.png", "dog.png")]
+)
+def test_the_calls_tell_the_files_apart(
+    service: EditService, files: dict[str, Path], scene: str, exemplar: str
+) -> None:
+    for part, name in (("scene", scene), ("exemplar", exemplar)):
+        (files[part].parent / part).mkdir()
+        files[part] = files[part].rename(files[part].parent / part / name)
+    edited = edit(service, files)
+    assert "'scene.png', 'mask.png', 'exemplar.png'" in edited.python
+    assert "--image scene.png --mask mask.png --reference exemplar.png" in edited.shell
+    with Image.open(edited.files[0]) as result:
+        record = json.loads(result.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
+    assert (edited.files[0].name, record["image"], record["reference"]) == ("scene_0.png", "scene.png", "exemplar.png")
+
+
+def test_separate_parts(service: EditService, files: dict[str, Path]) -> None:
+    with Image.open(files["mask"]) as mask:
+        mask.paste(255, (70, 5, 85, 20))
+        mask.save(files["mask"])
+    together, apart = (edit(service, files, separate=separate).files[0] for separate in (False, True))
+    assert changed(together, apart)[5:20, 70:85].any()  # each part had a crop of its own
 
 
 def test_flagged_candidates_are_withheld(editor: Editor, tmp_path: Path, files: dict[str, Path]) -> None:
@@ -368,12 +408,15 @@ def test_an_exemplar_is_asked_for(service: EditService, files: dict[str, Path]) 
 
 
 def test_calls_name_model_device_and_precision(editor: Editor, tmp_path: Path) -> None:
-    source = {"checkpoint": Path("my model.ckpt"), "config": Path("v1.yaml"), "decoder": Path("vae")}
-    service = make_service(editor, tmp_path / "edits", **source)
-    python, shell = service.calls(("a.png", "b.png", "c.png"), {"n_samples": 1, "seed": 0, "whole_image": True})
+    model, config, decoder = Path("my model.ckpt"), Path("v1.yaml"), Path("vae")
+    service = EditService(editor, tmp_path, checkpoint=model, config=config, decoder=decoder)
+    options = {name: setting.default for name, setting in service.settings.items()}
+    options |= {"whole_image": True, "feather": None}
+    python, shell = service.calls(("a.png", "b.png", "c.png"), options)
+    assert "feather" not in python + shell and "prepare_exemplar" not in python
     assert "Editor.from_pretrained('my model.ckpt', config='v1.yaml', decoder='vae')" in python
     words = shlex.split(shell)
-    assert words[words.index("--checkpoint") + 1] == "my model.ckpt" and words[-1] == "--whole-image"
+    assert words[words.index("--checkpoint") + 1] == "my model.ckpt" and "--whole-image" in words
     assert words[words.index("--decoder") + 1] == "vae"
 
 
@@ -386,6 +429,10 @@ def test_calls_name_model_device_and_precision(editor: Editor, tmp_path: Path) -
         (["--auth", "ada"], "--auth: expected USER:PASSWORD"),
         (["--config", "v1.yaml"], "--config without --checkpoint"),
         (["--max-seconds", "0"], "limits: expected more than 0"),
+        (["--max-seconds", "inf"], "limits: expected more than 0, and finite numbers"),
+        (["--keep-minutes", "60"], "a request may wait for 85 minutes"),
+        (["--port", "70000"], "--port: got 70000, expected a number from 1 to 65535"),
+        (["--port", "-1"], "--port: got -1"),
     ],
 )
 def test_wrong_options(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -480,7 +527,14 @@ def test_api_names_one_endpoint_and_its_keywords(client: Any, url: str) -> None:
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert list(endpoints) == ["/edit"]
     names = [parameter["parameter_name"] for parameter in endpoints["/edit"]["parameters"]]
-    assert names[:3] == ["scene", "hole_mask", "exemplar"] and "guidance_scale" in names
+    assert names[:3] == ["scene", "hole_mask", "exemplar"]
+    described = {p["parameter_name"]: (p["python_type"]["type"], p["parameter_default"], p["parameter_has_default"])
+                 for p in endpoints["/edit"]["parameters"]}  # fmt: skip
+    assert described["scene"] == ("filepath", None, False)
+    assert described["guidance_scale"] == ("float", 5.0, True)
+    assert described["seed"] == ("int", 0, True)
+    assert described["whole_image"] == ("bool", False, True)
+    assert described["reference_fit"] == ("Literal['squash', 'pad']", "squash", True)
 
 
 def test_api_errors_are_one_line(client: Any, files: dict[str, Path]) -> None:
@@ -494,18 +548,32 @@ def test_api_errors_are_one_line(client: Any, files: dict[str, Path]) -> None:
         ({"scene": bad}, {}, "bad.png: not a picture"),
         ({"exemplar": large}, {}, "large.png: 2000 x 2000, expected at most 1 million pixels"),
         ({}, {"num_steps": 2.5}, "num_steps: got 2.5, expected a whole number from 1 to 250"),
-        ({}, {"sampler": "euler"}, "euler"),
+        ({}, {"num_steps": "abc"}, "num_steps: got 'abc', expected a whole number"),
+        ({}, {"guidance_scale": None}, "guidance_scale: got None, expected a number from 1 to 15"),
+        ({}, {"guidance_scale": [1]}, "guidance_scale: got [1]"),
+        ({}, {"seed": 1.5}, "seed: got 1.5, expected a whole number"),
+        ({}, {"sampler": "euler"}, "sampler: got 'euler', expected one of"),
+        ({}, {"whole_image": "no"}, "whole_image: got 'no', expected true or false"),
         ({}, {"scene": None}, "scene: got nothing; send a picture file"),
+        ({}, {"scene": 3}, "scene: got 3; send a picture file"),
+        ({}, {"hole_mask": "/etc/hostname"}, "hole_mask: got '/etc/hostname'; send a picture file"),
+        ({}, {"exemplar": {"path": "/etc/hostname"}}, "exemplar: got {'path': '/etc/hostname'}; send a picture file"),
     ):
         with pytest.raises(AppError, match=re.escape(message)) as caught:
             client.predict(**sent(files | changes) | values, api_name="/edit")
         assert "\n" not in str(caught.value)
 
 
-def test_api_takes_no_file_of_the_server(client: Any, files: dict[str, Path]) -> None:
-    here = {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}
-    with pytest.raises(Exception, match=r"(?i)not|cannot|invalid"):
-        client.predict(**sent(files) | {"scene": here}, api_name="/edit")
+def test_api_takes_no_file_of_the_server(client: Any, url: str, files: dict[str, Path]) -> None:
+    httpx = pytest.importorskip("httpx")
+    (endpoint,) = client.view_api(return_format="dict", print_info=False)["named_endpoints"].values()
+    settings = [parameter["parameter_default"] for parameter in endpoint["parameters"][3:]]
+    contents = [("files", (path.name, path.read_bytes())) for path in files.values()]
+    uploads = httpx.post(f"{url}gradio_api/upload", files=contents).json()
+    for paths, answer in ((map(str, files.values()), "event: error"), (uploads, "event: complete")):
+        data = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths] + settings
+        event = httpx.post(f"{url}gradio_api/call/edit", json={"data": data}).json()["event_id"]
+        assert answer in httpx.get(f"{url}gradio_api/call/edit/{event}", timeout=60).text
 
 
 def test_large_files_are_turned_away(url: str) -> None:
@@ -523,15 +591,22 @@ def test_the_queue_has_an_end(client: Any, files: dict[str, Path]) -> None:
 
 
 def test_password_and_temporary_files(
-    editor: Editor, tiny_folder: Path, tmp_path: Path, files: dict[str, Path]
+    editor: Editor, tiny_folder: Path, tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running(editor, Limits(), tiny_folder, auth=("ada", "secret")) as address:
+    monkeypatch.setattr(web_page, "SWEEP_SECONDS", 0.2)
+    with running(editor, Limits(keep_seconds=3), tiny_folder, auth=("ada", "secret")) as address:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        at_first = set(folder.rglob("*"))
         with pytest.raises(Exception, match=r"(?i)auth|401|login|credentials"):
             connect(address, tmp_path)
         client = connect(address, tmp_path, auth=("ada", "secret"))
         client.predict(**sent(files), **QUICK, api_name="/edit")
         assert list(folder.rglob("scene_0.png"))
+        for _ in range(150):  # files go after 3 s, the folders that they leave empty after 3 more
+            if set(folder.rglob("*")) == at_first:
+                break
+            time.sleep(0.1)
+        assert set(folder.rglob("*")) == at_first
     assert not folder.exists()
 
 
@@ -658,7 +733,8 @@ def test_paint_a_box_and_run(page: Any, files: dict[str, Path], tmp_path: Path) 
     where = changed(files["scene"], result)
     assert where[hole].mean() > 0.9 and not where[~hole].any()
     page.locator("#calls button").first.click()
-    assert "num_steps=2" in page.locator("#python .cm-content").inner_text()
+    call = page.locator("#python .cm-content").inner_text()
+    assert "num_steps=2" in call and "feather" not in call
 
 
 @pytest.mark.slow
@@ -675,6 +751,7 @@ def test_brush_eraser_undo_and_candidates(page: Any, files: dict[str, Path], tmp
     assert hole[30, 18:42].all() and not hole[:, 60:].any() and not hole[:20].any()
     page.locator("#candidates .thumbnail-item").nth(1).click()
     page.wait_for_selector("#candidates .thumbnail-item.selected >> nth=0")
+    name = ""
     for _ in range(50):  # the button follows the choice a moment later
         if (name := downloaded(page, "#download", tmp_path).name) == "scene_1.png":
             break
@@ -719,11 +796,29 @@ def test_cancel(page: Any, slow_editor: SlowEditor, files: dict[str, Path]) -> N
     run(page, 250)
     page.wait_for_selector("#status .progress")
     page.locator("#cancel").click()
-    page.wait_for_selector("#status:has-text('Cancelled.')")
+    page.wait_for_selector("#status:has-text('Stopped.')")
     assert slow_editor.steps - before < 250
     page.wait_for_selector("#run:not([disabled])")
     run(page)  # the model is free again
     wait_until_done(page)
+
+
+@pytest.mark.slow
+def test_cancel_while_waiting(page: Any, client: Any, slow_editor: SlowEditor, files: dict[str, Path]) -> None:
+    before = slow_editor.steps
+    show_pictures(page, files)
+    drag(page, (0.3, 0.3), (0.6, 0.6))
+    other = client.submit(**sent(files), num_steps=150, n_samples=1, api_name="/edit")
+    while slow_editor.steps == before and not other.done():
+        time.sleep(0.05)
+    run(page)
+    page.wait_for_selector("#status:has-text('queue')")
+    page.locator("#cancel").click()
+    page.wait_for_selector("#status:has-text('Stopped.')")
+    page.wait_for_selector("#run:not([disabled])")
+    assert not other.done()
+    other.result(timeout=120)
+    assert slow_editor.steps == before + 150  # the cancelled one had none
 
 
 @pytest.mark.slow

@@ -8,15 +8,17 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 import shlex
-import shutil
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -29,6 +31,7 @@ from ldm import __version__
 from ldm.checkpoint.io import sha256_file
 from ldm.data.transforms import ImageFileError, open_image, tensor_to_pil
 from ldm.editing import (
+    EXAMPLE_PARTS,
     EditingError,
     Editor,
     as_hole,
@@ -45,6 +48,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # of uploads, told by their content
 HOLE_PREFIX = "data:image/png;base64,"
 LONGEST_PROMPT = 1000  # characters; models read the first 75 or so of its word pieces
 PREVIEW_SHARE = 0.1  # of the time, at most, that goes into decoding unfinished pictures
+AUTOMATIC = -1  # of the feather, for controls that cannot be empty; None everywhere else
+EXEMPLAR_LOOK = {"reference_background": "background", "reference_fit": "fit"}  # keywords of `prepare_exemplar`
 
 Value = str | int | float | bool
 
@@ -56,10 +61,10 @@ class Limits:
     Attributes:
         pixels: of an uploaded picture.
         megabytes: of an uploaded file.
-        seconds: of painting, waiting not counted; looked at after each step.
+        seconds: from the model's beginning to its last step; looked at after each step.
         samples: candidates of one edit.
         waiting: requests in the queue; further ones are turned away.
-        keep_seconds: how long files of an edit stay on the server.
+        keep_seconds: how long files that nobody uses stay on the server; more than the longest wait.
     """
 
     pixels: int = 30_000_000
@@ -67,7 +72,7 @@ class Limits:
     seconds: float = 300
     samples: int = 8
     waiting: int = 16
-    keep_seconds: int = 3600
+    keep_seconds: int = 5400
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Setting:
     """A setting of an edit: page, API, checks, metadata and the call as text all come from this line.
 
     Attributes:
-        name: the keyword of `Editor.edit`.
+        name: the keyword of `Editor.edit`; for EXEMPLAR_LOOK and `separate`, of the API alone.
         option: the option of inference.py; of one that is true or false, --no-… says the contrary of what is usual.
         label: on the page.
         default: its type is the setting's.
@@ -109,37 +114,45 @@ class Setting:
         if isinstance(self.default, bool):
             if isinstance(value, bool):
                 return value
-            raise EditingError(f"{self.name}: got {value!r}, expected true or false")
+            raise EditingError(f"{self.name}: got {value!r:.80}, expected true or false")
         if self.is_text:
             if isinstance(value, str) and len(value) <= self.high:
                 return value
-            got = f"{len(value)} characters" if isinstance(value, str) else repr(value)
+            got = f"{len(value)} characters" if isinstance(value, str) else f"{value!r:.80}"
             raise EditingError(f"{self.name}: got {got}, expected a text of at most {self.high:g}")
         if isinstance(self.default, str):
             if isinstance(value, str) and value in self.choices:
                 return value
-            raise EditingError(f"{self.name}: got {value!r}, expected one of {', '.join(self.choices)}")
+            raise EditingError(f"{self.name}: got {value!r:.80}, expected one of {', '.join(self.choices)}")
         kind = type(self.default)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and self.low <= value <= self.high and kind(value) == value:
             return kind(value)
         what = "a whole number" if kind is int else "a number"
-        raise EditingError(f"{self.name}: got {value!r}, expected {what} from {self.low:g} to {self.high:g}")
+        raise EditingError(f"{self.name}: got {value!r:.80}, expected {what} from {self.low:g} to {self.high:g}")
 
 
-def offered_settings(context_margin: float, samples: int, *, with_text: bool = False) -> dict[str, Setting]:
+def offered_settings(
+    context_margin: float, samples: int, *, with_text: bool = False, with_exemplars: bool = True
+) -> dict[str, Setting]:
     """The settings of an edit by name, in the page's order.
 
     Args:
         context_margin: the model's own, the default.
         samples: most candidates of one edit.
-        with_text: whether the model reads prompts.
+        with_text: whether the model reads prompts; with_exemplars: whether it reads exemplars.
     """
     steps, largest = "more is slower and finer", 2**31 - 1
     texts = (
         Setting("prompt", "--prompt", "Prompt", "", high=LONGEST_PROMPT, info="what to paint"),
         Setting("negative_prompt", "--negative-prompt", "Negative prompt", "", high=LONGEST_PROMPT, info="what not"),
     )
+    looks = (
+        Setting("reference_background", "--reference-background", "Exemplar's background", "keep",
+                choices=("keep", "grey"), info="of a cut-out"),
+        Setting("reference_fit", "--reference-fit", "Exemplar's fit", "squash", choices=("squash", "pad"),
+                info="to the square that the model reads"),
+    )  # fmt: skip
     settings = (
         *(texts if with_text else ()),
         Setting("n_samples", "--n-samples", "Candidates", min(2, samples), low=1, high=samples, step=1),
@@ -147,13 +160,44 @@ def offered_settings(context_margin: float, samples: int, *, with_text: bool = F
         Setting("num_steps", "--steps", "Steps", 20, low=1, high=250, step=1, info=steps),
         Setting("guidance_scale", "--guidance-scale", "Guidance scale", 5.0, low=1, high=15, step=0.5),
         Setting("sampler", "--sampler", "Sampler", "dpm_solver_pp", choices=tuple(SAMPLERS)),
-        Setting("feather", "--feather", "Feather", 2, low=0, high=64, step=1, info="pixels the edge fades over"),
+        Setting("feather", "--feather", "Feather", AUTOMATIC, low=AUTOMATIC, high=64, step=1,
+                info=f"pixels the edge fades over; {AUTOMATIC}: automatic"),
         Setting("colour_agreement", "--colour-agreement", "Colour agreement", True, info="at the hole's edge"),
         Setting("context_margin", "--context-margin", "Context margin", float(context_margin), low=0, high=4, step=0.05,
                 info="surroundings shown, times the hole's size"),
         Setting("whole_image", "--whole-image", "Whole image", False, info="show the model all of the scene"),
+        Setting("separate", "--separate", "Separate parts", False, info="each part of the hole by itself"),
+        *(looks if with_exemplars else ()),
     )  # fmt: skip
     return {setting.name: setting for setting in settings}
+
+
+def edit_keywords(options: Mapping[str, Value | None]) -> dict[str, Any]:
+    """Of every setting, those that are keywords of `Editor.edit`; what is automatic is left out."""
+    others = {*EXEMPLAR_LOOK, "separate"}
+    return {name: value for name, value in options.items() if name not in others and value is not None}
+
+
+def look(options: Mapping[str, Value | None]) -> dict[str, Any]:
+    """Of every setting, those that are keywords of `prepare_exemplar`."""
+    return {keyword: options[name] for name, keyword in EXEMPLAR_LOOK.items()}
+
+
+def call_names(scene: Path, hole_mask: Path, exemplar: Path | None) -> tuple[str, str, str | None]:
+    """The names under which the calls know the files: their own, or the parts' where two have the same.
+
+    Browsers call every picture that is pasted image.png. A name that begins with a hyphen would be taken for an option.
+    """
+    files = (scene, hole_mask, exemplar)
+    given = {file for file in files if file}
+    own = {file.name.casefold() for file in given}
+    is_unclear = len(own) < len(given) or any(name.startswith("-") for name in own)
+    image, mask, reference = (
+        file and (f"{part}{file.suffix}" if is_unclear else file.name)
+        for part, file in zip(EXAMPLE_PARTS, files, strict=True)
+    )
+    assert image and mask
+    return image, mask, reference
 
 
 @dataclass(frozen=True)
@@ -188,7 +232,7 @@ class EditService:
 
     Args:
         editor: with the model.
-        folder: for files of its own; who made it removes it.
+        folder: for files of its own and uploads; who made it removes it.
         limits: of each request.
         checkpoint, config, decoder: where the model came from, for the calls as text; None is the bundled one, the
             config beside it, its own decoder.
@@ -216,12 +260,15 @@ class EditService:
         if not editor.model.inpaints:
             raise EditingError("the page edits, and this model relights; use inference.py --mode relight")
         self.editor = editor
-        self.folder = folder
+        self.folder = folder.resolve()
         self.limits = limits or Limits()
         self.checkpoint, self.config, self.decoder = checkpoint, config, decoder
         self.safety, self.content_filter, self.watermark = safety, content_filter, watermark
         self.settings = offered_settings(
-            editor.model.config.context_margin, self.limits.samples, with_text=editor.model.reads_text
+            editor.model.config.context_margin,
+            self.limits.samples,
+            with_text=editor.model.reads_text,
+            with_exemplars=editor.model.reads_exemplars,
         )
         # One worker: an edit that was cancelled ends its step before the next one begins.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
@@ -240,7 +287,7 @@ class EditService:
         path = Path(path)
         if not path.is_file():
             kept = f"{self.limits.keep_seconds // 60} minutes"
-            raise ImageFileError(f"{path.name}: no longer here, uploads are kept for {kept}; upload it again")
+            raise ImageFileError(f"{path.name}: no longer here, files are kept for {kept}; upload or make it again")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
@@ -264,12 +311,21 @@ class EditService:
         """Longest side of a picture in pixels."""
         return int(2 * self.limits.pixels**0.5)
 
-    def new_folder(self) -> Path:
-        """A folder for the files of one edit; those of edits long ago are removed."""
-        for folder in self.folder.iterdir():
-            if time.time() - folder.stat().st_mtime > self.limits.keep_seconds:
-                shutil.rmtree(folder, ignore_errors=True)
-        return Path(tempfile.mkdtemp(dir=self.folder))
+    def touch(self, files: Iterable[str | Path | None]) -> None:
+        """Let the age of uploads begin anew: somebody waits for what is made of them."""
+        for file in files:
+            if file and Path(file).is_relative_to(self.folder):
+                with suppress(OSError):  # gone; opening it says so
+                    os.utime(file)
+
+    def sweep(self, spared: Collection[Path] = ()) -> None:
+        """Remove the files that nobody used for long, and folders that have been empty for as long."""
+        oldest = time.time() - self.limits.keep_seconds
+        for parent, folders, files in os.walk(self.folder, topdown=False):
+            for path in (Path(parent, name) for name in (*files, *folders)):
+                with suppress(OSError):  # a folder that is not empty, or gone meanwhile
+                    if path not in spared and path.stat().st_mtime < oldest:
+                        path.rmdir() if path.is_dir() else path.unlink()
 
     def save_hole(self, drawn: Any) -> Path:
         """Write the hole that a browser drew, a PNG as data URL, to a file.
@@ -285,7 +341,7 @@ class EditService:
             content = base64.b64decode(drawn.removeprefix(HOLE_PREFIX), validate=True)
         except binascii.Error as error:
             raise EditingError(f"the hole: not base64 ({error}); paint it again") from None
-        path = self.new_folder() / "mask.png"
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / "mask.png"
         path.write_bytes(content)
         return path
 
@@ -310,13 +366,18 @@ class EditService:
         unknown = values.keys() - self.settings.keys()
         if unknown:
             raise EditingError(f"got the setting {min(unknown)}, expected {', '.join(self.settings)}")
-        options = {name: setting.check(values.get(name, setting.default)) for name, setting in self.settings.items()}
+        options: dict[str, Value | None] = {
+            name: setting.check(values.get(name, setting.default)) for name, setting in self.settings.items()
+        }
+        if options["feather"] == AUTOMATIC:
+            options["feather"] = None
         if exemplar is None and not self.editor.model.reads_text:
             raise EditingError("no exemplar yet; this model needs one")
         if exemplar is not None and not self.editor.model.reads_exemplars:
             raise EditingError("got an exemplar, and this model reads text only; leave it out")
+        self.touch((scene, hole_mask, exemplar))
         picture = self.open_upload(scene)
-        shown = None if exemplar is None else self.open_upload(exemplar, reader=prepare_exemplar)
+        shown = None if exemplar is None else self.open_upload(exemplar, partial(prepare_exemplar, **look(options)))
         hole = self.open_upload(hole_mask, reader=as_hole)
         if abs(hole.width * picture.height - hole.height * picture.width) > sum(picture.size):  # beyond rounding
             sizes = f"{hole.width} x {hole.height}, the scene {picture.width} x {picture.height}"
@@ -370,7 +431,11 @@ class EditService:
                 next_preview = done + (done - now) * (1 / PREVIEW_SHARE - 1)
             steps.put(Progress(step, num_steps, preview))
 
-        edited = self.editor.edit(scene, hole, exemplar, on_step=on_step, **options)
+        keywords = edit_keywords(options)
+        if options["separate"]:
+            edited = self.editor.edit_each(scene, hole, [exemplar], on_step=on_step, **keywords)
+        else:
+            edited = self.editor.edit(scene, hole, exemplar, on_step=on_step, **keywords)
         return edited if isinstance(edited, list) else [edited]
 
     def _save(
@@ -386,9 +451,8 @@ class EditService:
             made = [item for item, reason in zip(made, reasons, strict=True) if reason is None]
             if not made:
                 raise EditingError(f"withheld: {reasons[0]}; another seed or exemplar may pass")
-        folder = self.new_folder()
-        image, mask, reference = (file and Path(file).name for file in files)
-        assert image and mask
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        names = image, mask, reference = call_names(*files)
         record = options | {
             "version": __version__,
             "image": image,
@@ -409,14 +473,14 @@ class EditService:
             written.append(folder / f"{Path(image).stem}_{seed}.png")
             save_png(result, written[-1], {"parameters": json.dumps(record | {"seed": seed})})
         save_png(hole, folder / "mask.png")
-        python, shell = self.calls((image, mask, reference), options)
+        python, shell = self.calls(names, options)
         return Edited(written, folder / "mask.png", python, shell, len(results) - len(made))
 
-    def calls(self, files: tuple[str, str, str | None], options: Mapping[str, Value]) -> tuple[str, str]:
-        """The edit as a Python program and as a shell command, for a folder with the three files.
+    def calls(self, files: tuple[str, str, str | None], options: Mapping[str, Value | None]) -> tuple[str, str]:
+        """The edit as a Python program and as a shell command, for a folder with the files under these names.
 
         Args:
-            files: names of scene, mask and exemplar, where there is one.
+            files: names of scene, mask and exemplar, where there is one; `call_names`.
             options: every setting, checked.
         """
         arguments = [repr(str(self.checkpoint)) if self.checkpoint else "None"]
@@ -425,12 +489,20 @@ class EditService:
         device, dtype = self.editor.device.type, self.editor.model.weight_dtype
         arguments += [] if device == "cpu" else [f"device={device!r}"]
         arguments += [] if dtype == torch.float32 else [f"dtype={dtype}"]
-        keywords = "".join(f"    {name}={value!r},\n" for name, value in options.items())
+        keywords = "".join(f"    {name}={value!r},\n" for name, value in edit_keywords(options).items())
+        given = [repr(file) for file in files if file]
+        is_prepared = bool(files[2]) and any(options[name] != self.settings[name].default for name in EXEMPLAR_LOOK)
+        if is_prepared:
+            given[2] = f"prepare_exemplar({given[2]}, {', '.join(f'{k}={v!r}' for k, v in look(options).items())})"
+        if options["separate"]:
+            given[2:] = [f"[{given[2] if files[2] else None}]"]
         python = ("" if dtype == torch.float32 else "import torch\n\n") + "from ldm import Editor\n"
+        python += "from ldm.editing import prepare_exemplar\n" if is_prepared else ""
         python += "from ldm.provenance import add_watermark\n\n" if self.watermark else "\n"
         mark = f"add_watermark({{}}, {self.watermark!r})" if self.watermark else "{}"
         python += f"editor = Editor.from_pretrained({', '.join(arguments)})\n"
-        python += f"edited = editor.edit(\n    {', '.join(repr(file) for file in files if file)},\n{keywords})\n"
+        method = "edit_each" if options["separate"] else "edit"
+        python += f"edited = editor.{method}(\n    {', '.join(given)},\n{keywords})\n"
         if options["n_samples"] == 1:
             python += f'{mark.format("edited")}.save("result_{options["seed"]}.png")\n'
         else:
@@ -451,7 +523,7 @@ class EditService:
             if self.settings[name].is_text:
                 words.append(f"{option}={value}")  # in one word: it may begin with a hyphen
             elif not isinstance(value, bool):
-                words += [option, str(value)]
+                words += [] if value is None else [option, str(value)]
             elif value is not self.settings[name].default:
                 words += [option] if value else [option.replace("--", "--no-", 1)]
         return python, shlex.join(words)

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ Paint over a part of the scene, {say} what is to be there instead, and run. Noth
 DISPLAY_SIDE = 1280  # pixels, longest, of the copies that the browser shows
 PAINT = (255, 61, 127)  # of a hole
 HINT = "Paint the hole, {say}, run."
+SWEEP_SECONDS = 60.0  # between two looks for files that are old
 STYLE = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
 #scene .html-container, #exemplar .html-container, #status .html-container { padding: 0; }
@@ -37,6 +39,7 @@ STYLE = """
 #examples .grid-wrap, #candidates .grid-wrap { min-height: 0; height: auto; max-height: none; }
 #examples .thumbnail-lg, #candidates .thumbnail-lg { aspect-ratio: 3 / 2; }
 #candidates img { object-fit: contain; }
+#settings .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); }
 .progress { display: flex; flex-direction: column; gap: 0.5rem; align-items: center; }
 .progress .bar { width: 100%; height: 0.5rem; border-radius: 1rem; background: var(--background-fill-secondary); }
 .progress .bar div { height: 100%; border-radius: 1rem; background: var(--color-accent); }
@@ -72,11 +75,15 @@ def serving(
         os.environ["GRADIO_TEMP_DIR"] = folder
         from gradio.themes import Default
 
-        edits = Path(folder) / "edits"
-        edits.mkdir()
-        service = make_service(edits)
+        service = make_service(Path(folder))
         logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio looks whether it is there, at each start
         page = build_page(service)
+        spared, stopped = set(service.folder.rglob("*")), threading.Event()  # the page's own pictures stay
+
+        def sweep() -> None:
+            while not stopped.wait(SWEEP_SECONDS):
+                service.sweep(spared)
+
         page.queue(max_size=service.limits.waiting, api_open=False)
         try:
             _, url, _ = page.launch(
@@ -99,9 +106,11 @@ def serving(
             raise OSError(
                 f"{host}:{port or '7860 to 7959'}: taken, or not an address of this machine; see --port"
             ) from None
+        threading.Thread(target=sweep, name="sweep", daemon=True).start()
         try:
             yield url
         finally:
+            stopped.set()
             page.close(verbose=False)
 
 
@@ -110,17 +119,16 @@ def build_page(service: EditService) -> "gradio.Blocks":
     import gradio as gr
 
     examples = bundled_examples()
-    keep = service.limits.keep_seconds
     private: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
     thumbnails: dict[str, Any] = dict(allow_preview=False, interactive=False, show_label=False, buttons=[])
     model: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
     shows, writes = service.editor.model.reads_exemplars, service.editor.model.reads_text
     texts = [setting for setting in service.settings.values() if setting.is_text]
 
-    with gr.Blocks(title="Paint by Example", analytics_enabled=False, delete_cache=(60, keep)) as page:
+    with gr.Blocks(title="Paint by Example", analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION.format(say=" and ".join(["show"] * shows + ["say"] * writes)))
-        files = {part: gr.State(time_to_live=keep) for part in ("scene", "exemplar")}
-        results = gr.State(time_to_live=keep)  # the scene that was edited and the candidates
+        files = {part: gr.State() for part in ("scene", "exemplar")}
+        results = gr.State()  # the scene that was edited and the candidates
         with gr.Row():
             with gr.Column(scale=3):
                 gr.Markdown("### Scene")
@@ -148,12 +156,16 @@ def build_page(service: EditService) -> "gradio.Blocks":
                 with gr.Row():
                     download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
                     hole_mask = gr.DownloadButton("Download the mask", visible=False, elem_id="download-mask")
-        with gr.Accordion("Settings"), gr.Row():
+        with gr.Accordion("Settings"), gr.Row(elem_id="settings"):
             settings = [written.get(name) or control(setting) for name, setting in service.settings.items()]
-        with gr.Accordion("The same call in Python and shell", open=False, elem_id="calls"), gr.Row():
-            code: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
-            python = gr.Code(label="Python", language="python", elem_id="python", **code)
-            shell = gr.Code(label="Shell", language="shell", elem_id="shell", **code)
+        with gr.Accordion("The same call in Python and shell", open=False, elem_id="calls"):
+            gr.Markdown(
+                "To be run in a folder that holds the pictures under the names given here, the mask among them."
+            )
+            with gr.Row():
+                code: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
+                python = gr.Code(label="Python", language="python", elem_id="python", **code)
+                shell = gr.Code(label="Shell", language="shell", elem_id="shell", **code)
 
         def show_example(event: gr.SelectData) -> tuple[str, str | None, Any, Any]:
             paths = {part: examples[event.index] / f"{part}.png" for part in EXAMPLE_PARTS}
@@ -170,22 +182,17 @@ def build_page(service: EditService) -> "gradio.Blocks":
                 copy = display_copy(service.open_upload(path))
             return path, gr.HTML(picture=data_url(copy), value=None)
 
-        # Sessions whose edit is to end. Gradio's own cancelling sometimes loses what the page is told right after it.
-        cancelled = set[str]()
-
-        def begin(request: gr.Request) -> tuple[Any, Any]:
-            cancelled.discard(str(request.session_hash))
+        def begin(*uploads: str | None) -> tuple[Any, Any]:
+            service.touch(uploads)  # they may have to wait
             return buttons(True)
-
-        def stop(request: gr.Request) -> None:
-            cancelled.add(str(request.session_hash))
 
         def buttons(is_running: bool) -> tuple[Any, Any]:
             return gr.Button(interactive=not is_running), gr.Button(interactive=is_running)
 
-        def paint(
-            request: gr.Request, scene_file: str | None, hole: Any, exemplar_file: str | None, *values: Any
-        ) -> Iterator[dict]:
+        def stopped() -> tuple[Any, Any, str]:
+            return *buttons(False), "Stopped."
+
+        def paint(scene_file: str | None, hole: Any, exemplar_file: str | None, *values: Any) -> Iterator[dict]:
             """A run from the page: what changes on it, step by step."""
             with plain_errors():
                 if not scene_file or not (exemplar_file or writes):
@@ -195,9 +202,6 @@ def build_page(service: EditService) -> "gradio.Blocks":
                 files = Path(scene_file), service.save_hole(hole), exemplar_path
                 with closing(service.edit(*files, named(service, values))) as work:
                     for event in work:
-                        if request.session_hash in cancelled:
-                            yield {status: "Cancelled."}
-                            return
                         is_done = isinstance(event, Edited)
                         yield finished(event, scene_file) if is_done else {status: progress_bar(event)}
 
@@ -216,14 +220,15 @@ def build_page(service: EditService) -> "gradio.Blocks":
             }
 
         def chosen(scene_file: str, result: str) -> dict:
-            before, after = (display_copy(open_image(path)) for path in (scene_file, result))
+            before, after = (display_copy(service.open_upload(path)) for path in (scene_file, result))
             return {
                 slider: (before, after),
                 download: gr.DownloadButton(value=result, visible=True),
             }
 
         def choose(event: gr.SelectData, edited: list[str]) -> dict:
-            return chosen(edited[0], edited[1 + event.index])
+            with plain_errors():
+                return chosen(edited[0], edited[1 + event.index])
 
         for part, shown in (("scene", scene), ("exemplar", exemplar)):
             with gr.Column(elem_id=f"upload-{part}"):
@@ -234,39 +239,49 @@ def build_page(service: EditService) -> "gradio.Blocks":
         changed = [status, results, gallery, slider, download, hole_mask, python, shell]
         at_once: dict[str, Any] = dict(queue=False, **private)
         # One after the other: an edit that fails at once must not be overtaken by the buttons' first change.
-        painting = run.click(begin, None, [run, cancel], **at_once).then(
+        painting = run.click(begin, [*files.values()], [run, cancel], **at_once).then(
             paint, [files["scene"], scene, files["exemplar"], *settings], changed,
             api_visibility="private", show_progress="minimal", show_progress_on=status, **model,
         )  # fmt: skip
         painting.success(lambda: buttons(False), None, [run, cancel], **at_once)
-        painting.failure(lambda: (*buttons(False), "Stopped."), None, [run, cancel, status], **at_once)
-        cancel.click(stop, None, None, **at_once)
-        add_api(service, settings, model)
+        painting.failure(stopped, None, [run, cancel, status], **at_once)
+        cancel.click(stopped, None, [run, cancel, status], cancels=[painting], **at_once)
+        add_api(service, model)
     return page
 
 
-def add_api(service: EditService, settings: "list[Component]", model: dict[str, Any]) -> None:
+def add_api(service: EditService, model: dict[str, Any]) -> None:
     """The endpoint `/edit`, with the page's settings as keywords."""
     import gradio as gr
 
+    # What is sent comes as it is, for our own checks: the page's components would fail on wrong types.
+    from gradio.components.api_component import Api
+    from gradio_client.utils import is_file_obj_with_meta
+
     reads = service.editor.model
     names = ("scene", "hole_mask", *(("exemplar",) if reads.reads_exemplars else ()))
-    inputs = [gr.File(visible=False, label=name) for name in names]
+    inputs = [Api(None, gr.File(render=False).api_info(), name) for name in names]
+    inputs += [Api(setting.default, api_type(setting), setting.label) for setting in service.settings.values()]
     outputs = [
         gr.File(visible=False, file_count="multiple", label="results"),
         gr.Textbox(visible=False, label="python"),
         gr.Textbox(visible=False, label="shell"),
     ]
 
+    def file(name: str, sent: Any) -> Path | None:
+        if is_file_obj_with_meta(sent):  # an upload: Gradio has looked whether it is
+            return Path(sent["path"])
+        if sent is None and name == "exemplar" and reads.reads_text:
+            return None
+        raise ValueError(f"{name}: got {'nothing' if sent is None else f'{sent!r:.80}'}; send a picture file")
+
     def edit(*given: Any) -> tuple[list[str], str, str]:
-        paths, values = given[: len(names)], given[len(names) :]
         with plain_errors():
-            files = {name: Path(path) for name, path in zip(names, paths, strict=True) if path}
-            missing = [name for name in names if name not in files and not (name == "exemplar" and reads.reads_text)]
-            if missing:
-                raise ValueError(f"{missing[0]}: got nothing; send a picture file")
+            files = {name: file(name, sent) for name, sent in zip(names, given, strict=False)}
             scene, hole_mask = files["scene"], files["hole_mask"]
-            *_, edited = service.edit(scene, hole_mask, files.get("exemplar"), named(service, values))
+            assert scene and hole_mask
+            values = named(service, given[len(names) :])
+            *_, edited = service.edit(scene, hole_mask, files.get("exemplar"), values)
         assert isinstance(edited, Edited)
         return [str(path) for path in edited.files], edited.python, edited.shell
 
@@ -275,7 +290,7 @@ def add_api(service: EditService, settings: "list[Component]", model: dict[str, 
     parameters = [inspect.Parameter(name, kind) for name in (*names, *service.settings)]
     edit.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     trigger = gr.Button(visible=False)
-    trigger.click(edit, [*inputs, *settings], outputs, api_name="edit", show_progress="hidden", **model)
+    trigger.click(edit, inputs, outputs, api_name="edit", show_progress="hidden", **model)
 
 
 def named(service: EditService, values: tuple[Any, ...]) -> dict[str, Any]:
@@ -309,7 +324,16 @@ def control(setting: Setting) -> "Component":
         return gr.Dropdown(list(setting.choices), **common)
     if setting.step:
         return gr.Slider(setting.low, setting.high, step=setting.step, **common)
-    return gr.Number(minimum=setting.low, maximum=setting.high, precision=0, **common)
+    return gr.Number(minimum=setting.low, maximum=setting.high, **common)
+
+
+def api_type(setting: Setting) -> dict[str, Any]:
+    """JSON schema of a setting, for the API's documentation."""
+    if isinstance(setting.default, bool):
+        return {"type": "boolean"}
+    if isinstance(setting.default, str):
+        return {"type": "string", "enum": list(setting.choices)} if setting.choices else {"type": "string"}
+    return {"type": "integer" if isinstance(setting.default, int) else "number"}
 
 
 @contextmanager
