@@ -149,7 +149,7 @@ def test_settings_are_those_of_the_editor_and_the_command_line(service: EditServ
     keywords = inspect.signature(Editor.edit).parameters
     options = inference.build_parser()._option_string_actions
     for setting in service.settings.values():
-        assert setting.name in keywords or setting.name in ("separate", *EXEMPLAR_LOOK)
+        assert setting.name in keywords or setting.name in EXEMPLAR_LOOK
         assert setting.option in options
         assert setting.check(setting.default) == setting.default
     assert service.settings["context_margin"].default == service.editor.model.config.context_margin

@@ -80,7 +80,7 @@ class Setting:
     """A setting of an edit: page, API, checks, metadata and the call as text all come from this line.
 
     Attributes:
-        name: the keyword of `Editor.edit`; for EXEMPLAR_LOOK and `separate`, of the API alone.
+        name: the keyword of `Editor.edit`; for EXEMPLAR_LOOK, of the API alone.
         option: the option of inference.py; of one that is true or false, --no-… says the contrary of what is usual.
         label: on the page.
         default: its type is the setting's.
@@ -174,8 +174,7 @@ def offered_settings(
 
 def edit_keywords(options: Mapping[str, Value | None]) -> dict[str, Any]:
     """Of every setting, those that are keywords of `Editor.edit`; what is automatic is left out."""
-    others = {*EXEMPLAR_LOOK, "separate"}
-    return {name: value for name, value in options.items() if name not in others and value is not None}
+    return {name: value for name, value in options.items() if name not in EXEMPLAR_LOOK and value is not None}
 
 
 def look(options: Mapping[str, Value | None]) -> dict[str, Any]:
@@ -431,11 +430,7 @@ class EditService:
                 next_preview = done + (done - now) * (1 / PREVIEW_SHARE - 1)
             steps.put(Progress(step, num_steps, preview))
 
-        keywords = edit_keywords(options)
-        if options["separate"]:
-            edited = self.editor.edit_each(scene, hole, [exemplar], on_step=on_step, **keywords)
-        else:
-            edited = self.editor.edit(scene, hole, exemplar, on_step=on_step, **keywords)
+        edited = self.editor.edit(scene, hole, exemplar, on_step=on_step, **edit_keywords(options))
         return edited if isinstance(edited, list) else [edited]
 
     def _save(
@@ -494,15 +489,12 @@ class EditService:
         is_prepared = bool(files[2]) and any(options[name] != self.settings[name].default for name in EXEMPLAR_LOOK)
         if is_prepared:
             given[2] = f"prepare_exemplar({given[2]}, {', '.join(f'{k}={v!r}' for k, v in look(options).items())})"
-        if options["separate"]:
-            given[2:] = [f"[{given[2] if files[2] else None}]"]
         python = ("" if dtype == torch.float32 else "import torch\n\n") + "from ldm import Editor\n"
         python += "from ldm.editing import prepare_exemplar\n" if is_prepared else ""
         python += "from ldm.provenance import add_watermark\n\n" if self.watermark else "\n"
         mark = f"add_watermark({{}}, {self.watermark!r})" if self.watermark else "{}"
         python += f"editor = Editor.from_pretrained({', '.join(arguments)})\n"
-        method = "edit_each" if options["separate"] else "edit"
-        python += f"edited = editor.{method}(\n    {', '.join(given)},\n{keywords})\n"
+        python += f"edited = editor.edit(\n    {', '.join(given)},\n{keywords})\n"
         if options["n_samples"] == 1:
             python += f'{mark.format("edited")}.save("result_{options["seed"]}.png")\n'
         else:
