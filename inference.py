@@ -21,18 +21,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.files import UserError
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from ldm.editing import Editor
+    from ldm.editing.editor import Editor
 
 SAMPLER_NAMES = ("dpm_solver_pp", "plms", "ddim", "unipc", "ddpm")
 DEFAULT_STEPS = {"dpm_solver_pp": 20, "unipc": 20, "plms": 50, "ddim": 50, "ddpm": 250}
 EDITING = (
     "reference", "box", "polygon", "grow", "shape", "separate", "reference_mask", "reference_background",
     "reference_fit", "control", "control_image", "control_scale", "guess_mode", "decoder", "rank", "eta",
-    "guidance_interval", "context_margin", "feather", "colour_agreement", "whole_image",
+    "guidance_interval", "crop_margin", "feather", "match_colors", "whole_image",
 )  # fmt: skip
 RELIGHTING = ("light", "background", "size", "strength", "highres_scale", "highres_strength")
 SINGLE = ("rank", "separate", "whole_image", "guidance_interval", "box", "polygon", "reference_mask", "control")
@@ -141,13 +143,16 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     fit = parser.add_argument_group("fitting the scene to the model")
     fit.add_argument(
-        "--context-margin", type=number, help="scene shown on each side, times the hole's size; default: the model's"
+        "--crop-margin",
+        "--context-margin",
+        type=number,
+        help="scene shown on each side, times the hole's size; default: the model's",
     )
     fit.add_argument(
         "--feather", type=int, metavar="PX", help="over which the hole's edge fades; default: its size / 50"
     )
     fit.add_argument(
-        "--colour-agreement", action=argparse.BooleanOptionalAction, default=True,
+        "--match-colors", "--colour-agreement", action=argparse.BooleanOptionalAction, default=True,
         help="correct what was decoded, so that its colours agree with the scene's at the hole's edge (default)",
     )  # fmt: skip
     fit.add_argument("--whole-image", action="store_true", help="show the model the whole scene, as the paper does")
@@ -239,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except (MemoryError, RuntimeError) as error:
-            from ldm.editing import is_out_of_memory
+            from ldm.editing.editor import is_out_of_memory
 
             if not is_out_of_memory(error):
                 raise
@@ -293,11 +298,11 @@ def edit_many(args: argparse.Namespace) -> int:
     import torch
 
     from ldm import __version__
-    from ldm.bulk import match_folders, read_jobs, run_jobs
     from ldm.checkpoint.io import sha256_file
     from ldm.decoders import decoder_file
-    from ldm.editing import checkpoint_file, pick_device, pick_dtype
-    from ldm.safety import load_filter
+    from ldm.editing.batch import match_folders, read_jobs, run_jobs
+    from ldm.editing.editor import checkpoint_file, pick_device, pick_dtype
+    from ldm.editing.safety import load_filter
 
     defaults = {
         "seed": args.seed[0],
@@ -305,9 +310,9 @@ def edit_many(args: argparse.Namespace) -> int:
         "shape": args.shape,
         "reference_background": args.reference_background,
         "reference_fit": args.reference_fit,
-        "context_margin": args.context_margin,
+        "crop_margin": args.crop_margin,
         "feather": args.feather,
-        "colour_agreement": args.colour_agreement,
+        "match_colors": args.match_colors,
         "sampler": args.sampler,
         "num_steps": args.steps,
         "guidance_scale": args.guidance_scale,
@@ -352,7 +357,7 @@ def edit_many(args: argparse.Namespace) -> int:
 
 
 def load_editor(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Editor:
-    from ldm.editing import Editor
+    from ldm.editing.editor import Editor
 
     return Editor.from_pretrained(args.checkpoint, config=args.config, decoder=args.decoder, device=device, dtype=dtype)
 
@@ -364,8 +369,7 @@ def edit(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ldm.checkpoint.io import sha256_file
-    from ldm.control import Control
-    from ldm.editing import (
+    from ldm.editing.editor import (
         EXAMPLE_PARTS,
         as_rgb,
         checkpoint_file,
@@ -375,9 +379,10 @@ def edit(args: argparse.Namespace) -> int:
         prepare_exemplar,
         upright,
     )
-    from ldm.provenance import add_watermark, check_watermark
-    from ldm.results import contact_sheet, passed, save_results
-    from ldm.safety import load_filter
+    from ldm.editing.results import contact_sheet, passed, save_results
+    from ldm.editing.safety import load_filter
+    from ldm.editing.watermark import add_watermark, check_watermark
+    from ldm.models.control import Control
 
     name = args.image.stem if args.image else ""
     if not args.image:
@@ -403,9 +408,9 @@ def edit(args: argparse.Namespace) -> int:
         "guidance_scale": args.guidance_scale,
         "guidance_interval": tuple(args.guidance_interval),
         "eta": args.eta,
-        "context_margin": args.context_margin,
+        "crop_margin": args.crop_margin,
         "feather": args.feather,
-        "colour_agreement": args.colour_agreement,
+        "match_colors": args.match_colors,
         "whole_image": args.whole_image,
         "separate": args.separate,
     }
@@ -430,8 +435,8 @@ def edit(args: argparse.Namespace) -> int:
             bar.total = args.n_iter * num_steps  # some step counts are rounded up
             bar.update()
 
-        if options["context_margin"] is None:
-            options["context_margin"] = editor.model.config.context_margin
+        if options["crop_margin"] is None:
+            options["crop_margin"] = editor.model.config.crop_margin
         scales = args.control_scale or [1.0] * len(args.control)
         controls = [
             Control(editor.load_controlnet(path), picture, scale, args.guess_mode)
@@ -498,11 +503,11 @@ def relight(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ldm.checkpoint.io import sha256_file
-    from ldm.editing import as_rgb, checkpoint_file, pick_device, pick_dtype
-    from ldm.provenance import add_watermark
-    from ldm.relighting import Relighter, on_grey
-    from ldm.results import passed, save_results
-    from ldm.safety import load_filter
+    from ldm.editing.editor import as_rgb, checkpoint_file, pick_device, pick_dtype
+    from ldm.editing.relight import Relighter, on_grey
+    from ldm.editing.results import passed, save_results
+    from ldm.editing.safety import load_filter
+    from ldm.editing.watermark import add_watermark
 
     foreground = on_grey(args.image, args.mask)
     background = args.background and as_rgb(args.background)
@@ -571,11 +576,11 @@ def common_settings(args: argparse.Namespace, device: torch.device, dtype: torch
 
 def bundled_example() -> Path:
     """The folder of the first bundled example."""
-    from ldm.editing import BUNDLED_MODEL, EditingError, bundled_examples
+    from ldm.editing.editor import BUNDLED_MODEL, bundled_examples
 
     for folder in bundled_examples():
         return folder
-    raise EditingError(
+    raise UserError(
         f"{BUNDLED_MODEL / 'examples'}: the bundled example is not there; give --image, --mask and --reference"
     )
 

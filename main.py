@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import Config, ConfigError, dump_config, load_config
-from ldm.files import zip_damage
+from ldm.files import verify_zip
 
 OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
 
@@ -77,7 +77,7 @@ def given_run(name: str | None) -> tuple[Path | None, Path | None]:
     run_dir = resume if resume.is_dir() else resume.parent.parent
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"--resume {resume}: {run_dir} is no run directory (it lacks config.yaml)")
-    if resume.is_file() and (damage := zip_damage(resume)):
+    if resume.is_file() and (damage := verify_zip(resume)):
         raise ConfigError(f"--resume {resume}: damaged ({damage}); give {run_dir} for the last whole checkpoint")
     checkpoint = newest_checkpoint(run_dir) if resume.is_dir() else resume
     if checkpoint is None:
@@ -104,7 +104,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     # Periodic ones are second names of what was `last.ckpt` then.
     for path in [folder / "last.ckpt", *sorted(folder.glob("step*.ckpt"), reverse=True), folder / "best.ckpt"]:
         if path.is_file():
-            if not (damage := zip_damage(path)):
+            if not (damage := verify_zip(path)):
                 return path
             print(f"warning: {path}: damaged ({damage}); trying the one before", file=sys.stderr)
     return None
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     # Seconds of imports that a mistyped config should not cost.
     import torch
 
-    from ldm.run import Run
-    from ldm.training import NonFiniteLoss
+    from ldm.training.diffusion_module import NonFiniteLoss
+    from ldm.training.run import Run
 
     try:
         run = Run(config, run_dir, scale_lr=args.scale_lr and checkpoint is None)

@@ -19,8 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ldm.data.cocoee import Bench
-from ldm.editing import BUNDLED_MODEL
+from ldm.editing.editor import BUNDLED_MODEL
+from ldm.evaluation.cocoee import Bench
 
 ROOT = Path(__file__).parent.parent
 

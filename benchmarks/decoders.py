@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm.data.cocoee import Bench
-from ldm.data.transforms import tensor_to_pil
-from ldm.decoders import with_decoder
-from ldm.editing import BUNDLED_MODEL, Editor, fit_scene
+from ldm.decoders import replace_decoder
+from ldm.editing.editor import BUNDLED_MODEL, Editor, fit_scene
 from ldm.evaluation.background import background
+from ldm.evaluation.cocoee import Bench
 from ldm.evaluation.seam import seam
+from ldm.images import tensor_to_pil
 
 
 @torch.inference_mode()
@@ -41,11 +41,14 @@ def main() -> None:
     args = parser.parse_args()
     editor = Editor.from_pretrained(args.checkpoint, config=args.config, device=args.device)
     model, config = editor.model, editor.model.config
-    own, other = model.first_stage_model, with_decoder(model.first_stage_model, args.decoder).to(editor.device).eval()
+    own, other = (
+        model.first_stage_model,
+        replace_decoder(model.first_stage_model, args.decoder).to(editor.device).eval(),
+    )
     rows: dict[str, list[tuple[float, ...]]] = {}
     items = Bench(args.bench)[: args.limit]
     for number, item in enumerate(track(items, console=Console(stderr=True))):
-        fitted = fit_scene(item.scene, item.hole_mask, config.image_size, context_margin=config.context_margin)
+        fitted = fit_scene(item.scene, item.hole_mask, config.image_size, crop_margin=config.crop_margin)
         image, keep_mask = fitted.image.to(editor.device), fitted.keep_mask.to(editor.device)
         z = model.encode_image(image, torch.Generator().manual_seed(number)) / config.scale_factor
         ways = {"own": own.decode(z), "told nothing": other.decode(z), "told": other.decode(z, image, keep_mask)}

@@ -30,10 +30,10 @@ from ldm.config import Config, load_config
 from ldm.data.datamodule import DataModule
 from ldm.data.read_bbox import ANNOTATIONS
 from ldm.diffusion import q_sample, target
-from ldm.editing import BUNDLED_MODEL
+from ldm.editing.editor import BUNDLED_MODEL
 from ldm.latent_diffusion import latent_hole, load_weights
-from ldm.steps import ROOT
-from ldm.training import DiffusionTraining
+from ldm.training.diffusion_module import DiffusionTraining
+from scripts.pipeline import ROOT
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("disc", "square", "cross")
 WAYS = ("input_conv", "input_conv_attention", "all")

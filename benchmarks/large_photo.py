@@ -19,8 +19,8 @@ from PIL import Image, ImageChops
 from rich.console import Console
 from rich.table import Table
 
-from ldm.data.transforms import open_image
-from ldm.editing import bundled_examples
+from ldm.editing.editor import bundled_examples
+from ldm.images import open_image
 
 SIZE = (6000, 4000)
 HOLES = {"small": (2600, 1700, 3400, 2300), "large": (500, 300, 5500, 3700)}

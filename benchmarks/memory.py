@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.config import Config, load_config
 from ldm.models.layers import SpatialTransformer
 from ldm.models.unet import ResBlock
-from ldm.training import DiffusionTraining
+from ldm.training.diffusion_module import DiffusionTraining
 
 GIB = 2**30
 

@@ -23,16 +23,16 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ldm.data.cocoee import Bench
-from ldm.data.transforms import load_mask, open_image
-from ldm.editing import BUNDLED_MODEL, Editor, FittedScene, fit_scene
+from ldm.editing.editor import BUNDLED_MODEL, Editor, FittedScene, fit_scene
 from ldm.evaluation.background import background
+from ldm.evaluation.cocoee import Bench
 from ldm.evaluation.seam import seam
+from ldm.images import load_mask, open_image
 
 WAYS: dict[str, Callable[[FittedScene, Tensor], Image.Image]] = {
     "decoded": lambda fitted, x: fitted.put_back(x, whole=True),
-    "pasted": lambda fitted, x: fitted.put_back(x, colour_agreement=False),
-    "feather": lambda fitted, x: fitted.put_back(x, colour_agreement=False, feather=None),
+    "pasted": lambda fitted, x: fitted.put_back(x, match_colors=False),
+    "feather": lambda fitted, x: fitted.put_back(x, match_colors=False, feather=None),
     "agreement": lambda fitted, x: fitted.put_back(x),
     "both": lambda fitted, x: fitted.put_back(x, feather=None),
 }
@@ -54,7 +54,7 @@ def finished(editor: Editor, tasks: list[Task], name: str) -> Iterator[tuple[Tas
     config = editor.model.config
     for number, task in enumerate(track(tasks, name, console=Console(stderr=True))):
         scene, hole, exemplar = task
-        fitted = fit_scene(scene, hole, config.image_size, context_margin=config.context_margin)
+        fitted = fit_scene(scene, hole, config.image_size, crop_margin=config.crop_margin)
         options = {"sampler": "dpm_solver_pp", "num_steps": 20, "guidance_scale": 5.0}
         (painted,) = editor.paint(fitted.image, fitted.keep_mask, editor.exemplar_tensor(exemplar), [number], **options)
         yield task, {way: finish(fitted, painted) for way, finish in WAYS.items()}

@@ -23,8 +23,8 @@ from torch import Tensor
 from ldm.checkpoint.io import read_checkpoint
 from ldm.config import load_config
 from ldm.data.datamodule import DataModule
-from ldm.latent_diffusion import load_weights, with_tower
-from ldm.training import DiffusionTraining
+from ldm.latent_diffusion import add_imagenet_tower, load_weights
+from ldm.training.diffusion_module import DiffusionTraining
 
 
 def validation_loss(module: DiffusionTraining, batches: Sequence[dict[str, Tensor]], repetition: int) -> float:
@@ -53,7 +53,7 @@ def main() -> None:
     models = []
     for change in (0.0, args.change):
         module = DiffusionTraining(config)
-        state = with_tower(read_checkpoint(args.checkpoint), module.cond_stage_model)
+        state = add_imagenet_tower(read_checkpoint(args.checkpoint), module.cond_stage_model)
         load_weights(module, state, args.checkpoint, dtype=torch.float32)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ldm.version import __version__
-
 if TYPE_CHECKING:
-    from ldm.editing import Editor
+    from ldm.editing.editor import Editor
     from ldm.latent_diffusion import load_model
 
+__version__ = "0.1.0"
 __all__ = ["Editor", "__version__", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Editor":
-        from ldm.editing import Editor
+        from ldm.editing.editor import Editor
 
         return Editor
     if name == "load_model":

@@ -16,12 +16,23 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.files import UserError
+
 INPAINTING_CHANNELS = ("z_masked", "keep_mask", "hole_mask")
 RELIGHTING_CHANNELS = ("z_foreground", "z_background")
 INPUT_CHANNELS = ("x_t", *INPAINTING_CHANNELS, *RELIGHTING_CHANNELS)
+RENAMED = {  # keys of earlier versions, read from configs that lie beside checkpoints and in run directories
+    "model": {"context_margin": "crop_margin"},
+    "data": {
+        "arbitrary_mask_percent": "p_arbitrary_mask",
+        "exact_mask_percent": "p_object_mask",
+        "context_margins": "crop_margin_range",
+    },
+    "first_stage_training": {"unknown_percent": "p_no_condition"},
+}
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config file or override that cannot be used; the message says which key and what to do."""
 
 
@@ -128,7 +139,7 @@ class ModelConfig:
 
     image_size: int = 512  # pixels, side of the square that the model edits
     scale_factor: float = 0.18215  # latent = scale_factor * posterior sample
-    context_margin: float = 0.5  # what editing shows around a hole, as a share of the hole's longer side
+    crop_margin: float = 0.5  # what editing shows around a hole, as a share of the hole's longer side
     parameterization: str = "eps"  # what the UNet predicts: eps | v | x0
     condition: str = "exemplar"  # what the context tokens are: exemplar | text | both, one after the other
     # of the UNet, in this order: keep_mask (1 = keep, resized bilinearly) is Paint by Example's, hole_mask (1 = paint,
@@ -141,8 +152,8 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
 
     def __post_init__(self) -> None:
-        if self.context_margin < 0:
-            raise ConfigError(f"model.context_margin: got {self.context_margin}, expected 0 or more")
+        if self.crop_margin < 0:
+            raise ConfigError(f"model.crop_margin: got {self.crop_margin}, expected 0 or more")
         _one_of("model.parameterization", self.parameterization, ("eps", "v", "x0"))
         _one_of("model.condition", self.condition, ("exemplar", "text", "both"))
         if self.condition == "both" and self.exemplar_encoder.tokens != "pooled":
@@ -174,21 +185,21 @@ class DataConfig:
     val_batch_size: int = 2
     num_workers: int = 8
     captions: str | None = None  # for prompts: classes (what the annotations call the object), or a CSV file
-    arbitrary_mask_percent: float = 0.5  # share of arbitrary shapes among the holes
-    exact_mask_percent: float = 0.0  # share of holes with the object's own shape, where it is known
+    p_arbitrary_mask: float = 0.5  # share of arbitrary shapes among the holes
+    p_object_mask: float = 0.0  # share of holes with the object's own shape, where it is known
     augment_exemplar: bool = True  # flip, rotate, blur and distort the exemplar
     augmentation_strength: float = 1.0  # multiplies the angles and lengths of that
     grey_background: bool = False  # show the exemplar over mid-grey, where its shape is known
-    context_margins: list[float] = field(default_factory=list)  # [low, high]: crop as editing does; []: as the paper
+    crop_margin_range: list[float] = field(default_factory=list)  # [low, high]: crop as editing does; []: as the paper
     shuffle_buffer: int = 1000  # shards: images that a worker shuffles among
     max_val_samples: int = 2000  # validation reads at most this many samples
 
     def __post_init__(self) -> None:
         _one_of("data.kind", self.kind, ("open_images", "coco", "voc", "yolo", "masks", "shards", "cached"))
-        margins = self.context_margins
+        margins = self.crop_margin_range
         if margins and not (len(margins) == 2 and 0 < margins[0] <= margins[1]):
             raise ConfigError(
-                f"data.context_margins: got {list(margins)}, expected [low, high], 0 < low <= high, or []"
+                f"data.crop_margin_range: got {list(margins)}, expected [low, high], 0 < low <= high, or []"
             )
 
 
@@ -251,7 +262,7 @@ class FirstStageTrainingConfig:
     adversarial_weight: float = 0.0
     adversarial_start: int = 50_001  # first step at which the discriminator acts
     ema_decay: float = 0.0
-    unknown_percent: float = 0.5  # asymmetric decoder: share of pictures of which it is told nothing, in [0, 1]
+    p_no_condition: float = 0.5  # asymmetric decoder: share of pictures of which it is told nothing, in [0, 1]
 
     def __post_init__(self) -> None:
         _one_of("first_stage_training.lr_schedule", self.lr_schedule, ("constant", "cosine"))
@@ -345,6 +356,10 @@ def _read_override(override: str) -> DictConfig:
 
 
 def _merge(config: DictConfig, node: DictConfig, source: str) -> DictConfig:
+    for section, names in RENAMED.items():
+        values = node.get(section)
+        for old in names.keys() & values.keys() if isinstance(values, DictConfig) else ():
+            values[names[old]] = values.pop(old)
     try:
         merged = OmegaConf.merge(config, node)
     except OmegaConfBaseException as error:

@@ -28,7 +28,7 @@ def decoder_file(path: str | Path) -> Path:
     return file
 
 
-def with_decoder(first_stage: AutoencoderKL, path: str | Path) -> AsymmetricAutoencoderKL:
+def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> AsymmetricAutoencoderKL:
     """The same first stage with a mask-conditioned decoder, whose width and depth its file tells.
 
     Args:

@@ -12,14 +12,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 
+class UserError(ValueError):
+    """An input that cannot be used: the message names it and says what to do. Command lines print it in one line."""
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all; see `replacing`."""
-    with replacing(path) as partial:
+    """Write a text file in UTF-8, whole or not at all; see `atomic_write`."""
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replacing(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` when the block succeeds and vanishes when it does not.
 
     The folder is made where it is missing. With `sync` the finished file is on the disk before it takes its name.
@@ -44,8 +48,8 @@ def replacing(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """As `replacing`, for a folder: what was at `path` goes away once the new one is complete.
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """As `atomic_write`, for a folder: what was at `path` goes away once the new one is complete.
 
     Of a link to a folder the folder is replaced, and the link stays.
 
@@ -69,7 +73,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def zip_damage(path: str | Path) -> str:
+def verify_zip(path: str | Path) -> str:
     """What is wrong with a zip file, such as `torch.save` writes; nothing if every byte is as it was written.
 
     Reads all of it: PyTorch's own reader checks no checksums.

@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, TOWER, check_keys, check_schedule, to_module_keys
 from ldm.config import INPUT_CHANNELS, RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
-from ldm.control import Steering
-from ldm.decoders import with_decoder
-from ldm.diffusion import make_schedule, q_sample, target, to_eps
+from ldm.decoders import replace_decoder
+from ldm.diffusion import Generators, draw_noise, make_schedule, q_sample, target, to_eps
 from ldm.models.asymmetric import build_autoencoder
+from ldm.models.control import Steering
 from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNetModel
-from ldm.noise import Generators, draw_noise
 from ldm.samplers import SAMPLERS, OnStep, first_timestep
 
 
@@ -163,7 +162,7 @@ class LatentDiffusion(nn.Module):
         """B prompts to context (B, L, D).
 
         Raises:
-            TokenizerError: the tokenizer is missing.
+            UserError: the tokenizer is missing.
         """
         return self.text_encoder(self.text_encoder.tokenize(prompts).to(self.betas.device))
 
@@ -185,7 +184,7 @@ class LatentDiffusion(nn.Module):
         batch = max(len(part) for part in parts)
         return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
 
-    def still_channels(self, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
+    def concat_condition(self, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
         """What follows x_t among the UNet's channels, the same at every step, in the config's order.
 
         Args:
@@ -205,15 +204,15 @@ class LatentDiffusion(nn.Module):
         return torch.cat([z_masked[:, :0], *(parts[name]() for name in names)], dim=1)  # a UNet may see x_t alone
 
     def unet_input(self, x_t: Tensor, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
-        """The UNet's channels (B, C, h, w): x_t (B, Z, h, w), then `still_channels`."""
-        return torch.cat([x_t, self.still_channels(z_masked, keep_mask)], dim=1)
+        """The UNet's channels (B, C, h, w): x_t (B, Z, h, w), then `concat_condition`."""
+        return torch.cat([x_t, self.concat_condition(z_masked, keep_mask)], dim=1)
 
     def loss(self, z_0: Tensor, z_masked: Tensor, keep_mask: Tensor, context: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The denoising objective, per sample.
 
         Args:
             z_0: (B, Z, h, w) scaled latent of the image.
-            z_masked, keep_mask: as for `still_channels`.
+            z_masked, keep_mask: as for `concat_condition`.
             context: (B, L, D), null tokens already in place of dropped conditions.
             t: (B,) timesteps. eps: (B, Z, h, w) standard normal noise.
 
@@ -235,10 +234,10 @@ class LatentDiffusion(nn.Module):
         """Fill the hole: noise to scaled latents (B, Z, h, w) float32.
 
         Args:
-            z_masked, keep_mask: as for `still_channels`.
+            z_masked, keep_mask: as for `concat_condition`.
             context, **sampling: of `denoise`.
         """
-        return self.denoise(self.still_channels(z_masked, keep_mask), context, **sampling)
+        return self.denoise(self.concat_condition(z_masked, keep_mask), context, **sampling)
 
     @torch.no_grad()
     def denoise(
@@ -365,7 +364,7 @@ def load_model(
     Args:
         config: path of a YAML file, or a loaded config.
         checkpoint: `.ckpt` or `.safetensors` in the published layout; None leaves the weights random.
-        decoder: a mask-conditioned decoder for the first stage, a file or folder for `with_decoder`.
+        decoder: a mask-conditioned decoder for the first stage, a file or folder for `replace_decoder`.
         device: where the model goes.
         dtype: type of the weights; the noise schedule stays float32.
 
@@ -389,7 +388,7 @@ def load_model(
         if model.reads_text:
             model.text_encoder.find_tokenizer(Path(checkpoint).parent)
     if decoder is not None:
-        model.first_stage_model = with_decoder(model.first_stage_model, decoder)
+        model.first_stage_model = replace_decoder(model.first_stage_model, decoder)
     model.requires_grad_(False).eval()
     for parameter in model.parameters():
         if parameter.dtype != dtype:
@@ -397,7 +396,7 @@ def load_model(
     return model.to(device)
 
 
-def with_tower(state: dict[str, Tensor], encoder: ExemplarEncoder) -> dict[str, Tensor]:
+def add_imagenet_tower(state: dict[str, Tensor], encoder: ExemplarEncoder) -> dict[str, Tensor]:
     """A checkpoint's tensors under module names, and an EfficientNet tower's ImageNet weights if it has no tower.
 
     Raises:

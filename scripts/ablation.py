@@ -22,9 +22,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
+
 from ldm.config import ConfigError, load_config
 from ldm.files import write_text
-from ldm.steps import ROOT, Step, StepError, carry_out, newest, script, words
+from scripts.pipeline import ROOT, Step, StepError, carry_out, newest, script, words
 
 OVERLAYS = ROOT / "configs" / "ablation"
 ROWS = {

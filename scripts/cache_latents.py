@@ -24,9 +24,9 @@ from ldm.checkpoint.keys import FIRST_STAGE, TOWER, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
 from ldm.data.cached import write_cache
 from ldm.data.datamodule import box_dataset
-from ldm.data.transforms import exemplar_to_pixels
 from ldm.files import write_text
-from ldm.latent_diffusion import latent_mask, with_tower
+from ldm.images import exemplar_to_pixels
+from ldm.latent_diffusion import add_imagenet_tower, latent_mask
 from ldm.models.asymmetric import build_autoencoder
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.exemplar_encoder import ExemplarEncoder
@@ -49,7 +49,7 @@ def load_encoders(config: Config, checkpoint: Path, device: str) -> tuple[Autoen
     exemplar_encoder = None
     if not config.training.train_tower:
         exemplar_encoder = ExemplarEncoder(config.model.exemplar_encoder)
-        load_part(exemplar_encoder.transformer, with_tower(given, exemplar_encoder), TOWER, checkpoint)
+        load_part(exemplar_encoder.transformer, add_imagenet_tower(given, exemplar_encoder), TOWER, checkpoint)
     for module in filter(None, (first_stage, exemplar_encoder)):
         module.eval().requires_grad_(False).to(device)
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

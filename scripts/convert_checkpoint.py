@@ -18,7 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.command import about, check_output, provenance
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.folders import (
     check_counterpart,
@@ -33,7 +32,8 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensor
 from ldm.checkpoint.keys import EMA, check_schedule, swap_in_ema
 from ldm.config import Config, ConfigError, dump_config, load_config
 from ldm.diffusion import make_schedule
-from ldm.files import replacing_folder, write_text
+from ldm.files import atomic_directory, write_text
+from scripts.checkpoint_cli import about, check_output, provenance
 
 
 def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
@@ -67,7 +67,7 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
     if args.dry_run:
         return
     record = provenance("convert_checkpoint", argv, {"input": args.input})
-    with replacing_folder(args.output) as partial:
+    with atomic_directory(args.output) as partial:
         write_folder(partial, components, files, record)
         if args.tokenizer is not None:
             shutil.copytree(args.tokenizer, partial / "tokenizer")
@@ -101,7 +101,7 @@ def to_file(args: argparse.Namespace, argv: list[str] | None) -> None:
     if config:
         write_text(beside, config)
     if tokenizer.is_dir() and not target.exists():
-        with replacing_folder(target) as partial:
+        with atomic_directory(target) as partial:
             shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
 
 

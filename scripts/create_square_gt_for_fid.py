@@ -42,7 +42,7 @@ def create(source: Path, target: Path, size: int, workers: int) -> None:
     """Convert what is not there yet."""
     from tqdm import tqdm
 
-    from ldm.data.transforms import find_images
+    from ldm.images import find_images
 
     if size < 1 or workers < 1:
         raise ValueError("--size and --workers: expected 1 or more")
@@ -63,8 +63,8 @@ def create(source: Path, target: Path, size: int, workers: int) -> None:
 
 def convert(path: Path, result: Path, size: int) -> None:
     """One picture, from file to file."""
-    from ldm.data.transforms import open_image
-    from ldm.editing import save_png
+    from ldm.editing.editor import save_png
+    from ldm.images import open_image
 
     save_png(square(open_image(path), size), result)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ldm.evaluation.evaluate import Figures, Measurement, Results
     from ldm.evaluation.report import Record
-    from ldm.measure import Figures, Measurement, Results
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,14 +77,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure, print the table, and write what was asked for."""
-    from ldm.data.cocoee import Bench
-    from ldm.editing import pick_device
+    from ldm.editing.editor import pick_device
     from ldm.evaluation.cache import open_cache
+    from ldm.evaluation.cocoee import Bench
+    from ldm.evaluation.evaluate import DEFAULT_METRICS, Measurement, Options, Results
     from ldm.evaluation.features import load_network
     from ldm.evaluation.inception import load_inception
     from ldm.evaluation.quality import load_gmm
     from ldm.files import write_text
-    from ldm.measure import DEFAULT_METRICS, Measurement, Options, Results
 
     bench = Bench(args.bench)
     runs = [named_results(text) for text in args.results]
@@ -119,7 +119,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def named_results(text: str) -> Results:
     """`[NAME=]FOLDER` as a run."""
-    from ldm.measure import Results
+    from ldm.evaluation.evaluate import Results
 
     name, separator, path = text.partition("=")
     return Results.read(Path(path), name) if separator and not Path(text).exists() else Results.read(Path(text))

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoint.command import provenance
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
+
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, to_file_keys
 from ldm.files import write_text
 from ldm.models.text_encoder import TOKENIZER_FILES
+from scripts.checkpoint_cli import provenance
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def fit(args: argparse.Namespace) -> None:
     """Read the pictures, fit, and write the mixture."""
-    from ldm.data.transforms import find_images
-    from ldm.editing import pick_device
+    from ldm.editing.editor import pick_device
     from ldm.evaluation.cache import open_cache
     from ldm.evaluation.features import View, extract, load_network
+    from ldm.images import find_images
 
     if args.components < 1 or (args.limit is not None and args.limit < 1):
         raise ValueError("--components and --limit: expected 1 or more")

@@ -17,6 +17,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ldm.files import UserError
+
 UNUSED_ORIGINAL = ("H", "W", "C", "f", "n_rows", "n_imgs", "n_iter")  # take a number, do nothing
 
 
@@ -47,12 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
     sampling("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
              help="noise levels with guidance, from 0, data, to 1, noise; default: all")  # fmt: skip
     sampling(
+        "--crop-margin",
         "--context-margin",
         type=float,
         metavar="M",
         help="scene shown around the hole, times the hole's size; default: the model's",
     )
-    sampling("--colour-agreement", action="store_true", default=None,
+    sampling("--match-colors", "--colour-agreement", action="store_true", default=None,
              help="with --protocol ours: correct what is pasted at the hole's edge, as editing does")  # fmt: skip
     sampling("--eta", "--ddim_eta", type=float, default=0.0, help="ddim's stochasticity; default: %(default)s")
     sampling("--seed", type=int, default=0, help="item k uses seed + k; default: %(default)s")
@@ -86,18 +89,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Options to settings, and the run itself."""
-    from ldm.benchmark import METHODS, PROTOCOLS, BenchmarkError, Settings, edit_bench
-    from ldm.data.cocoee import Bench
+    from ldm.evaluation.benchmark import METHODS, PROTOCOLS, Settings, edit_bench
+    from ldm.evaluation.cocoee import Bench
 
     if args.method not in METHODS:
-        raise BenchmarkError(f"--method: got {args.method}, expected one of {', '.join(METHODS)}")
+        raise UserError(f"--method: got {args.method}, expected one of {', '.join(METHODS)}")
     asked = {
         "sampler": args.sampler,
         "num_steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "guidance_interval": args.guidance_interval and tuple(args.guidance_interval),
-        "context_margin": args.context_margin,
-        "colour_agreement": args.colour_agreement,
+        "crop_margin": args.crop_margin,
+        "match_colors": args.match_colors,
         "eta": args.eta,
     }
     if args.method == "null-token" and args.guidance_scale is None:

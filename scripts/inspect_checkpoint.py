@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from ldm.checkpoint.identify import identify, parts
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file
-from ldm.files import zip_damage
+from ldm.files import verify_zip
 
 _ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 
@@ -83,7 +83,7 @@ def describe(path: Path, *, header_only: bool, scan: bool) -> str:
     if not header_only:
         lines.append(f"  sha256: {sha256_file(path)}")
     if scan:
-        if zipfile.is_zipfile(path) and (damage := zip_damage(path)):
+        if zipfile.is_zipfile(path) and (damage := verify_zip(path)):
             raise CheckpointError(f"{path}: damaged, its checksums do not fit ({damage}); download or copy it again")
         found = not_finite(state)
         lines.append(f"  {len(found)} tensors with NaN or Inf" if found else "  all numbers are finite")

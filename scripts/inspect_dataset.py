@@ -25,8 +25,8 @@ from ldm.data.captions import CaptionError
 from ldm.data.datamodule import box_dataset, data_source
 from ldm.data.read_bbox import AnnotationError
 from ldm.data.readers import index_path
-from ldm.data.transforms import exemplar_to_pixels, tensor_to_pil
-from ldm.editing import save_png
+from ldm.editing.editor import save_png
+from ldm.images import exemplar_to_pixels, tensor_to_pil
 
 SAMPLES = 16  # on the contact sheet
 COLUMNS = 4

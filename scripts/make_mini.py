@@ -18,8 +18,10 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
+
 from ldm.config import ConfigError, load_config
-from ldm.steps import ROOT, Step, StepError, carry_out, newest, script, words
+from scripts.pipeline import ROOT, Step, StepError, carry_out, newest, script, words
 
 PROTOCOLS = {"mini": "paper", "mini-ours": "ours"}  # runs of the model by their protocol
 BASELINES = ("null-token", "copy-paste", "seamless-clone", "opencv-inpaint")
@@ -89,7 +91,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     composing = words(
         out=scenes,
         count=args.count,
-        size=2 * size if config.data.context_margins else size,  # close crops need scenes with more detail
+        size=2 * size if config.data.crop_margin_range else size,  # close crops need scenes with more detail
         seed=0,
         bench=args.bench,
         bench_size=size,
@@ -103,7 +105,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     caching = words(checkpoint=encoder, root=scenes, out=cache, draws=args.draws, workers=args.workers)
     start = words(pretrained_model=encoder, logdir=out / "train", name="mini")
     steps = [
-        Step("compose", (script("compose_scenes"), *material, *composing)),
+        Step("compose", (script("scenes/compose_scenes"), *material, *composing)),
         Step("boxes", (script("read_bbox"), *words(root=scenes))),
         Step(
             "first-stage",

@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.command import check_output, provenance
 from ldm.checkpoint.identify import identify
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FIRST_STAGE, UNET, swap_in_ema
@@ -30,6 +29,7 @@ from ldm.checkpoint.merge import (
     offset,
     weighted_sum,
 )
+from scripts.checkpoint_cli import check_output, provenance
 
 MERGES = {
     "add-difference": (add_difference, {"A": "what is to learn", "B": "the custom model", "C": "what B was made from"}),

@@ -22,12 +22,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.command import about, check_output, provenance
 from ldm.checkpoint.folders import STEMS, read_component, read_json, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
 from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, swap_in_ema
 from ldm.checkpoint.surgery import add_clip_tower, inflate_input_conv, input_conv
-from ldm.files import replacing_folder, write_text
+from ldm.files import atomic_directory, write_text
+from scripts.checkpoint_cli import about, check_output, provenance
 
 _CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -99,7 +99,7 @@ def write_copy(source: Path, target: Path, state: dict[str, Tensor], record: dic
     def left_out(folder: str, names: list[str]) -> list[str]:
         return [name for name in names if (Path(folder) / name).resolve() in old]
 
-    with replacing_folder(target) as partial:
+    with atomic_directory(target) as partial:
         shutil.copytree(source, partial, ignore=left_out, dirs_exist_ok=True)
         inside = partial / unet.relative_to(source)
         write_text(inside / "config.json", json.dumps(config, indent=2) + "\n")

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.files import UserError
+
 if TYPE_CHECKING:
     from ldm.evaluation.report import Sample
 
@@ -41,21 +43,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(path: Path, out: Path, run: str | None) -> None:
     """The page and its plots."""
-    from ldm.evaluation.report import ReportError, bars, html_page, sweeps
-    from ldm.files import replacing, write_text
+    from ldm.evaluation.report import bars, html_page, sweeps
+    from ldm.files import atomic_write, write_text
 
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         name = run or next(iter(record["runs"]))
     except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise ReportError(f"{path}: not a record of scripts/evaluate.py ({error}); write it with --json") from None
+        raise UserError(f"{path}: not a record of scripts/evaluate.py ({error}); write it with --json") from None
     if name not in record["runs"]:
-        raise ReportError(f"--run: got {name}, expected one of {', '.join(record['runs'])}")
+        raise UserError(f"--run: got {name}, expected one of {', '.join(record['runs'])}")
     plots = {"Figures": bars(record), **sweeps(record)}
     page = html_page(record, samples(record, name), plots)
     out.mkdir(parents=True, exist_ok=True)
     for title, plot in plots.items():
-        with replacing(out / f"{title.split(':')[0].lower().replace(' ', '-')}.png") as partial:
+        with atomic_write(out / f"{title.split(':')[0].lower().replace(' ', '-')}.png") as partial:
             plot.savefig(partial, format="png", dpi=110)
     write_text(out / "report.html", page)
     print(out / "report.html")
@@ -63,9 +65,9 @@ def write(path: Path, out: Path, run: str | None) -> None:
 
 def samples(record: dict[str, Any], name: str) -> dict[str, dict[str, list[Sample]]]:
     """Worst, median and best items of a run by each figure that has values per item."""
-    from ldm.data.cocoee import Bench
-    from ldm.data.transforms import open_image
+    from ldm.evaluation.cocoee import Bench
     from ldm.evaluation.report import Sample, choose_samples
+    from ldm.images import open_image
 
     bench = Bench(record["bench"])
     position = {id_: k for k, id_ in enumerate(bench.ids)}

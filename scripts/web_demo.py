@@ -89,10 +89,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     """Load the model and serve the page until Ctrl-C or SIGTERM."""
-    from ldm.editing import Editor, pick_device, pick_dtype
-    from ldm.safety import load_filter
-    from ldm.web.edits import EditService, Limits
+    from ldm.editing.editor import Editor, pick_device, pick_dtype
+    from ldm.editing.safety import load_filter
     from ldm.web.page import serving
+    from ldm.web.service import EditService, Limits
 
     limits = Limits(
         pixels=round(args.max_megapixels * 1e6),

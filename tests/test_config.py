@@ -101,9 +101,9 @@ def test_files_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> N
         ("data.batch_size=[3", r"override 'data\.batch_size=\[3': "),
         ("data.batch_size", r"override 'data\.batch_size': expected section\.key=value"),
         ("training.min_snr_gamma=-1", r"training\.min_snr_gamma: got -1\.0, expected 0 \(off\) or more"),
-        ("model.context_margin=-1", r"model\.context_margin: got -1\.0, expected 0 or more"),
-        ("data.context_margins=[0.5,0.1]", r"data\.context_margins: got \[0\.5, 0\.1\], expected \[low, high\]"),
-        ("data.context_margins=[0.5]", r"data\.context_margins: got \[0\.5\], expected \[low, high\]"),
+        ("model.crop_margin=-1", r"model\.crop_margin: got -1\.0, expected 0 or more"),
+        ("data.crop_margin_range=[0.5,0.1]", r"data\.crop_margin_range: got \[0\.5, 0\.1\], expected \[low, high\]"),
+        ("data.crop_margin_range=[0.5]", r"data\.crop_margin_range: got \[0\.5\], expected \[low, high\]"),
         ("training.lr_schedule=step", r"training\.lr_schedule: got 'step', expected one of constant, cosine"),
     ],
 )

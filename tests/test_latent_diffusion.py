@@ -118,7 +118,7 @@ def test_training_step_with_the_references_draws(
     seed: int,
 ) -> None:
     """One uniform number decides for the whole batch: 0.844 keeps the exemplars, 0.134 drops both."""
-    from ldm.training import DiffusionTraining
+    from ldm.training.diffusion_module import DiffusionTraining
 
     config = copy.deepcopy(tiny_config)
     config.training.null_drop, config.training.p_uncond = "per_batch", 0.2

@@ -38,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.files import replacing
+from ldm.files import UserError, atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _DOWNLOAD_AGAIN = "truncated or damaged; download or copy it again"
 _MAPPING_KEYS = ("state_dict", "module")  # Lightning, DeepSpeed: the weights are one level down
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read, written or used; the message names the file and the remedy."""
 
 
@@ -563,7 +563,7 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _atomic_target(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` when the block succeeds and vanishes when not."""
     try:
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             yield partial
     except (OSError, RuntimeError) as error:  # torch wraps the system's errors
         full = any(getattr(cause, "errno", None) in _DISK_FULL for cause in (error, error.__context__))

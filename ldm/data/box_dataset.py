@@ -25,10 +25,11 @@ from PIL import Image, ImageChops, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data import masks, transforms
+from ldm import images
+from ldm.data import masks
 from ldm.data.box_index import BoxIndex, Entry
 from ldm.data.captions import Captions
-from ldm.data.masks import Box
+from ldm.images import Box
 
 EXEMPLAR_PADDING = 10  # pixels around the box, see masks.pixel_scale
 MAX_ATTEMPTS = 20  # unreadable images in a row
@@ -53,12 +54,12 @@ class SampleRecipe:
     Attributes:
         image_size: S.
         exemplar_size: E.
-        arbitrary_mask_percent: share of arbitrary shapes among the holes, in [0, 1]; the rest are rectangles.
-        exact_mask_percent: share of holes with the object's own shape, where it is known, before those.
+        p_arbitrary_mask: share of arbitrary shapes among the holes, in [0, 1]; the rest are rectangles.
+        p_object_mask: share of holes with the object's own shape, where it is known, before those.
         augment_exemplar: whether the exemplar is augmented or only squashed. Everything else is drawn the same.
         augmentation_strength: multiplies the angles and lengths of the augmentation.
         grey_background: show the exemplar over mid-grey, where its shape is known.
-        context_margins: crop as editing does, with smallest and largest margin; see `masks.context_window`. None
+        crop_margin_range: crop as editing does, with smallest and largest margin; see `masks.crop_around_box`. None
             crops as the paper does.
         hard_edges: whether a pixel is in the hole or not, nothing in between.
         captions: what to say about an image, by entry and number of the box that is the hole.
@@ -66,12 +67,12 @@ class SampleRecipe:
 
     image_size: int
     exemplar_size: int
-    arbitrary_mask_percent: float = 0.5
-    exact_mask_percent: float = 0.0
+    p_arbitrary_mask: float = 0.5
+    p_object_mask: float = 0.0
     augment_exemplar: bool = True
     augmentation_strength: float = 1.0
     grey_background: bool = False
-    context_margins: tuple[float, float] | None = None
+    crop_margin_range: tuple[float, float] | None = None
     hard_edges: bool = False
     captions: Captions | None = None
 
@@ -83,13 +84,13 @@ class SampleRecipe:
             scale = masks.pixel_scale(size)
             chosen = int(rng.integers(len(entry.boxes)))
             box = entry.boxes[chosen]
-            drawn = transforms.draw_augmentation(rng, self.exemplar_size, self.augmentation_strength)
-            augmentation = drawn if self.augment_exemplar else transforms.ExemplarAugmentation()
+            drawn = images.draw_augmentation(rng, self.exemplar_size, self.augmentation_strength)
+            augmentation = drawn if self.augment_exemplar else images.ExemplarAugmentation()
             # The paper draws the hole in the photograph and the crop around it; editing crops first.
-            margins = self.context_margins
-            window = margins and masks.context_window(size, box, margins, self.image_size, rng)
+            margins = self.crop_margin_range
+            window = margins and masks.crop_around_box(size, box, margins, self.image_size, rng)
             grown = masks.grow_box(box, (window or Box(0, 0, *size)).clipped(*size), rng)
-            wants_shape = self.exact_mask_percent > 0 or self.grey_background
+            wants_shape = self.p_object_mask > 0 or self.grey_background
             shape = _shape(entry, chosen, open_file) if wants_shape else None
             hole = self._hole(size, box, grown, shape, round(masks.JITTER * scale), rng)
             window = window or masks.crop_window(size, grown, rng)
@@ -99,20 +100,20 @@ class SampleRecipe:
         if reduction > 1:
             hole, window = hole.reduce(reduction), _reduced(window, decoded.size, reduction)
         square = crop(decoded, hole, window, self.image_size)
-        image, keep_mask = transforms.levels_to_tensor(square[:3]), 1 - square[3:].float() / 255
+        image, keep_mask = images.levels_to_tensor(square[:3]), 1 - square[3:].float() / 255
         if self.hard_edges:
             keep_mask = (keep_mask > 0.5).float()
         left, top, right, bottom = (round(edge / reduction) for edge in padded)
         exemplar = decoded.crop((left, top, right, bottom))
         if self.grey_background and shape is not None:
             seen = shape.crop(padded).resize(exemplar.size, Image.Resampling.BILINEAR)
-            exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, transforms.MID_GREY), seen)
-        pixels = transforms.augment_exemplar(np.asarray(exemplar), self.exemplar_size, augmentation)
+            exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, images.MID_GREY), seen)
+        pixels = images.augment_exemplar(np.asarray(exemplar), self.exemplar_size, augmentation)
         sample = {
             "image": image,
             "masked_image": image * keep_mask,
             "keep_mask": keep_mask,
-            "exemplar": transforms.clip_normalise(pixels),
+            "exemplar": images.clip_normalise(pixels),
         }
         return sample | {"caption": self.captions(entry, chosen)} if self.captions else sample
 
@@ -128,14 +129,14 @@ class SampleRecipe:
         """The hole mask (mode L, white = hole), of one of three kinds."""
         u = rng.random()
         if shape is not None:
-            if u < self.exact_mask_percent:
+            if u < self.p_object_mask:
                 import cv2  # part of the training extra
 
                 # wider by the jitter: a photograph's edges are soft, and what is left of them would tell the object
                 side = 2 * jitter + 1
                 return Image.fromarray(cv2.dilate(np.asarray(shape), np.ones((side, side), np.uint8)))
-            u = (u - self.exact_mask_percent) / (1 - self.exact_mask_percent)
-        if u < self.arbitrary_mask_percent:
+            u = (u - self.p_object_mask) / (1 - self.p_object_mask)
+        if u < self.p_arbitrary_mask:
             return masks.polygon_hole(size, masks.arbitrary_polygon(box, grown, rng, jitter))
         return masks.rectangle_hole(size, grown)
 
@@ -239,7 +240,7 @@ def crop(image: Image.Image, hole: Image.Image, window: Box, size: int) -> Tenso
     if window.inside(*image.size):
         square = image.crop(window)
     else:
-        square = Image.new("RGB", (window.right - window.left, window.bottom - window.top), transforms.MID_GREY)
+        square = Image.new("RGB", (window.right - window.left, window.bottom - window.top), images.MID_GREY)
         square.paste(image, (-window.left, -window.top))
     square.putalpha(hole.crop(window))
     levels = torch.from_numpy(np.array(square)).permute(2, 0, 1)

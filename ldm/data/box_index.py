@@ -27,8 +27,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ldm.data.masks import Box, clip_box
-from ldm.files import replacing
+from ldm.data.masks import clip_box
+from ldm.files import atomic_write
+from ldm.images import Box
 
 MIN_AREA, MAX_AREA = 0.02, 0.80  # share of the image that a usable box covers, inclusive
 _VERSION = "1"
@@ -242,7 +243,7 @@ class IndexWriter:
             arrays["class_ends"] = np.cumsum([len(name) for name in names])
             arrays["box_classes"] = np.frombuffer(self._box_classes, np.int32)
         metadata = {"version": _VERSION, "dropped": json.dumps(self.dropped), **self.source}
-        with replacing(self.path) as partial:
+        with atomic_write(self.path) as partial:
             save_file(arrays, partial, metadata=metadata)
 
 

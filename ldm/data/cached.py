@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.transforms import clip_normalise
-from ldm.files import replacing
+from ldm.files import atomic_write
+from ldm.images import clip_normalise
 
 FIELDS = ("image_moments", "masked_moments", "keep_mask", "exemplar")
 OPTIONAL_FIELDS = ("exemplar_features",)
@@ -87,7 +87,7 @@ def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[st
     path = Path(path)
     arrays: dict[str, np.memmap] = {}
     written = 0
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         for batch in batches:
             if not arrays:
                 arrays = _allocate(part, num_samples, batch)

@@ -204,16 +204,16 @@ def box_dataset(
 
 def sample_recipe(config: Config) -> SampleRecipe:
     """How a config makes samples of images."""
-    data, margins = config.data, config.data.context_margins
+    data, margins = config.data, config.data.crop_margin_range
     return SampleRecipe(
         image_size=config.model.image_size,
         exemplar_size=config.model.exemplar_encoder.image_size,
-        arbitrary_mask_percent=data.arbitrary_mask_percent,
-        exact_mask_percent=data.exact_mask_percent,
+        p_arbitrary_mask=data.p_arbitrary_mask,
+        p_object_mask=data.p_object_mask,
         augment_exemplar=data.augment_exemplar,
         augmentation_strength=data.augmentation_strength,
         grey_background=data.grey_background,
-        context_margins=(margins[0], margins[1]) if margins else None,
+        crop_margin_range=(margins[0], margins[1]) if margins else None,
         hard_edges="hole_mask" in config.model.input_channels,
     )
 

@@ -10,44 +10,16 @@ multiply them by `pixel_scale`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from PIL import Image, ImageDraw
+
+from ldm.images import Box
 
 GROWTH = 0.4  # share of the free space on a side that the hole may take
 ZOOM = 0.6  # share of the free space around the hole that the crop may cut off
 JITTER = 5  # pixels, of an arbitrary shape's outline
 REFERENCE_SIDE = 512  # short side from which on lengths in pixels are taken as they are
 _CURVE_T = np.arange(1, 20)[:, None] * 0.05  # the original stops at 0.90, which leaves every curve's end open
-
-
-class Box(NamedTuple):
-    """Pixel box: left and top inclusive, right and bottom exclusive."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    def inside(self, width: int, height: int) -> bool:
-        """Whether no part lies outside an image of that size."""
-        return self.left >= 0 and self.top >= 0 and self.right <= width and self.bottom <= height
-
-    def contains(self, other: Box) -> bool:
-        return (
-            self.left <= other.left
-            and self.top <= other.top
-            and self.right >= other.right
-            and self.bottom >= other.bottom
-        )
-
-    def clipped(self, width: int, height: int) -> Box:
-        """What of it lies inside an image of that size."""
-        return Box(max(self.left, 0), max(self.top, 0), min(self.right, width), min(self.bottom, height))
-
-    def transposed(self) -> Box:
-        return Box(self.top, self.left, self.bottom, self.right)
 
 
 def pixel_scale(size: tuple[int, int]) -> float:
@@ -68,17 +40,6 @@ def clip_box(x_min: float, y_min: float, x_max: float, y_max: float, size: tuple
     right = min(max(int(x_max), left + 1), width)
     bottom = min(max(int(y_max), top + 1), height)
     return Box(left, top, right, bottom)
-
-
-def pad_box(box: Box, size: tuple[int, int], padding: int) -> Box:
-    """`box` with up to `padding` pixels more on each side, as far as the image reaches."""
-    width, height = size
-    return Box(
-        max(box.left - padding, 0),
-        max(box.top - padding, 0),
-        min(box.right + padding, width),
-        min(box.bottom + padding, height),
-    )
 
 
 def grow_box(box: Box, within: Box, rng: np.random.Generator) -> Box:
@@ -218,7 +179,7 @@ def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> 
     return Box(left + margin, margin, left + height - margin, height - margin)
 
 
-def context_window(
+def crop_around_box(
     size: tuple[int, int], box: Box, margins: tuple[float, float], min_side: int, rng: np.random.Generator
 ) -> Box:
     """Square window around the box, as editing crops one around a hole: the box with some context.

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.data.box_index import MAX_AREA, MIN_AREA, IndexWriter
-from ldm.files import replacing
+from ldm.files import atomic_write
 
 ANNOTATIONS = {
     "train": "oidv6-train-annotations-bbox.csv",
@@ -237,7 +237,7 @@ def _write_report(path: Path, problems: list[tuple[str, str]]) -> Path | None:
     if not problems:
         path.unlink(missing_ok=True)
         return None
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(f"{name}\t{reason}\n" for name, reason in problems)
     return path
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ldm.data.box_index import BoxIndex, BoxIndexError, IndexWriter
 from ldm.data.read_bbox import ANNOTATIONS, JpegError, find_images, jpeg_size, kept_boxes
-from ldm.data.transforms import IMAGE_SUFFIXES
+from ldm.images import IMAGE_SUFFIXES
 
 VALIDATION_SHARE, LEAST_VALIDATION = 0.05, 8  # of images, where a format has no validation set
 logger = logging.getLogger(__name__)

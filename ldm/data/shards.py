@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from ldm.data.box_dataset import MAX_ATTEMPTS, UNREADABLE, SampleRecipe, sample_key
 from ldm.data.box_index import BoxIndex, Entry
-from ldm.data.masks import Box
-from ldm.files import replacing, write_text
+from ldm.files import atomic_write, write_text
+from ldm.images import Box
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _write_shard(job: tuple[Path, Path, Path, int, int]) -> Shard:
     index_path, images, path, first, last = job
     index = BoxIndex(index_path)
     if not path.is_file():
-        with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with atomic_write(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(first, last):
                 for name, content in _members(i, index[i], images):
                     member = tarfile.TarInfo(name)

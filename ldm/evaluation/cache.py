@@ -20,7 +20,7 @@ from types import TracebackType
 import numpy as np
 
 from ldm.checkpoint.io import sha256_file
-from ldm.data.transforms import ImageFileError
+from ldm.files import UserError
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,6 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SCHEMA = "CREATE TABLE IF NOT EXISTS features (key TEXT PRIMARY KEY, feature BLOB NOT NULL, crc32 INTEGER NOT NULL)"
 
 
-class CacheError(ValueError):
-    """A cache that cannot be used; the message names the file and the remedy."""
-
-
 class FeatureCache:
     """Features by key; a context manager that closes the file.
 
@@ -42,7 +38,7 @@ class FeatureCache:
         path: the file; made, with its folder, where it is missing.
 
     Raises:
-        CacheError: the file is damaged, is no cache, or cannot be made.
+        UserError: the file is damaged, is no cache, or cannot be made.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,13 +52,13 @@ class FeatureCache:
         except sqlite3.DatabaseError as error:
             raise self._error(error) from error
         except OSError as error:
-            raise CacheError(f"{self.path}: cannot be made ({error.strerror}); choose another place") from error
+            raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another place") from error
 
     def get(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
         """The features (D,) float32 of those keys that are known.
 
         Raises:
-            CacheError: the file is damaged.
+            UserError: the file is damaged.
         """
         found = {}
         try:
@@ -81,7 +77,7 @@ class FeatureCache:
         """Keep features, all of them or none. Where that fails (the disk is full), say so once and go on without.
 
         Raises:
-            CacheError: the file is damaged.
+            UserError: the file is damaged.
         """
         if not self._writing or not features:
             return
@@ -100,7 +96,7 @@ class FeatureCache:
         """SHA-256 of a file, read once while its size and date stay the same.
 
         Raises:
-            ImageFileError: the file cannot be read.
+            UserError: the file cannot be read.
         """
         try:
             stat = path.stat()
@@ -108,7 +104,7 @@ class FeatureCache:
             if identity not in self._hashes:
                 self._hashes[identity] = sha256_file(path)
         except OSError as error:
-            raise ImageFileError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
         return self._hashes[identity]
 
     def close(self) -> None:
@@ -122,20 +118,20 @@ class FeatureCache:
     ) -> None:
         self.close()
 
-    def _error(self, error: sqlite3.DatabaseError) -> CacheError:
+    def _error(self, error: sqlite3.DatabaseError) -> UserError:
         if isinstance(error, sqlite3.OperationalError) and _code(error) not in _DAMAGED:
-            return CacheError(f"{self.path}: cannot be used ({error}); check the folder, or choose another place")
+            return UserError(f"{self.path}: cannot be used ({error}); check the folder, or choose another place")
         return self._damaged(str(error))
 
-    def _damaged(self, what: str) -> CacheError:
-        return CacheError(f"{self.path}: not a cache of features, or damaged ({what}); delete it, it is made anew")
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.path}: not a cache of features, or damaged ({what}); delete it, it is made anew")
 
 
 def open_cache(path: str | None) -> FeatureCache | None:
     """The cache that a command line asks for: a file, `none`, or where nothing is said the user's own.
 
     Raises:
-        CacheError: as for `FeatureCache`.
+        UserError: as for `FeatureCache`.
     """
     return None if path == "none" else FeatureCache(path or DEFAULT_PATH)
 

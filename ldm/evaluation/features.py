@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.checkpoint.io import read_checkpoint
-from ldm.data.transforms import CLIP_MEAN, CLIP_STD, exemplar_to_pixels, open_image
 from ldm.evaluation.cache import FeatureCache
+from ldm.images import CLIP_MEAN, CLIP_STD, exemplar_to_pixels, open_image
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom (exclusive), pixels
 
@@ -205,8 +205,8 @@ def iter_features(
         (at most batch_size, D) float32, in the order of the views.
 
     Raises:
-        ImageFileError: a picture cannot be read.
-        CacheError: the cache is damaged.
+        UserError: a picture cannot be read.
+        UserError: the cache is damaged.
         ValueError: a view has an unknown rule, or a box that its picture does not hold.
     """
     with (

@@ -19,11 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ldm.files import replacing
-
-
-class StatisticsError(ValueError):
-    """Features or statistics that cannot be compared; the message says what to do."""
+from ldm.files import UserError, atomic_write
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +34,13 @@ class Statistics:
     def __post_init__(self) -> None:
         d = self.mean.size
         if self.mean.shape != (d,) or self.cov.shape != (d, d) or d == 0:
-            raise StatisticsError(f"got a mean of shape {self.mean.shape} and a covariance of shape {self.cov.shape}")
+            raise UserError(f"got a mean of shape {self.mean.shape} and a covariance of shape {self.cov.shape}")
         if self.n < 2:
-            raise StatisticsError(f"got {self.n} picture(s), expected at least 2: fewer have no covariance")
+            raise UserError(f"got {self.n} picture(s), expected at least 2: fewer have no covariance")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.cov).all()):
-            raise StatisticsError("the mean or the covariance is not finite; compute the features again")
+            raise UserError("the mean or the covariance is not finite; compute the features again")
         if not np.allclose(self.cov, self.cov.T, rtol=1e-6, atol=1e-6 * float(np.abs(self.cov).max())):
-            raise StatisticsError("the covariance is not symmetric; compute the statistics again")
+            raise UserError("the covariance is not symmetric; compute the statistics again")
 
     def save(self, path: str | Path) -> None:
         """Write an `.npz` with `mu`, `sigma`, `n` and `network`, atomically.
@@ -52,7 +48,7 @@ class Statistics:
         Raises:
             OSError: the disk is full or the folder is not writable.
         """
-        with replacing(path) as partial, open(partial, "wb") as file:
+        with atomic_write(path) as partial, open(partial, "wb") as file:
             np.savez(file, mu=self.mean, sigma=self.cov, n=np.int64(self.n), network=np.str_(self.network))
 
     @classmethod
@@ -60,27 +56,27 @@ class Statistics:
         """Read what `save` wrote; a file with `mu`, `sigma` and `n` but no name of a network is taken too.
 
         Raises:
-            StatisticsError: the file is missing, damaged, or lacks one of the three.
+            UserError: the file is missing, damaged, or lacks one of the three.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
         except FileNotFoundError:
-            raise StatisticsError(f"{path}: no such file; compute the statistics of the real pictures first") from None
+            raise UserError(f"{path}: no such file; compute the statistics of the real pictures first") from None
         except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise StatisticsError(
+            raise UserError(
                 f"{path}: not a readable .npz of statistics, or damaged ({error}); compute it again"
             ) from error
         if missing := [name for name in ("mu", "sigma", "n") if name not in arrays]:
             layout = " (the layout of pytorch-fid, whose features are of another network)" if missing == ["n"] else ""
-            raise StatisticsError(
+            raise UserError(
                 f"{path}: holds no {' and no '.join(missing)}{layout}; compute the statistics from the pictures instead"
             )
         try:
             mean, cov = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
             return cls(int(arrays["n"]), mean, cov, str(arrays.get("network", "")))
         except (ValueError, TypeError) as error:
-            raise StatisticsError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
 
 
 class RunningStatistics:
@@ -100,7 +96,7 @@ class RunningStatistics:
         """Take in a chunk (B, D), B >= 0.
 
         Raises:
-            StatisticsError: not of two dimensions, of another D than the chunks before, or not finite.
+            UserError: not of two dimensions, of another D than the chunks before, or not finite.
         """
         chunk = _checked(features)
         if not len(chunk):
@@ -112,7 +108,7 @@ class RunningStatistics:
             self.n, self._mean, self._scatter = len(chunk), mean, scatter
             return
         if mean.shape != self._mean.shape:
-            raise StatisticsError(f"got features of {mean.size} channels after some of {self._mean.size}")
+            raise UserError(f"got features of {mean.size} channels after some of {self._mean.size}")
         total = self.n + len(chunk)
         shift = mean - self._mean
         scatter += np.outer(shift, shift) * (self.n * len(chunk) / total)
@@ -124,10 +120,10 @@ class RunningStatistics:
         """What was collected.
 
         Raises:
-            StatisticsError: fewer than two items.
+            UserError: fewer than two items.
         """
         if self._mean is None or self._scatter is None or self.n < 2:
-            raise StatisticsError(f"got {self.n} picture(s), expected at least 2: fewer have no covariance")
+            raise UserError(f"got {self.n} picture(s), expected at least 2: fewer have no covariance")
         return Statistics(self.n, self._mean.copy(), self._scatter / (self.n - 1), self.network)
 
 
@@ -142,12 +138,12 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         The distance, >= 0; 0 up to rounding for equal statistics.
 
     Raises:
-        StatisticsError: the dimensions or the feature networks differ.
+        UserError: the dimensions or the feature networks differ.
     """
     if a.mean.shape != b.mean.shape:
-        raise StatisticsError(f"got features of {a.mean.size} and of {b.mean.size} channels; use one network for both")
+        raise UserError(f"got features of {a.mean.size} and of {b.mean.size} channels; use one network for both")
     if a.network and b.network and a.network != b.network:
-        raise StatisticsError(f'got features of "{a.network}" and of "{b.network}"; compute both with the same network')
+        raise UserError(f'got features of "{a.network}" and of "{b.network}"; compute both with the same network')
     cross = np.linalg.svd(_factor(a.cov).T @ _factor(b.cov), compute_uv=False).sum()
     shift = a.mean - b.mean
     return max(0.0, float(shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * cross))
@@ -174,7 +170,7 @@ def frechet_interval(
         The lower and the upper end, >= 0.
 
     Raises:
-        StatisticsError: the dimensions differ, or N < 2.
+        UserError: the dimensions differ, or N < 2.
     """
     x = _checked(features)
     n = len(x)
@@ -238,12 +234,12 @@ def kid(
         The distance and its standard error; often printed x 1000.
 
     Raises:
-        StatisticsError: the dimensions differ, or a set has fewer than 4 items.
+        UserError: the dimensions differ, or a set has fewer than 4 items.
     """
     x, y = _checked_pair(x, y)
     n = min(len(x), len(y))
     if n < 4 or subsets < 2:
-        raise StatisticsError(f"got {n} items and {subsets} subsets, expected at least 4 items and 2 subsets")
+        raise UserError(f"got {n} items and {subsets} subsets, expected at least 4 items and 2 subsets")
     size = min(subset_size, n // 2)
     rng = np.random.default_rng(seed)
     values = np.array(
@@ -279,11 +275,11 @@ def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarr
         (M,) and (N,) bool; their means are precision and recall.
 
     Raises:
-        StatisticsError: the dimensions differ, or a set has no more than k items.
+        UserError: the dimensions differ, or a set has no more than k items.
     """
     real, fake = _checked_pair(real, fake)
     if min(len(real), len(fake)) <= k:
-        raise StatisticsError(f"got {len(real)} and {len(fake)} items, expected more than k = {k} of each")
+        raise UserError(f"got {len(real)} and {len(fake)} items, expected more than k = {k} of each")
     centre = real.mean(0)  # distances are differences of squares: small vectors lose less
     real, fake = real - centre, fake - centre
     return _among(fake, real, k), _among(real, fake, k)
@@ -295,18 +291,18 @@ def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarr
 def _checked(features: np.ndarray) -> np.ndarray:
     """(N, D) float64."""
     if features.ndim != 2 or features.shape[1] == 0:
-        raise StatisticsError(f"got features of shape {features.shape}, expected (N, D)")
+        raise UserError(f"got features of shape {features.shape}, expected (N, D)")
     features = features.astype(np.float64)
     if not np.isfinite(features).all():
         bad = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
-        raise StatisticsError(f"features of item {bad} are not finite; compute them again")
+        raise UserError(f"features of item {bad} are not finite; compute them again")
     return features
 
 
 def _checked_pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x, y = _checked(x), _checked(y)
     if x.shape[1] != y.shape[1]:
-        raise StatisticsError(f"got features of {x.shape[1]} and of {y.shape[1]} channels; use one network for both")
+        raise UserError(f"got features of {x.shape[1]} and of {y.shape[1]} channels; use one network for both")
     return x, y
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
+from ldm.files import UserError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Plot
 
@@ -35,10 +37,6 @@ img { max-width: 100% }
 .tiles img { width: 128px; height: 128px; object-fit: contain; background: #eee; margin: 2px }
 .wide { overflow-x: auto }
 """
-
-
-class ReportError(ValueError):
-    """A record that no page can be made of; the message says what to do."""
 
 
 class Sample(NamedTuple):
@@ -97,7 +95,7 @@ def bars(record: Record) -> Plot:
 
     rows = list(figure_rows(record).items())
     if not rows:
-        raise ReportError("the record holds no figures; evaluate the benchmark again")
+        raise UserError("the record holds no figures; evaluate the benchmark again")
     columns = min(3, len(rows))
     height = -(-len(rows) // columns)
     names = list(record["runs"])
@@ -203,7 +201,7 @@ def _value(figure: Mapping[str, Any]) -> str:
 
 def _series(runs: Sequence[Record], *, varying: str, fixed: Sequence[str]) -> dict[str, list[Record]]:
     """Runs of equal `fixed` settings, sorted along the varying one, if it varies in at least one such series."""
-    fixed = (*fixed, "guidance_interval", "context_margin", "crop", "paste_back", "checkpoint_sha256")
+    fixed = (*fixed, "guidance_interval", "crop_margin", "crop", "paste_back", "checkpoint_sha256")
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for run in runs:
         groups[tuple(str(run["settings"].get(key)) for key in fixed)].append(run)

@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.config import AutoencoderConfig
+from ldm.diffusion import Generators, draw_noise
 from ldm.models.layers import Upsample, attention
-from ldm.noise import Generators, draw_noise
 
 
 class DiagonalGaussian:

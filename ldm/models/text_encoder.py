@@ -16,12 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import TextEncoderConfig
+from ldm.files import UserError
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that is missing or does not belong to the tower; the message says where to get one."""
 
 
 class TextEncoder(nn.Module):
@@ -63,7 +60,7 @@ class TextEncoder(nn.Module):
         Longer ones are cut; a warning says so, but for captions in training.
 
         Raises:
-            TokenizerError: there is no tokenizer, or it knows tokens that the tower does not.
+            UserError: there is no tokenizer, or it knows tokens that the tower does not.
         """
         length = self.config.max_length
         ids = self.tokenizer(list(prompts), padding="max_length", max_length=length)["input_ids"]
@@ -77,7 +74,7 @@ class TextEncoder(nn.Module):
         """Byte-pair encoding of lower-case text, from `vocab.json` and `merges.txt`."""
         folder = self.folder or Path("tokenizer")
         if not _holds_tokenizer(folder):
-            raise TokenizerError(
+            raise UserError(
                 f"{folder}: got no tokenizer there, expected {' and '.join(TOKENIZER_FILES)}; download both from "
                 "https://huggingface.co/openai/clip-vit-large-patch14 into a folder `tokenizer` beside the checkpoint, "
                 "or name their folder with model.text_encoder.tokenizer"
@@ -87,9 +84,9 @@ class TextEncoder(nn.Module):
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # whatever a damaged file raises, of several libraries
-            raise TokenizerError(f"{folder}: not a readable tokenizer ({error}); download its files again") from error
+            raise UserError(f"{folder}: not a readable tokenizer ({error}); download its files again") from error
         if len(tokenizer) != self.config.vocab_size:
-            raise TokenizerError(
+            raise UserError(
                 f"{folder}: got a tokenizer of {len(tokenizer)} tokens, expected {self.config.vocab_size}; take the "
                 "one that the text tower was trained with"
             )

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
-from ldm.data.transforms import open_image
-from ldm.editing import EXAMPLE_PARTS, as_hole, bundled_examples
-from ldm.web.edits import Edited, EditService, Progress, Setting
+from ldm.editing.editor import EXAMPLE_PARTS, as_hole, bundled_examples
+from ldm.images import open_image
+from ldm.web.service import Edited, EditService, Progress, Setting
 
 if TYPE_CHECKING:
     import gradio

@@ -30,7 +30,7 @@ from ldm.config import (
     dump_config,
     load_config,
 )
-from ldm.editing import Editor
+from ldm.editing.editor import Editor
 from ldm.latent_diffusion import load_model
 from scripts.convert_checkpoint import main
 

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from ldm.data import transforms
+from ldm import images
 from ldm.data.box_dataset import BoxDataset, DatasetError, SampleRecipe, _reduced, crop
 from ldm.data.box_index import Entry
-from ldm.data.masks import Box
 from ldm.data.readers import Source, open_index
+from ldm.images import Box
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 SIZES = [(96, 72), (72, 96), (64, 64), (120, 40), (9, 7)]
@@ -59,7 +59,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("arbitrary", [0.0, 1.0])
 def test_shapes_ranges_and_the_hole(root: Path, arbitrary: float) -> None:
-    dataset = make(root, arbitrary_mask_percent=arbitrary)
+    dataset = make(root, p_arbitrary_mask=arbitrary)
     assert len(dataset) == len(SIZES)
     for epoch in range(5):
         for sample in (dataset[epoch, i] for i in range(len(dataset))):
@@ -83,8 +83,8 @@ def test_items_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
 
 def test_crops_as_in_editing_show_more_of_the_hole(tmp_path: Path) -> None:
     add(tmp_path, "0" * 16, photo((400, 300)), ["150 100 210 160"])
-    near = make(tmp_path, context_margins=(0.05, 0.1), arbitrary_mask_percent=0.0)
-    paper = make(tmp_path, arbitrary_mask_percent=0.0)
+    near = make(tmp_path, crop_margin_range=(0.05, 0.1), p_arbitrary_mask=0.0)
+    paper = make(tmp_path, p_arbitrary_mask=0.0)
 
     def hole_shares(dataset: BoxDataset) -> list[float]:
         return [1 - dataset[epoch, 0]["keep_mask"].mean().item() for epoch in range(20)]
@@ -123,7 +123,7 @@ def test_no_image_is_squashed(tmp_path: Path) -> None:
         x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
         disc = ((x - 110) ** 2 + (y - 60) ** 2 < 20**2) * np.uint8(255)
         add(tmp_path, name, Image.fromarray(disc).convert("RGB"), [box])
-    dataset = make(tmp_path, image_size=120, arbitrary_mask_percent=0.0)
+    dataset = make(tmp_path, image_size=120, p_arbitrary_mask=0.0)
     for epoch in range(10):
         for index in (0, 1):
             sample = dataset[epoch, index]
@@ -146,7 +146,7 @@ def test_hole_covers_the_object_and_the_exemplar_shows_it(tmp_path: Path) -> Non
         sample = dataset[epoch, 0]
         outside = sample["masked_image"][0] * (sample["keep_mask"][0] == 1)
         assert outside.max() < 0.2, "JPEG's and the resize's soft edges only"
-        std, mean = torch.tensor(transforms.CLIP_STD), torch.tensor(transforms.CLIP_MEAN)
+        std, mean = torch.tensor(images.CLIP_STD), torch.tensor(images.CLIP_MEAN)
         exemplar = sample["exemplar"] * std[:, None, None] + mean[:, None, None]
         assert (exemplar[0] > exemplar[2]).float().mean() > 0.35  # of a padded 44 px crop it fills 83 %, less if warped
 
@@ -173,7 +173,7 @@ def test_crop_shows_the_window_that_the_original_showed() -> None:
     window = Box(13, 37, 179, 203)
     golden = load_file(GOLDEN / "tensors_64.safetensors")["b_tall_s1/GT"]
     image = Image.open(GOLDEN / "b_tall.png").convert("RGB")
-    cropped = transforms.levels_to_tensor(crop(image, Image.new("L", image.size), window, 166)[:3])
+    cropped = images.levels_to_tensor(crop(image, Image.new("L", image.size), window, 166)[:3])
     resized = torch.nn.functional.interpolate(cropped[None], size=(64, 64), mode="bilinear")[0]
     torch.testing.assert_close(resized, golden, rtol=0, atol=1e-6)
 
@@ -196,7 +196,7 @@ def test_the_hole_keeps_soft_edges() -> None:
     row = square[3, 0].tolist()
     assert row[0] == 255 and 0 < row[1] < 255 and row[3] == 0
     outside = crop(image, hole, Box(-8, 0, 8, 16), 16)
-    assert outside[:, 12, 2].tolist() == [*transforms.MID_GREY, 0]
+    assert outside[:, 12, 2].tolist() == [*images.MID_GREY, 0]
 
 
 def test_unreadable_files_are_skipped_and_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -248,13 +248,13 @@ def test_holes_of_the_object_s_own_shape(shaped: Callable[[str], BinaryIO], know
     box = Box(40, 30, 101, 91)
     shapes, mask = ([[OUTLINE]], "") if known_by == "outline" else ([[]], "mask.png")
     entry = Entry("disc.png", (160, 120), [box], shapes, mask)
-    recipe = SampleRecipe(120, 64, exact_mask_percent=1.0, grey_background=True, augment_exemplar=False)
+    recipe = SampleRecipe(120, 64, p_object_mask=1.0, grey_background=True, augment_exemplar=False)
     for seed in range(5):
         sample = recipe(entry, shaped, np.random.default_rng(seed))
         hole, red = sample["keep_mask"][0] < 0.5, sample["image"][0] > 0
         assert hole[red].all()
         assert hole.sum() < 1.25 * red.sum(), "no more than a thin rim around it"
-        exemplar = transforms.exemplar_to_pixels(sample["exemplar"])
+        exemplar = images.exemplar_to_pixels(sample["exemplar"])
         assert (exemplar[:, 0, 0] - 0.004).abs().max() < 0.01, "mid-grey instead of blue"
         assert exemplar[0, 32, 32] > 0.99
 
@@ -262,7 +262,7 @@ def test_holes_of_the_object_s_own_shape(shaped: Callable[[str], BinaryIO], know
 def test_shapes_are_used_as_often_as_asked(shaped: Callable[[str], BinaryIO]) -> None:
     known = Entry("disc.png", (160, 120), [Box(40, 30, 101, 91)], [[OUTLINE]], "")
     unknown = known._replace(shapes=[[]])
-    recipe = SampleRecipe(64, 32, exact_mask_percent=0.3, arbitrary_mask_percent=0.0)
+    recipe = SampleRecipe(64, 32, p_object_mask=0.3, p_arbitrary_mask=0.0)
 
     def rectangles(entry: Entry) -> int:
         holes = (recipe(entry, shaped, np.random.default_rng(seed))["keep_mask"][0] < 1 for seed in range(200))
@@ -278,6 +278,6 @@ def test_a_mask_of_another_size_is_an_error(shaped: Callable[[str], BinaryIO]) -
     Image.new("L", (10, 10)).save(stream := BytesIO(), "PNG")
     files = {"mask.png": stream.getvalue()}
     with pytest.raises(ValueError, match=r"mask\.png is 10 x 10"):
-        SampleRecipe(32, 32, exact_mask_percent=1.0)(
+        SampleRecipe(32, 32, p_object_mask=1.0)(
             entry, lambda name: BytesIO(files[name]) if name in files else shaped(name), np.random.default_rng(0)
         )

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from ldm.data.cached import CachedDataset, write_cache
-from ldm.data.transforms import exemplar_to_pixels
+from ldm.images import exemplar_to_pixels
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.data import masks
-from ldm.data.masks import Box
+from ldm.images import Box
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 RECORDS: list[dict[str, Any]] = json.loads((GOLDEN / "samples.json").read_text())
@@ -200,7 +200,7 @@ def test_context_window_is_the_box_and_its_margins(case: Any, margins: list[floa
     size, box = case
     low, high = margins
     rng = np.random.default_rng(seed)
-    window = masks.context_window(size, box, (low, high), min_side, rng)
+    window = masks.crop_around_box(size, box, (low, high), min_side, rng)
     side, longest = window.right - window.left, max(box.right - box.left, box.bottom - box.top)
     assert side == window.bottom - window.top
     assert window.contains(box)
@@ -217,7 +217,7 @@ def test_context_window_is_the_box_and_its_margins(case: Any, margins: list[floa
 
 def test_context_window_uses_all_margins_and_places() -> None:
     size, grown = (1000, 1000), masks.Box(480, 490, 520, 510)
-    windows = [masks.context_window(size, grown, (0.1, 1.0), 1, np.random.default_rng(seed)) for seed in range(400)]
+    windows = [masks.crop_around_box(size, grown, (0.1, 1.0), 1, np.random.default_rng(seed)) for seed in range(400)]
     margins = [((window.right - window.left) / 40 - 1) / 2 for window in windows]
     assert min(margins) < 0.12 and max(margins) > 0.9
     assert 0.4 < np.mean(np.array(margins) < 0.1**0.5) < 0.6  # log-uniform: half below the geometric mean; 4 sigma

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from ldm.data.box_index import BoxIndex, BoxIndexError
-from ldm.data.masks import Box
 from ldm.data.read_bbox import ANNOTATIONS
 from ldm.data.readers import READERS, Source, held_out, open_index, write_index
+from ldm.images import Box
 
 ROOT = Path(__file__).parents[2]
 SIZE = (100, 80)

@@ -23,7 +23,7 @@ from ldm.data.datamodule import EpochSampler
 from ldm.data.shards import ShardError, ShardPart, Shards, listed_shards, write_shards
 
 N = 23
-RECIPE = SampleRecipe(image_size=16, exemplar_size=14, exact_mask_percent=0.3)
+RECIPE = SampleRecipe(image_size=16, exemplar_size=14, p_object_mask=0.3)
 
 
 @pytest.fixture(scope="module")

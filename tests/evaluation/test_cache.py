@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data.transforms import ImageFileError
-from ldm.evaluation.cache import CacheError, FeatureCache
+from ldm.evaluation.cache import FeatureCache
+from ldm.files import UserError
 
 
 def features(n: int, dim: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
@@ -55,7 +55,7 @@ def test_a_file_is_known_by_its_content_and_read_once(tmp_path: Path, monkeypatc
         assert read == [a, b]
         a.write_bytes(b"other")
         assert cache.content_hash(a) != first
-        with pytest.raises(ImageFileError, match=f"{tmp_path / 'c'}: cannot be read .*check the path"):
+        with pytest.raises(UserError, match=f"{tmp_path / 'c'}: cannot be read .*check the path"):
             cache.content_hash(tmp_path / "c")
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_cache_is_named_with_the_remedy(tmp_path: Path, damage: str) -
     else:
         content[content.index(kept["0/7"].tobytes()) + 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CacheError, match=f"{path}: .*damaged.*delete it"), FeatureCache(path) as cache:
+    with pytest.raises(UserError, match=f"{path}: .*damaged.*delete it"), FeatureCache(path) as cache:
         cache.get(kept)
 
 
@@ -143,9 +143,9 @@ def test_a_full_disk_is_said_once_and_survived(tmp_path: Path, caplog: pytest.Lo
 
 def test_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match="choose another place"):
+    with pytest.raises(UserError, match="choose another place"):
         FeatureCache(tmp_path / "file" / "cache.sqlite")
-    with pytest.raises(CacheError, match=f"{tmp_path}: cannot be used .*choose another place"):
+    with pytest.raises(UserError, match=f"{tmp_path}: cannot be used .*choose another place"):
         FeatureCache(tmp_path)
 
 
@@ -155,5 +155,5 @@ def test_a_database_of_something_else_is_not_touched(tmp_path: Path) -> None:
     connection.execute("CREATE TABLE features (name TEXT)")
     connection.commit()
     connection.close()
-    with pytest.raises(CacheError, match=f"{path}: "), FeatureCache(path) as cache:
+    with pytest.raises(UserError, match=f"{path}: "), FeatureCache(path) as cache:
         cache.get(["key"])

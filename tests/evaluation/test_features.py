@@ -23,7 +23,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.data.transforms import CLIP_MEAN, CLIP_STD, ImageFileError
 from ldm.evaluation.cache import FeatureCache
 from ldm.evaluation.features import (
     FeatureError,
@@ -36,6 +35,8 @@ from ldm.evaluation.features import (
     openai_to_transformers,
 )
 from ldm.evaluation.similarity import cosine_scores, paper_box
+from ldm.files import UserError
+from ldm.images import CLIP_MEAN, CLIP_STD
 from tests.procweights import weight
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "eval"
@@ -477,7 +478,7 @@ def test_a_broken_picture_is_named(tmp_path: Path, pictures: list[Path]) -> None
     broken = tmp_path / "broken.png"
     broken.write_bytes(pictures[1].read_bytes()[:500])
     for workers in (0, 2):
-        with pytest.raises(ImageFileError, match=f"{broken}: damaged"):
+        with pytest.raises(UserError, match=f"{broken}: damaged"):
             extract(network, [View(pictures[0], "whole"), View(broken, "whole")], num_workers=workers)
     with pytest.raises(ValueError, match=f"{pictures[0]}: got the box"):
         extract(network, [View(pictures[0], "squash", (0, 0, 61, 5))])

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.data.transforms import find_images
 from ldm.evaluation import features
 from ldm.evaluation.quality import load_gmm, quality_scores
+from ldm.images import find_images
 
 mixture = pytest.importorskip("sklearn.mixture")
 script = importlib.import_module("scripts.fit_quality_gmm")

@@ -17,13 +17,13 @@ from ldm.evaluation import frechet
 from ldm.evaluation.frechet import (
     RunningStatistics,
     Statistics,
-    StatisticsError,
     frechet_distance,
     frechet_interval,
     kid,
     polynomial_mmd,
     precision_recall,
 )
+from ldm.files import UserError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "eval"
 
@@ -89,10 +89,10 @@ def test_closed_form_of_two_normal_distributions() -> None:
 
 def test_different_networks_or_dimensions_are_not_compared() -> None:
     a, b = statistics(normal(5, 4, 0), "CLIP"), statistics(normal(5, 4, 1), "DINOv2")
-    with pytest.raises(StatisticsError, match=r'"CLIP" and of "DINOv2"'):
+    with pytest.raises(UserError, match=r'"CLIP" and of "DINOv2"'):
         frechet_distance(a, b)
     assert frechet_distance(a, statistics(normal(5, 4, 1))) > 0  # not recorded
-    with pytest.raises(StatisticsError, match="4 and of 3 channels"):
+    with pytest.raises(UserError, match="4 and of 3 channels"):
         frechet_distance(a, statistics(normal(5, 3, 1)))
 
 
@@ -137,44 +137,44 @@ def test_statistics_survive_the_disk(tmp_path: Path) -> None:
 
 def test_unusable_files_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "real.npz"
-    with pytest.raises(StatisticsError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         Statistics.load(path)
     path.write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(StatisticsError, match=r"real\.npz: not a readable"):
+    with pytest.raises(UserError, match=r"real\.npz: not a readable"):
         Statistics.load(path)
     statistics(normal(9, 4, 0)).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(StatisticsError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         Statistics.load(path)
     path.write_bytes(b"")
-    with pytest.raises(StatisticsError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         Statistics.load(path)
     np.save(path.with_suffix(".npy"), np.zeros(3))
-    with pytest.raises(StatisticsError, match="not a readable"):
+    with pytest.raises(UserError, match="not a readable"):
         Statistics.load(path.with_suffix(".npy"))
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(StatisticsError, match=r"holds no n .*pytorch-fid"):
+    with pytest.raises(UserError, match=r"holds no n .*pytorch-fid"):
         Statistics.load(path)
     np.savez(path, mu=np.array([object()]), sigma=np.eye(1), n=3)  # a pickle, which is not read
-    with pytest.raises(StatisticsError, match="not a readable"):
+    with pytest.raises(UserError, match="not a readable"):
         Statistics.load(path)
     for bad in (np.eye(3), np.full((4, 4), np.nan), np.triu(np.ones((4, 4)))):
         np.savez(path, mu=np.zeros(4), sigma=bad, n=5)
-        with pytest.raises(StatisticsError, match=r"real\.npz: "):
+        with pytest.raises(UserError, match=r"real\.npz: "):
             Statistics.load(path)
 
 
 def test_too_few_or_unusable_features() -> None:
     running = RunningStatistics()
-    with pytest.raises(StatisticsError, match="0 picture"):
+    with pytest.raises(UserError, match="0 picture"):
         running.result()
     running.add(normal(1, 4, 0))
-    with pytest.raises(StatisticsError, match="1 picture"):
+    with pytest.raises(UserError, match="1 picture"):
         running.result()
-    with pytest.raises(StatisticsError, match="3 channels after some of 4"):
+    with pytest.raises(UserError, match="3 channels after some of 4"):
         running.add(normal(2, 3, 0))
-    with pytest.raises(StatisticsError, match="item 1 are not finite"):
+    with pytest.raises(UserError, match="item 1 are not finite"):
         running.add(np.array([[0.0] * 4, [np.inf] * 4]))
 
 
@@ -186,7 +186,7 @@ def test_interval_is_seeded_and_around_the_measured_distance(features: dict[str,
     interval = frechet_interval(features["feat_gen"], real, num_resamples=60, seed=1)
     assert interval == frechet_interval(features["feat_gen"], real, num_resamples=60, seed=1)
     assert interval[0] < frechet_distance(statistics(features["feat_gen"]), real) < interval[1]
-    with pytest.raises(StatisticsError, match="16 and of 512"):
+    with pytest.raises(UserError, match="16 and of 512"):
         frechet_interval(features["feat_gen"] @ features["proj16"], real, num_resamples=2)
 
 
@@ -240,9 +240,9 @@ def test_kid_draws_subsets_of_the_asked_size(features: dict[str, np.ndarray]) ->
     value, error = kid(features["feat_gt"], features["feat_gen"], subsets=50, subset_size=20)
     assert (value, error) == kid(features["feat_gt"], features["feat_gen"], subsets=50, subset_size=20)
     assert value == pytest.approx(polynomial_mmd(features["feat_gt"], features["feat_gen"]), abs=2 * error)
-    with pytest.raises(StatisticsError, match="at least 4 items"):
+    with pytest.raises(UserError, match="at least 4 items"):
         kid(normal(3, 4, 0), normal(9, 4, 0))
-    with pytest.raises(StatisticsError, match="channels"):
+    with pytest.raises(UserError, match="channels"):
         kid(normal(9, 3, 0), normal(9, 4, 0))
 
 
@@ -287,5 +287,5 @@ def test_what_precision_and_recall_tell_apart() -> None:
     assert precision_recall(real, real + 1000) == (0.0, 0.0)
     few_kinds = np.repeat(real[:4], 20, axis=0)  # copies of four real items: all lie among them, few are like them
     assert precision_recall(real, few_kinds) == (1.0, pytest.approx(0.05))
-    with pytest.raises(StatisticsError, match="more than k = 3"):
+    with pytest.raises(UserError, match="more than k = 3"):
         precision_recall(real, real[:3])

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoint.first_stage import autoencoder_keys
 from ldm.checkpoint.io import CheckpointError, write_safetensors, write_torch
 from ldm.config import AutoencoderConfig, ConfigError
-from ldm.decoders import with_decoder
+from ldm.decoders import replace_decoder
 from ldm.models.asymmetric import AsymmetricAutoencoderKL, build_autoencoder
 from ldm.models.autoencoder import AutoencoderKL
 
@@ -155,7 +155,7 @@ def test_files_of_every_layout(layout: str, tmp_path: Path, scene: tuple[Tensor,
         write_safetensors(path, {prefix + name: tensor.half() for name, tensor in state.items()})
     plain = AutoencoderKL(SMALL)
     plain.load_state_dict({n: x for n, x in state.items() if not n.startswith("decoder.")}, strict=False)
-    model = with_decoder(plain, path)
+    model = replace_decoder(plain, path)
     z = plain.encode(image).mean
     assert torch.equal(model.encode(image).mean, z)
     assert model.decode(z, image, 1 - hole).dtype == torch.float32  # whatever the file's
@@ -172,7 +172,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     def refused(changed: dict[str, Tensor], reason: str) -> None:
         write_safetensors(tmp_path / "x.safetensors", changed)
         with pytest.raises(CheckpointError, match=reason) as caught:
-            with_decoder(plain, tmp_path / "x.safetensors")
+            replace_decoder(plain, tmp_path / "x.safetensors")
         assert str(tmp_path / "x.safetensors") in str(caught.value)
 
     refused({n: x for n, x in state.items() if "decoder.encoder" not in n}, "holds no mask-conditioned decoder")
@@ -180,7 +180,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     refused({**state, "decoder.extra": torch.zeros(1)}, "1 unexpected:\n.*decoder.extra")
     refused({**state, "quant_conv.bias": state["quant_conv.bias"] + 1}, "trained for another encoder")
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "none.ckpt"))):
-        with_decoder(plain, tmp_path / "none.ckpt")
+        replace_decoder(plain, tmp_path / "none.ckpt")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config import ConfigError, ExemplarEncoderConfig, load_config
-from ldm.data.transforms import exemplar_to_tensor
+from ldm.images import exemplar_to_tensor
 from ldm.latent_diffusion import LatentDiffusion, load_model
 from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder, MapperAttention
 

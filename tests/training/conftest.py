@@ -15,14 +15,14 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from ldm import steps
 from ldm.checkpoint.io import write_safetensors
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS
 from ldm.config import Config, load_config
 from ldm.data.datamodule import DataModule
 from ldm.evaluation import cache
-from ldm.run import Run
-from ldm.training import DiffusionTraining
+from ldm.training.diffusion_module import DiffusionTraining
+from ldm.training.run import Run
+from scripts import pipeline
 
 TINY: dict[str, Any] = {
     "model": {
@@ -153,9 +153,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str
     def execute(command: list[str]) -> int:
         done.append(command)
         path = Path(command[0])
-        name = path.stem if path.parent == steps.ROOT else f"{path.parent.name}.{path.stem}"
+        name = ".".join(path.relative_to(pipeline.ROOT).with_suffix("").parts)
         return importlib.import_module(name).main(command[1:])
 
-    monkeypatch.setattr(steps, "execute", execute)
+    monkeypatch.setattr(pipeline, "execute", execute)
     monkeypatch.setattr(cache, "DEFAULT_PATH", tmp_path / "features.sqlite")
     return done

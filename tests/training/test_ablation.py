@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 
 import main as train
-from ldm import steps
 from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import FIRST_STAGE, NEW_PARTS, TOWER
 from ldm.config import Config, load_config
-from ldm.run import Run
-from scripts import ablation
+from ldm.training.run import Run
+from scripts import ablation, pipeline
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Every row adds one technique: prior, augmentation (two keys), bottleneck, guidance (two keys).
@@ -38,7 +37,7 @@ MakeConfig = Callable[..., Config]
 def switches(config: Config) -> tuple[object, ...]:
     data, training = config.data, config.training
     tokens = config.model.exemplar_encoder.tokens
-    holes, guidance = data.arbitrary_mask_percent, config.logging.guidance_scale
+    holes, guidance = data.p_arbitrary_mask, config.logging.guidance_scale
     return training.use_prior, data.augment_exemplar, holes, tokens, training.p_uncond, guidance
 
 
@@ -216,16 +215,16 @@ class TestCommand:
     def test_a_stopped_training_resumes(
         self, arguments: list[str], in_process: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        execute = steps.execute
+        execute = pipeline.execute
         more = ["--rows", "baseline", "--max-steps", "2", "--metrics", "identification"]
 
         def stopped(command: list[str]) -> int:
             assert execute([*command, "trainer.max_steps=1"]) == 0
             return 143
 
-        monkeypatch.setattr(steps, "execute", stopped)
+        monkeypatch.setattr(pipeline, "execute", stopped)
         assert ablation.main([*arguments, *more]) == 2
-        monkeypatch.setattr(steps, "execute", execute)
+        monkeypatch.setattr(pipeline, "execute", execute)
         in_process.clear()
         (checkpoint,) = (tmp_path / "out").glob("baseline/train/*/checkpoints/last.ckpt")
         config = checkpoint.parents[1] / "config.yaml"
@@ -245,13 +244,13 @@ class TestCommand:
     def test_unusable_figures(self, text: str, tmp_path: Path) -> None:
         path = tmp_path / "metrics.json"
         path.write_text(text)
-        with pytest.raises(steps.StepError, match="evaluate the row again"):
+        with pytest.raises(pipeline.StepError, match="evaluate the row again"):
             ablation.read_figures(path, "prior")
 
 
 class TestExecute:
     def test_exit_status(self) -> None:
-        assert steps.execute(["-c", "raise SystemExit(3)"]) == 3
+        assert pipeline.execute(["-c", "raise SystemExit(3)"]) == 3
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_leaves_the_script_time_to_save(self, number: int, tmp_path: Path) -> None:
@@ -273,6 +272,6 @@ class TestExecute:
         before = signal.getsignal(number)
         thread = threading.Thread(target=stop)
         thread.start()
-        assert steps.execute(["-c", code]) == (143 if number == signal.SIGTERM else 7)
+        assert pipeline.execute(["-c", code]) == (143 if number == signal.SIGTERM else 7)
         thread.join()
         assert signal.getsignal(number) is before

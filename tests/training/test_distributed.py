@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ldm.config import Config
-from ldm.run import Run
+from ldm.training.run import Run
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {

@@ -19,8 +19,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from ldm.config import Config
-from ldm.run import Run
-from ldm.training import DiffusionTraining
+from ldm.training.diffusion_module import DiffusionTraining
+from ldm.training.run import Run
 from main import main
 from scripts import make_shards
 

@@ -23,8 +23,8 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensor
 from ldm.checkpoint.keys import NEW_PARTS, to_module_keys
 from ldm.config import Config, ConfigError, load_config
 from ldm.latent_diffusion import load_model
-from ldm.run import Run
-from ldm.training import DiffusionTraining, NonFiniteLoss
+from ldm.training.diffusion_module import DiffusionTraining, NonFiniteLoss
+from ldm.training.run import Run
 from main import main
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,1 @@
+"""Edit images: settings, holes, the editor, many edits at once, relighting, safety."""

@@ -1,0 +1,98 @@
+"""Reader of a benchmark folder in the layout of COCOEE: scenes, holes and exemplars.
+
+ROOT/GT_*/000000000007_GT.png · ROOT/Ref_*/000000000007_ref.png · ROOT/Mask_bbox_*/000000000007_mask.png (white = hole)
+· ROOT/id_list.npy. The digits after the underscore of the folders' names (their number of images, 3500) do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+from PIL import Image
+
+from ldm.files import UserError
+from ldm.images import MID_GREY, load_mask, open_image
+
+
+class BenchItem(NamedTuple):
+    """One task: paint the exemplar into the hole of the scene.
+
+    Attributes:
+        id: twelve digits, as in the file names.
+        scene: RGB; the true picture.
+        hole_mask: mode L, of the scene's size, white = hole.
+        exemplar: RGB, of any size.
+    """
+
+    id: str
+    scene: Image.Image
+    hole_mask: Image.Image
+    exemplar: Image.Image
+
+    def masked_scene(self) -> Image.Image:
+        """The scene as the model is shown it: the hole in mid-grey."""
+        return Image.composite(Image.new("RGB", self.scene.size, MID_GREY), self.scene, self.hole_mask)
+
+
+class Bench(Sequence[BenchItem]):
+    """The items of a benchmark folder, in the order of its id list. Images are read when an item is asked for.
+
+    Raises:
+        UserError: a folder or the id list is missing or unusable; for an item: its mask has not its scene's size.
+        UserError: for an item: one of its files cannot be read.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise UserError(f"{root}: no such folder; dataset/README.md says where the benchmark comes from")
+        self._scenes, self._exemplars, self._masks = (self._folder(name) for name in ("GT", "Ref", "Mask_bbox"))
+        self.ids = self._read_ids()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> BenchItem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[BenchItem]: ...
+    def __getitem__(self, index: int | slice) -> BenchItem | list[BenchItem]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        scene_path, mask_path, exemplar_path = self.paths(self.ids[index])
+        scene, hole_mask = open_image(scene_path), load_mask(mask_path)
+        if hole_mask.size != scene.size:
+            got, expected = (f"{width}x{height}" for width, height in (hole_mask.size, scene.size))
+            raise UserError(f"{mask_path}: got {got} pixels, expected its scene's {expected}; replace the mask")
+        return BenchItem(self.ids[index], scene, hole_mask, open_image(exemplar_path))
+
+    def paths(self, id_: str) -> tuple[Path, Path, Path]:
+        """Files of scene, hole mask and exemplar."""
+        return (
+            self._scenes / f"{id_}_GT.png",
+            self._masks / f"{id_}_mask.png",
+            self._exemplars / f"{id_}_ref.png",
+        )
+
+    def _folder(self, name: str) -> Path:
+        found = sorted(path for path in self.root.glob(f"{name}_*") if path.is_dir())
+        if len(found) != 1:
+            got = ", ".join(path.name for path in found) or "none"
+            raise UserError(f"{self.root}: expected one folder {name}_…, got {got}; unpack the benchmark there")
+        return found[0]
+
+    def _read_ids(self) -> list[str]:
+        path = self.root / "id_list.npy"
+        try:
+            ids = np.load(path, allow_pickle=False).ravel()
+            names = [f"{int(id_):012d}" for id_ in ids]
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; expected the benchmark's ids as a NumPy array") from None
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{path}: expected a NumPy array of whole numbers ({error}); download it again") from None
+        if not names:
+            raise UserError(f"{path}: lists no ids; download it again")
+        return names

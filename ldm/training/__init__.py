@@ -1,0 +1,1 @@
+"""Train the model: modules, callbacks, sharding, runs."""

@@ -1,0 +1,96 @@
+"""What every command line over checkpoints promises: no input is replaced, the output tells what it was made from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from ldm import __version__
+from ldm.checkpoint.folders import STEMS, read_json, weight_files
+from ldm.checkpoint.io import CheckpointError, sha256_file
+
+# Of a folder of diffusers, beside the folders of its components and a UNet's weights.
+_FILES = ("model_index.json", "config.json", "README.md", "LICENSE", ".gitattributes")
+
+
+def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, endings: Sequence[str] = ()) -> None:
+    """Refuse an output before anything is read.
+
+    Args:
+        endings: of a file; none: it is a folder.
+
+    Raises:
+        CheckpointError: it has another ending, is an input or lies in one, or is there and not to be replaced: a folder
+            of something else never is.
+    """
+    if endings and output.suffix not in endings:
+        raise CheckpointError(f"{output}: got extension {output.suffix!r}, expected {' or '.join(endings)}")
+    if not endings and output.suffix in (".safetensors", ".ckpt", ".bin"):
+        raise CheckpointError(f"{output}: the result is a folder, and this is the name of a file; choose another")
+    for path in inputs:
+        ours, theirs = output.resolve(), path.resolve()
+        if ours == theirs or (output.exists() and path.exists() and output.samefile(path)):
+            raise CheckpointError(f"{output}: the output would replace the input; choose another name")
+        if theirs in ours.parents or ours in theirs.parents:
+            raise CheckpointError(f"{output}: one of input and output lies in the other; choose another place")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{output}: exists already; pass --overwrite to replace it")
+    if output.is_dir() != (not endings):
+        raise CheckpointError(f"{output}: is a {'folder' if endings else 'file'}; choose another name")
+    if output.is_dir():
+        _check_replaceable(output)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """A mistyped folder of somebody's own would be gone, and so would the one that a shell is in."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{folder}: is the current folder or lies above it; name one inside or beside it")
+    entries = sorted(folder.iterdir())
+    descriptions = [read_json(path) for path in entries if path.name in ("config.json", "model_index.json")]
+    if entries and not any("_class_name" in description for description in descriptions):
+        raise CheckpointError(f"{folder}: is no folder of diffusers, so it is not replaced; choose another name")
+    parts = {name for description in descriptions for name in description}  # a pipeline's index names its folders
+    for path in entries:
+        known = parts if path.is_dir() else _FILES
+        if path.name not in known and not (path.is_file() and path.name.startswith(STEMS["unet"])):
+            raise CheckpointError(
+                f"{folder}: holds {path.name}, which is no part of a diffusers folder, so it is not replaced; move it "
+                "away, or choose another name"
+            )
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Puts the file's name before what functions on tensors find wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def provenance(script: str, argv: Sequence[str] | None, inputs: Mapping[str, Path]) -> dict[str, str]:
+    """Metadata of an output: the inputs' names and SHA-256 by role, the command, versions.
+
+    Args:
+        inputs: role => file, or folder of diffusers, whose known components are recorded.
+    """
+    record = {"command": shlex.join([f"scripts/{script}.py", *(sys.argv[1:] if argv is None else argv)])}
+    for role, path in inputs.items():
+        record[role] = path.name
+        if path.is_dir():
+            folders = [path / name for name in STEMS if (path / name).is_dir()] or [path]
+            files = [file for folder in folders for file in weight_files(folder)]
+            record |= {f"{role}_sha256 {file.relative_to(path)}": sha256_file(file) for file in files}
+        else:
+            record[f"{role}_sha256"] = sha256_file(path)
+    versions = {"paint-by-example": __version__, "python": platform.python_version(), "torch": version("torch")}
+    record["versions"] = json.dumps(versions)
+    return record

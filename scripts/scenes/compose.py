@@ -1,0 +1,735 @@
+"""Composed training scenes: alpha cut-outs pasted on photographs, in the Open Images layout.
+
+The recipe is self-supervised, so it needs pictures with boxes and nothing else; pictures of one's own
+products are as good as Open Images. `compose_scene` pastes one scene; `compose_dataset` writes
+`images/{train,validation,test}`, OIDv6-format annotations and a bench in COCOEE layout.
+
+Cut-outs and photographs are held out by file: train and validation never show what test and bench show.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from io import BytesIO, StringIO
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from ldm.data.read_bbox import ANNOTATIONS
+from ldm.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+CLASS_FILE = "oidv6-class-descriptions.csv"
+BOX_HEADER = (
+    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+)
+
+_RECIPE = 1  # part of the settings: raise it when the same settings give other scenes
+_CHUNK = 100  # scenes per unit of work; an interrupted run loses at most one per worker
+_SUFFIXES = {".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg"}
+_VISIBLE = 51  # of 255: alpha from which a pixel belongs to the object
+_CACHE_SIZE = 400  # pictures held in memory per worker
+
+Box = tuple[int, int, int, int]  # x_min, y_min, x_max, y_max; pixels, the maximum is exclusive
+
+
+class ComposeError(ValueError):
+    """Folders or settings that scenes cannot be composed from; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class SceneSettings:
+    """Everything that, with the pictures, decides what a dataset looks like."""
+
+    count: int  # scenes in train
+    size: int  # pixels, side of the square scenes
+    seed: int = 0
+    bench: int = 0  # items in the bench
+    bench_size: int | None = None  # pixels, side of the bench's scenes; None: `size`
+    validation_share: float = 0.02  # scenes in validation, and in test, per scene in train
+    holdout: float = 0.15  # share of cut-outs that only test and bench show
+    background_holdout: float = 0.12
+    hue_jitter: float = 0.0  # largest hue shift in turns, up to 0.5
+    hue_jitter_share: float = 0.5  # how often an object of train and validation is recoloured
+    extra_share: float = 0.0  # how often an object of train comes from the extra cut-outs
+    patch_share: float = 0.0  # how often an object of train is a random piece of a photograph
+    objects: tuple[str, ...] = ()  # cut-outs that every split shows, and no others; (): as held out
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("count", 1, 10**7),
+            ("size", 16, 2048),
+            ("bench_size", 16, 2048),
+            ("seed", 0, 2**63),
+            ("bench", 0, 10**6),
+            ("hue_jitter", 0.0, 0.5),
+            ("hue_jitter_share", 0.0, 1.0),
+            ("extra_share", 0.0, 1.0),
+            ("patch_share", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ComposeError(f"--{name.replace('_', '-')}: got {value}, expected {low} to {high}")
+        if self.extra_share + self.patch_share > 1:
+            raise ComposeError(
+                f"--extra-share and --patch-share: got {self.extra_share} and {self.patch_share}, "
+                "expected a sum of at most 1"
+            )
+
+    def scenes_in(self, split: str) -> int:
+        return self.count if split == "train" else max(8, round(self.count * self.validation_share))
+
+
+@dataclass(frozen=True)
+class PastedObject:
+    """What is left to see of a cut-out in a finished scene."""
+
+    name: str
+    box: Box
+    occluded: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A composed picture (RGB) and its objects, the main one first."""
+
+    image: Image.Image
+    objects: list[PastedObject]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Usable files of one folder, as names relative to it, by the side of the hold-out."""
+
+    root: Path
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+    distinct: tuple[str, ...]  # the held-out ones without look-alikes
+
+    def of(self, split: str) -> tuple[str, ...]:
+        return self.train if split in ("train", "validation") else self.held_out
+
+    def only(self, names: tuple[str, ...]) -> Pictures:
+        """These pictures, on both sides.
+
+        Raises:
+            ComposeError: one of them is not there.
+        """
+        if unknown := sorted(set(names) - set(self.train) - set(self.held_out)):
+            raise ComposeError(f"--objects: {', '.join(unknown)}: no usable picture of that name in {self.root}")
+        return Pictures(self.root, train=names, held_out=names, distinct=names)
+
+
+# --- one scene -------------------------------------------------------------------------------------------
+
+
+def compose_scene(
+    rng: np.random.Generator,
+    cutouts: Sequence[tuple[str, Image.Image]],
+    background: Image.Image,
+    size: int,
+    *,
+    hue_jitter: float = 0.0,
+    hue_jitter_share: float = 0.5,
+    max_overlap: float = 0.2,
+) -> Scene:
+    """Paste cut-outs on a photograph.
+
+    Works at two to four times the size and scales down, so that edges are antialiased as a camera's are.
+
+    Args:
+        rng: the scene's own generator; equal states give equal scenes.
+        cutouts: names and RGBA pictures; the first is the main object and is always there, the others
+            are left out where there is no room for them.
+        background: RGB photograph; a random square of it is used.
+        size: side of the scene in pixels.
+        hue_jitter: largest hue shift in turns, 0 to 0.5; saturation moves along with it.
+        hue_jitter_share: probability of such a shift, per object.
+        max_overlap: share of an earlier object's box that later objects may cover, 0 to 1.
+    """
+    side = size * _oversampling(size)
+    canvas = _random_crop(rng, background, side)
+    placed: list[tuple[str, Image.Image, Box]] = []  # full-canvas alphas, in pasting order
+    for index, (name, cutout) in enumerate(cutouts):
+        extent = rng.uniform(0.25, 0.75) if index == 0 else rng.uniform(0.15, 0.4)
+        jitter = hue_jitter if rng.random() < hue_jitter_share else 0.0
+        sprite = _random_view(rng, cutout, extent, side, jitter)
+        box = _find_place(rng, sprite.size, side, [box for _, _, box in placed], max_overlap)
+        if box is None:
+            continue
+        canvas, alpha = _paste(rng, canvas, sprite, box)
+        placed.append((name, alpha, box))
+
+    objects = []
+    for index, (name, alpha, _) in enumerate(placed):
+        visible = alpha
+        for _, later, _ in placed[index + 1 :]:
+            visible = ImageChops.multiply(visible, ImageChops.invert(later))
+        whole, seen = (np.asarray(_shrink(mask, size)) >= _VISIBLE for mask in (alpha, visible))
+        if box := _extent(seen):
+            objects.append(PastedObject(name, box, occluded=bool(seen.sum() < 0.97 * whole.sum())))
+    return Scene(_shrink(canvas, size), objects)
+
+
+def photo_patch(rng: np.random.Generator, photograph: Image.Image) -> Image.Image:
+    """A random piece of a photograph as a cut-out: a smooth closed outline around whatever was there.
+
+    No object, but endless kinds of colour and texture, which teach how an exemplar's look is carried over.
+
+    Args:
+        photograph: RGB.
+
+    Returns:
+        RGBA, an eighth to a half of the photograph's short side on its long side, opaque inside its outline.
+    """
+    longer = min(photograph.size) * rng.uniform(0.125, 0.5)
+    width, height = (max(16, round(longer * ratio)) for ratio in rng.permutation([1.0, rng.uniform(0.4, 1.0)]))
+    left, top = int(rng.integers(0, photograph.width - width + 1)), int(rng.integers(0, photograph.height - height + 1))
+    patch = photograph.crop((left, top, left + width, top + height)).convert("RGBA")
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    angle, radius = np.arctan2(y, x), np.ones_like(x)
+    for frequency in range(2, 6):
+        radius += rng.normal(0, 0.3 / frequency) * np.cos(frequency * angle + rng.uniform(0, 2 * np.pi))
+    inside = np.hypot(x, y) <= np.clip(radius / radius.max(), 0.3, 1.0)
+    patch.putalpha(Image.fromarray(np.where(inside, 255, 0).astype(np.uint8)))
+    return patch
+
+
+def _oversampling(size: int) -> int:
+    return 4 if size <= 128 else 2
+
+
+def _shrink(image: Image.Image, size: int) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BOX)  # whole factor: the box filter is the exact mean
+
+
+def _random_crop(rng: np.random.Generator, background: Image.Image, side: int) -> Image.Image:
+    """A random square (50 % to 100 % of the short side), flipped half of the time, resized to side × side."""
+    crop = min(background.size) * rng.uniform(0.5, 1.0)
+    left, top = rng.uniform(0, background.width - crop), rng.uniform(0, background.height - crop)
+    image = background.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + crop, top + crop))
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def _random_view(
+    rng: np.random.Generator, cutout: Image.Image, extent: float, side: int, hue_jitter: float
+) -> Image.Image:
+    """The cut-out recoloured, flipped, rotated by up to 15°, trimmed; its long side `extent` of the scene's side."""
+    if hue_jitter > 0:
+        cutout = _shift_hue(cutout, rng.uniform(-hue_jitter, hue_jitter), rng.uniform(0.8, 1.3))
+    if rng.random() < 0.5:
+        cutout = ImageOps.mirror(cutout)
+    view = cutout.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
+    view = view.crop(view.getchannel("A").getbbox())
+    # Thin objects are shown larger: boxes under 2 % of the picture are not trained on.
+    extent = max(extent, min(0.9, (0.03 * max(view.size) / min(view.size)) ** 0.5))
+    scale = extent * side / max(view.size)
+    size = max(1, round(view.width * scale)), max(1, round(view.height * scale))
+    return view.resize(size, Image.Resampling.BICUBIC)
+
+
+def _shift_hue(cutout: Image.Image, turns: float, saturation: float) -> Image.Image:
+    hue, colour, value = cutout.convert("RGB").convert("HSV").split()
+    hue = hue.point([round(level + 256 * turns) % 256 for level in range(256)])
+    colour = colour.point([min(255, round(level * saturation)) for level in range(256)])
+    shifted = Image.merge("HSV", (hue, colour, value)).convert("RGB")
+    shifted.putalpha(cutout.getchannel("A"))
+    return shifted
+
+
+def _find_place(
+    rng: np.random.Generator, size: tuple[int, int], side: int, taken: Sequence[Box], max_overlap: float
+) -> Box | None:
+    """A random place inside the scene where at most `max_overlap` of each earlier box gets covered."""
+    for _ in range(20):
+        left, top = (int(rng.integers(0, side - length + 1)) for length in size)
+        box = (left, top, left + size[0], top + size[1])
+        if all(_covered(earlier, box) <= max_overlap for earlier in taken):
+            return box
+    return None
+
+
+def _covered(box: Box, by: Box) -> float:
+    """Share of `box` that lies in `by`."""
+    width = min(box[2], by[2]) - max(box[0], by[0])
+    height = min(box[3], by[3]) - max(box[1], by[1])
+    return max(0, width) * max(0, height) / ((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def _paste(
+    rng: np.random.Generator, canvas: Image.Image, sprite: Image.Image, box: Box
+) -> tuple[Image.Image, Image.Image]:
+    """Paste with shadow, matched brightness and soft edge; returns the new canvas and the object's alpha on it."""
+    sprite_alpha = sprite.getchannel("A")
+    alpha = Image.new("L", canvas.size)
+    alpha.paste(sprite_alpha, box[:2])
+    # Only ever softened inwards: the colour under a cut-out's transparent pixels is arbitrary.
+    alpha = ImageChops.darker(alpha, alpha.filter(ImageFilter.GaussianBlur(canvas.width / 250)))
+
+    around = np.asarray(canvas.crop(box).convert("L"), dtype=np.float32).mean() + 16
+    own = np.asarray(sprite.convert("L"), dtype=np.float32)
+    opaque = np.asarray(sprite_alpha) >= 128
+    gain = float(np.clip((around / (own[opaque].mean() + 16 if opaque.any() else around)) ** 0.25, 0.75, 1.25))
+    matched = sprite.convert("RGB").point([min(255, round(level * gain)) for level in range(256)] * 3)
+
+    reach = max(sprite.size)
+    shift = round(rng.uniform(-0.06, 0.06) * reach), round(rng.uniform(0.0, 0.06) * reach)
+    shadow = Image.new("L", canvas.size)
+    shadow.paste(sprite_alpha, (box[0] + shift[0], box[1] + shift[1]))
+    shadow = shadow.filter(ImageFilter.GaussianBlur(0.04 * reach))
+    opacity = rng.uniform(0.2, 0.5)
+    canvas = Image.composite(
+        Image.new("RGB", canvas.size), canvas, shadow.point([round(v * opacity) for v in range(256)])
+    )
+
+    layer = canvas.copy()
+    layer.paste(matched, box[:2])
+    return Image.composite(layer, canvas, alpha), alpha
+
+
+def _extent(mask: np.ndarray) -> Box | None:
+    """The box around the true pixels, None where there is nothing to speak of (under 2 px)."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if len(columns) < 2 or len(rows) < 2:
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+# --- the pictures ----------------------------------------------------------------------------------------
+
+
+def find_pictures(root: Path, kind: str, holdout: float) -> tuple[Pictures, list[str]]:
+    """Check every picture of a folder and divide them into training and held-out ones.
+
+    Which pictures are held out depends on their names only, not on a seed: two datasets from the same
+    folder never train on each other's bench. Pictures that look alike (copies, mirrored copies) stay together.
+
+    Args:
+        kind: `cutouts` (need transparency) or `backgrounds`.
+        holdout: share of the pictures to hold out, at least one.
+
+    Returns:
+        The pictures, and a line for each file that cannot be used.
+
+    Raises:
+        ComposeError: fewer than two usable pictures.
+    """
+    names, looks, skipped = _usable(root, kind)
+    groups: dict[int, list[str]] = {}
+    for name, leader in zip(names, group_alike(np.stack(looks)), strict=True):
+        groups.setdefault(leader, []).append(name)
+    held_out: set[str] = set()
+    for leader in sorted(groups, key=lambda leader: hashlib.sha256(names[leader].encode()).digest()):
+        if len(held_out) >= max(1, round(holdout * len(names))) or len(held_out | set(groups[leader])) == len(names):
+            break
+        held_out.update(groups[leader])
+    if not held_out:
+        raise ComposeError(f"{root}: all {kind} look alike, so that none can be held out; add different ones")
+    train = tuple(name for name in names if name not in held_out)
+    distinct = tuple(sorted(names[leader] for leader in groups if names[leader] in held_out))
+    return Pictures(root, train, tuple(sorted(held_out)), distinct), skipped
+
+
+def _usable(root: Path, kind: str) -> tuple[list[str], list[np.ndarray], list[str]]:
+    """Names and looks of a folder's usable pictures, and a line for each file that cannot be used."""
+    if not root.is_dir():
+        raise ComposeError(f"{root}: no such folder; --{kind} names a folder of pictures")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not paths:
+        formats = "JPEG, PNG or WebP" if kind == "backgrounds" else "PNG or WebP"
+        raise ComposeError(f"{root}: no pictures found; --{kind} names a folder with {formats} files")
+    names, looks, skipped = [], [], []
+    for path in tqdm(paths, desc=f"checking {kind}", unit=" files", leave=False):
+        try:
+            image = _load_background(path, 64) if kind == "backgrounds" else _load_cutout(path, 64)
+        except ComposeError as error:
+            skipped.append(str(error))
+            continue
+        names.append(path.relative_to(root).as_posix())
+        looks.append(look(image))
+    if len(names) < 2:
+        reason = skipped[0] if skipped else "only one picture"
+        raise ComposeError(
+            f"{root}: got {len(names)} usable {kind} of {len(paths)} files, expected at least 2; {reason}"
+        )
+    return names, looks, skipped
+
+
+def look(image: Image.Image) -> np.ndarray:
+    """A 16 × 16 thumbnail on grey as a vector, trimmed to the object."""
+    if image.mode == "RGBA":
+        image = image.crop(image.getchannel("A").getbbox())
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
+    return np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
+
+
+def group_alike(looks: np.ndarray, tolerance: float = 6.0) -> list[int]:
+    """For each picture the first one that it looks like (mean difference in levels, mirrored or not)."""
+    flat, mirrored = looks.reshape(len(looks), -1), looks[:, :, ::-1].reshape(len(looks), -1)
+    leaders = list(range(len(looks)))
+    for index in range(len(looks)):
+        for candidates in (flat, mirrored):
+            alike = np.flatnonzero(np.abs(candidates[:index] - flat[index]).mean(axis=1) < tolerance)
+            if len(alike):
+                leaders[index] = min(leaders[index], leaders[alike[0]])
+    return leaders
+
+
+def _for_scenes(cutouts: Pictures, name: str, size: int) -> Image.Image:
+    """A cut-out as large as scenes of `size` pixels can use it."""
+    return _load_cutout(cutouts.root / name, size * _oversampling(size))
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
+def _load_cutout(path: Path, max_side: int) -> Image.Image:
+    """A cut-out as RGBA, trimmed to what is opaque, at most `max_side` pixels on the long side."""
+    image = _open(path)
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        raise ComposeError(f"{path}: got a picture without alpha channel, expected a cut-out with transparency")
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    low, high = alpha.getextrema()
+    assert isinstance(low, int) and isinstance(high, int)  # one channel
+    if high < 128 or low > 127:
+        state = "transparent" if high < 128 else "opaque"
+        raise ComposeError(f"{path}: got a picture that is {state} all over, expected a cut-out with transparency")
+    image = image.crop(alpha.point([255 * (level > 8) for level in range(256)]).getbbox())
+    if min(image.size) < max(image.size) / 25:
+        raise ComposeError(f"{path}: got an object of {image.width}×{image.height} pixels, too thin for a scene")
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return image
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
+def _load_background(path: Path, min_side: int) -> Image.Image:
+    """A photograph as RGB, scaled down to `min_side` pixels on the short side if it is larger."""
+    image = _open(path, min_side)
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    scale = min_side / min(image.size)
+    if scale < 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    return image
+
+
+def _open(path: Path, draft_side: int | None = None) -> Image.Image:
+    """Read a picture whole; a JPEG at a reduced scale of at least `draft_side` pixels where that is enough."""
+    try:
+        with Image.open(path) as image:
+            if draft_side is not None:
+                image.draft("RGB", (draft_side, draft_side))
+            image.load()
+            return image
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ComposeError(f"{path}: not a readable picture ({error}); replace or remove it") from error
+
+
+# --- the dataset -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a worker needs to know; small enough to be sent with every chunk."""
+
+    settings: SceneSettings
+    cutouts: Pictures
+    backgrounds: Pictures
+    extras: Pictures | None  # shown in train only, all of them
+    out: Path
+    digest: str
+
+    def generator(self, part: str, index: int) -> np.random.Generator:
+        """Random state of one scene: from seed, part and index alone, so that workers do not matter."""
+        return np.random.default_rng([self.settings.seed, _PARTS.index(part), index])
+
+    def cutout(self, name: str, size: int) -> tuple[str, Image.Image]:
+        return name, _for_scenes(self.cutouts, name, size)
+
+    def training_object(self, rng: np.random.Generator, name: str) -> tuple[str, Image.Image]:
+        """The cut-out `name`, or in its place an extra one or a piece of a photograph, by the settings' shares."""
+        settings, u = self.settings, rng.random()
+        if u < settings.patch_share:
+            (photograph,) = _draw_names(rng, self.backgrounds.train, 1)
+            return f"patch/{photograph}", photo_patch(rng, self.background(photograph, settings.size))
+        if self.extras is not None and u < settings.patch_share + settings.extra_share:
+            (extra,) = _draw_names(rng, self.extras.train, 1)
+            return f"extra/{extra}", _for_scenes(self.extras, extra, settings.size)
+        return self.cutout(name, settings.size)
+
+    def background(self, name: str, size: int) -> Image.Image:
+        return _load_background(self.backgrounds.root / name, 2 * size * _oversampling(size))
+
+    def part_file(self, part: str, start: int) -> Path:
+        return self.out / ".parts" / f"{part}-{start:08d}.csv"
+
+
+_PARTS = (*SPLITS, "bench")
+_MADE_HERE = ("images", "annotations", "bench", "bbox", ".parts", "LICENSES.md", "settings.json")
+
+
+def compose_dataset(
+    cutouts_dir: Path,
+    backgrounds_dir: Path,
+    out: Path,
+    settings: SceneSettings,
+    *,
+    extras_dir: Path | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+) -> None:
+    """Write a whole dataset; an interrupted one is continued, a finished one left alone.
+
+    `out/images/SPLIT/ID.jpg`, `out/annotations/*.csv` (OIDv6 columns), `out/bench/` (COCOEE layout, plus
+    `items.csv`: which item shows which cut-out), `out/settings.json`, `out/LICENSES.md`.
+
+    Args:
+        extras_dir: more cut-outs, of any style, that train alone shows; needed where `settings.extra_share` is not 0.
+        workers: processes; the result does not depend on it.
+        overwrite: replace a dataset that was made with other settings or pictures.
+
+    Raises:
+        ComposeError: unusable folders, or `out` holds something else.
+    """
+    cutouts, skipped = find_pictures(cutouts_dir, "cutouts", settings.holdout)
+    if settings.objects:
+        cutouts = cutouts.only(settings.objects)
+    backgrounds, unread = find_pictures(backgrounds_dir, "backgrounds", settings.background_holdout)
+    extras, unusable = None, []
+    if settings.extra_share > 0:
+        if extras_dir is None:
+            raise ComposeError("--extra-share: needs --extra-cutouts, a folder of more cut-outs")
+        names, _, unusable = _usable(extras_dir, "extra-cutouts")
+        extras = Pictures(extras_dir, train=tuple(names), held_out=(), distinct=())
+    for line in (*skipped, *unread, *unusable):
+        logger.warning("skipped: %s", line)
+    record = {
+        "recipe": _RECIPE,
+        **{key: value for key, value in asdict(settings).items() if key != "objects"},
+        **({"objects": list(settings.objects)} if settings.objects else {}),
+        "cutouts": _fingerprint(cutouts),
+        "backgrounds": _fingerprint(backgrounds),
+        "extras": extras and _fingerprint(extras),
+    }
+    _claim(out, record, overwrite)
+    held_out = {"held_out_cutouts": cutouts.held_out, "held_out_backgrounds": backgrounds.held_out}
+    write_file(out / "settings.json", json.dumps({"settings": record, **held_out}, indent=1).encode())
+    _write_licences(out, (cutouts_dir, backgrounds_dir, *([extras_dir] if extras and extras_dir else [])))
+
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    plan = _Plan(settings, cutouts, backgrounds, extras, out, digest)
+    _write_classes(plan)
+    for folder in (out / ".parts", *(out / "images" / split for split in SPLITS)):
+        folder.mkdir(parents=True, exist_ok=True)
+    totals = {split: settings.scenes_in(split) for split in SPLITS} | {"bench": settings.bench}
+    pending = {part: total for part, total in totals.items() if not _result_file(plan, part).is_file()}
+    jobs = [
+        (part, start, min(start + _CHUNK, total))
+        for part, total in pending.items()
+        for start in range(0, total, _CHUNK)
+    ]
+    _run_jobs(plan, [job for job in jobs if not plan.part_file(job[0], job[1]).is_file()], workers)
+    for part, total in pending.items():
+        if total:
+            _join_parts(plan, part, range(0, total, _CHUNK))
+    shutil.rmtree(out / ".parts")
+
+
+def _run_jobs(plan: _Plan, jobs: list[tuple[str, int, int]], workers: int) -> None:
+    total = sum(stop - start for _, start, stop in jobs)
+    with (
+        tqdm(total=total, desc="composing", unit=" scenes") as bar,
+        _worker_pool(workers) if workers > 1 else nullcontext() as pool,
+    ):
+        for done in (pool.map if pool else map)(partial(_compose_chunk, plan), jobs):
+            bar.update(done)
+
+
+def _worker_pool(workers: int) -> ProcessPoolExecutor:
+    # Ctrl-C is for the main process: workers finish their chunk, the rest is cancelled.
+    return ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
+def _compose_chunk(plan: _Plan, job: tuple[str, int, int]) -> int:
+    """Write some scenes, then their rows: a chunk whose rows exist is complete."""
+    part, start, stop = job
+    rows = StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    for index in range(start, stop):
+        writer.writerows(_write_bench_item(plan, index) if part == "bench" else _write_scene(plan, part, index))
+    write_file(plan.part_file(part, start), rows.getvalue().encode())
+    return stop - start
+
+
+def _write_scene(plan: _Plan, split: str, index: int) -> Iterator[tuple[object, ...]]:
+    """Compose and save one scene; yields its annotation rows."""
+    settings, rng = plan.settings, plan.generator(split, index)
+    names = _draw_names(rng, plan.cutouts.of(split), int(rng.integers(1, 4)))
+    (background,) = _draw_names(rng, plan.backgrounds.of(split), 1)
+    mixed = split == "train" and settings.extra_share + settings.patch_share > 0
+    scene = compose_scene(
+        rng,
+        [plan.training_object(rng, name) if mixed else plan.cutout(name, settings.size) for name in names],
+        plan.background(background, settings.size),
+        settings.size,
+        hue_jitter=settings.hue_jitter if split != "test" else 0.0,
+        hue_jitter_share=settings.hue_jitter_share,
+    )
+    image_id = hashlib.sha256(f"{plan.digest}/{split}/{index}".encode()).hexdigest()[:16]
+    _save(scene.image, plan.out / "images" / split / f"{image_id}.jpg", quality=95, subsampling=0)
+    for shown in scene.objects:
+        x_min, y_min, x_max, y_max = (f"{edge / settings.size:.6f}" for edge in shown.box)
+        yield image_id, "composed", _label(shown.name), 1, x_min, x_max, y_min, y_max, int(shown.occluded), 0, 0, 0, 0
+
+
+def _write_bench_item(plan: _Plan, index: int) -> Iterator[tuple[object, ...]]:
+    """One test case: scene, hole around its main object, and another view of that object as exemplar."""
+    size, rng = plan.settings.bench_size or plan.settings.size, plan.generator("bench", index)
+    names = plan.cutouts.distinct  # an edit is compared with other items' exemplars: none may be its twin
+    main = names[index % len(names)]
+    others = [name for name in names if name != main]
+    scenery = _draw_names(rng, plan.backgrounds.held_out, 2)
+    scene = _main_visible(
+        partial(
+            compose_scene,
+            rng,
+            [plan.cutout(name, size) for name in (main, *_draw_names(rng, others, int(rng.integers(0, 2))))],
+            plan.background(scenery[0], size),
+            size,
+            max_overlap=0.0,
+        ),
+        main,
+    )
+    other_view = _main_visible(
+        partial(compose_scene, rng, [plan.cutout(main, 2 * size)], plan.background(scenery[-1], 2 * size), 2 * size),
+        main,
+    )
+    box = scene.objects[0].box
+    hole = _grow(box, max(1, round(0.08 * max(box[2] - box[0], box[3] - box[1]))), size)
+    hole_mask = Image.new("L", (size, size))
+    hole_mask.paste(255, hole)
+    exemplar = other_view.image.crop(_grow(other_view.objects[0].box, round(0.04 * size), 2 * size))
+    count, item = plan.settings.bench, f"{index + 1:012d}"
+    _save(scene.image, plan.out / "bench" / f"GT_{count}" / f"{item}_GT.png")
+    _save(exemplar, plan.out / "bench" / f"Ref_{count}" / f"{item}_ref.png")
+    _save(hole_mask, plan.out / "bench" / f"Mask_bbox_{count}" / f"{item}_mask.png")
+    yield index + 1, main, *box, *hole
+
+
+def _main_visible(compose: partial[Scene], main: str) -> Scene:
+    for _ in range(50):
+        scene = compose()
+        if scene.objects and scene.objects[0].name == main:
+            return scene
+    raise ComposeError(f"{main}: too small or faint to be seen at this scene size; remove it or raise --size")
+
+
+def _draw_names(rng: np.random.Generator, names: Sequence[str], count: int) -> list[str]:
+    chosen = rng.choice(len(names), size=min(count, len(names)), replace=False)
+    return [names[int(index)] for index in chosen]
+
+
+def _grow(box: Box, margin: int, size: int) -> Box:
+    return (max(0, box[0] - margin), max(0, box[1] - margin), min(size, box[2] + margin), min(size, box[3] + margin))
+
+
+def _label(name: str) -> str:
+    return f"/c/{Path(name).with_suffix('').as_posix()}"
+
+
+def _write_classes(plan: _Plan) -> None:
+    rows = StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(("LabelName", "DisplayName"))
+    names = [*plan.cutouts.train, *plan.cutouts.held_out]
+    if plan.extras is not None:
+        names += [f"extra/{name}" for name in plan.extras.train]
+    if plan.settings.patch_share > 0:
+        names += [f"patch/{name}" for name in plan.backgrounds.train]
+    for name in sorted(names):
+        writer.writerow((_label(name), Path(name).stem.replace("_", " ").replace("-", " ")))
+    write_file(plan.out / "annotations" / CLASS_FILE, rows.getvalue().encode())
+
+
+def _result_file(plan: _Plan, part: str) -> Path:
+    """The file whose presence says that a part is complete."""
+    return plan.out / "bench" / "items.csv" if part == "bench" else plan.out / "annotations" / ANNOTATIONS[part]
+
+
+def _join_parts(plan: _Plan, part: str, starts: range) -> None:
+    header = "ID,Cutout,XMin,YMin,XMax,YMax,HoleXMin,HoleYMin,HoleXMax,HoleYMax" if part == "bench" else BOX_HEADER
+    rows = "".join(plan.part_file(part, start).read_text(encoding="utf-8") for start in starts)
+    if part == "bench":
+        ids = BytesIO()
+        np.save(ids, np.arange(1, plan.settings.bench + 1))
+        write_file(plan.out / "bench" / "id_list.npy", ids.getvalue())
+    write_file(_result_file(plan, part), f"{header}\n{rows}".encode())
+
+
+def _fingerprint(pictures: Pictures) -> str:
+    """Digest of names and sizes: notices pictures that came, went or changed."""
+    lines = (f"{name} {(pictures.root / name).stat().st_size}" for name in sorted(pictures.train + pictures.held_out))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _claim(out: Path, record: dict[str, Any], overwrite: bool) -> None:
+    """Make sure that `out` is empty or holds (part of) the dataset described by `record`."""
+    settings_file = out / "settings.json"
+    if not settings_file.is_file():
+        if foreign := [name for name in _MADE_HERE if (out / name).exists()]:
+            raise ComposeError(f"{out}: already holds {', '.join(foreign)} from elsewhere; give another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        return
+    try:
+        earlier = json.loads(settings_file.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError):
+        earlier = {}
+    differing = [
+        f"{key} {earlier.get(key)} (now {value})" for key, value in record.items() if earlier.get(key) != value
+    ]
+    if not differing:
+        return
+    if not overwrite:
+        raise ComposeError(
+            f"{out}: holds scenes made with other settings: {', '.join(differing)}; "
+            "give another --out, or --overwrite to replace them"
+        )
+    for name in _MADE_HERE:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _write_licences(out: Path, folders: tuple[Path, ...]) -> None:
+    """Copy the licence lists that lie in or beside the picture folders."""
+    candidates = [place / "LICENSES.md" for folder in folders for place in (folder, folder.resolve().parent)]
+    texts = {path.read_text(encoding="utf-8"): None for path in candidates if path.is_file()}
+    if not texts:
+        logger.warning("no LICENSES.md in or beside the picture folders: note yourself whose pictures these are")
+        return
+    write_file(out / "LICENSES.md", "\n".join(texts).encode())
+
+
+def _save(image: Image.Image, path: Path, **options: int) -> None:
+    content = BytesIO()
+    image.save(content, "JPEG" if path.suffix == ".jpg" else "PNG", **options)
+    write_file(path, content.getvalue(), sync=False)  # the chunk's rows, synced, vouch for its pictures
+
+
+def write_file(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a file under a temporary name, then rename it: it is there whole or not at all."""
+    with atomic_write(path, sync=sync) as temporary:
+        temporary.write_bytes(content)

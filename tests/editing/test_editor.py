@@ -1,0 +1,434 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.diffusion import draw_noise
+from ldm.editing.editor import Editor, Window, fit_scene, fit_window, given_hole, prepare_exemplar
+from ldm.files import UserError
+from ldm.images import CLIP_MEAN, CLIP_STD, MID_GREY
+
+S, F = 32, 4  # the painter's picture side and downsampling
+
+
+class MeanColourPainter(nn.Module):
+    """Stands in for the model: a hole gets the exemplar's mean colour, the rest comes back blurred to latent cells.
+
+    Its sampler adds noise of a few grey levels, so that seeds matter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=S, crop_margin=0.5, exemplar_encoder=SimpleNamespace(image_size=14))
+        self.learnable_vector = nn.Parameter(torch.zeros(1, 1, 3), requires_grad=False)
+        self.calls: list[dict[str, Any]] = []
+        self.inpaints, self.reads_exemplars, self.reads_text = True, True, False
+
+    def context(self, exemplar: Tensor | None, prompts: object) -> Tensor:
+        return self.learnable_vector if exemplar is None else exemplar
+
+    def encode_image(self, x: Tensor, generator: object = None) -> Tensor:
+        assert x.shape[1:] == (3, S, S)
+        return nn.functional.avg_pool2d(x, F)
+
+    def decode_latents(self, z: Tensor, image: Tensor, keep_mask: Tensor) -> Tensor:
+        return nn.functional.interpolate(z, scale_factor=F)
+
+    def encode_exemplar(self, pixel_values: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+        return (pixel_values * std + mean).mean((2, 3))[:, None] * 2 - 1
+
+    def sample(self, z_masked: Tensor, keep_mask: Tensor, context: Tensor, *, generator: object, **options: object):
+        self.calls.append(options | {"z_masked": z_masked, "keep_mask": keep_mask})
+        keep = nn.functional.interpolate(keep_mask, size=z_masked.shape[2:], mode="bilinear")
+        noise = 0.03 * draw_noise(z_masked.shape, generator)  # pyright: ignore[reportArgumentType]
+        return torch.where(keep == 1, z_masked, context[:, 0, :, None, None] + noise)
+
+
+@pytest.fixture
+def painter() -> MeanColourPainter:
+    return MeanColourPainter()
+
+
+@pytest.fixture
+def editor(painter: MeanColourPainter) -> Editor:
+    return Editor(painter)  # pyright: ignore[reportArgumentType]
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    mask = Image.new("L", size, 0)
+    mask.paste(255, box)
+    return mask
+
+
+def pixels(image: object) -> np.ndarray:
+    assert isinstance(image, Image.Image)
+    return np.asarray(image)
+
+
+RED = Image.new("RGB", (20, 30), (220, 30, 40))
+
+
+# ---- the window ----
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    width, height = draw(st.integers(1, 400)), draw(st.integers(1, 400))
+    x0, y0 = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    return (x0, y0, draw(st.integers(x0 + 1, width)), draw(st.integers(y0 + 1, height))), (width, height)
+
+
+@given(scenes(), st.floats(0, 3), st.integers(1, 100), st.booleans())
+def test_window_contains_the_hole_and_stays_inside_where_it_can(
+    scene: tuple[tuple[int, int, int, int], tuple[int, int]], margin: float, min_side: int, whole: bool
+) -> None:
+    (x0, y0, x1, y1), size = scene
+    window = fit_window((x0, y0, x1, y1), size, crop_margin=margin, min_side=min_side, whole_image=whole)
+    assert 1 <= window.side <= max(size)
+    for start, (low, high), length in zip((window.left, window.top), ((x0, x1), (y0, y1)), size, strict=True):
+        assert start <= low and high <= start + window.side
+        if window.side <= length:
+            assert start >= 0 and start + window.side <= length
+        else:  # the border is reflected evenly on both sides
+            assert abs((0 - start) - (start + window.side - length)) <= 1
+    if whole:
+        assert window.side == max(size)
+
+
+def test_window_margins() -> None:
+    # Room enough: half the longer side of the hole all around, centred.
+    assert fit_window((400, 300, 500, 350), (1000, 800)) == Window(350, 225, 200)
+    # At a corner it is moved inside.
+    assert fit_window((0, 0, 100, 100), (1000, 800)) == Window(0, 0, 200)
+    # A margin that does not fit shrinks to the short side …
+    assert fit_window((200, 0, 320, 120), (1000, 200)).side == 200
+    # … but only to half of itself: then the window reaches over the border.
+    assert fit_window((200, 0, 380, 180), (1000, 200)) == Window(155, -35, 270)
+    # A tiny hole is not enlarged without bound.
+    assert fit_window((50, 50, 51, 51), (1000, 800), min_side=128).side == 128
+
+
+# ---- the edit ----
+
+
+@settings(max_examples=200, deadline=None)
+@given(scenes(), st.integers(0, 5), st.booleans())
+def test_outside_the_hole_every_bit_is_the_scene(
+    drawn: tuple[tuple[int, int, int, int], tuple[int, int]], feather: int, whole: bool
+) -> None:
+    box, size = drawn
+    scene, mask = photo(*size), box_mask(size, box)
+    editor = Editor(MeanColourPainter())  # pyright: ignore[reportArgumentType]
+    result = pixels(editor.edit(scene, mask, RED, feather=feather, whole_image=whole))
+    outside = np.asarray(mask) == 0
+    assert np.array_equal(result[outside], np.asarray(scene)[outside])
+
+
+def test_the_hole_shows_the_exemplar_at_full_resolution(editor: Editor) -> None:
+    scene = photo(300, 200)
+    mask = box_mask(scene.size, (100, 50, 180, 130))
+    result = pixels(editor.edit(scene, mask, RED))
+    assert result.shape == (200, 300, 3)
+    hole = result[60:120, 110:170].reshape(-1, 3).mean(0)
+    assert np.abs(hole - (220, 30, 40)).max() < 3  # noise of 4 levels over hundreds of cells, and rounding
+    assert not np.array_equal(result, np.asarray(scene))
+
+
+def test_an_irregular_hole_is_kept_to_the_pixel(editor: Editor) -> None:
+    scene = photo(90, 70)
+    hole = np.random.default_rng(5).random((70, 90)) < 0.1
+    result = pixels(editor.edit(scene, Image.fromarray(hole.astype(np.uint8) * 255), RED))
+    assert np.array_equal(result[~hole], np.asarray(scene)[~hole])
+    assert (result[hole] != np.asarray(scene)[hole]).any(-1).mean() > 0.9
+
+
+def test_nothing_of_the_hole_reaches_the_model(editor: Editor, painter: MeanColourPainter) -> None:
+    # Reflected borders included: the window is larger than the scene is high, and the hole touches the border.
+    size, box = (200, 60), (80, 0, 120, 60)
+    mask = box_mask(size, box)
+    one, other = photo(*size), photo(*size)
+    other.paste((255, 255, 255), box)
+    for scene in (one, other):
+        editor.edit(scene, mask, RED, whole_image=True)
+    first, second = painter.calls
+    # What the resampling filter carries over the hole's edge (2 model pixels) is what may differ.
+    hole_free = nn.functional.max_pool2d(1 - first["keep_mask"], 5, 1, 2) == 0
+    cells = nn.functional.avg_pool2d(hole_free.float(), F) == 1
+    assert cells.any()
+    assert torch.equal(*(call["z_masked"][cells.expand(1, 3, -1, -1)] for call in (first, second)))
+
+
+def test_feather_fades_linearly(editor: Editor) -> None:
+    scene = Image.new("RGB", (64, 64), (0, 0, 0))
+    mask, white = box_mask(scene.size, (24, 24, 40, 40)), Image.new("RGB", (4, 4), "white")
+    result = pixels(editor.edit(scene, mask, white, feather=3))
+    row = result[32, :, 0].astype(int)
+    assert (row[:24] == 0).all() and (row[40:] == 0).all()
+    fade = fit_scene(scene, mask, S).put_back(torch.ones(3, S, S), feather=3, match_colors=False)
+    assert pixels(fade)[32, 22:29, 0].tolist() == [0, 0, 64, 128, 191, 255, 255]
+
+
+def test_colours_agree_at_the_edge(editor: Editor) -> None:
+    """A decoder that makes everything darker: what is pasted back shows no darker patch."""
+    scene = photo(96, 64)
+    fitted = fit_scene(scene, box_mask(scene.size, (30, 20, 60, 44)), S)
+    as_it_is, corrected = (
+        pixels(fitted.put_back(fitted.image[0] - 0.2, match_colors=agreement)).astype(int)
+        for agreement in (False, True)
+    )
+    inside = np.s_[24:40, 34:56]
+    assert np.abs(as_it_is - np.asarray(scene))[inside].mean() > 20
+    # what is left is the enlarging of the model's picture
+    unchanged = pixels(fitted.put_back(fitted.image[0], match_colors=False)).astype(int)
+    assert np.abs(corrected - unchanged)[inside].max() <= 1
+
+
+# ---- several holes, and exemplars cut out ----
+
+
+def test_each_part_of_a_hole_is_an_edit_of_its_own(editor: Editor, painter: MeanColourPainter) -> None:
+    scene, mask = photo(200, 120), box_mask((200, 120), (10, 10, 40, 40))
+    mask.paste(255, (140, 70, 180, 110))
+    blue = Image.new("RGB", (9, 9), (20, 30, 220))
+    result = pixels(editor.edit(scene, mask, [RED, blue], match_colors=False)).astype(int)  # pyright: ignore[reportArgumentType]
+    assert len(painter.calls) == 2
+    for box, colour in (((14, 14, 36, 36), (220, 30, 40)), ((144, 74, 176, 106), (20, 30, 220))):
+        inside = result[box[1] : box[3], box[0] : box[2]].reshape(-1, 3).mean(0)
+        assert np.abs(inside - colour).max() < 15
+    outside = np.asarray(mask) == 0
+    assert np.array_equal(result[outside], np.asarray(scene)[outside])
+    several = editor.edit(scene, mask, [RED], n_samples=2)
+    assert isinstance(several, list) and len(several) == 2
+    with pytest.raises(UserError, match="got 3 exemplars for a hole of 2 separate parts"):
+        editor.edit(scene, mask, [RED, RED, RED])
+
+
+def test_candidates_of_separate_parts_are_those_made_alone(editor: Editor) -> None:
+    scene, mask = photo(200, 120), box_mask((200, 120), (10, 10, 40, 40))
+    mask.paste(255, (140, 70, 180, 110))
+    both = editor.edit(scene, mask, RED, separate=True, seed=[5, 8])
+    assert isinstance(both, list)
+    for picture, seed in zip(both, (5, 8), strict=True):
+        assert np.array_equal(pixels(picture), pixels(editor.edit(scene, mask, RED, separate=True, seed=seed)))
+    assert not np.array_equal(pixels(both[0]), pixels(both[1]))
+    assert not np.array_equal(pixels(both[0]), pixels(editor.edit(scene, mask, RED, seed=5)))
+
+
+def test_nothing_is_left_of_transparency(editor: Editor) -> None:
+    """An eraser with a soft edge: neither the grey that stands for nothing nor what was half erased remains."""
+    scene = Image.new("RGB", (96, 64), (220, 30, 40))
+    alpha = Image.new("L", scene.size, 255)
+    alpha.paste(100, (28, 18, 62, 46))
+    alpha.paste(0, (30, 20, 60, 44))
+    scene.putalpha(alpha)
+    scene.paste((0, 255, 0, 90), (70, 10, 80, 20))
+    hole = given_hole(scene, scene.size)
+    assert hole.getpixel((28, 18)) == 255 and hole.getpixel((75, 15)) == 255
+    for separate in (False, True):
+        result = pixels(editor.edit(scene, hole, RED, feather=6, separate=separate))
+        # The painter's noise has a standard deviation of 4 levels; with grey the edge would be 80 away.
+        assert np.abs(result.astype(int) - (220, 30, 40)).max() <= 20
+
+
+def test_exemplars_are_cut_out() -> None:
+    picture = Image.new("RGB", (40, 20), (0, 200, 0))
+    picture.paste((200, 0, 0), (10, 5, 30, 15))
+    mask = box_mask((40, 20), (10, 5, 30, 15))
+    mask.paste(0, (10, 5, 12, 7))  # a corner that is not part of the object
+    kept = prepare_exemplar(picture, mask)
+    assert kept.size == (20, 10) and kept.getpixel((0, 0)) == (200, 0, 0)
+    grey = prepare_exemplar(picture, mask, background="grey")
+    assert grey.getpixel((0, 0)) == MID_GREY and grey.getpixel((10, 5)) == (200, 0, 0)
+    padded = prepare_exemplar(picture, mask, fit="pad")
+    assert padded.size == (20, 20) and padded.getpixel((10, 0)) == MID_GREY and padded.getpixel((10, 10)) == (200, 0, 0)
+    picture.putalpha(mask)
+    assert prepare_exemplar(picture).size == (20, 10)
+    assert prepare_exemplar(Image.new("RGB", (7, 5))).size == (7, 5)
+    with pytest.raises(UserError, match=r"mask is 4x4, the exemplar 7x5"):
+        prepare_exemplar(Image.new("RGB", (7, 5)), Image.new("L", (4, 4), 255))
+    picture.putalpha(100)
+    with pytest.raises(UserError, match="the exemplar is transparent everywhere"):
+        prepare_exemplar(picture)
+    with pytest.raises(UserError, match="expected keep or grey"):
+        prepare_exemplar(picture, fit="crop")
+
+
+def test_what_is_transparent_of_an_exemplar_is_not_shown(editor: Editor) -> None:
+    """A red square on green: alone it is shown when the green is transparent, and not when it is opaque."""
+    picture = Image.new("RGB", (40, 20), (0, 200, 0))
+    picture.paste((200, 0, 0), (10, 5, 30, 15))
+    cut_out = picture.copy()
+    cut_out.putalpha(box_mask((40, 20), (10, 5, 30, 15)))
+    red = editor.exemplar_tensor(Image.new("RGB", (20, 10), (200, 0, 0)))
+    assert torch.equal(editor.exemplar_tensor(cut_out), red)
+    assert not torch.equal(editor.exemplar_tensor(picture), red)
+
+
+# ---- seeds ----
+
+
+def test_equal_seeds_give_equal_pictures_in_every_batch(editor: Editor) -> None:
+    scene, mask = photo(64, 64), box_mask((64, 64), (20, 20, 44, 44))
+    three = editor.edit(scene, mask, RED, seed=7, n_samples=3)
+    assert isinstance(three, list)
+    alone = [editor.edit(scene, mask, RED, seed=s) for s in (7, 8, 9)]
+    assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(three, alone, strict=True))
+    assert not np.array_equal(pixels(three[0]), pixels(three[1]))
+    listed = editor.edit(scene, mask, RED, seed=[9, 7])
+    assert isinstance(listed, list)
+    assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(listed, (three[2], three[0]), strict=True))
+
+
+def test_sampling_options_reach_the_model(editor: Editor, painter: MeanColourPainter) -> None:
+    def on_step(*_: object) -> None: ...
+
+    options: dict[str, Any] = {"sampler": "ddim", "num_steps": 7, "guidance_scale": 2.5, "eta": 0.5, "on_step": on_step}
+    editor.edit(photo(40, 40), box_mask((40, 40), (8, 8, 20, 20)), None, **options)
+    call = painter.calls[0]
+    assert {key: call[key] for key in options} == options
+
+
+def test_the_model_says_how_much_context_it_wants(editor: Editor, painter: MeanColourPainter) -> None:
+    def share_of_hole(**options: float) -> float:
+        editor.edit(photo(90, 90), box_mask((90, 90), (30, 30, 60, 60)), RED, **options)  # pyright: ignore[reportArgumentType]
+        return 1 - float(painter.calls[-1]["keep_mask"].mean())
+
+    wide = share_of_hole()
+    assert wide == share_of_hole(crop_margin=0.5)
+    painter.config.crop_margin = 0.1
+    near = share_of_hole()
+    assert near == share_of_hole(crop_margin=0.1) > 2 * wide
+
+
+# ---- what people bring ----
+
+
+def test_files_and_modes(editor: Editor, tmp_path: Path) -> None:
+    scene, mask = photo(50, 40), box_mask((50, 40), (10, 10, 30, 30))
+    expected = pixels(editor.edit(scene, mask, RED))
+    scene.save(tmp_path / "scene.png")
+    mask.convert("1").save(tmp_path / "mask.png")
+    RED.save(tmp_path / "exemplar.png")
+    from_files = editor.edit(tmp_path / "scene.png", str(tmp_path / "mask.png"), tmp_path / "exemplar.png")
+    assert np.array_equal(pixels(from_files), expected)
+    rgba = scene.copy()
+    rgba.putalpha(255)
+    assert np.array_equal(pixels(editor.edit(rgba, mask.convert("RGBA"), RED.quantize(4))), expected)
+    deep = Image.fromarray(np.full((40, 50), 40000, np.uint16))
+    grey = pixels(editor.edit(deep, mask, RED))
+    assert grey[0, 0].tolist() == [156] * 3  # 40000 / 257 = 155.6
+    for mode in ("L", "LA", "CMYK"):
+        assert pixels(editor.edit(scene.convert(mode), mask, RED)).shape == (40, 50, 3)
+
+
+def test_exif_orientation_is_applied_to_files_and_pictures(editor: Editor, tmp_path: Path) -> None:
+    scene = photo(50, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    scene.save(tmp_path / "turned.png", exif=exif)
+    upright = scene.transpose(Image.Transpose.ROTATE_270)
+    mask = box_mask((40, 50), (5, 5, 15, 15))
+    for turned in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        result = pixels(editor.edit(turned, mask, RED))
+        assert np.array_equal(result[20:], np.asarray(upright)[20:])
+
+
+def test_mask_of_another_size_warns(editor: Editor) -> None:
+    scene = photo(80, 60)
+    with pytest.warns(UserWarning, match="40x30.*80x60.*nearest"):
+        result = pixels(editor.edit(scene, box_mask((40, 30), (10, 10, 20, 20)), RED))
+    outside = np.ones((60, 80), bool)
+    outside[20:40, 20:40] = False
+    assert np.array_equal(result[outside], np.asarray(scene)[outside])
+    assert not np.array_equal(result[~outside], np.asarray(scene)[~outside])
+
+
+def test_mask_levels(editor: Editor) -> None:
+    scene = photo(40, 40)
+    mask = Image.new("L", (40, 40), 127)  # kept, as in the original
+    mask.paste(128, (10, 10, 20, 20))  # painted
+    result = pixels(editor.edit(scene, mask, RED))
+    changed = (result != np.asarray(scene)).any(-1)
+    assert changed[10:20, 10:20].mean() > 0.9
+    assert not changed.sum() - changed[10:20, 10:20].sum()
+
+
+def test_full_tiny_and_empty_masks(editor: Editor) -> None:
+    scene = photo(70, 50)
+    assert pixels(editor.edit(scene, Image.new("L", scene.size, 255), RED)).shape == (50, 70, 3)
+    result = pixels(editor.edit(scene, box_mask(scene.size, (69, 49, 70, 50)), RED))
+    assert (result != np.asarray(scene)).any(-1).sum() == 1
+    with pytest.raises(UserError, match=r"the mask: empty.*127.*white \(255\)"):
+        editor.edit(scene, Image.new("L", scene.size, 127), RED)
+
+
+def test_smallest_pictures(editor: Editor) -> None:
+    dot = Image.new("RGB", (1, 1), (220, 30, 40))
+    assert pixels(editor.edit(dot, Image.new("L", (1, 1), 255), dot)).shape == (1, 1, 3)
+    assert pixels(editor.edit(photo(1, 90), box_mask((1, 90), (0, 30, 1, 60)), dot)).shape == (90, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_samples": 0}, "n_samples"),
+        ({"seed": [1, 2], "n_samples": 3}, "2 seeds for 3 samples"),
+        ({"seed": []}, "0 seeds"),
+        ({"feather": -1}, "feather=-1"),
+        ({"crop_margin": -0.1}, "crop_margin=-0.1"),
+        ({"crop_margin": float("nan")}, "crop_margin=nan"),
+        ({"seed": 2**63}, "expected less than"),
+    ],
+)
+def test_settings_out_of_range(editor: Editor, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        editor.edit(photo(40, 40), box_mask((40, 40), (8, 8, 20, 20)), RED, **options)
+
+
+# ---- models ----
+
+
+def test_float16_on_the_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="float16 on the CPU"):
+        Editor(MeanColourPainter().half())  # pyright: ignore[reportArgumentType]
+    for name in ("config.yaml", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="float16 on the CPU"):
+        Editor.from_pretrained(tmp_path, dtype=torch.float16)
+
+
+def test_missing_models_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no such checkpoint"):
+        Editor.from_pretrained(tmp_path / "model.ckpt", config="configs/v1.yaml")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"no config\.yaml beside it"):
+        Editor.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model_index.json")
+    with pytest.raises(UserError, match=r"a folder of diffusers; .* scripts/convert_checkpoint\.py"):
+        Editor.from_pretrained(tmp_path)
+    monkeypatch.setattr("ldm.editing.editor.BUNDLED_MODEL", tmp_path / "mini")
+    with pytest.raises(UserError, match="bundled model is not there"):
+        Editor.from_pretrained()
+
+
+def test_device_names() -> None:
+    from ldm.editing.editor import pick_device
+
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(UserError, match="expected auto"):
+        pick_device("xpu")

@@ -1,0 +1,119 @@
+"""Holes: what is drawn is painted, growing reaches as far as said, parts are taken apart and miss nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+
+from ldm.editing.hole_masks import MOST_PARTS, box_hole, depth, drawn_hole, grown, parts, reshaped
+from ldm.files import UserError
+
+SIZE = (40, 30)
+
+
+def pixels(hole: Image.Image) -> np.ndarray:
+    values = np.asarray(hole)
+    assert set(np.unique(values)) <= {0, 255}
+    return values > 0
+
+
+@st.composite
+def blotches(draw: st.DrawFn) -> Image.Image:
+    """A few rectangles that may overlap, touch or lie apart."""
+    hole = np.zeros((draw(st.integers(1, 30)), draw(st.integers(1, 40))), np.uint8)
+    for _ in range(draw(st.integers(1, 6))):
+        top, left = draw(st.integers(0, hole.shape[0] - 1)), draw(st.integers(0, hole.shape[1] - 1))
+        hole[top : top + draw(st.integers(1, 9)), left : left + draw(st.integers(1, 9))] = 255
+    return Image.fromarray(hole)
+
+
+def flooded(hole: np.ndarray) -> list[np.ndarray]:
+    """Connected parts by growing from a pixel, eight neighbours."""
+    rest, found = hole.copy(), []
+    while rest.any():
+        part = np.zeros_like(rest)
+        part[tuple(np.argwhere(rest)[0])] = True
+        while True:
+            padded = np.pad(part, 1)
+            wider = np.zeros_like(part)
+            for dy in range(3):
+                for dx in range(3):
+                    wider |= padded[dy : dy + part.shape[0], dx : dx + part.shape[1]]
+            wider &= hole
+            if (wider == part).all():
+                break
+            part = wider
+        found.append(part)
+        rest &= ~part
+    return found
+
+
+@settings(max_examples=80, deadline=None)
+@given(blotches())
+def test_parts_are_the_connected_ones_in_reading_order(hole: Image.Image) -> None:
+    expected = flooded(pixels(hole))
+    found = [pixels(part) for part in parts(hole)]
+    assert len(found) == len(expected)
+    assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(blotches(), st.integers(0, 6))
+def test_growing_reaches_so_many_pixels(hole: Image.Image, reach: int) -> None:
+    before, after = pixels(hole), pixels(grown(hole, reach))
+    ys, xs = np.nonzero(before)
+    y, x = np.mgrid[: before.shape[0], : before.shape[1]]
+    distance = np.min(np.maximum(np.abs(y[..., None] - ys), np.abs(x[..., None] - xs)), axis=-1)
+    assert (after == (distance <= reach)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(blotches())
+def test_depth_is_how_often_a_hole_can_be_shrunk(hole: Image.Image) -> None:
+    times, shrunk = np.zeros(pixels(hole).shape, int), hole
+    for _ in range(max(hole.size)):
+        times += pixels(shrunk)
+        shrunk = shrunk.filter(ImageFilter.MinFilter(3))
+    assert (np.minimum(depth(hole), max(hole.size)) == times).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(blotches(), st.integers(0, 5))
+def test_other_shapes_cover_the_hole(hole: Image.Image, seed: int) -> None:
+    given_pixels = pixels(hole)
+    assert reshaped(hole, "given") is hole
+    boxes, arbitrary = pixels(reshaped(hole, "box")), pixels(reshaped(hole, "arbitrary", seed))
+    assert boxes[given_pixels].all() and arbitrary[boxes].all()
+    assert (arbitrary == pixels(reshaped(hole, "arbitrary", seed))).all()
+    for part in parts(hole):
+        x0, y0, x1, y1 = part.getbbox() or ()
+        assert boxes[y0:y1, x0:x1].all()
+
+
+def test_boxes_and_outlines() -> None:
+    assert pixels(box_hole(SIZE, (4, 5, 10, 9))).sum() == 6 * 4
+    assert pixels(box_hole(SIZE, (-4, 25, 10, 90))).sum() == 10 * 5  # what lies within the scene
+    triangle = pixels(drawn_hole(SIZE, [5, 5, 25, 5, 5, 25]))
+    assert triangle[6, 6] and not triangle[24, 24] and 180 < triangle.sum() < 240  # half of 20 x 20 and its outline
+
+
+@pytest.mark.parametrize("box", [(10, 5, 4, 9), (5, 5, 5, 9), (50, 5, 60, 9), (-9, 5, -2, 9), (4, 5, float("inf"), 9)])
+def test_boxes_that_are_none(box: tuple[int, int, int, int]) -> None:
+    with pytest.raises(UserError, match="expected left,top,right,bottom"):
+        box_hole(SIZE, box)
+
+
+def test_holes_that_are_none() -> None:
+    with pytest.raises(UserError, match="got 4 numbers"):
+        drawn_hole(SIZE, [0, 0, 5, 5])
+    with pytest.raises(UserError, match="none of it lies in the scene of 40x30"):
+        drawn_hole(SIZE, [100, 100, 120, 100, 110, 120])
+    with pytest.raises(UserError, match="shape: got 'round'"):
+        reshaped(box_hole(SIZE, (4, 5, 10, 9)), "round")
+    specks = np.zeros((40, 40), np.uint8)
+    specks[::3, ::3] = 255
+    with pytest.raises(UserError, match=f"expected at most {MOST_PARTS}"):
+        parts(Image.fromarray(specks))

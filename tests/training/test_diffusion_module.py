@@ -1,0 +1,255 @@
+"""One training step of the diffusion model."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.checkpoint.keys import TOWER
+from ldm.config import Config, ConfigError
+from ldm.training.diffusion_module import DiffusionTraining, adamw, lr_factor
+from ldm.training.run import Run
+
+Fit = Callable[..., tuple[Run, int]]
+MakeConfig = Callable[..., Config]
+Batch = dict[str, Tensor]
+
+FROZEN = ("first_stage_model.", "cond_stage_model.transformer.")
+DEAD = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")
+
+
+@pytest.fixture
+def make_module(make_config: MakeConfig, weights: dict[str, Tensor]) -> Callable[..., DiffusionTraining]:
+    def make(*overrides: str) -> DiffusionTraining:
+        module = DiffusionTraining(make_config(*overrides))
+        module.load_state_dict(weights, strict=False)
+        return module.train()
+
+    return make
+
+
+def test_gradients_reach_what_is_trained_and_nothing_else(
+    make_module: Callable[..., DiffusionTraining], batch: Batch
+) -> None:
+    module = make_module("training.p_uncond=0.5")
+    losses, t = module.losses(batch)
+    assert losses.shape == t.shape == (4,)
+    assert losses.isfinite().all()
+    losses.mean().backward()
+    for name, parameter in module.named_parameters():
+        frozen = name.startswith(FROZEN) or name.endswith(DEAD)
+        assert parameter.requires_grad is not frozen, name
+        assert (parameter.grad is None) is frozen, name
+        if parameter.grad is not None:
+            assert parameter.grad.any(), name
+
+
+def test_cached_features_stand_for_the_exemplar(make_module: Callable[..., DiffusionTraining], batch: Batch) -> None:
+    module = make_module("training.p_uncond=0.5").eval()
+    features = module.cond_stage_model.features(batch["exemplar"])
+    losses, _ = module.losses({**batch, "exemplar_features": features, "exemplar": torch.zeros(4, 0)})
+    torch.testing.assert_close(losses, module.losses(batch)[0])
+
+
+def test_the_tower_is_trained_where_the_config_says_so(
+    make_module: Callable[..., DiffusionTraining], batch: Batch
+) -> None:
+    module = make_module("training.train_tower=true", "training.p_uncond=0")
+    module.losses(batch)[0].mean().backward()
+    tower = module.cond_stage_model.transformer
+    assert tower.training
+    assert all(p.grad is not None for p in tower.parameters())
+    assert not any(p.requires_grad for p in module.first_stage_model.parameters())
+
+
+def test_a_trained_tower_sees_the_exemplar_though_features_are_cached(
+    make_module: Callable[..., DiffusionTraining], batch: Batch
+) -> None:
+    module = make_module("training.train_tower=true", "training.p_uncond=0")
+    features = module.cond_stage_model.features(batch["exemplar"]).detach()
+    module.losses({**batch, "exemplar_features": features})[0].mean().backward()
+    assert all(p.grad is not None for p in module.cond_stage_model.transformer.parameters())
+
+
+def test_min_snr_weights_scale_the_optimised_loss_and_not_the_logged_one(
+    make_module: Callable[..., DiffusionTraining], batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[float] = []
+    monkeypatch.setattr("ldm.training.diffusion_module.check_finite", lambda *_: None)
+    optimised = []
+    for gamma in (0, 5):
+        module = make_module(f"training.min_snr_gamma={gamma}")
+        monkeypatch.setattr(
+            module, "log", lambda name, value, **_: logged.append(float(value)) if name == "train/loss" else None
+        )
+        optimised.append(module.training_step(batch, 0).item())
+    losses, t = module.losses(batch)
+    snr = module.alphas_cumprod[t] / (1 - module.alphas_cumprod[t])
+    assert optimised[0] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert optimised[1] == pytest.approx((losses * snr.clamp(max=5) / snr).mean().item(), rel=1e-5)  # predicts eps
+    assert logged == pytest.approx([optimised[0]] * 2, rel=1e-6)
+
+
+def test_frozen_parts_stay_and_trained_parts_move(
+    fit: Callable[..., tuple[Run, int]], make_config: MakeConfig, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    run, code = fit(make_config("trainer.max_epochs=1"), tmp_path)
+    assert code == 0
+    for name, parameter in run.module.named_parameters():
+        frozen = name.startswith(FROZEN) or name.endswith(DEAD)
+        assert torch.equal(parameter, weights[name]) is frozen, name
+    assert not run.module.first_stage_model.training
+
+
+def test_losses_are_the_sample_s_own(make_module: Callable[..., DiffusionTraining], batch: Batch) -> None:
+    """Timestep, noise and null-drop hang on the sample's key, not on its neighbours."""
+    module = make_module().eval()
+    with torch.no_grad():
+        together, t = module.losses(batch)
+        alone = [module.losses({name: tensor[i : i + 1] for name, tensor in batch.items()}) for i in range(4)]
+    assert [int(x) for _, x in alone] == t.tolist()
+    # Sums of other batch sizes are ordered differently: a few units in the last place.
+    torch.testing.assert_close(torch.cat([x for x, _ in alone]), together, rtol=1e-5, atol=1e-6)
+
+
+def test_activation_checkpointing_changes_no_gradient(
+    make_module: Callable[..., DiffusionTraining], batch: Batch
+) -> None:
+    gradients = []
+    for flag in ("false", "true"):
+        module = make_module(f"model.unet.activation_checkpointing={flag}")
+        module.losses(batch)[0].mean().backward()
+        gradients.append([p.grad for p in module.parameters() if p.requires_grad])
+    for with_all, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(with_all, recomputed)
+
+
+def test_cached_latents_give_the_same_loss(make_module: Callable[..., DiffusionTraining], batch: Batch) -> None:
+    module = make_module().eval()
+    with torch.no_grad():
+        expected, _ = module.losses(batch)
+        moments = {}
+        for name, key in (("image", "image_moments"), ("masked_image", "masked_moments")):
+            posterior = module.first_stage_model.encode(batch[name])
+            moments[key] = torch.cat([posterior.mean, posterior.logvar], dim=1)
+        cached = {name: batch[name] for name in ("keep_mask", "exemplar", "key")} | moments
+        got, _ = module.losses(cached)
+    # The moments come from batches of four instead of eight.
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def drawn(module: DiffusionTraining, count: int) -> tuple[Tensor, Tensor]:
+    """Timesteps and noise that `losses` draws for samples 0 to count; the networks are left out."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    latents = torch.zeros(count, 4, 8, 8)
+    module.__dict__["latents"] = lambda batch, generators: (latents, latents)
+    module.__dict__["encode_exemplar"] = lambda x: torch.zeros(count, 1, 32)
+    module.__dict__["loss"] = lambda z_0, z_masked, keep, context, t, eps: seen.append((t, eps)) or torch.zeros(count)
+    module.losses({"key": torch.arange(count), "exemplar": torch.zeros(count), "keep_mask": torch.zeros(count)})
+    return seen[0]
+
+
+def test_logit_normal_timesteps(make_module: Callable[..., DiffusionTraining]) -> None:
+    t, _ = drawn(make_module("training.timesteps=logit_normal"), 4000)
+    z = torch.logit((t.double() + 0.5) / 1000)
+    assert t.min() >= 0 and t.max() <= 999
+    assert abs(z.mean()) < 4 / 4000**0.5  # four standard deviations, here and below
+    assert abs(z.std() - 1) < 4 / (2 * 4000) ** 0.5
+    t, _ = drawn(make_module(), 4000)
+    assert abs(t.double().mean() - 499.5) < 4 * 288.7 / 4000**0.5
+
+
+def test_offset_noise_is_one_constant_per_channel(make_module: Callable[..., DiffusionTraining]) -> None:
+    _, plain = drawn(make_module(), 2000)
+    _, offset = drawn(make_module("training.offset_noise=0.1"), 2000)
+    added = offset - plain
+    torch.testing.assert_close(added, added[..., :1, :1].expand_as(added), rtol=0, atol=1e-6)
+    constants = added[..., 0, 0].flatten()
+    assert abs(constants.std() - 0.1) < 4 * 0.1 / (2 * 8000) ** 0.5  # four standard deviations
+    assert abs(constants.mean()) < 4 * 0.1 / 8000**0.5
+
+
+def test_the_tower_can_have_a_learning_rate_of_its_own(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    options = ["training.train_tower=true", "training.warmup_steps=0", "trainer.max_epochs=1"]
+    run, _ = fit(make_config(*options, "training.tower_lr_scale=0.1"), tmp_path)
+    rest, tower = run.trainer.optimizers[0].param_groups
+    assert (rest["lr"], tower["lr"]) == pytest.approx((1e-3, 1e-4))
+    names = {id(p): name for name, p in run.module.named_parameters()}
+    assert all(names[id(p)].startswith(TOWER) for p in tower["params"])
+    assert not any(names[id(p)].startswith(TOWER) for p in rest["params"])
+    changed = make_config(*options, "training.tower_lr_scale=0.5", "trainer.max_epochs=2")
+    run, _ = fit(changed, tmp_path, resume=tmp_path / "checkpoints" / "last.ckpt")
+    assert [group["lr"] for group in run.trainer.optimizers[0].param_groups] == pytest.approx([1e-3, 5e-4])
+
+
+def test_the_fused_optimizer_computes_the_same(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    losses = []
+    for name in ("adamw", "adamw_fused"):
+        run, _ = fit(make_config(f"training.optimizer={name}", "trainer.max_epochs=2"), tmp_path / name)
+        losses.append(float(run.trainer.callback_metrics["val/loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the order of roundings differs, in eight steps
+
+
+def test_an_optimizer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        adamw("adamw_8bit")
+
+
+class TestNullDrop:
+    @staticmethod
+    def dropped(module: DiffusionTraining, keys: range, rows: int) -> Tensor:
+        """What `losses` decides for samples with these keys; the networks are left out."""
+        seen: list[Tensor] = []
+        latents = torch.zeros(rows, 4, 8, 8)
+        module.__dict__["latents"] = lambda batch, generators: (latents, latents)
+        module.__dict__["encode_exemplar"] = lambda x: torch.zeros(rows, 1, 32)
+        module.__dict__["drop_condition"] = lambda context, dropped: seen.append(dropped) or context
+        module.__dict__["loss"] = lambda z_0, *rest: torch.zeros(len(z_0))
+        for start in range(keys.start, keys.stop, rows):
+            key = torch.arange(start, start + rows)
+            module.losses({"key": key, "exemplar": torch.zeros(rows), "keep_mask": torch.zeros(rows)})
+        return torch.stack(seen)
+
+    def test_per_sample(self, make_module: Callable[..., DiffusionTraining]) -> None:
+        dropped = self.dropped(make_module("training.p_uncond=0.2"), range(4000), rows=8)
+        rate = dropped.float().mean().item()
+        assert abs(rate - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 4000)  # four standard deviations
+        assert (dropped.any(1) & ~dropped.all(1)).any()  # samples of a batch are dropped separately
+
+    def test_per_batch(self, make_module: Callable[..., DiffusionTraining]) -> None:
+        module = make_module("training.p_uncond=0.2", "training.null_drop=per_batch")
+        dropped = self.dropped(module, range(4000), rows=8)
+        assert (dropped.any(1) == dropped.all(1)).all()
+        rate = dropped[:, 0].float().mean().item()
+        assert abs(rate - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 500)
+
+    @pytest.mark.parametrize(("p_uncond", "expected"), [(0, False), (1, True)])
+    def test_extremes(self, p_uncond: int, expected: bool, make_module: Callable[..., DiffusionTraining]) -> None:
+        dropped = self.dropped(make_module(f"training.p_uncond={p_uncond}"), range(64), rows=8)
+        assert bool((dropped == expected).all())
+
+
+class TestLearningRate:
+    def test_warm_up_is_the_reference_s(self, golden: dict[str, Tensor]) -> None:
+        factor = lr_factor(10_000, "constant", total_steps=10**9)
+        got = torch.tensor([factor(int(n)) for n in golden["lr/n"]], dtype=torch.float64)
+        torch.testing.assert_close(got, golden["lr/factor"].double(), rtol=1e-6, atol=0)  # stored in float32
+
+    def test_cosine(self) -> None:
+        factor = lr_factor(100, "cosine", total_steps=1100)
+        assert factor(100) == 1.0
+        assert factor(600) == pytest.approx(0.525)  # half-way between 1 and 0.05
+        assert factor(1100) == factor(5000) == pytest.approx(0.05)
+        values = [factor(step) for step in range(100, 1101)]
+        assert values == sorted(values, reverse=True)
+
+    def test_no_warm_up(self) -> None:
+        assert lr_factor(0, "constant", 10)(0) == 1.0
+        assert lr_factor(20, "cosine", 10)(25) == 1.0  # the run ends before the warm-up does

@@ -1,0 +1,162 @@
+"""Training of the autoencoder: reconstruction, KL, perceptual distance, adversarial game."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from ldm.config import Config, ConfigError
+from ldm.data.datamodule import DataModule
+from ldm.training.diffusion_module import FirstStageTraining, PerceptualDistance
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # there is no trainer here
+
+MakeConfig = Callable[..., Config]
+Batch = dict[str, Tensor]
+
+# The discriminator halves its input three times.
+ADVERSARIAL = ("stage=first_stage", "model.image_size=32", "first_stage_training.adversarial_weight=0.5")
+
+
+@pytest.fixture
+def picture_batch(make_config: MakeConfig) -> Batch:
+    return next(iter(DataModule(make_config("stage=first_stage", "model.image_size=32")).train_dataloader()))
+
+
+def gradients(module: torch.nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+
+
+def test_loss_falls_on_one_batch(make_config: MakeConfig, batch: Batch) -> None:
+    torch.manual_seed(0)
+    module = FirstStageTraining(make_config("stage=first_stage"))
+    optimizer = torch.optim.Adam(module.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = module._loss(batch, "train")
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_each_side_of_the_game_gets_its_own_gradient(make_config: MakeConfig, picture_batch: Batch) -> None:
+    torch.manual_seed(0)
+    module = FirstStageTraining(make_config(*ADVERSARIAL, "first_stage_training.adversarial_start=0"))
+    autoencoder, discriminator = module.first_stage_model, module.discriminator
+    assert discriminator is not None
+    module._loss(picture_batch, "train").backward()
+    got = gradients(autoencoder), gradients(discriminator)
+    module.zero_grad(set_to_none=True)
+
+    # The same, side by side: first what the autoencoder minimises, the discriminator a constant.
+    image = picture_batch["image"]
+    generators = [torch.Generator().manual_seed(key) for key in picture_batch["key"].tolist()]
+    posterior = autoencoder.encode(image)
+    reconstruction = autoencoder.decode(posterior.sample(generators))
+    constant = {name: p.detach() for name, p in discriminator.named_parameters()}
+    fooled = functional_call(discriminator, constant, (reconstruction,))
+    (F.l1_loss(reconstruction, image) + 1e-6 * posterior.kl().mean() - 0.5 * fooled.mean()).backward()
+    assert all(g is None for g in gradients(discriminator))
+    expected_autoencoder = gradients(autoencoder)
+    module.zero_grad(set_to_none=True)
+
+    # Then what the discriminator minimises.
+    real, fake = discriminator(image), discriminator(reconstruction.detach())
+    (0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())).backward()
+    assert all(g is None for g in gradients(autoencoder))
+    torch.testing.assert_close(got, (expected_autoencoder, gradients(discriminator)), rtol=1e-4, atol=1e-6)
+
+
+def test_the_game_begins_at_its_step(make_config: MakeConfig, picture_batch: Batch) -> None:
+    module = FirstStageTraining(make_config(*ADVERSARIAL, "first_stage_training.adversarial_start=1"))
+    assert module.discriminator is not None
+    module._loss(picture_batch, "train").backward()  # step 0
+    assert all(g is None for g in gradients(module.discriminator))
+    module.options.adversarial_start = 0
+    module._loss(picture_batch, "train").backward()
+    assert all(g is not None for g in gradients(module.discriminator))
+
+
+def test_perceptual_distance() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    distance = PerceptualDistance()
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    reconstruction = (image + 0.1 * torch.randn_like(image)).requires_grad_()
+    near = distance(reconstruction, image)
+    assert near.shape == ()
+    assert distance(image, image) == 0
+    assert 0 < near < distance(torch.zeros_like(image), image)
+    near.backward()
+    assert reconstruction.grad is not None
+    assert reconstruction.grad.any()
+
+
+def test_perceptual_network_is_no_part_of_the_checkpoint(make_config: MakeConfig, picture_batch: Batch) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    plain = FirstStageTraining(make_config("stage=first_stage"))
+    module = FirstStageTraining(make_config("stage=first_stage", "first_stage_training.perceptual_weight=1.0"))
+    module.load_state_dict(plain.state_dict())
+    assert module._loss(picture_batch, "train") > plain._loss(picture_batch, "train")
+    assert module.state_dict().keys() == plain.state_dict().keys()
+    assert {name for name, _ in module.named_parameters()} == {name for name, _ in plain.named_parameters()}
+
+
+def test_the_perceptual_term_waits_for_its_step(make_config: MakeConfig, picture_batch: Batch) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    changes = ("stage=first_stage", "first_stage_training.perceptual_weight=1.0")
+    module = FirstStageTraining(make_config(*changes, "first_stage_training.perceptual_start=1"))
+    early = module._loss(picture_batch, "train")
+    module.options.perceptual_start = 0  # and the step is 0
+    assert module._loss(picture_batch, "train") > early
+
+
+def test_cached_latents_have_no_pixels_to_train_on(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"data\.kind"):
+        DataModule(make_config("stage=first_stage", "data.kind=cached"))
+
+
+# ---- a decoder that sees what is known ----
+
+ASYMMETRIC = ("stage=first_stage", "model.first_stage.decoder=asymmetric")
+
+
+def test_masks_depend_on_keys_and_half_are_blind(make_config: MakeConfig) -> None:
+    module = FirstStageTraining(make_config(*ASYMMETRIC))
+    batch = {"image": torch.zeros(400, 3, 16, 16), "key": torch.arange(400)}
+    keep_mask = module._keep_mask(batch)
+    assert keep_mask.shape == (400, 1, 16, 16) and set(keep_mask.unique().tolist()) == {0.0, 1.0}
+    blind = (keep_mask == 0).flatten(1).all(1)
+    assert 150 < blind.sum() < 250  # five standard errors
+    assert torch.equal(module._keep_mask({"image": batch["image"][:2], "key": torch.tensor([7, 3])}), keep_mask[[7, 3]])
+    for share in (0.0, 1.0):
+        module.options.p_no_condition = share
+        assert ((module._keep_mask(batch) == 0).flatten(1).all(1).float().mean() > 0.5) == (share == 1)
+
+
+def test_an_asymmetric_decoder_is_trained_alone(make_config: MakeConfig, picture_batch: Batch) -> None:
+    adversarial = [word for word in ADVERSARIAL if word != "stage=first_stage"]
+    config = make_config(*ASYMMETRIC, *adversarial, "first_stage_training.adversarial_start=0")
+    module = FirstStageTraining(config)
+    logged: dict[str, Tensor] = {}
+    module.log_dict = lambda values, **_: logged.update(values)  # pyright: ignore[reportAttributeAccessIssue]
+    module._loss(picture_batch, "train").backward()
+    trained = {name.split(".")[1] for name, p in module.named_parameters() if p.grad is not None}
+    assert {"decoder"} == trained - {name.split(".")[0] for name, _ in module.discriminator.named_parameters()}  # pyright: ignore[reportOptionalMemberAccess]
+    assert "train/kl" not in logged and "train/discriminator" in logged
+    assert not any(p.requires_grad for p in module.first_stage_model.encoder.parameters())
+
+
+@pytest.mark.parametrize("unknown", [0.0, 1.0])
+def test_the_branch_learns_from_what_is_known(make_config: MakeConfig, batch: Batch, unknown: float) -> None:
+    module = FirstStageTraining(make_config(*ASYMMETRIC, f"first_stage_training.p_no_condition={unknown}"))
+    module._loss(batch, "train").backward()
+    branch = [p.grad for name, p in module.named_parameters() if "decoder.encoder." in name]
+    assert branch and all((grad is not None and bool(grad.any())) == (unknown == 0) for grad in branch)
