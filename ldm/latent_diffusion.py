@@ -24,7 +24,8 @@ from ldm.decoders import replace_decoder
 from ldm.diffusion import Generators, draw_noise, make_schedule, q_sample, target, to_eps
 from ldm.models.asymmetric import build_autoencoder
 from ldm.models.control import Steering
-from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder
+from ldm.models.efficientnet import EfficientNetTower
+from ldm.models.exemplar_encoder import ExemplarEncoder
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNetModel
 from ldm.samplers import SAMPLERS, OnStep, first_timestep
@@ -400,7 +401,7 @@ def add_imagenet_tower(state: dict[str, Tensor], encoder: ExemplarEncoder) -> di
     """A checkpoint's tensors under module names, and an EfficientNet tower's ImageNet weights if it has no tower.
 
     Raises:
-        FeatureError: those weights are needed, and their package is not installed.
+        UserError: those weights are needed, and their package is not installed.
     """
     tower = encoder.transformer
     if not isinstance(tower, EfficientNetTower) or any(name.startswith(TOWER) for name in state):

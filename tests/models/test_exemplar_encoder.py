@@ -15,7 +15,8 @@ from torch import Tensor
 from ldm.config import ConfigError, ExemplarEncoderConfig, load_config
 from ldm.images import exemplar_to_tensor
 from ldm.latent_diffusion import LatentDiffusion, load_model
-from ldm.models.exemplar_encoder import EfficientNetTower, ExemplarEncoder, MapperAttention
+from ldm.models.efficientnet import EfficientNetTower
+from ldm.models.exemplar_encoder import ExemplarEncoder, MapperAttention
 
 Close = Callable[[Tensor, Tensor], None]
 

@@ -14,7 +14,7 @@ from ldm import load_model
 from ldm.checkpoint.io import read_checkpoint, write_safetensors
 from ldm.config import load_config
 from ldm.data.cached import CachedDataset
-from ldm.models.exemplar_encoder import EfficientNetTower
+from ldm.models.efficientnet import EfficientNetTower
 from scripts import cache_latents, export_checkpoint
 
 
