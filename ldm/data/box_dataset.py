@@ -29,7 +29,7 @@ from ldm import images
 from ldm.data import masks
 from ldm.data.box_index import BoxIndex, Entry
 from ldm.data.captions import Captions
-from ldm.images import Box
+from ldm.images import Box, pad_box
 
 EXEMPLAR_PADDING = 10  # pixels around the box, see masks.pixel_scale
 MAX_ATTEMPTS = 20  # unreadable images in a row
@@ -94,7 +94,7 @@ class SampleRecipe:
             shape = _shape(entry, chosen, open_file) if wants_shape else None
             hole = self._hole(size, box, grown, shape, round(masks.JITTER * scale), rng)
             window = window or masks.crop_window(size, grown, rng)
-            padded = masks.pad_box(box, size, round(EXEMPLAR_PADDING * scale))
+            padded = pad_box(box, size, round(EXEMPLAR_PADDING * scale))
             decoded, reduction = self._decode(file, window, padded)
 
         if reduction > 1:

@@ -7,6 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a checkout without installing it
+
 from scripts.scenes.compose import ComposeError, SceneSettings, compose_dataset
 from scripts.scenes.debian import MaterialError, fetch_material
 

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib import import_module, resources
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 CUTOUT_PACKAGE = "tuxpaint-stamps-default"
 CUTOUT_FOLDER = "usr/share/tuxpaint/stamps"
-CUTOUT_NAMES = "photo_cutouts.txt"  # package data: the stamps that are photographs, not drawings
+CUTOUT_NAMES = "photo_cutouts.txt"  # beside this file: the stamps that are photographs, not drawings
 EMOJI_PACKAGE = "fonts-noto-color-emoji"
 EMOJI_FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
@@ -319,7 +319,7 @@ def _copy_cutouts(package: Path, target: Path) -> list[tuple[str, str]]:
 
 
 def _photographic() -> list[str]:
-    return resources.files("ldm.data").joinpath(CUTOUT_NAMES).read_text(encoding="utf-8").split()
+    return (Path(__file__).parent / CUTOUT_NAMES).read_text(encoding="utf-8").split()
 
 
 def _copy_drawings(package: Path, target: Path) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.data import masks
-from ldm.images import Box
+from ldm.images import Box, pad_box
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 RECORDS: list[dict[str, Any]] = json.loads((GOLDEN / "samples.json").read_text())
@@ -52,9 +52,9 @@ def is_hole(mask: Image.Image) -> np.ndarray:
 def test_growth_and_exemplar_crop_replay_the_original(record: dict[str, Any]) -> None:
     box = Box(*record["bbox"])
     rng = Replay(record["grow_draws"])
-    assert masks.grow_box(box, masks.Box(0, 0, *size_of(record)), rng) == tuple(record["extended_bbox"])
+    assert masks.grow_box(box, Box(0, 0, *size_of(record)), rng) == tuple(record["extended_bbox"])
     assert not rng.draws
-    assert masks.pad_box(box, size_of(record), 10) == tuple(record["bbox_pad"])
+    assert pad_box(box, size_of(record), 10) == tuple(record["bbox_pad"])
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=name)
@@ -142,7 +142,7 @@ def degenerate(test: Any) -> Any:
 @given(images_with_boxes(), seeds)
 def test_grown_box_holds_the_box_and_leaves_most_of_the_free_space(case: Any, seed: int) -> None:
     size, box = case
-    grown = masks.grow_box(box, masks.Box(0, 0, *size), np.random.default_rng(seed))
+    grown = masks.grow_box(box, Box(0, 0, *size), np.random.default_rng(seed))
     assert grown.contains(box) and grown.inside(*size)
     assert grown.left >= 0.6 * box.left and size[0] - grown.right >= 0.6 * (size[0] - box.right)
     assert grown.top >= 0.6 * box.top and size[1] - grown.bottom >= 0.6 * (size[1] - box.bottom)
@@ -154,7 +154,7 @@ def test_grown_box_holds_the_box_and_leaves_most_of_the_free_space(case: Any, se
 def test_hole_contains_the_box_and_stays_near_the_grown_box(case: Any, seed: int) -> None:
     size, box = case
     rng = np.random.default_rng(seed)
-    grown = masks.grow_box(box, masks.Box(0, 0, *size), rng)
+    grown = masks.grow_box(box, Box(0, 0, *size), rng)
     jitter = int(rng.integers(0, masks.JITTER, endpoint=True))
     arbitrary = is_hole(masks.polygon_hole(size, masks.arbitrary_polygon(box, grown, rng, jitter)))
     rectangle = is_hole(masks.rectangle_hole(size, grown))
@@ -162,7 +162,7 @@ def test_hole_contains_the_box_and_stays_near_the_grown_box(case: Any, seed: int
         assert hole.shape == size[::-1]
         assert hole[box.top : box.bottom, box.left : box.right].all()
     # The filling includes its right and bottom edge, so one pixel more there.
-    reach = masks.pad_box(grown, size, jitter + 1)
+    reach = pad_box(grown, size, jitter + 1)
     arbitrary[reach.top : reach.bottom, reach.left : reach.right] = False
     assert not arbitrary.any()
 
@@ -173,7 +173,7 @@ def test_outline_is_simple(case: Any, seed: int) -> None:
     """Each side runs forward along its edge of the box and outside it: nothing crosses, nothing is inside out."""
     size, box = case
     rng = np.random.default_rng(seed)
-    polygon = masks.arbitrary_polygon(box, masks.grow_box(box, masks.Box(0, 0, *size), rng), rng)
+    polygon = masks.arbitrary_polygon(box, masks.grow_box(box, Box(0, 0, *size), rng), rng)
     top, right, bottom, left = polygon.reshape(4, -1, 2)
     assert (np.diff(top[:, 0]) >= 0).all() and (np.diff(right[:, 1]) >= 0).all()
     assert (np.diff(bottom[:, 0]) <= 0).all() and (np.diff(left[:, 1]) <= 0).all()
@@ -216,7 +216,7 @@ def test_context_window_is_the_box_and_its_margins(case: Any, margins: list[floa
 
 
 def test_context_window_uses_all_margins_and_places() -> None:
-    size, grown = (1000, 1000), masks.Box(480, 490, 520, 510)
+    size, grown = (1000, 1000), Box(480, 490, 520, 510)
     windows = [masks.crop_around_box(size, grown, (0.1, 1.0), 1, np.random.default_rng(seed)) for seed in range(400)]
     margins = [((window.right - window.left) / 40 - 1) / 2 for window in windows]
     assert min(margins) < 0.12 and max(margins) > 0.9
