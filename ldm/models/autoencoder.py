@@ -1,13 +1,16 @@
-"""The first stage: pixels to latents and back.
+"""The first stage: pixels to latents and back, with a plain decoder or one that also reads the known pixels.
 
 Dimensions: B batch · H, W pixels · h, w latent cells (H / f, W / f) · Z latent channels.
-Source: Rombach et al. 2022, section 3.1 and appendix G (KL-regularised autoencoder).
+Sources: Rombach et al. 2022, section 3.1 and appendix G (KL-regularised autoencoder); Zhu et al. 2023, "Designing a
+Better Asymmetric VQGAN for StableDiffusion" (mask-conditioned decoder).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -29,21 +32,22 @@ class DiagonalGaussian:
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     def mode(self) -> Tensor:
-        """(B, Z, h, w), the most likely latent."""
+        """Return the most likely latent, (B, Z, h, w)."""
         return self.mean
 
     def sample(self, generator: Generators = None) -> Tensor:
-        """(B, Z, h, w), a draw; `generator` may be one per sample."""
+        """Draw a latent, (B, Z, h, w): mean + std noise; `generator` may be one per sample."""
         noise = draw_noise(self.mean.shape, generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
-        """(B,) divergence from the standard normal, in nats, summed over the latent."""
+        """Compute the divergence from the standard normal, (B,), in nats, summed over the latent."""
+        # KL(N(mu, s^2) || N(0, 1)) = (mu^2 + s^2 - 1 - log s^2) / 2
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
 
 def _norm(groups: int, channels: int) -> nn.Module:
-    """A group norm, or nothing for 0 groups: small autoencoders lose absolute colour to norms."""
+    """Build a group norm, or an identity for 0 groups: small autoencoders lose absolute colour to norms."""
     return nn.GroupNorm(groups, channels, eps=1e-6) if groups else nn.Identity()
 
 
@@ -140,7 +144,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to posterior moments, before `quant_conv`."""
+    """Encode pixels as posterior moments, before `quant_conv`."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -164,7 +168,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pixels, after `post_quant_conv`; one block more per level than the encoder."""
+    """Decode latents to pixels, after `post_quant_conv`; one block more per level than the encoder."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -185,6 +189,61 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             x = level(x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+
+
+class ConditionEncoder(nn.Module):
+    """Encode known pixels as features as wide as the decoder's, finest first: twice full resolution, then halves."""
+
+    def __init__(self, in_channels: int, widths: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(
+                nn.Conv2d(a, b, 3, padding=1) if i < 2 else nn.Conv2d(a, b, 4, stride=2, padding=1)
+                for i, (a, b) in enumerate(pairwise([in_channels, *widths, widths[-1]]))
+            )
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for layer in self.layers:
+            features.append(layer(x))  # not activated: the decoder's next block does that
+            x = F.relu(features[-1])
+        return features
+
+
+class MaskConditionedDecoder(Decoder):
+    """The plain decoder, wider and deeper if the config says so, with a branch for known pixels.
+
+    A latent alone cannot restore an image, but most of an edited image is known. At every resolution the branch's
+    features take the place of the decoder's own where pixels are known. The encoder is the plain autoencoder's, so
+    latents mean the same and the diffusion model need not change.
+
+    Source: Zhu et al. 2023, "Designing a Better Asymmetric VQGAN for StableDiffusion", section 3.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        blocks = config.num_res_blocks if config.decoder_res_blocks is None else config.decoder_res_blocks
+        config = replace(config, ch=round(config.decoder_width * config.ch), num_res_blocks=blocks)
+        super().__init__(config)
+        widths = [config.ch * multiplier for multiplier in config.ch_mult]
+        self.encoder = ConditionEncoder(config.in_channels * config.patch_size**2, widths)  # the published name
+
+    def forward(self, z: Tensor, image: Tensor | None = None, keep_mask: Tensor | None = None) -> Tensor:
+        if image is None or keep_mask is None:
+            return super().forward(z)
+        kept = (keep_mask > 0.5).to(z.dtype)
+        features = self.encoder(F.pixel_unshuffle(image * kept, self.patch_size))
+        kept = F.pixel_unshuffle(kept, self.patch_size).amin(1, keepdim=True)  # a square is known if all of it is
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(_insert_known(x, features.pop(), kept))
+        x = _insert_known(x, features.pop(), kept)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+
+
+def _insert_known(x: Tensor, features: Tensor, kept: Tensor) -> Tensor:
+    """Take `features` where pixels are kept, the decoder's x elsewhere."""
+    return torch.where(F.interpolate(kept, size=x.shape[2:], mode="nearest") > 0.5, features, x)
 
 
 class AutoencoderKL(nn.Module):
@@ -209,12 +268,47 @@ class AutoencoderKL(nn.Module):
         return self.config.patch_size * 2 ** (len(self.config.ch_mult) - 1)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """(B, 3, H, W) pixels in [-1, 1] to the posterior of the (B, Z, h, w) latent, not yet scaled."""
+        """Encode (B, 3, H, W) pixels in [-1, 1] as the posterior of the (B, Z, h, w) latent, not yet scaled."""
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor, image: Tensor | None = None, keep_mask: Tensor | None = None) -> Tensor:
-        """(B, Z, h, w) unscaled latents to (B, 3, H, W) pixels, about [-1, 1] and not clamped.
+        """Decode (B, Z, h, w) unscaled latents to (B, 3, H, W) pixels, about [-1, 1] and not clamped.
 
-        What is known of the picture, `image` and `keep_mask`, is for `AsymmetricAutoencoderKL`.
+        Only `AsymmetricAutoencoderKL` reads `image` and `keep_mask`.
         """
         return self.decoder(self.post_quant_conv(z))
+
+
+class AsymmetricAutoencoderKL(AutoencoderKL):
+    """The KL-regularised autoencoder with a mask-conditioned decoder.
+
+    The published decoders are as wide as Stable Diffusion's (`decoder_width` 1, `decoder_res_blocks` 2), 1.5 times (3
+    blocks) and twice as wide (5 blocks).
+
+    Masks in the authors' code and in `diffusers` are 1 in the hole and 0 where pixels are known; `keep_mask` here is,
+    as everywhere in this project, 1 where pixels are known.
+
+    Args:
+        config: sizes; see `ldm.config.AutoencoderConfig`.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__(config, MaskConditionedDecoder(config))
+
+    def decode(self, z: Tensor, image: Tensor | None = None, keep_mask: Tensor | None = None) -> Tensor:
+        """Decode latents to pixels, with the help of the known pixels.
+
+        Args:
+            z: (B, Z, h, w) unscaled latents.
+            image: (B, 3, H, W) in [-1, 1]; pixels in the hole have no effect. None: no pixels are known.
+            keep_mask: (B, 1, H, W), above 0.5 where `image` is known; 0 everywhere equals None.
+
+        Returns:
+            (B, 3, H, W) pixels, about [-1, 1] and not clamped; known ones about, not exactly, as they were.
+        """
+        return self.decoder(self.post_quant_conv(z), image, keep_mask)
+
+
+def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
+    """Build the first stage of a config, with random weights."""
+    return (AsymmetricAutoencoderKL if config.decoder == "asymmetric" else AutoencoderKL)(config)

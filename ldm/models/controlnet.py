@@ -1,4 +1,4 @@
-"""ControlNet: a copy of the UNet's encoder that reads a picture (edges, depth, a pose …) and steers the UNet with it.
+"""ControlNet: a copy of the UNet's encoder that reads an image (edges, depth, a pose …) and steers the UNet with it.
 
 Dimensions: B batch · H, W pixels · h, w latent cells (H / 8, W / 8) · L context tokens · D token channels.
 Source: Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models", section 3.
@@ -6,25 +6,46 @@ Source: Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusio
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
+import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from ldm.checkpoint.convert import to_original
+from ldm.checkpoint.folders import read_component
+from ldm.checkpoint.io import CheckpointError, read_checkpoint
+from ldm.checkpoint.keys import UNET, check_keys
 from ldm.config import UNetConfig
 from ldm.models.layers import zero_init
 from ldm.models.unet import UNetEncoder
 
-HINT_CHANNELS = (16, 32, 96, 256)  # of the picture on its way to the latent grid
+HINT_CHANNELS = (16, 32, 96, 256)  # of the control image on its way to the latent grid
 HINT_DOWNSAMPLING = 2 ** (len(HINT_CHANNELS) - 1)
+GUESS_LOWEST = 0.1  # scale of the finest residuals in guess mode; the middle's is 1
+
+CONTROL = "control_model."  # prefix in the published files, which may hold the steered model, too
+_INPUT_CONV = "input_blocks.0.0.weight"
+# diffusers' names of the parts that the UNet does not have
+_DIFFUSERS_PARTS = {
+    "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
+    **{f"controlnet_cond_embedding.blocks.{i}.": f"input_hint_block.{2 * i + 2}." for i in range(6)},
+    "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",
+    "controlnet_mid_block.": "middle_block_out.0.",
+}
+_DIFFUSERS_ZERO_CONVS = "controlnet_down_blocks."
 
 
 class ControlNet(UNetEncoder):
-    """Residuals for the UNet's skip connections and middle, from a picture.
+    """Computes residuals for the UNet's skip connections and middle from an image.
 
     Args:
-        config: of the UNet that is steered. The copy sees x_t alone, also where that UNet sees more channels: control
-            networks are trained beside Stable Diffusion.
+        config: of the UNet that is steered. The copy reads x_t alone, also where that UNet reads more channels: control
+            networks are trained with Stable Diffusion.
 
     Raises:
         ConfigError: as for the UNet.
@@ -43,11 +64,11 @@ class ControlNet(UNetEncoder):
         self.middle_block_out = nn.Sequential(_zero_conv(self.skip_channels[-1]))
 
     def encode_hint(self, picture: Tensor) -> Tensor:
-        """The picture, (B, 3, H, W) in [0, 1], on the latent grid: (B, C, h, w), the same at every step."""
+        """Encode the image, (B, 3, H, W) in [0, 1], on the latent grid: (B, C, h, w), the same at every step."""
         return self.input_hint_block(picture)
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
-        """The residuals, from the finest to the middle, as `UNetModel.forward` takes them.
+        """Compute the residuals, from the finest to the middle, as `UNetModel.forward` takes them.
 
         Args:
             x_t: (B, 4, h, w), the noisy latent alone.
@@ -66,3 +87,151 @@ class ControlNet(UNetEncoder):
 
 def _zero_conv(channels: int) -> nn.Module:
     return zero_init(nn.Conv2d(channels, channels, 1))
+
+
+# --- Steering ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control network with its image and strength.
+
+    Attributes:
+        network: on the model's device.
+        picture: input of the network (edges, depth, a pose …), of the scene's size or aspect.
+        scale: factor of its residuals; 1 is as trained, 0 is without.
+        guess_mode: steer the prompt's branch of the guidance alone, and less the finer the residuals are, so that the
+            edit follows the image even without words. Source: Zhang et al. 2023, section 3.4.
+
+    Raises:
+        ValueError: the scale is not a finite number.
+    """
+
+    network: ControlNet
+    picture: Image.Image | str | Path
+    scale: float = 1.0
+    guess_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):  # the hole would be black
+            raise ValueError(f"control scale: got {self.scale}, expected a finite number")
+
+    def scales(self, count: int) -> list[float]:
+        """Return the factor of each residual, from the finest to the middle."""
+        if not self.guess_mode:
+            return [self.scale] * count
+        # geometric from 0.1 to 1: scale 0.1^(1 - i / (count - 1))
+        return [self.scale * GUESS_LOWEST ** (1 - i / (count - 1)) for i in range(count)]
+
+
+class Steering:
+    """One or several controls, whose images are encoded once for all steps.
+
+    Args:
+        controls: the networks.
+        pictures: the image of each, (1 or B, 3, H, W) in [0, 1].
+        dtype: of the computation.
+    """
+
+    @torch.no_grad()
+    def __init__(self, controls: Sequence[Control], pictures: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.controls = controls
+        self.hints = [
+            control.network.encode_hint(picture.to(next(control.network.parameters()).device, dtype))
+            for control, picture in zip(controls, pictures, strict=True)
+        ]
+
+    def residuals(self, x_t: Tensor, t: Tensor, context: Tensor, *, guided: bool) -> list[Tensor]:
+        """Sum the controls' residuals, as `UNetModel.forward` takes them.
+
+        Args:
+            x_t, t, context: of the UNet's call; x_t (B, 4, h, w) alone.
+            guided: the first half of the batch is the branch without the condition.
+        """
+        half = len(x_t) // 2 if guided else 0
+        parts = [
+            self._scaled_residuals(control, hint, x_t, t, context, first=half if control.guess_mode else 0)
+            for control, hint in zip(self.controls, self.hints, strict=True)
+        ]
+        return [torch.stack(same_place).sum(0) for same_place in zip(*parts, strict=True)]
+
+    def _scaled_residuals(
+        self, control: Control, hint: Tensor, x_t: Tensor, t: Tensor, context: Tensor, *, first: int
+    ) -> list[Tensor]:
+        """Compute one control's residuals; samples before `first` are not steered, theirs are 0."""
+        repeats = (len(x_t) - first) // len(hint)
+        residuals = control.network(x_t[first:], t[first:], context[first:], hint.repeat(repeats, 1, 1, 1))
+        scaled = [residual * s for residual, s in zip(residuals, control.scales(len(residuals)), strict=True)]
+        return [torch.cat([part.new_zeros(first, *part.shape[1:]), part]) for part in scaled] if first else scaled
+
+
+# --- Loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_controlnet(
+    path: str | Path, config: UNetConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ControlNet:
+    """Load a control network for a UNet, strictly.
+
+    Args:
+        path: file in the published layout (`control_model.*`, alone or with the model that it steers), or in that of
+            diffusers (`diffusion_pytorch_model.safetensors`), or a folder of diffusers.
+        config: of the UNet.
+
+    Returns:
+        The network in evaluation mode, without gradients.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds no control network, or one for another UNet.
+    """
+    state = read_component(Path(path)) if Path(path).is_dir() else read_checkpoint(path)
+    state = control_state(state, str(path))
+    with torch.device("meta"):
+        network = ControlNet(config)
+    check_keys({name: tensor.shape for name, tensor in network.state_dict().items()}, state, source=path)
+    network.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    return network.requires_grad_(False).eval().to(device)
+
+
+def control_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return a control network's tensors under its module's names, from either layout.
+
+    Raises:
+        CheckpointError: there is no control network, or one that was copied from an inpainting UNet.
+    """
+    if any(name.startswith(CONTROL) for name in state):
+        result = {name.removeprefix(CONTROL): tensor for name, tensor in state.items() if name.startswith(CONTROL)}
+    elif any(name.startswith(_DIFFUSERS_ZERO_CONVS) for name in state):
+        try:
+            result = _from_diffusers(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+    else:
+        result = dict(state)
+    if _INPUT_CONV not in result or not any(name.startswith("zero_convs.") for name in result):
+        raise CheckpointError(
+            f"{source}: not a control network; pass a file with {CONTROL}* or {_DIFFUSERS_ZERO_CONVS}*, such as "
+            "control_v11p_sd15_canny.pth"
+        )
+    channels = result[_INPUT_CONV].shape[1]
+    if channels != 4:
+        raise CheckpointError(
+            f"{source}: its input conv has {channels} channels, expected 4: it was copied from an inpainting UNet, but "
+            "a control network reads the noisy latent alone; use one that was made from Stable Diffusion itself, which "
+            "steers inpainting models as it is"
+        )
+    return result
+
+
+def _from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts, encoder = {}, {}
+    for name, tensor in state.items():
+        prefix = next((prefix for prefix in _DIFFUSERS_PARTS if name.startswith(prefix)), None)
+        if prefix is not None:
+            parts[_DIFFUSERS_PARTS[prefix] + name.removeprefix(prefix)] = tensor
+        elif name.startswith(_DIFFUSERS_ZERO_CONVS):
+            number, kind = name.removeprefix(_DIFFUSERS_ZERO_CONVS).split(".", 1)
+            parts[f"zero_convs.{number}.0.{kind}"] = tensor
+        else:
+            encoder[name] = tensor
+    return parts | {name.removeprefix(UNET): tensor for name, tensor in to_original({"unet": encoder}).items()}

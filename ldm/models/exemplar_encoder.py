@@ -140,11 +140,3 @@ class ExemplarEncoder(nn.Module):
         if self.config.tower != "clip":
             features = self.reduce(features)
         return self.final_ln(self.mapper(features))
-
-    def restore_position_ids(self, device: torch.device | str) -> None:
-        """Recreate CLIP's index buffer, which no file holds, after a build on the meta device."""
-        if self.config.tower != "clip":
-            return
-        embeddings = self.transformer.embeddings
-        position_ids = torch.arange(embeddings.num_positions, device=device)[None]
-        embeddings.register_buffer("position_ids", position_ids, persistent=False)

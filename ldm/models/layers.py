@@ -155,3 +155,11 @@ def zero_init(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def restore_position_ids(network: nn.Module, device: torch.device | str) -> None:
+    """Recreate the index buffers of CLIP's towers, which no file holds, after a build on the meta device."""
+    for module in network.modules():
+        if isinstance(position_ids := getattr(module, "position_ids", None), Tensor):
+            indices = torch.arange(position_ids.shape[-1], device=device)[None]
+            module.register_buffer("position_ids", indices, persistent=False)

@@ -98,11 +98,6 @@ class TextEncoder(nn.Module):
             self.folder = folder if _holds_tokenizer(folder) else folder / "tokenizer"
         return self.folder
 
-    def restore_position_ids(self, device: torch.device | str) -> None:
-        """Recreate CLIP's index buffer, which no file holds, after a build on the meta device."""
-        position_ids = torch.arange(self.config.max_length, device=device)[None]
-        self.transformer.embeddings.register_buffer("position_ids", position_ids, persistent=False)
-
 
 def _holds_tokenizer(folder: Path) -> bool:
     return all((folder / name).is_file() for name in TOKENIZER_FILES)
