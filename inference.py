@@ -299,10 +299,10 @@ def edit_many(args: argparse.Namespace) -> int:
 
     from ldm import __version__
     from ldm.checkpoint.io import sha256_file
-    from ldm.decoders import decoder_file
     from ldm.editing.batch import match_folders, read_jobs, run_jobs
     from ldm.editing.editor import checkpoint_file, pick_device, pick_dtype
     from ldm.editing.safety import load_filter
+    from ldm.latent_diffusion import decoder_file
 
     defaults = {
         "seed": args.seed[0],
@@ -382,7 +382,7 @@ def edit(args: argparse.Namespace) -> int:
     from ldm.editing.results import contact_sheet, passed, save_results
     from ldm.editing.safety import load_filter
     from ldm.editing.watermark import add_watermark, check_watermark
-    from ldm.models.control import Control
+    from ldm.models.controlnet import Control
 
     name = args.image.stem if args.image else ""
     if not args.image:

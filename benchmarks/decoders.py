@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm.decoders import replace_decoder
 from ldm.editing.editor import BUNDLED_MODEL, Editor, fit_scene
 from ldm.evaluation.background import background
 from ldm.evaluation.cocoee import Bench
 from ldm.evaluation.seam import seam
 from ldm.images import tensor_to_pil
+from ldm.latent_diffusion import replace_decoder
 
 
 @torch.inference_mode()

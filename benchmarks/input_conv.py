@@ -107,7 +107,7 @@ def errors(config: Config, checkpoint: Path) -> tuple[float, float]:
     """Mean squared errors in the hole and outside of it, over the validation pictures, four draws of noise for each."""
     module = DiffusionTraining(config).eval()
     load_weights(module, read_checkpoint(checkpoint), str(checkpoint), dtype=torch.float32)
-    alphas_cumprod, sums = module.alphas_cumprod, np.zeros(4)
+    alphas_cumprod, sums = module.ac, np.zeros(4)
     for batch in DataModule(config).val_dataloader():
         context = module.context(None, batch["caption"])
         for draw in range(4):

@@ -31,8 +31,9 @@ from ldm.config import ModelConfig
 from ldm.latent_diffusion import LatentDiffusion, load_model
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.exemplar_encoder import ExemplarEncoder
+from ldm.models.layers import restore_position_ids
 from ldm.models.unet import UNetModel
-from ldm.samplers import SAMPLERS
+from ldm.samplers import sample
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -89,8 +90,7 @@ def trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run) -> T
     """A run of the reference, by the model's own `sample`."""
     record = _Recorder()
     model.sample(
-        golden["sample/z_inpaint"],
-        golden["sample/mask"],
+        model.c_concat(golden["sample/z_inpaint"], golden["sample/mask"]),
         golden["sample/cond"],
         sampler=run.sampler,
         num_steps=run.num_steps,
@@ -117,7 +117,7 @@ def exact_trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run
     noises = iter(golden["sample/eta1_noise_seed123"].double())
     record = _Recorder()
 
-    def denoise(x_t: Tensor, t: int) -> Tensor:
+    def eps_fn(x_t: Tensor, t: int) -> Tensor:
         channels, steps = torch.cat([x_t, z_masked, mask], dim=1), torch.full((len(x_t),), t)
         eps = model.unet(channels, steps, cond)
         if run.guidance_scale == 1:
@@ -125,8 +125,9 @@ def exact_trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run
         eps_null = model.unet(channels, steps, null)
         return eps_null + run.guidance_scale * (eps - eps_null)
 
-    SAMPLERS[run.sampler](
-        denoise,
+    sample(
+        run.sampler,
+        eps_fn,
         x_T,
         model.schedule.alphas_cumprod,
         run.num_steps,
@@ -166,7 +167,7 @@ def loss_and_gradients(model: LatentDiffusion, golden: dict[str, Tensor], branch
     """Loss of the conditional (`cond`) or unconditional (`uncond`) branch and, by parameter, its gradients."""
     z_0, z_masked, keep_mask = golden["loss/x_start9"].split([4, 4, 1], dim=1)
     context = (
-        model.encode_exemplar(golden["exemplar/ref"]) if branch == "cond" else model.null_context.expand(2, -1, -1)
+        model.encode_exemplar(golden["exemplar/ref"]) if branch == "cond" else model.null_context().expand(2, -1, -1)
     )
     model.zero_grad(set_to_none=True)
     loss = model.loss(z_0, z_masked, keep_mask, context, golden["loss/t"], golden["loss/noise"]).mean()
@@ -226,7 +227,7 @@ def compare_full(part: str) -> Iterator[Comparison]:
             proj_out = nn.Linear(config.exemplar_encoder.hidden_size, config.unet.context_dim)
         _fill(encoder, "cond_stage_model.")
         _fill(proj_out, "proj_out.")
-        encoder.restore_position_ids("cpu")
+        restore_position_ids(encoder, "cpu")
         ours = _exemplar_stages(encoder, proj_out, golden["exemplar/ref"])
         del ours["exemplar/clip_last_hidden"]  # not recorded at this size
     for name, got in ours.items():

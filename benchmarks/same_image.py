@@ -79,7 +79,7 @@ def ours(checkpoint: Path, inputs: dict[str, Tensor], steps: int) -> Tensor:
     keep = 1 - inputs["hole"]
     z_masked = model.encode_image(inputs["image"] * keep, torch.Generator().manual_seed(5))
     context = model.encode_exemplar(inputs["exemplar"])
-    z = model.sample(z_masked, keep, context, sampler="ddim", num_steps=steps, x_T=inputs["x_T"])
+    z = model.sample(model.c_concat(z_masked, keep), context, sampler="ddim", num_steps=steps, x_T=inputs["x_T"])
     return (model.decode_latents(z) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 

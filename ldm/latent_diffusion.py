@@ -349,7 +349,7 @@ def latent_mask(keep_mask: Tensor, z: Tensor) -> Tensor:
 
 
 def latent_hole(keep_mask: Tensor, z: Tensor) -> Tensor:
-    """Turn a keep mask (B, 1, H, W) into a hole mask, 1 = paint, on the grid and in the dtype of latents z (B, Z, h, w).
+    """Turn a keep mask (B, 1, H, W) into a hole mask, 1 = paint, on the grid and in the dtype of latents (B, Z, h, w).
 
     Values are cut at 0.5, and each cell takes its upper left pixel, as for Stable Diffusion inpainting.
     """

@@ -95,7 +95,9 @@ def ddpm(
     ac_prev = torch.cat([ac_t[1:], ac_t.new_ones(1)])
     coefficients = zip(*(c.tolist() for c in (ac_t, *posterior_coefficients(ac_t, ac_prev))), strict=True)
     x = _at_least_float32(x_T)
-    for step, (t, (ac_t, coef_x_0, coef_x_t, variance)) in enumerate(zip(timesteps, coefficients, strict=True), start=1):
+    for step, (t, (ac_t, coef_x_0, coef_x_t, variance)) in enumerate(
+        zip(timesteps, coefficients, strict=True), start=1
+    ):
         x_0 = _x_0(x, eps_fn(x, t), ac_t)
         x = coef_x_0 * x_0 + coef_x_t * x  # mean of q(x_prev | x_t, x_0), Eq. 7
         if step < num_steps:  # the last variance is 0
@@ -241,7 +243,7 @@ def dpm_solver_pp(eps_fn: EpsModel, x_T: Tensor, ac: Tensor, num_steps: int, on_
 
 
 def unipc(eps_fn: EpsModel, x_T: Tensor, ac: Tensor, num_steps: int, on_step: OnStep | None = None) -> Tensor:
-    """Sample by UniPC of order 2 with B(h) = e^h - 1 ("bh2"): DPM-Solver++(2M) whose steps the next prediction corrects.
+    """Sample by UniPC of order 2, B(h) = e^h - 1 ("bh2"): DPM-Solver++(2M), each step corrected by the next prediction.
 
     The prediction at the end of a step serves its correction and the next step, so there is one per step.
 

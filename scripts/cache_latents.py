@@ -27,8 +27,7 @@ from ldm.data.datamodule import box_dataset
 from ldm.files import write_text
 from ldm.images import exemplar_to_pixels
 from ldm.latent_diffusion import add_imagenet_tower, latent_mask
-from ldm.models.asymmetric import build_autoencoder
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, build_autoencoder
 from ldm.models.exemplar_encoder import ExemplarEncoder
 
 LATENTS_CONFIG = "latents.yaml"

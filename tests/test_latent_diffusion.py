@@ -201,8 +201,9 @@ def test_the_originals_script_from_its_seed(
     context = script_model.encode_exemplar(exemplar)
     close(context, expected["cond"])
     if "uncond" in expected:
-        close(script_model.null_context, expected["uncond"])
-    samples = script_model.sample(z_masked, keep_mask, context, num_steps=10, x_T=x_T, generator=generator, **settings)
+        close(script_model.null_context(), expected["uncond"])
+    c_concat = script_model.c_concat(z_masked, keep_mask)
+    samples = script_model.sample(c_concat, context, num_steps=10, x_T=x_T, generator=generator, **settings)
     # relative to the largest value, as in test_trajectory
     tolerance = max(2e-5, 4e-6 * expected["samples"].abs().max().item())
     torch.testing.assert_close(samples, expected["samples"], rtol=0, atol=tolerance)
@@ -219,9 +220,9 @@ def test_the_originals_script_from_its_seed(
 def scene(golden: dict[str, Tensor], batch: int) -> dict[str, Any]:
     """Inputs of `sample` for up to four samples that all differ."""
     generator = seeded(0)
+    z_masked = torch.randn(4, 4, 8, 8, generator=generator)[:batch]
     return {
-        "z_masked": torch.randn(4, 4, 8, 8, generator=generator)[:batch],
-        "keep_mask": golden["sample/mask"][:1].repeat(batch, 1, 1, 1),
+        "c_concat": torch.cat([z_masked, golden["sample/mask"][:1].repeat(batch, 1, 1, 1)], dim=1),
         "context": torch.randn(4, 1, 768, generator=generator)[:batch],
     }
 
@@ -282,7 +283,7 @@ def test_guidance_is_the_published_formula(golden: dict[str, Tensor], tiny_model
     null, exemplar, guided = seen  # x_0 is affine in eps, so guidance acts on it in the same way
     torch.testing.assert_close(guided, null + 4.0 * (exemplar - null), rtol=0, atol=1e-5 * guided.abs().max().item())
     of_null = tiny_model.sample(
-        **{**inputs, "context": tiny_model.null_context.expand(2, -1, -1)},
+        **{**inputs, "context": tiny_model.null_context().expand(2, -1, -1)},
         sampler="ddim",
         num_steps=1,
         guidance_scale=1.0,
@@ -334,7 +335,7 @@ def test_dropped_exemplars_become_the_null_token(tiny_model: LatentDiffusion) ->
     context = torch.randn(3, 1, 768, generator=seeded(0))
     got = tiny_model.drop_condition(context, torch.tensor([False, True, False]))
     assert torch.equal(got[[0, 2]], context[[0, 2]])
-    assert torch.equal(got[1:2], tiny_model.null_context)
+    assert torch.equal(got[1:2], tiny_model.null_context())
 
 
 # --- Building and loading ---------------------------------------------------------------------------------------------
@@ -411,7 +412,8 @@ def test_bfloat16(
     generator = seeded(0)
     z = model.encode_image(golden["batch/inpaint_image"], generator)
     context = model.encode_exemplar(golden["batch/ref_imgs"])
-    samples = model.sample(z, golden["batch/inpaint_mask"], context, num_steps=3, generator=generator)
+    c_concat = model.c_concat(z, golden["batch/inpaint_mask"])
+    samples = model.sample(c_concat, context, num_steps=3, generator=generator)
     pixels = model.decode_latents(samples)
     assert pixels.shape == (2, 3, 16, 16)
     assert pixels.dtype == samples.dtype == z.dtype == torch.float32

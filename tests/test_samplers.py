@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.config import ScheduleConfig
 from ldm.diffusion import make_schedule, to_eps
-from ldm.samplers import SAMPLERS, ddim, ddim_steps, ddpm, dpm_solver_pp, plms, quadratic_timesteps, unipc
+from ldm.samplers import SAMPLERS, ddim, ddim_steps, dpm_solver_pp, plms, quadratic_timesteps, sample, unipc
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_golden.safetensors"
 MU, S = 0.4, 0.7
@@ -108,18 +108,18 @@ def test_quadratic_timesteps_run_from_the_noisiest_to_the_cleanest() -> None:
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
 def test_impossible_step_counts_are_refused(sampler: str, num_steps: int) -> None:
     with pytest.raises(ValueError, match=f"num_steps: got {num_steps}, expected 1 to 1000"):
-        SAMPLERS[sampler](lambda x, t: x, torch.zeros(1), schedule("cosine"), num_steps, noise=lambda: torch.zeros(1))
+        sample(sampler, lambda x, t: x, torch.zeros(1), schedule("cosine"), num_steps, noise=lambda: torch.zeros(1))
 
 
 def test_options_that_do_not_fit_are_refused() -> None:
     ac, x = schedule("cosine"), torch.zeros(1)
     for name in ("ddpm", "plms", "dpm_solver_pp", "unipc"):
         with pytest.raises(ValueError, match=r"eta: got 0\.5"):
-            SAMPLERS[name](lambda x, t: x, x, ac, 5, eta=0.5, noise=lambda: x)
+            sample(name, lambda x, t: x, x, ac, 5, eta=0.5, noise=lambda: x)
     with pytest.raises(ValueError, match=r"eta: got 1\.5"):
         ddim(lambda x, t: x, x, ac, 5, eta=1.5, noise=lambda: x)
-    with pytest.raises(ValueError, match="noise: got None"):
-        ddpm(lambda x, t: x, x, ac, 5)
+    with pytest.raises(ValueError, match="sampler: got 'euler'"):
+        sample("euler", lambda x, t: x, x, ac, 5)
     with pytest.raises(ValueError, match="noise: got None"):
         ddim(lambda x, t: x, x, ac, 5, eta=1.0)
 
@@ -143,7 +143,7 @@ def test_order_of_convergence(sampler: str, order: int) -> None:
         data, path = Gaussian(ac), []
         # the solvers have a knot at either end of the intervals; their last step leads from there to x_0
         num_steps = intervals if sampler in ("ddim", "plms") else intervals + 1
-        SAMPLERS[sampler](data.denoise, x_T, ac, num_steps, on_step=lambda *args, path=path: path.append(args[2]))
+        sample(sampler, data.denoise, x_T, ac, num_steps, on_step=lambda *args, path=path: path.append(args[2]))
         reached = path[intervals - 1]
         log_errors.append(math.log2((reached - data.flow(x_T, data.calls[0], 0)).abs().max().item()))
     # measured slopes: 0.99 to 1.00, 2.00 to 2.02, 1.98 to 2.00 and 2.98 to 3.00
@@ -160,7 +160,7 @@ def test_deterministic_samplers_follow_the_flow(name: str, sampler: str, num_ste
     ac = schedule(name)
     data = Gaussian(ac)
     x_T = torch.linspace(-2, 2, 9)
-    x_0 = SAMPLERS[sampler](data.denoise, x_T, ac, num_steps)
+    x_0 = sample(sampler, data.denoise, x_T, ac, num_steps)
     assert x_0.dtype == torch.float32
     assert (x_0 - data.flow(x_T, data.calls[0], 0)).abs().max() < tolerance
 
@@ -174,7 +174,7 @@ def test_stochastic_samplers_reach_the_data(name: str, sampler: str, eta: float)
     n = 40_000
     mean_T, std_T = data.mean_std(999)
     x_T = mean_T + std_T * torch.randn(n, generator=generator)
-    x_0 = SAMPLERS[sampler](data.denoise, x_T, ac, 250, eta=eta, noise=lambda: torch.randn(n, generator=generator))
+    x_0 = sample(sampler, data.denoise, x_T, ac, 250, eta=eta, noise=lambda: torch.randn(n, generator=generator))
     # four standard errors, and what 250 steps lose: 0.01 to 0.02 of the spread, falling as 1 / num_steps
     assert x_0.mean().item() == pytest.approx(MU, abs=4 * S / math.sqrt(n) + 0.01)
     assert x_0.std().item() == pytest.approx(S, abs=4 * S / math.sqrt(2 * n) + 0.03)
@@ -187,7 +187,7 @@ def test_float32_is_enough_where_almost_no_signal_is_left(sampler: str, paramete
     ac = schedule("cosine")
     buffer = ac.float()
 
-    def sample(dtype: torch.dtype) -> Tensor:
+    def x_0(dtype: torch.dtype) -> Tensor:
         data = Gaussian(ac)
 
         def denoise(x: Tensor, t: int) -> Tensor:
@@ -202,10 +202,10 @@ def test_float32_is_enough_where_almost_no_signal_is_left(sampler: str, paramete
         generator = torch.Generator().manual_seed(1)
         x_T = torch.randn(1, 256, generator=generator).to(dtype)
         noise = lambda: torch.randn(1, 256, generator=generator).to(dtype)  # noqa: E731
-        return SAMPLERS[sampler](denoise, x_T, ac, 100, noise=noise)
+        return sample(sampler, denoise, x_T, ac, 100, noise=noise)
 
     # rounding x_T to 1e-7 may move the first x_0 by 2e-3, of which later steps leave 4e-5 or less
-    torch.testing.assert_close(sample(torch.float32).double(), sample(torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(x_0(torch.float32).double(), x_0(torch.float64), rtol=0, atol=1e-4)
 
 
 # --- diffusers --------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_agrees_with_diffusers(sampler: str, num_steps: int, name: str) -> None:
     x = x_T
     for t in peer.timesteps:
         x = peer.step(denoise(x, int(t)), t, x, return_dict=False)[0]
-    ours = SAMPLERS[sampler](denoise, x_T, noise_schedule.alphas_cumprod, num_steps)
+    ours = sample(sampler, denoise, x_T, noise_schedule.alphas_cumprod, num_steps)
     # the peer's DPM-Solver++ rounds x to float32 at every step, its UniPC agrees to 1e-13
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
 
@@ -273,7 +273,7 @@ def test_evaluations_draws_and_callbacks(sampler: str, eta: float, evaluations: 
         return torch.zeros(2, 3)
 
     x_T = torch.ones(2, 3)
-    x_0 = SAMPLERS[sampler](data.denoise, x_T, ac, 10, eta=eta, noise=noise, on_step=lambda *args: seen.append(args))
+    x_0 = sample(sampler, data.denoise, x_T, ac, 10, eta=eta, noise=noise, on_step=lambda *args: seen.append(args))
     assert (len(data.calls), len(drawn)) == (evaluations, draws)
     assert [args[:2] for args in seen] == [(step, 10) for step in range(1, 11)]
     assert all(x.shape == pred.shape == x_T.shape for _, _, x, pred in seen)
@@ -286,8 +286,13 @@ def test_evaluations_draws_and_callbacks(sampler: str, eta: float, evaluations: 
 def test_few_steps_and_half_precision_networks(sampler: str, num_steps: int) -> None:
     ac = schedule("cosine")
     data = Gaussian(ac)
-    x_0 = SAMPLERS[sampler](
-        lambda x, t: data.denoise(x, t).bfloat16(), torch.randn(8).half(), ac, num_steps, noise=lambda: torch.randn(8)
+    x_0 = sample(
+        sampler,
+        lambda x, t: data.denoise(x, t).bfloat16(),
+        torch.randn(8).half(),
+        ac,
+        num_steps,
+        noise=lambda: torch.randn(8),
     )
     assert x_0.dtype == torch.float32
     assert x_0.isfinite().all()
@@ -299,7 +304,7 @@ def test_nothing_waits_for_the_device(sampler: str) -> None:
     x_T = torch.empty(2, 4, 8, 8, device="meta")
     eta = 1.0 if sampler == "ddim" else 0.0
     noise = lambda: torch.empty_like(x_T)  # noqa: E731
-    x_0 = SAMPLERS[sampler](lambda x, t: x * 0.5, x_T, schedule("cosine"), 5, eta=eta, noise=noise)
+    x_0 = sample(sampler, lambda x, t: x * 0.5, x_T, schedule("cosine"), 5, eta=eta, noise=noise)
     assert x_0.device.type == "meta"
 
 

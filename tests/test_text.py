@@ -296,7 +296,7 @@ def test_exemplar_and_text_together(text_config: Config, tokenizer_folder: Path)
     tokens = model.encode_exemplar(picture)
     assert torch.equal(model.context(tokens, ["dog"]), torch.cat([tokens, model.encode_text(["dog"])], dim=1))
     assert torch.equal(model.context(None, ["dog", "cat"])[:, :1], model.learnable_vector.expand(2, -1, -1))
-    assert torch.equal(model.null_context[:, 1:], model.encode_text([""]))
+    assert torch.equal(model.null_context()[:, 1:], model.encode_text([""]))
     assert not model.single_token
     for block in (m for m in model.modules() if isinstance(m, nn.Conv2d) and not m.weight.any()):
         nn.init.normal_(block.weight, std=0.1, generator=seeded(1))

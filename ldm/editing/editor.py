@@ -37,8 +37,7 @@ from ldm.images import (
     tensor_to_pil,
 )
 from ldm.latent_diffusion import LatentDiffusion, load_model
-from ldm.models.control import Control, Steering, load_controlnet
-from ldm.models.controlnet import HINT_DOWNSAMPLING, ControlNet
+from ldm.models.controlnet import HINT_DOWNSAMPLING, Control, ControlNet, Steering, load_controlnet
 from ldm.samplers import OnStep
 
 BUNDLED_MODEL = Path(__file__).resolve().parents[2] / "pretrained_models" / "mini"
@@ -132,7 +131,7 @@ class Editor:
                 bundled small model.
             config: the model's config; None takes the `config.yaml` beside the checkpoint.
             decoder: a decoder that sees the pixels that are kept, for the model's encoder: a file or a `diffusers`
-                component's folder; see `ldm.decoders`.
+                component's folder; see `ldm.latent_diffusion.replace_decoder`.
             device: `cpu`, `cuda`, `mps`, or `auto` for the fastest one present.
             dtype: precision of the weights; float16 is not for the CPU.
 
@@ -325,9 +324,10 @@ class Editor:
         image, keep_mask = image.to(self.device), keep_mask.to(self.device)
         exemplar = None if pixel_values is None else model.encode_exemplar(pixel_values.to(self.device))
         context = model.context(exemplar, prompts).expand(len(seeds), -1, -1)
-        null_context = None if negative_prompt is None else model.context(None, [negative_prompt])
+        null_context = model.null_context(negative_prompt)
         z_masked = model.encode_image(image * keep_mask, generators)  # pixels [-1, 1] => scaled latents
-        z = model.sample(z_masked, keep_mask, context, null_context=null_context, generator=generators, **sampling)
+        c_concat = model.c_concat(z_masked, keep_mask)
+        z = model.sample(c_concat, context, null_context=null_context, generator=generators, **sampling)
         return model.decode_latents(z, image, keep_mask).clamp(-1, 1).float().cpu()
 
 

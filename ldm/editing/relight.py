@@ -167,10 +167,10 @@ class Relighter:
         """One pass at a size."""
         model, count = self.model, len(generators)
         fitted = ImageOps.fit(foreground, size, Image.Resampling.LANCZOS)
-        still = torch.cat([self.encode([picture]) for picture in (fitted, background) if picture], dim=1)
-        context, null_context = model.context(None, [prompt]), model.context(None, [negative_prompt])
-        z = model.denoise(
-            still.expand(count, -1, -1, -1),
+        c_concat = torch.cat([self.encode([picture]) for picture in (fitted, background) if picture], dim=1)
+        context, null_context = model.context(None, [prompt]), model.null_context(negative_prompt)
+        z = model.sample(
+            c_concat.expand(count, -1, -1, -1),
             context.expand(count, -1, -1),
             null_context=null_context,
             generator=generators,

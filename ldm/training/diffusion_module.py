@@ -24,8 +24,7 @@ from ldm.data.masks import irregular_hole
 from ldm.diffusion import min_snr_weight
 from ldm.images import exemplar_to_pixels, mask_to_tensor
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.asymmetric import AsymmetricAutoencoderKL, build_autoencoder
-from ldm.models.autoencoder import DiagonalGaussian
+from ldm.models.autoencoder import AsymmetricAutoencoderKL, DiagonalGaussian, build_autoencoder
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.efficientnet import EfficientNetTower, efficientnet_stages, load_feature_network, normalise
 from ldm.models.layers import CrossAttention, SpatialTransformer
@@ -142,7 +141,7 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         torch.manual_seed(int(batch["key"][0]))  # dropout: the only draw that is not made per sample
         losses, t = self.losses(batch)
         gamma = self.options.min_snr_gamma
-        weights = min_snr_weight(t, gamma, self.config.parameterization, self.alphas_cumprod) if gamma > 0 else 1.0
+        weights = min_snr_weight(t, gamma, self.config.parameterization, self.ac) if gamma > 0 else 1.0
         weighted, uniform = weights * losses, torch.ones_like(losses)
         if self.timesteps is not None:
             uniform = self.timesteps.weight(t)
@@ -224,8 +223,7 @@ class DiffusionTraining(LatentDiffusion, pl.LightningModule):
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         z_0, z_masked = self.latents(batch, generators)
         sample = self.sample(
-            z_masked,
-            batch["keep_mask"],
+            self.c_concat(z_masked, batch["keep_mask"]),
             self.batch_context(batch),
             num_steps=options.sampler_steps,
             guidance_scale=options.guidance_scale,

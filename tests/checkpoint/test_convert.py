@@ -197,9 +197,8 @@ def test_the_same_picture(small: Path, converted: Path) -> None:
         output_type="np",
     ).images
     z_masked = model.encode_image(image * (1 - hole), torch.Generator().manual_seed(5))
-    z = model.sample(
-        z_masked, 1 - hole, model.encode_exemplar(exemplar), sampler="ddim", num_steps=10, guidance_scale=3.0, x_T=x_T
-    )
+    c_concat, context = model.c_concat(z_masked, 1 - hole), model.encode_exemplar(exemplar)
+    z = model.sample(c_concat, context, sampler="ddim", num_steps=10, guidance_scale=3.0, x_T=x_T)
     ours = (model.decode_latents(z) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert ours.std() > 0.05  # a picture, not a plane
     # Two float32 implementations, 10 steps with guidance: 5e-7 apart here; other processors sum in other orders.

@@ -13,13 +13,13 @@ from PIL import Image
 from ldm import Editor
 from ldm.checkpoint.io import sha256_file
 from ldm.config import load_config
-from ldm.decoders import replace_decoder
 from ldm.editing.editor import fit_scene
 from ldm.evaluation.cocoee import Bench
 from ldm.evaluation.features import SQUASH, View, extract, load_network
 from ldm.evaluation.identification import identification
 from ldm.evaluation.regions import hole_box
 from ldm.evaluation.similarity import cosine_scores
+from ldm.latent_diffusion import replace_decoder
 from scripts import inference_test_bench
 
 ROOT = Path(__file__).parents[2]

@@ -47,9 +47,18 @@ class MeanColourPainter(nn.Module):
         mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
         return (pixel_values * std + mean).mean((2, 3))[:, None] * 2 - 1
 
-    def sample(self, z_masked: Tensor, keep_mask: Tensor, context: Tensor, *, generator: object, **options: object):
-        self.calls.append(options | {"z_masked": z_masked, "keep_mask": keep_mask})
-        keep = nn.functional.interpolate(keep_mask, size=z_masked.shape[2:], mode="bilinear")
+    def null_context(self, negative_prompt: object) -> Tensor:
+        return self.learnable_vector
+
+    def c_concat(self, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
+        self.calls.append({"z_masked": z_masked, "keep_mask": keep_mask})
+        return torch.cat(
+            [z_masked, nn.functional.interpolate(keep_mask, size=z_masked.shape[2:], mode="bilinear")], dim=1
+        )
+
+    def sample(self, c_concat: Tensor, context: Tensor, *, generator: object, **options: object):
+        self.calls[-1] |= options
+        z_masked, keep = c_concat[:, :-1], c_concat[:, -1:]
         noise = 0.03 * draw_noise(z_masked.shape, generator)  # pyright: ignore[reportArgumentType]
         return torch.where(keep == 1, z_masked, context[:, 0, :, None, None] + noise)
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from ldm.checkpoint.first_stage import autoencoder_keys
 from ldm.checkpoint.io import CheckpointError, write_safetensors, write_torch
 from ldm.config import AutoencoderConfig, ConfigError
-from ldm.decoders import replace_decoder
-from ldm.models.asymmetric import AsymmetricAutoencoderKL, build_autoencoder
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.latent_diffusion import replace_decoder
+from ldm.models.autoencoder import AsymmetricAutoencoderKL, AutoencoderKL, build_autoencoder
 
 PUBLISHED = [(1.0, 2), (1.5, 3), (2.0, 5)]  # width, blocks
 SMALL = AutoencoderConfig(ch=16, num_res_blocks=2, norm_groups=8)

@@ -19,8 +19,7 @@ from ldm.config import Config, UNetConfig, dump_config, load_config
 from ldm.editing.editor import Editor
 from ldm.files import UserError
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.control import CONTROL, Control, Steering, control_state, load_controlnet
-from ldm.models.controlnet import ControlNet
+from ldm.models.controlnet import CONTROL, Control, ControlNet, Steering, control_state, load_controlnet
 from ldm.models.unet import UNetModel
 
 SIZES = UNetConfig(

@@ -17,7 +17,7 @@ from ldm.checkpoint.io import read_checkpoint, write_safetensors
 from ldm.config import load_config
 from ldm.editing.editor import Editor
 from ldm.latent_diffusion import load_model
-from ldm.models.asymmetric import AsymmetricAutoencoderKL
+from ldm.models.autoencoder import AsymmetricAutoencoderKL
 
 NAMED = ("model.first_stage.decoder=asymmetric", "model.first_stage.decoder_width=2.0")
 FAST = ["--steps", "2", "--device", "cpu"]

@@ -54,7 +54,7 @@ def test_numbers_of_parameters(model: LatentDiffusion) -> None:
     encoder = model.cond_stage_model
     assert count(model.unet) == 859_535_364
     assert count(encoder.mapper, encoder.final_ln, model.proj_out) == 62_981_120 + 2_048 + 787_200
-    assert model.null_context.numel() == 768
+    assert model.null_context().numel() == 768
     assert sum(p.numel() for p in model.unet.single_token_dead_parameters()) == pytest.approx(22.0e6, rel=0.01)
     assert model.downsampling == 8
 

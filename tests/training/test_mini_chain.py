@@ -59,7 +59,7 @@ def test_cache_train_export_load(
     assert load_config(tmp_path / "config.yaml").model == load_config(config_file).model  # beside the weights
     model = load_model(config_file, weights)
     # float16 has 11 significant bits.
-    torch.testing.assert_close(model.null_context, trained["learnable_vector"], rtol=2**-11, atol=1e-6)
+    torch.testing.assert_close(model.null_context(), trained["learnable_vector"], rtol=2**-11, atol=1e-6)
 
 
 def test_export_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

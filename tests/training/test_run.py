@@ -243,7 +243,7 @@ def test_lora_trains_additions_that_loading_adds_up(
     assert moved == {f"{stem}.weight" for stem in stems}
     run.module.eval()
     x_t, t = torch.randn(2, 9, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 500])
-    context = model.null_context.expand(2, 1, -1)
+    context = model.null_context().expand(2, 1, -1)
     with torch.no_grad():
         # a sum of weights against a sum of products: the order of roundings
         torch.testing.assert_close(model.unet(x_t, t, context), run.module.unet(x_t, t, context), rtol=1e-4, atol=1e-5)
