@@ -1,17 +1,17 @@
 """Configuration: typed schemas, loading, command-line overrides.
 
-A config file is YAML with the sections of `Config` below. The schemas are the single place where
-a setting has a name, a type and a default; `load_config` merges files and overrides into them and
-refuses every key that they do not declare. `docs/config.md` maps the keys of the original
-`configs/v1.yaml` to these.
+A config file is YAML with the sections of `Config` below. The schemas alone give a setting its name, type, default and
+range; `load_config` merges files and overrides into them and refuses every key that they do not declare.
+`docs/config.md` maps the keys of the original `configs/v1.yaml` to these.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,274 +33,281 @@ RENAMED = {  # keys of earlier versions, read from configs that lie beside check
 
 
 class ConfigError(UserError):
-    """A config file or override that cannot be used; the message says which key and what to do."""
+    """A config file or override that cannot be used; the message names the key and the remedy."""
 
 
-def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
-    choices = list(choices)
-    if value not in choices:
-        raise ConfigError(f"{key}: got {value!r}, expected one of {', '.join(choices)}")
+COMPARISONS = {"gt": (operator.gt, ">"), "ge": (operator.ge, ">="), "lt": (operator.lt, "<"), "le": (operator.le, "<=")}
+
+
+def setting(default: Any, **rules: Any) -> Any:
+    """Declare a key with the values that it may have: `choices`, or the bounds `gt`, `ge`, `lt`, `le`."""
+    return field(default=default, metadata=rules)
+
+
+class Section:
+    """Checks its values when it is made: every key, or every item of a list, by its rules, then `check_together`."""
+
+    prefix: ClassVar[str]  # of the section's keys in messages
+
+    def __init_subclass__(cls, prefix: str = "") -> None:
+        cls.prefix = prefix
+
+    def __post_init__(self) -> None:
+        for key in fields(self):  # pyright: ignore[reportArgumentType]: the subclasses are dataclasses
+            value, name, rules = getattr(self, key.name), self.prefix + key.name, key.metadata
+            for item in value if isinstance(value, list) else [value]:
+                if "choices" in rules and item not in rules["choices"]:
+                    raise ConfigError(f"{name}: got {item!r}, expected one of {', '.join(rules['choices'])}")
+                bounds = [(COMPARISONS[rule], bound) for rule, bound in rules.items() if rule in COMPARISONS]
+                if item is not None and not all(holds(item, bound) for (holds, _), bound in bounds):
+                    expected = " and ".join(f"{sign} {bound}" for (_, sign), bound in bounds)
+                    raise ConfigError(f"{name}: got {item}, expected {expected}")
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Check what several keys have to agree on."""
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(Section, prefix="model.schedule."):
     """Noise schedule; the defaults are Stable Diffusion's (`linear` in the original's naming)."""
 
-    name: str = "scaled_linear"  # scaled_linear | linear | cosine
-    num_timesteps: int = 1000
+    name: str = setting("scaled_linear", choices=("scaled_linear", "linear", "cosine"))
+    num_timesteps: int = setting(1000, ge=1)
     linear_start: float = 0.00085
     linear_end: float = 0.0120
     cosine_s: float = 0.008
-    zero_terminal_snr: bool = False  # the last step is noise alone (Lin et al. 2024)
+    zero_terminal_snr: bool = False  # the last timestep is pure noise (Lin et al. 2024)
 
-    def __post_init__(self) -> None:
-        _one_of("schedule.name", self.name, ("scaled_linear", "linear", "cosine"))
-
-
-@dataclass
-class UNetConfig:
-    """Denoising UNet; the defaults are the paper's (Stable Diffusion v1 with 9 input channels)."""
-
-    in_channels: int = 9
-    out_channels: int = 4
-    model_channels: int = 320
-    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
-    num_res_blocks: int = 2
-    attention_resolutions: list[int] = field(default_factory=lambda: [4, 2, 1])  # downsampling factors
-    num_heads: int = 8
-    transformer_depth: int = 1
-    context_dim: int = 768
-    norm_groups: int = 32  # of the group norms; with few channels per group they erase absolute colour
-    dropout: float = 0.0
-    activation_checkpointing: bool = False
-
-
-@dataclass
-class AutoencoderConfig:
-    """First stage (KL-regularised autoencoder); the defaults are Stable Diffusion's, f = 8."""
-
-    in_channels: int = 3
-    ch: int = 128
-    ch_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
-    num_res_blocks: int = 2
-    z_channels: int = 4
-    embed_dim: int = 4
-    patch_size: int = 1  # side of the squares of pixels that enter and leave as channels (space to depth)
-    norm_groups: int = 32  # as in the UNet; 0: no norms
-    dropout: float = 0.0
-    decoder: str = "plain"  # plain | asymmetric (it also sees the pixels that an edit keeps)
-    decoder_width: float = 1.0  # asymmetric: its channels over the encoder's; published: 1, 1.5 and 2
-    decoder_res_blocks: int | None = None  # asymmetric: as num_res_blocks, which is the default; published: 2, 3 and 5
-
-    def __post_init__(self) -> None:
-        _one_of("model.first_stage.decoder", self.decoder, ("plain", "asymmetric"))
-        if self.decoder_width <= 0 or self.decoder_width * self.ch % 1:
+    def check_together(self) -> None:
+        if not 0 < self.linear_start <= self.linear_end < 1:
             raise ConfigError(
-                f"model.first_stage.decoder_width: got {self.decoder_width:g}, expected a number that makes ch "
-                f"({self.ch}) times it a whole number of channels"
+                f"{self.prefix}linear_start, linear_end: got {self.linear_start}, {self.linear_end}, expected "
+                "0 < linear_start <= linear_end < 1"
             )
 
 
 @dataclass
-class ExemplarEncoderConfig:
+class UNetConfig(Section, prefix="model.unet."):
+    """Denoising UNet; the defaults are the paper's (Stable Diffusion v1 with 9 input channels)."""
+
+    in_channels: int = setting(9, ge=1)
+    out_channels: int = setting(4, ge=1)
+    model_channels: int = setting(320, ge=1)
+    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4], metadata={"ge": 1})
+    num_res_blocks: int = setting(2, ge=1)
+    # downsampling factors
+    attention_resolutions: list[int] = field(default_factory=lambda: [4, 2, 1], metadata={"ge": 1})
+    num_heads: int = setting(8, ge=1)
+    transformer_depth: int = setting(1, ge=1)
+    context_dim: int = setting(768, ge=1)
+    norm_groups: int = setting(32, ge=1)  # of the group norms; few channels per group erase absolute colour
+    dropout: float = setting(0.0, ge=0, lt=1)
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class AutoencoderConfig(Section, prefix="model.first_stage."):
+    """First stage (KL-regularised autoencoder); the defaults are Stable Diffusion's, f = 8."""
+
+    in_channels: int = setting(3, ge=1)
+    ch: int = setting(128, ge=1)
+    ch_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4], metadata={"ge": 1})
+    num_res_blocks: int = setting(2, ge=1)
+    z_channels: int = setting(4, ge=1)
+    embed_dim: int = setting(4, ge=1)
+    patch_size: int = setting(1, ge=1)  # side of the pixel squares that become channels (space to depth)
+    norm_groups: int = setting(32, ge=0)  # as in the UNet; 0: no norms
+    dropout: float = setting(0.0, ge=0, lt=1)
+    decoder: str = setting("plain", choices=("plain", "asymmetric"))  # asymmetric: also reads the pixels to keep
+    decoder_width: float = setting(1.0, gt=0)  # asymmetric: channels relative to the encoder; published: 1, 1.5, 2
+    decoder_res_blocks: int | None = setting(None, ge=1)  # asymmetric; default: num_res_blocks; published: 2, 3, 5
+
+    def check_together(self) -> None:
+        if self.decoder_width * self.ch % 1:
+            raise ConfigError(
+                f"{self.prefix}decoder_width: got {self.decoder_width:g}, expected a whole number of channels when "
+                f"multiplied by ch ({self.ch})"
+            )
+
+
+@dataclass
+class ExemplarEncoderConfig(Section, prefix="model.exemplar_encoder."):
     """Image tower and mapper; the defaults are CLIP ViT-L/14 and the paper's five blocks."""
 
-    tower: str = "clip"  # clip (the four sizes after patch_size are its) | efficientnet-lite0 (ImageNet weights)
-    image_size: int = 224
-    patch_size: int = 14
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_layers: int = 24
-    num_heads: int = 16
-    mapper_layers: int = 5
-    tokens: str = "pooled"  # the tower's output that is passed on: pooled (the paper's bottleneck) | all
-
-    def __post_init__(self) -> None:
-        _one_of("model.exemplar_encoder.tower", self.tower, ("clip", "efficientnet-lite0"))
-        _one_of("model.exemplar_encoder.tokens", self.tokens, ("pooled", "all"))
+    # clip reads the sizes from patch_size to num_heads; efficientnet-lite0 comes with ImageNet weights
+    tower: str = setting("clip", choices=("clip", "efficientnet-lite0"))
+    image_size: int = setting(224, ge=1)
+    patch_size: int = setting(14, ge=1)
+    hidden_size: int = setting(1024, ge=1)
+    intermediate_size: int = setting(4096, ge=1)
+    num_layers: int = setting(24, ge=1)
+    num_heads: int = setting(16, ge=1)
+    mapper_layers: int = setting(5, ge=0)
+    tokens: str = setting("pooled", choices=("pooled", "all"))  # outputs of the tower; pooled: the paper's bottleneck
 
 
 @dataclass
-class TextEncoderConfig:
-    """Text tower; the defaults are those of CLIP ViT-L/14, which Stable Diffusion v1 reads prompts with."""
+class TextEncoderConfig(Section, prefix="model.text_encoder."):
+    """Text tower; the defaults are those of CLIP ViT-L/14, as in Stable Diffusion v1."""
 
     tokenizer: str | None = None  # folder with vocab.json and merges.txt; by default `tokenizer` beside the checkpoint
-    vocab_size: int = 49408
-    max_length: int = 77  # tokens, start and end among them
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_layers: int = 12
-    num_heads: int = 12
+    vocab_size: int = setting(49408, ge=1)
+    max_length: int = setting(77, ge=2)  # tokens, including start and end
+    hidden_size: int = setting(768, ge=1)
+    intermediate_size: int = setting(3072, ge=1)
+    num_layers: int = setting(12, ge=1)
+    num_heads: int = setting(12, ge=1)
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section, prefix="model."):
     """The whole model: pixels, latents, tokens."""
 
-    image_size: int = 512  # pixels, side of the square that the model edits
-    scale_factor: float = 0.18215  # latent = scale_factor * posterior sample
-    crop_margin: float = 0.5  # what editing shows around a hole, as a share of the hole's longer side
-    parameterization: str = "eps"  # what the UNet predicts: eps | v | x0
-    condition: str = "exemplar"  # what the context tokens are: exemplar | text | both, one after the other
-    # of the UNet, in this order: keep_mask (1 = keep, resized bilinearly) is Paint by Example's, hole_mask (1 = paint,
-    # cut at a half, resized to the nearest) Stable Diffusion inpainting's; z_foreground and z_background are IC-Light's
-    input_channels: list[str] = field(default_factory=lambda: ["x_t", "z_masked", "keep_mask"])
+    image_size: int = setting(512, ge=1)  # pixels, side of the square that the model edits
+    scale_factor: float = setting(0.18215, gt=0)  # latent = scale_factor * posterior sample
+    crop_margin: float = setting(0.5, ge=0)  # context around a hole when editing, relative to the hole's longer side
+    parameterization: str = setting("eps", choices=("eps", "v", "x0"))  # the UNet's prediction
+    condition: str = setting("exemplar", choices=("exemplar", "text", "both"))  # both: exemplar token, then text tokens
+    # The UNet's input, in this order. keep_mask (1 = keep, resized bilinearly) is Paint by Example's, hole_mask (1 =
+    # paint, thresholded at 0.5, nearest) is Stable Diffusion inpainting's; z_foreground, z_background are IC-Light's.
+    input_channels: list[str] = field(
+        default_factory=lambda: ["x_t", "z_masked", "keep_mask"], metadata={"choices": INPUT_CHANNELS}
+    )
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     first_stage: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     exemplar_encoder: ExemplarEncoderConfig = field(default_factory=ExemplarEncoderConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
 
-    def __post_init__(self) -> None:
-        if self.crop_margin < 0:
-            raise ConfigError(f"model.crop_margin: got {self.crop_margin}, expected 0 or more")
-        _one_of("model.parameterization", self.parameterization, ("eps", "v", "x0"))
-        _one_of("model.condition", self.condition, ("exemplar", "text", "both"))
+    def check_together(self) -> None:
         if self.condition == "both" and self.exemplar_encoder.tokens != "pooled":
             raise ConfigError(
-                "model.exemplar_encoder.tokens: got all with condition both, expected pooled: beside text one null "
-                "token cannot stand for many"
+                "model.exemplar_encoder.tokens: got all with condition both, expected pooled: beside text tokens the "
+                "one null token cannot replace several exemplar tokens"
             )
-        for name in self.input_channels:
-            _one_of("model.input_channels", name, INPUT_CHANNELS)
         if self.input_channels[:1] != ["x_t"] or len(set(self.input_channels)) < len(self.input_channels):
             raise ConfigError(f"model.input_channels: got {self.input_channels}, expected x_t first and no name twice")
         if self.schedule.zero_terminal_snr and self.parameterization == "eps":
             raise ConfigError(
-                "model.schedule.zero_terminal_snr: got true with parameterization eps, which says nothing about x_0 "
-                "where there is noise alone; use v or x0"
+                "model.schedule.zero_terminal_snr: got true with parameterization eps, expected v or x0: predicted "
+                "noise does not determine x_0 at a timestep of pure noise"
             )
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section, prefix="data."):
     """Where samples come from and how they are made."""
 
-    kind: str = "open_images"  # open_images | coco | voc | yolo | masks | shards | cached
+    kind: str = setting("open_images", choices=("open_images", "coco", "voc", "yolo", "masks", "shards", "cached"))
     root: str = "dataset/open-images"  # shards: or an address, http://…, s3://…, pipe:COMMAND {}
-    annotations: str | None = None  # file or folder; by default at the format's own place below `root`
-    val_annotations: str | None = None  # coco: of validation; else a share of the images is held out
-    index: str | None = None  # folder for the indexes of boxes; default: ROOT/index
-    batch_size: int = 2  # per device
-    val_batch_size: int = 2
-    num_workers: int = 8
-    captions: str | None = None  # for prompts: classes (what the annotations call the object), or a CSV file
-    p_arbitrary_mask: float = 0.5  # share of arbitrary shapes among the holes
-    p_object_mask: float = 0.0  # share of holes with the object's own shape, where it is known
+    annotations: str | None = None  # file or folder; default: the format's usual place below `root`
+    val_annotations: str | None = None  # coco: of validation; default: hold out a share of the images
+    index: str | None = None  # folder for the box indexes; default: ROOT/index
+    batch_size: int = setting(2, ge=1)  # per device
+    val_batch_size: int = setting(2, ge=1)
+    num_workers: int = setting(8, ge=0)
+    captions: str | None = None  # for prompts: classes (the annotations' class names), or a CSV file
+    p_arbitrary_mask: float = setting(0.5, ge=0, le=1)  # probability of a hole of arbitrary shape
+    p_object_mask: float = setting(0.0, ge=0, le=1)  # probability of the object's own shape, where it is known
     augment_exemplar: bool = True  # flip, rotate, blur and distort the exemplar
-    augmentation_strength: float = 1.0  # multiplies the angles and lengths of that
+    augmentation_strength: float = setting(1.0, ge=0)  # multiplies the augmentation's angles and lengths
     grey_background: bool = False  # show the exemplar over mid-grey, where its shape is known
-    crop_margin_range: list[float] = field(default_factory=list)  # [low, high]: crop as editing does; []: as the paper
-    shuffle_buffer: int = 1000  # shards: images that a worker shuffles among
-    max_val_samples: int = 2000  # validation reads at most this many samples
+    # [low, high]: crop as editing does; []: as the paper
+    crop_margin_range: list[float] = field(default_factory=list, metadata={"gt": 0})
+    shuffle_buffer: int = setting(1000, ge=1)  # shards: images that a worker shuffles among
+    max_val_samples: int = setting(2000, ge=1)  # validation reads at most this many samples
 
-    def __post_init__(self) -> None:
-        _one_of("data.kind", self.kind, ("open_images", "coco", "voc", "yolo", "masks", "shards", "cached"))
+    def check_together(self) -> None:
         margins = self.crop_margin_range
-        if margins and not (len(margins) == 2 and 0 < margins[0] <= margins[1]):
-            raise ConfigError(
-                f"data.crop_margin_range: got {list(margins)}, expected [low, high], 0 < low <= high, or []"
-            )
+        if margins and not (len(margins) == 2 and margins[0] <= margins[1]):
+            raise ConfigError(f"data.crop_margin_range: got {margins}, expected [low, high] with low <= high, or []")
+
+
+LR_SCHEDULES = ("constant", "cosine")  # after the warm-up; cosine: down to 5 % of base_lr at the last step
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Section, prefix="training."):
     """Objective and optimizer of the diffusion model."""
 
-    base_lr: float = 1.0e-5
-    lr_schedule: str = "constant"  # after warm-up: constant | cosine (to 5 % of base_lr at the last step)
-    warmup_steps: int = 10_000
-    weight_decay: float = 0.01
-    optimizer: str = "adamw"  # adamw | adamw_fused | adamw_8bit (needs bitsandbytes and a GPU)
-    trainable: str = "all"  # but for what is frozen anyway: all | of the UNet input_conv | input_conv_attention
-    p_uncond: float = 0.2  # how often the exemplar is replaced by the null token, the prompt by the empty one
-    null_drop: str = "per_sample"  # per_sample | per_batch (as the original)
-    timesteps: str = "uniform"  # uniform | logit_normal (middle ones more often) | loss_aware (those with large losses)
-    offset_noise: float = 0.0  # standard deviation of a constant added to each channel's noise
-    min_snr_gamma: float = 0.0  # weigh timesteps by min(SNR, gamma), of errors of x_0; 0: all alike, as the paper
-    ema_decay: float = 0.0  # 0 switches EMA off; the paper trains with 0.9999
-    train_tower: bool = False  # train the tower too, of images or text (for models without a pretrained one)
-    tower_lr_scale: float = 1.0  # of base_lr, for the tower
-    lora_rank: int = 0  # train additions of this rank to the UNet's attention, and nothing else; 0: no LoRA
-    use_prior: bool = True  # false: of --pretrained-model take the frozen parts alone, the rest starts random
-    fresh_conditioning: bool = False  # mapper, projection and null token start random in any case
+    base_lr: float = setting(1.0e-5, gt=0)
+    lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
+    warmup_steps: int = setting(10_000, ge=0)
+    weight_decay: float = setting(0.01, ge=0)
+    optimizer: str = setting("adamw", choices=("adamw", "adamw_fused", "adamw_8bit"))  # 8bit: bitsandbytes and a GPU
+    # all: everything that is not frozen anyway; the others: these layers of the UNet
+    trainable: str = setting("all", choices=("all", "input_conv", "input_conv_attention"))
+    p_uncond: float = setting(0.2, ge=0, le=1)  # probability of the null token or the empty prompt as the condition
+    null_drop: str = setting("per_sample", choices=("per_sample", "per_batch"))  # per_batch: as the original
+    # logit_normal: middle timesteps more often; loss_aware: those with large losses more often
+    timesteps: str = setting("uniform", choices=("uniform", "logit_normal", "loss_aware"))
+    offset_noise: float = setting(0.0, ge=0)  # standard deviation of a constant added to each channel's noise
+    min_snr_gamma: float = setting(0.0, ge=0)  # weight x_0 errors by min(SNR, gamma); 0: no weights, as the paper
+    ema_decay: float = setting(0.0, ge=0, lt=1)  # 0: no EMA; the paper trains with 0.9999
+    train_tower: bool = False  # train the image or text tower too (for models without a pretrained one)
+    tower_lr_scale: float = setting(1.0, gt=0)  # the tower's learning rate relative to base_lr
+    lora_rank: int = setting(0, ge=0)  # train only low-rank additions to the UNet's attention; 0: no LoRA
+    use_prior: bool = True  # false: load only the frozen parts of --pretrained-model, start the others at random
+    fresh_conditioning: bool = False  # start mapper, projection and null token at random in any case
     compile: bool = False  # torch.compile the UNet
 
-    def __post_init__(self) -> None:
-        if self.min_snr_gamma < 0:
-            raise ConfigError(f"training.min_snr_gamma: got {self.min_snr_gamma}, expected 0 (off) or more")
-        if self.lora_rank < 0:
-            raise ConfigError(f"training.lora_rank: got {self.lora_rank}, expected 0 (off) or more")
-        if self.offset_noise < 0:
-            raise ConfigError(f"training.offset_noise: got {self.offset_noise}, expected 0 (off) or more")
-        _one_of("training.trainable", self.trainable, ("all", "input_conv", "input_conv_attention"))
+    def check_together(self) -> None:
         if self.trainable != "all" and (self.lora_rank or self.train_tower):
             raise ConfigError(
-                f"training.trainable: got {self.trainable} with lora_rank or train_tower, which train something else; "
+                f"training.trainable: got {self.trainable} with lora_rank or train_tower, which train other parts; "
                 "choose one of them"
             )
-        _one_of("training.optimizer", self.optimizer, ("adamw", "adamw_fused", "adamw_8bit"))
-        _one_of("training.timesteps", self.timesteps, ("uniform", "logit_normal", "loss_aware"))
-        _one_of("training.null_drop", self.null_drop, ("per_sample", "per_batch"))
-        _one_of("training.lr_schedule", self.lr_schedule, ("constant", "cosine"))
 
 
 @dataclass
-class FirstStageTrainingConfig:
+class FirstStageTrainingConfig(Section, prefix="first_stage_training."):
     """Objective of the first stage: L1 + perceptual + KL, with an optional patch discriminator.
 
-    For an asymmetric decoder the encoder is frozen, and the KL, which is the encoder's alone, left out.
+    An asymmetric decoder is trained with a frozen encoder and without the KL, which depends on the encoder alone.
     """
 
-    base_lr: float = 4.5e-6
-    lr_schedule: str = "constant"
-    warmup_steps: int = 0
-    kl_weight: float = 1.0e-6
-    colour_weight: float = 0.0  # of the squared error between pictures averaged over each latent cell
-    perceptual_weight: float = 0.0
-    perceptual_start: int = 0  # first step with the perceptual term: before it there is little to be judged by it
-    adversarial_weight: float = 0.0
-    adversarial_start: int = 50_001  # first step at which the discriminator acts
-    ema_decay: float = 0.0
-    p_no_condition: float = 0.5  # asymmetric decoder: share of pictures of which it is told nothing, in [0, 1]
-
-    def __post_init__(self) -> None:
-        _one_of("first_stage_training.lr_schedule", self.lr_schedule, ("constant", "cosine"))
+    base_lr: float = setting(4.5e-6, gt=0)
+    lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
+    warmup_steps: int = setting(0, ge=0)
+    kl_weight: float = setting(1e-6, ge=0)  # sum over the latent against mean over pixels: 2e5 times LDM's at 256 px
+    colour_weight: float = setting(0.0, ge=0)  # of the squared error between images averaged over each latent cell
+    perceptual_weight: float = setting(0.0, ge=0)
+    perceptual_start: int = setting(0, ge=0)  # first step with the perceptual term
+    adversarial_weight: float = setting(0.0, ge=0)
+    adversarial_start: int = setting(50_001, ge=0)  # first step with the discriminator
+    ema_decay: float = setting(0.0, ge=0, lt=1)
+    p_no_condition: float = setting(0.5, ge=0, le=1)  # asymmetric decoder: probability of hiding all pixels to keep
 
 
 @dataclass
-class LoggingConfig:
+class LoggingConfig(Section, prefix="logging."):
     """What a run writes beside its checkpoints."""
 
-    loggers: list[str] = field(default_factory=lambda: ["tensorboard", "csv"])  # also wandb
+    loggers: list[str] = field(
+        default_factory=lambda: ["tensorboard", "csv"], metadata={"choices": ("tensorboard", "csv", "wandb")}
+    )
     wandb_project: str = "paint-by-example"
-    image_every: int = 5000  # steps between image grids; 0 switches them off
-    num_images: int = 4
-    sampler_steps: int = 50
+    image_every: int = setting(5000, ge=0)  # steps between image grids; 0: none
+    num_images: int = setting(4, ge=1)
+    sampler_steps: int = setting(50, ge=1)
     guidance_scale: float = 5.0
-    checkpoint_every: int = 5000  # steps
-    keep_last: int = 2  # periodic checkpoints kept beside `last` and `best`
-
-    def __post_init__(self) -> None:
-        for name in self.loggers:
-            _one_of("logging.loggers", name, ("tensorboard", "csv", "wandb"))
+    checkpoint_every: int = setting(5000, ge=0)  # steps between checkpoints; 0: only the last
+    keep_last: int = setting(2, ge=0)  # periodic checkpoints kept beside `last` and `best`
 
 
 @dataclass
-class Config:
+class Config(Section):
     """A run: one model, one data source, one trainer."""
 
-    stage: str = "diffusion"  # what is trained: diffusion | first_stage
-    seed: int = 23  # of weights, data order and noise
+    stage: str = setting("diffusion", choices=("diffusion", "first_stage"))  # the part that is trained
+    seed: int = setting(23, ge=0)  # of weights, data order and noise
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     first_stage_training: FirstStageTrainingConfig = field(default_factory=FirstStageTrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trainer: dict[str, Any] = field(default_factory=dict)  # keyword arguments of Lightning's Trainer
-
-    def __post_init__(self) -> None:
-        _one_of("stage", self.stage, ("diffusion", "first_stage"))
 
 
 def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[str] = ()) -> Config:
@@ -335,12 +342,12 @@ def dump_config(config: Config) -> str:
 
 
 def _read_yaml(path: Path) -> DictConfig:
+    if not path.exists():
+        raise ConfigError(f"{path}: no such config file; configs/ holds the ones that come with the project")
     try:
         node = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file; configs/ holds the ones that come with the project") from None
     except Exception as error:  # PyYAML's errors share no base with OmegaConf's
-        raise ConfigError(f"{path}: not a readable YAML file: {_one_line(error)}") from error
+        raise ConfigError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{path}: expected a mapping with the sections model, data, training, …")
     return node
@@ -352,7 +359,7 @@ def _read_override(override: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([override])
     except Exception as error:  # as above
-        raise ConfigError(f"override {override!r}: not a YAML value: {_one_line(error)}") from error
+        raise ConfigError(f"override {override!r}: not a YAML value: {' '.join(str(error).split())}") from error
 
 
 def _merge(config: DictConfig, node: DictConfig, source: str) -> DictConfig:
@@ -363,12 +370,7 @@ def _merge(config: DictConfig, node: DictConfig, source: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(config, node)
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        key = error.full_key or "config"
+        reason, key = str(error).splitlines()[0], error.full_key or "config"
         raise ConfigError(f"{source}: {key}: {reason}; see ldm/config.py for the keys") from error
     assert isinstance(merged, DictConfig)
     return merged
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

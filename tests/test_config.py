@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -69,53 +70,64 @@ def test_values_survive_overrides_and_merging(lr: float, size: int, ch_mult: lis
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "names"),
     [
-        ("model: {unet: {modle_channels: 32}}\n", r"a\.yaml: model\.unet\.modle_channels: .*see ldm/config\.py"),
-        ("modle: {}\n", r"a\.yaml: modle: "),
-        ("model: {image_size: big}\n", r"a\.yaml: model\.image_size: .*'big'"),
-        ("model: {unet: {channel_mult: 4}}\n", r"a\.yaml: model\.unet\.channel_mult: "),
-        ("model: 3\n", r"a\.yaml: .*ModelConfig"),
+        ("model: {unet: {modle_channels: 32}}\n", "a.yaml: model.unet.modle_channels: "),
+        ("modle: {}\n", "a.yaml: modle: "),
+        ("model: {image_size: big}\n", "a.yaml: model.image_size: "),
+        ("model: {unet: {channel_mult: 4}}\n", "a.yaml: model.unet.channel_mult: "),
+        ("model: 3\n", "a.yaml: "),
         ("stage: third\n", "stage: got 'third', expected one of diffusion, first_stage"),
-        ("model: {parameterization: z}\n", r"model\.parameterization: got 'z', expected one of eps, v, x0"),
-        ("model: {schedule: {name: sigmoid}}\n", r"schedule\.name: got 'sigmoid', expected one of scaled_linear"),
-        ("training: {null_drop: never}\n", r"training\.null_drop: got 'never'"),
-        ("data: {kind: zip}\n", r"data\.kind: got 'zip', expected one of open_images, coco, voc"),
-        ("- model\n- data\n", r"a\.yaml: expected a mapping with the sections model, data"),
-        ("model: {image_size: [1\n", r"a\.yaml: not a readable YAML file: "),
-        ("model:\n  image_size: ${nothing}\n", r"model\.image_size: .*'nothing'"),
+        ("model: {parameterization: z}\n", "model.parameterization: got 'z', expected one of eps, v, x0"),
+        ("model: {schedule: {name: sigmoid}}\n", "model.schedule.name: got 'sigmoid', expected one of scaled_linear"),
+        ("model: {input_channels: [x_t, sky]}\n", "model.input_channels: got 'sky', expected one of x_t, z_masked"),
+        ("training: {null_drop: never}\n", "training.null_drop: got 'never'"),
+        ("data: {kind: zip}\n", "data.kind: got 'zip', expected one of open_images, coco, voc"),
+        ("- model\n- data\n", "a.yaml: "),
+        ("model: {image_size: [1\n", "a.yaml: "),
+        ("model:\n  image_size: ${nothing}\n", "model.image_size: "),
     ],
 )
-def test_files_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+def test_files_that_cannot_be_used(tmp_path: Path, text: str, names: str) -> None:
     path = written(tmp_path / "a.yaml", text)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=re.escape(names)) as caught:
         load_config(path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "names"),
     [
-        ("data.batchsize=3", r"override 'data\.batchsize=3': data\.batchsize: "),
-        ("data.batch_size=many", r"override 'data\.batch_size=many': data\.batch_size: "),
-        ("data.batch_size=[3", r"override 'data\.batch_size=\[3': "),
-        ("data.batch_size", r"override 'data\.batch_size': expected section\.key=value"),
-        ("training.min_snr_gamma=-1", r"training\.min_snr_gamma: got -1\.0, expected 0 \(off\) or more"),
-        ("model.crop_margin=-1", r"model\.crop_margin: got -1\.0, expected 0 or more"),
-        ("data.crop_margin_range=[0.5,0.1]", r"data\.crop_margin_range: got \[0\.5, 0\.1\], expected \[low, high\]"),
-        ("data.crop_margin_range=[0.5]", r"data\.crop_margin_range: got \[0\.5\], expected \[low, high\]"),
-        ("training.lr_schedule=step", r"training\.lr_schedule: got 'step', expected one of constant, cosine"),
+        ("data.batchsize=3", "override 'data.batchsize=3': data.batchsize: "),
+        ("data.batch_size=many", "override 'data.batch_size=many': data.batch_size: "),
+        ("data.batch_size=[3", "override 'data.batch_size=[3': "),
+        ("data.batch_size", "override 'data.batch_size': "),
+        ("data.batch_size=0", "data.batch_size: got 0, expected >= 1"),
+        ("data.p_arbitrary_mask=-0.1", "data.p_arbitrary_mask: got -0.1, expected >= 0 and <= 1"),
+        ("data.crop_margin_range=[0.5,0.1]", "data.crop_margin_range: got [0.5, 0.1]"),
+        ("data.crop_margin_range=[0.5]", "data.crop_margin_range: got [0.5]"),
+        ("data.crop_margin_range=[0,0.5]", "data.crop_margin_range: got 0.0, expected > 0"),
+        ("model.crop_margin=-1", "model.crop_margin: got -1.0, expected >= 0"),
+        ("model.first_stage.decoder_res_blocks=0", "model.first_stage.decoder_res_blocks: got 0, expected >= 1"),
+        ("model.schedule.num_timesteps=0", "model.schedule.num_timesteps: got 0, expected >= 1"),
+        ("model.schedule.linear_end=1.0", "model.schedule.linear_start, linear_end: got 0.00085, 1.0"),
+        ("training.min_snr_gamma=-1", "training.min_snr_gamma: got -1.0, expected >= 0"),
+        ("training.p_uncond=1.5", "training.p_uncond: got 1.5, expected >= 0 and <= 1"),
+        ("training.ema_decay=1", "training.ema_decay: got 1.0, expected >= 0 and < 1"),
+        ("training.warmup_steps=-1", "training.warmup_steps: got -1, expected >= 0"),
+        ("training.lr_schedule=step", "training.lr_schedule: got 'step', expected one of constant, cosine"),
+        ("logging.loggers=[csv,mlflow]", "logging.loggers: got 'mlflow', expected one of tensorboard, csv, wandb"),
     ],
 )
-def test_overrides_that_cannot_be_used(override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+def test_overrides_that_cannot_be_used(override: str, names: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(names)) as caught:
         load_config(overrides=[override])
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no\.yaml: no such config file; configs/ holds"):
+    with pytest.raises(ConfigError, match=r"no\.yaml: "):
         load_config(tmp_path / "no.yaml")
-    with pytest.raises(ConfigError, match="not a readable YAML file"):
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}: ")):
         load_config(tmp_path)  # a folder
     assert load_config(written(tmp_path / "empty.yaml", "")) == Config()

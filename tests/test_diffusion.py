@@ -112,7 +112,7 @@ def test_zero_terminal_snr_moves_the_end_and_keeps_the_start(name: str) -> None:
 
 
 def test_eps_prediction_does_not_go_with_zero_terminal_snr() -> None:
-    with pytest.raises(ConfigError, match="use v or x0"):
+    with pytest.raises(ConfigError, match=r"model\.schedule\.zero_terminal_snr"):
         load_config(overrides=["model.schedule.zero_terminal_snr=true"])
     load_config(overrides=["model.schedule.zero_terminal_snr=true", "model.parameterization=v"])
 
