@@ -31,12 +31,6 @@ if TYPE_CHECKING:
 
 SAMPLER_NAMES = ("dpm_solver_pp", "plms", "ddim", "unipc", "ddpm")
 DEFAULT_STEPS = {"dpm_solver_pp": 20, "unipc": 20, "plms": 50, "ddim": 50, "ddpm": 250}
-EDITING = (
-    "reference", "box", "polygon", "grow", "shape", "separate", "reference_mask", "reference_background",
-    "reference_fit", "control", "control_image", "control_scale", "guess_mode", "decoder", "rank", "eta",
-    "guidance_interval", "crop_margin", "feather", "match_colors", "whole_image",
-)  # fmt: skip
-RELIGHTING = ("light", "background", "size", "strength", "highres_scale", "highres_strength")
 SINGLE = ("rank", "separate", "whole_image", "guidance_interval", "box", "polygon", "reference_mask", "control")
 UNUSED_ORIGINAL = ("H", "W", "C", "f", "n_rows", "n_imgs")  # of the original's options: take a number, do nothing
 
@@ -86,19 +80,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--control-scale", type=number, action="append", default=[], metavar="X", help="default: 1 for each"
     )
     control.add_argument("--guess-mode", action="store_true", help="follow it without words: scale 3 to 5 is advised")
-    light = parser.add_argument_group(
-        "relighting", "--mode relight, --image with transparency or --mask; docs/relight.md"
-    )
-    light.add_argument("--mode", default="edit", choices=("edit", "relight"), help="default: %(default)s")
-    light.add_argument("--light", default="none", choices=("none", "left", "right", "top", "bottom"),
-                       help="where it comes from; default: %(default)s")  # fmt: skip
-    light.add_argument("--background", type=Path, metavar="FILE", help="for models that read one")
-    light.add_argument("--size", type=numbers, metavar="W,H", help="of the first pass; default: about the model's")
-    light.add_argument("--strength", type=number, default=0.9, help="of the noise on the initial light; %(default)s")
-    light.add_argument("--highres-scale", type=number, default=1.5, metavar="X", help="of the result; %(default)s")
-    light.add_argument(
-        "--highres-strength", type=number, default=0.5, metavar="X", help="of the second pass; 0: none; %(default)s"
-    )
     model = parser.add_argument_group("model", "the bundled small one unless named")
     model.add_argument("--checkpoint", "--ckpt", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
     model.add_argument("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
@@ -122,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--steps", type=int, help=f"default: {steps}")
     sampling.add_argument("--ddim_steps", type=int, help="steps; without a sampler also --sampler ddim")
     sampling.add_argument(
-        "--guidance-scale", "--scale", type=number, help="default: 5 (the original's script: 1); relighting: 2 or 7"
+        "--guidance-scale", "--scale", type=number, default=5.0, help="default: %(default)s (the original's script: 1)"
     )
     sampling.add_argument(
         "--guidance-interval", type=number, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
@@ -166,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--watermark", nargs="?", const="StableDiffusionV1", metavar="TEXT",
         help="mark all of the picture invisibly, as the original does; default text: %(const)s",
     )  # fmt: skip
+    parser.add_argument("--mode", default="edit", choices=("edit", "relight"), help=argparse.SUPPRESS)
     original = parser.add_argument_group(
         "accepted and ignored",
         "from the original's command line: the config knows the sizes, a scene keeps its own, seeds fix the noise",
@@ -196,16 +178,13 @@ def numbers(text: str) -> list[float]:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.mode == "relight":
+        parser.error("--mode relight: relighting has a command of its own, scripts/relight.py")
     if args.sampler is None:
         args.sampler = "dpm_solver_pp" if args.ddim_steps is None else "ddim"
     given = [count for count in (args.steps, args.ddim_steps) if count is not None]
     args.steps = given[0] if given else DEFAULT_STEPS[args.sampler]
     in_bulk = args.jobs is not None or (args.image is not None and args.image.is_dir())
-    if args.mode == "relight":
-        check_relight(parser, args, in_bulk)
-    else:
-        refuse(parser, args, RELIGHTING, "only for --mode relight")
-        args.guidance_scale = 5.0 if args.guidance_scale is None else args.guidance_scale
     if in_bulk:
         check_bulk(parser, args)
     scales = args.control_scale or [1.0] * len(args.control)
@@ -215,8 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--guess-mode: goes with --control")
     drawn = args.mask or args.box or args.polygon
     prompted = args.prompt is not None and not args.jobs
-    conditioned = args.reference or prompted or args.mode == "relight"
-    if bool(args.image) != bool(conditioned) or (drawn and not args.image):
+    if bool(args.image) != bool(args.reference or prompted) or (drawn and not args.image):
         parser.error(
             "got some of --image, --mask, --reference (or --prompt); give all three, or none for the bundled example"
         )
@@ -239,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            return edit_many(args) if in_bulk else relight(args) if args.mode == "relight" else edit(args)
+            return edit_many(args) if in_bulk else edit(args)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -261,15 +239,6 @@ def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Seq
     wrong = [name for name in names if getattr(args, name) != parser.get_default(name)]
     if wrong:
         parser.error(f"{', '.join('--' + name.replace('_', '-') for name in wrong)}: {why}")
-
-
-def check_relight(parser: argparse.ArgumentParser, args: argparse.Namespace, in_bulk: bool) -> None:
-    """End with a message where options make no sense for relighting."""
-    if in_bulk or not args.image:
-        parser.error("--mode relight: wants an --image, a file")
-    refuse(parser, args, EDITING, "not for --mode relight")
-    if args.size is not None and (len(args.size) != 2 or min(args.size) < 1):
-        parser.error(f"--size: got {args.size}, expected two numbers of pixels: W,H")
 
 
 def check_bulk(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -379,8 +348,8 @@ def edit(args: argparse.Namespace) -> int:
         prepare_exemplar,
         upright,
     )
-    from ldm.editing.results import contact_sheet, passed, save_results
-    from ldm.editing.safety import load_filter
+    from ldm.editing.results import contact_sheet, save_results
+    from ldm.editing.safety import drop_unsafe, load_filter
     from ldm.editing.watermark import add_watermark, check_watermark
     from ldm.models.controlnet import Control
 
@@ -469,7 +438,7 @@ def edit(args: argparse.Namespace) -> int:
         **common_settings(args, device, dtype, digest.result()),
     }
     num_made = len(results)
-    seeds, results = passed(content_filter, seeds, results, hole)
+    seeds, results = drop_unsafe(content_filter, seeds, results, hole)
     if not results:
         return 1
     details: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
@@ -491,69 +460,6 @@ def edit(args: argparse.Namespace) -> int:
             contact_sheet(as_rgb(scene), hole, exemplars, results),
             {"seed": seeds},
         )
-    save_results(args.outdir, pictures, settings, overwrite=args.overwrite)
-    return 1 if len(results) < num_made else 0
-
-
-def relight(args: argparse.Namespace) -> int:
-    """Relight a foreground, write the results and return the exit status: 1 where some are withheld."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from PIL import Image
-    from tqdm import tqdm
-
-    from ldm.checkpoint.io import sha256_file
-    from ldm.editing.editor import as_rgb, checkpoint_file, pick_device, pick_dtype
-    from ldm.editing.relight import Relighter, on_grey
-    from ldm.editing.results import passed, save_results
-    from ldm.editing.safety import load_filter
-    from ldm.editing.watermark import add_watermark
-
-    foreground = on_grey(args.image, args.mask)
-    background = args.background and as_rgb(args.background)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.precision, device)
-    args.outdir.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {
-        "prompt": args.prompt or "",
-        "light": args.light,
-        "sampler": args.sampler,
-        "num_steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "strength": args.strength,
-        "highres_scale": args.highres_scale,
-        "highres_strength": args.highres_strength,
-        "size": args.size and (round(args.size[0]), round(args.size[1])),
-    }
-    if args.negative_prompt is not None:
-        options["negative_prompt"] = args.negative_prompt
-    seeds = args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.n_samples * args.n_iter)]
-    content_filter = load_filter(args.safety, device) if args.safety else None
-    passes = 2 if args.highres_strength else 1
-    with ThreadPoolExecutor(1) as beside, tqdm(total=passes * args.steps, desc="loading the model", unit="step") as bar:
-        relighter = Relighter(load_editor(args, device, dtype).model)
-        digest = beside.submit(sha256_file, checkpoint_file(args.checkpoint), show_progress=False)
-
-        def on_step(*_: object) -> None:
-            bar.update()
-
-        bar.set_description("painting")
-        results = relighter.relight(foreground, background=background, seed=seeds, on_step=on_step, **options)
-    assert isinstance(results, list)
-    settings = options | {
-        "mode": "relight",
-        "image": str(args.image),
-        "mask": args.mask and str(args.mask),
-        "background": args.background and str(args.background),
-        **common_settings(args, device, dtype, digest.result()),
-    }
-    num_made = len(results)
-    seeds, results = passed(content_filter, seeds, results, Image.new("L", results[0].size, 255))
-    if args.watermark:
-        results = [add_watermark(result, args.watermark) for result in results]
-    pictures = {
-        f"{args.image.stem}_relit_{seed}": (result, {"seed": seed}) for seed, result in zip(seeds, results, strict=True)
-    }
     save_results(args.outdir, pictures, settings, overwrite=args.overwrite)
     return 1 if len(results) < num_made else 0
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.editing.editor import Editor, FittedScene, as_rgb, fit_scene, given_hole, prepare_exemplar, save_png
-from ldm.editing.safety import ContentFilter, withheld
+from ldm.editing.safety import ContentFilter, unsafe_reasons
 from ldm.editing.watermark import add_watermark
 from ldm.files import UserError, write_text
 from ldm.images import find_images
@@ -356,7 +356,7 @@ def _finish(
     job = item.job
     result = item.fitted.put_back(pixels, feather=job.feather, match_colors=job.match_colors)
     if content_filter is not None:
-        (reason,) = withheld(content_filter, [result], item.fitted.hole)
+        (reason,) = unsafe_reasons(content_filter, [result], item.fitted.hole)
         if reason:
             raise UserError(f"withheld: {reason}")
     if watermark:

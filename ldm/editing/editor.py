@@ -314,7 +314,7 @@ class Editor:
         """
         model = self.model
         if not model.inpaints:
-            raise UserError("got a model for relighting, which does not inpaint; use Relighter (--mode relight)")
+            raise UserError("got a model for relighting, which does not inpaint; use Relighter or scripts/relight.py")
         if pixel_values is not None and not model.reads_exemplars:
             raise UserError("got an exemplar for a model that reads text; give a prompt instead")
         if not (prompts is None and negative_prompt is None) and not model.reads_text:

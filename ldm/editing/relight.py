@@ -1,15 +1,18 @@
-"""Relighting: a foreground in other light, by a prompt, a direction or a background.
+"""Relight a foreground: paint it in other light, chosen by a prompt, a direction or a background.
 
-The UNet sees the latents of the foreground, and with twelve channels of the background, beside the noisy one.
+The UNet reads the noisy latents together with those of the foreground (8 input channels), or of the foreground and the
+background (12 input channels).
 
 Dimension key: B samples · W, H pixels, multiples of 64 · h, w latent cells · Z latent channels.
 Source: Zhang et al. 2025, "Scaling In-the-Wild Training for Diffusion-based Illumination Harmonization and Editing by
-Imposing Consistent Light Transport" (IC-Light); the steps and numbers are those of its published demonstrations.
+Imposing Consistent Light Transport" (IC-Light). The steps and numbers are those of its published demonstrations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,21 +28,66 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.samplers import OnStep
 
 LIGHTS = ("none", "left", "right", "top", "bottom")
-GREY = (127, 127, 127)  # the level that is exactly 0 here: nothing is there
-SIDE = 64  # which sides are multiples of
-NEGATIVE_PROMPT = "lowres, bad anatomy, bad hands, cropped, worst quality"
-INITIAL_LIGHT, BACKGROUND_LIGHT, AMBIENT = (255, 0), (224, 32), 64  # grey levels from the lit side to the other
-GUIDANCE = (2.0, 7.0)  # scales: without a background, with one
+GREY = (127, 127, 127)  # the level that `encode` maps to exactly 0
+SIDE = 64  # widths and heights are multiples of this
+INITIAL_LIGHT = (255, 0)  # grey levels of the initial image, from the lit side to the dark side
+BACKGROUND_LIGHT = (224, 32)  # the same for a generated background
+AMBIENT = (64, 64)  # the background without a direction of light
+GUIDANCE = {False: 2.0, True: 7.0}  # default scale by whether the model reads a background
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelightSettings:
+    """Settings of one relighting.
+
+    Attributes:
+        prompt: text about subject and light; `best quality` helps.
+        negative_prompt: text that guidance leads away from.
+        light: the direction the light comes from, one of LIGHTS. A model without background channels starts from a
+            gradient with this direction; a model with them takes the gradient as its background.
+        size: (W, H) of the first pass, rounded to multiples of 64. None chooses the foreground's aspect ratio and about
+            as many pixels as the model was trained on.
+        sampler: name of the sampler, as for `Editor.edit`.
+        num_steps: denoising steps of each pass.
+        guidance_scale: None means 2 for a model without background channels and 7 for one with them, as published.
+        strength: share of the schedule, in [0, 1], by which the initial gradient is noised.
+        highres_scale: factor, at least 1, from the size of the first pass to that of the result. The second pass
+            enlarges the first result, adds noise and denoises it again.
+        highres_strength: share of the schedule, in [0, 1], by which the second pass adds noise; 0 leaves out that pass.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = "lowres, bad anatomy, bad hands, cropped, worst quality"
+    light: str = "none"
+    size: tuple[int, int] | None = None
+    sampler: str = "dpm_solver_pp"
+    num_steps: int = 25
+    guidance_scale: float | None = None
+    strength: float = 0.9
+    highres_scale: float = 1.5
+    highres_strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.light not in LIGHTS:
+            raise UserError(f"light: got {self.light!r}, expected one of {', '.join(LIGHTS)}")
+        if not 0 <= self.highres_strength <= 1 or self.highres_scale < 1:
+            raise UserError(
+                f"got highres_strength={self.highres_strength}, highres_scale={self.highres_scale}, "
+                "expected 0 to 1, and 1 or more"
+            )
 
 
 class Relighter:
-    """IC-Light for pictures.
+    """IC-Light for images of any size.
 
     Args:
         model: from `load_model`, with the input channels `[x_t, z_foreground]` or `[x_t, z_foreground, z_background]`.
 
     Raises:
-        UserError: the model is for something else.
+        UserError: the model has other input channels or does not read text.
     """
 
     def __init__(self, model: LatentDiffusion) -> None:
@@ -59,96 +107,56 @@ class Relighter:
         *,
         mask: Picture | None = None,
         background: Picture | None = None,
-        light: str = "none",
-        negative_prompt: str = NEGATIVE_PROMPT,
-        size: tuple[int, int] | None = None,
-        sampler: str = "dpm_solver_pp",
-        num_steps: int = 25,
-        guidance_scale: float | None = None,
-        strength: float = 0.9,
-        highres_scale: float = 1.5,
-        highres_strength: float = 0.5,
         seed: int | Sequence[int] = 0,
         n_samples: int = 1,
         on_step: OnStep | None = None,
+        **settings: Any,
     ) -> Image.Image | list[Image.Image]:
-        """Paint the foreground in another light, on a background of the model's own or the given one.
+        """Paint the foreground in another light, on a background that is given or that the model invents.
 
         Args:
-            foreground: picture or path; what is transparent of it is left to the model.
-            prompt: of subject and light; `best quality` helps.
-            mask: white where the foreground is, of its size, soft edges allowed; None takes its alpha channel.
-            background: for a model that reads one; cropped to the size. None with light `none` is dark grey.
-            light: where it comes from. Of a model that reads no background it is the picture that noise is added to,
-                of one that does the background.
-            negative_prompt: what guidance leads away from.
-            size: (W, H) of the first pass, rounded to multiples of 64; None is about the model's own with the
-                foreground's aspect.
-            sampler, num_steps, seed, n_samples, on_step: as for `Editor.edit`, the steps of each pass.
-            guidance_scale: None is 2 without a background, 7 with one, as published.
-            strength: of the noise on the initial light.
-            highres_scale: size of the result, times that of the first pass, whose result is enlarged and painted over.
-            highres_strength: of the noise of this second pass; 0 leaves it out, and the size as it is.
+            foreground: image or path; the model invents what is transparent in it.
+            prompt: see `RelightSettings`.
+            mask: white where the foreground is, of the foreground's size, soft edges allowed. None takes the
+                foreground's alpha channel.
+            background: image or path for a model with background channels; cropped to the size of the result.
+                None means a gradient with the direction of the light, or dark grey without one.
+            seed, n_samples, on_step: as for `Editor.edit`.
+            **settings: further fields of `RelightSettings`.
 
         Returns:
-            An RGB picture; a list of them for n_samples > 1 or a list of seeds.
+            An RGB image; a list of them if n_samples > 1 or `seed` is a list.
 
         Raises:
-            UserError: a setting is out of range, or the model reads no background.
+            UserError: a setting is out of range, or the model does not read a background.
             OSError, ValueError: a file cannot be read.
         """
-        if light not in LIGHTS:
-            raise UserError(f"light: got {light!r}, expected one of {', '.join(LIGHTS)}")
+        chosen = RelightSettings(prompt=prompt, **settings)
         if background is not None and not self.reads_background:
             raise UserError("got a background for a model that reads none; give a light, or use a model for both")
-        if background is not None and light != "none":
-            raise UserError(f"got a background and light={light!r}; give one of them")
-        if not 0 <= highres_strength <= 1 or highres_scale < 1:
-            raise UserError(
-                f"got highres_strength={highres_strength}, highres_scale={highres_scale}, "
-                "expected 0 to 1, and 1 or more"
-            )
+        if background is not None and chosen.light != "none":
+            raise UserError(f"got a background and light={chosen.light!r}; give one of them")
         seeds, alone = seeds_of(seed, n_samples)
-        cut_out = on_grey(foreground, mask)
-        size = _multiples(size) if size else working_size(cut_out.size, self.model.config.image_size)
-        sampling: dict[str, Any] = dict(sampler=sampler, num_steps=num_steps, on_step=on_step)
-        sampling["guidance_scale"] = GUIDANCE[self.reads_background] if guidance_scale is None else guidance_scale
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-        def behind(size: tuple[int, int]) -> Image.Image | None:
-            if not self.reads_background:
-                return None
-            if background is not None:
-                return ImageOps.fit(as_rgb(background), size, Image.Resampling.LANCZOS)
-            return gradient(size, light, BACKGROUND_LIGHT if light != "none" else (AMBIENT, AMBIENT))
+        image = on_grey(foreground, mask)
+        size = _multiples(chosen.size) if chosen.size else working_size(image.size, self.model.config.image_size)
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
+        paint = partial(self._paint, image, background and as_rgb(background), chosen, generators, on_step)
 
         z_0 = None
-        if light != "none" and not self.reads_background:
-            z_0 = self.encode([gradient(size, light, INITIAL_LIGHT)] * len(seeds))
-        results = self._paint(
-            cut_out, behind(size), size, prompt, negative_prompt, generators, z_0=z_0, strength=strength, **sampling
-        )
-        if highres_strength > 0:
-            size = _multiples((size[0] * highres_scale, size[1] * highres_scale))
+        if chosen.light != "none" and not self.reads_background:
+            z_0 = self.encode([gradient(size, chosen.light, INITIAL_LIGHT)] * len(seeds))
+        results = paint(size, z_0, chosen.strength)
+        if chosen.highres_strength > 0:
+            size = _multiples((size[0] * chosen.highres_scale, size[1] * chosen.highres_scale))
             z_0 = self.encode([result.resize(size, Image.Resampling.LANCZOS) for result in results])
-            results = self._paint(
-                cut_out,
-                behind(size),
-                size,
-                prompt,
-                negative_prompt,
-                generators,
-                z_0=z_0,
-                strength=highres_strength,
-                **sampling,
-            )
+            results = paint(size, z_0, chosen.highres_strength)
         return results[0] if alone else results
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Pictures of one size to scaled latents (B, Z, h, w): the posterior's mode, grey level 127 as 0."""
-        levels = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32)
-        x = torch.from_numpy(levels / 127 - 1).movedim(-1, 1)  # levels => about [-1, 1]
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Encode RGB images of one size as scaled latents (B, Z, h, w): the posterior's mode, grey level 127 as 0."""
+        levels = np.stack([np.asarray(image) for image in images]).astype(np.float32)
+        x = torch.from_numpy(levels / 127 - 1).movedim(-1, 1)  # grey levels [0, 255] => about [-1, 1]
         model = self.model
         posterior = model.first_stage_model.encode(x.to(model.betas.device, model.weight_dtype))
         return model.config.scale_factor * posterior.mode().float()
@@ -158,59 +166,74 @@ class Relighter:
         self,
         foreground: Image.Image,
         background: Image.Image | None,
-        size: tuple[int, int],
-        prompt: str,
-        negative_prompt: str,
+        settings: RelightSettings,
         generators: list[torch.Generator],
-        **sampling: Any,
+        on_step: OnStep | None,
+        size: tuple[int, int],
+        z_0: Tensor | None,
+        strength: float,
     ) -> list[Image.Image]:
-        """One pass at a size."""
+        """Run one pass at a size, from pure noise or from `z_0` with noise of `strength`."""
         model, count = self.model, len(generators)
-        fitted = ImageOps.fit(foreground, size, Image.Resampling.LANCZOS)
-        c_concat = torch.cat([self.encode([picture]) for picture in (fitted, background) if picture], dim=1)
-        context, null_context = model.context(None, [prompt]), model.null_context(negative_prompt)
+        read = [ImageOps.fit(foreground, size, Image.Resampling.LANCZOS)]
+        if background is not None:
+            read.append(ImageOps.fit(background, size, Image.Resampling.LANCZOS))
+        elif self.reads_background:
+            read.append(gradient(size, settings.light, BACKGROUND_LIGHT if settings.light != "none" else AMBIENT))
+        c_concat = torch.cat([self.encode([image]) for image in read], dim=1)
+        context, null_context = model.context(None, [settings.prompt]), model.null_context(settings.negative_prompt)
+        scale = settings.guidance_scale
         z = model.sample(
             c_concat.expand(count, -1, -1, -1),
             context.expand(count, -1, -1),
             null_context=null_context,
             generator=generators,
-            **sampling,
+            sampler=settings.sampler,
+            num_steps=settings.num_steps,
+            guidance_scale=GUIDANCE[self.reads_background] if scale is None else scale,
+            z_0=z_0,
+            strength=strength,
+            on_step=on_step,
         )
         return [tensor_to_pil(pixels) for pixels in model.decode_latents(z)]
 
 
 def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
-    """A foreground over grey, RGB; as far as `mask`, or its own alpha channel, says that it is there.
+    """Lay a foreground over grey, with `mask` or its own alpha channel as opacity.
+
+    Returns:
+        RGB of the foreground's size.
 
     Raises:
-        UserError: the mask has another size, or says that nothing is there.
+        UserError: the mask has another size, or is black (transparent) everywhere.
     """
     if isinstance(foreground, Image.Image):
-        picture = to_rgba(ImageOps.exif_transpose(foreground))
+        image = to_rgba(ImageOps.exif_transpose(foreground))
     else:
-        picture = open_rgba(foreground)
-    matte = picture.getchannel("A") if mask is None else as_rgb(mask).convert("L")
-    if matte.size != picture.size:
+        image = open_rgba(foreground)
+    matte = image.getchannel("A") if mask is None else as_rgb(mask).convert("L")
+    if matte.size != image.size:
         raise UserError(
-            f"the foreground's mask is {matte.width}x{matte.height}, the foreground {picture.width}x{picture.height}; "
+            f"the foreground's mask is {matte.width}x{matte.height}, the foreground {image.width}x{image.height}; "
             "give a mask of its size"
         )
     if matte.getbbox() is None:
-        raise UserError("the foreground is empty; give a picture that is not all transparent, or a mask with white")
-    return Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size, GREY), matte)
+        raise UserError("the foreground is empty; give an image that is not all transparent, or a mask with white")
+    return Image.composite(image.convert("RGB"), Image.new("RGB", image.size, GREY), matte)
 
 
 def gradient(size: tuple[int, int], light: str, levels: tuple[int, int]) -> Image.Image:
-    """Grey from a lit side to the other, RGB: left, right, top or bottom has the first level."""
+    """Draw a grey gradient, RGB, with the first of two levels at the lit side: left, right, top or bottom."""
     width, height = size
     bright, dark = levels if light in ("left", "top") else levels[::-1]
-    along = np.linspace(bright, dark, width if light in ("left", "right") else height).astype(np.uint8)
-    grid = np.broadcast_to(along[None] if light in ("left", "right") else along[:, None], (height, width))
+    is_horizontal = light in ("left", "right")
+    along = np.linspace(bright, dark, width if is_horizontal else height).astype(np.uint8)
+    grid = np.broadcast_to(along[None] if is_horizontal else along[:, None], (height, width))
     return Image.fromarray(np.ascontiguousarray(grid)).convert("RGB")
 
 
 def working_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
-    """(W, H) with a picture's aspect, about as many pixels as a square of `image_size`, multiples of 64."""
+    """Return the (W, H) with an image's aspect ratio and about `image_size`^2 pixels, in multiples of 64."""
     scale = image_size / (size[0] * size[1]) ** 0.5
     return _multiples((size[0] * scale, size[1] * scale))
 

@@ -1,9 +1,8 @@
-"""What becomes of edited pictures: a filter lets them pass, a sheet shows them together, files keep them."""
+"""Write edited images to files, and show them together on a contact sheet."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,9 @@ from typing import Any
 from PIL import Image
 
 from ldm.editing.editor import save_png
-from ldm.editing.safety import ContentFilter, withheld
 from ldm.images import MID_GREY
 
 TILE_HEIGHT, SHEET_COLUMNS = (256, 512), 6  # of the contact sheet: pixels, least and most; tiles in a row
-
-
-def passed(
-    content_filter: ContentFilter | None, seeds: list[int], results: list[Image.Image], hole: Image.Image
-) -> tuple[list[int], list[Image.Image]]:
-    """The seeds and results that a content filter lets pass; says on stderr which it does not."""
-    if content_filter is None:
-        return seeds, results
-    reasons = withheld(content_filter, results, hole)
-    for seed, reason in zip(seeds, reasons, strict=True):
-        if reason:
-            print(f"withheld: seed {seed}: {reason}; another seed or exemplar may pass", file=sys.stderr)
-    kept = [i for i, reason in enumerate(reasons) if reason is None]
-    return [seeds[i] for i in kept], [results[i] for i in kept]
 
 
 def save_results(

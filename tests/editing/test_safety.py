@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm.checkpoint.io import CheckpointError, write_torch
-from ldm.editing.safety import OPEN_NSFW, SafetyChecker, load_filter, withheld
+from ldm.editing.safety import OPEN_NSFW, SafetyChecker, load_filter, unsafe_reasons
 from ldm.files import UserError
 
 SIZES = {
@@ -58,9 +58,9 @@ def test_verdicts_are_the_published_ones(peer: Any, folder: Path) -> None:
     pixel_values, thresholds, seen = torch.randn(16, 3, 28, 28), peer.concept_embeds_weights.clone(), set()
     for shift in torch.linspace(0, 0.6, 5):  # from most flagged to few
         peer.concept_embeds_weights.data = thresholds + shift
-        ours.parts["concept_embeds_weights"] = peer.concept_embeds_weights
+        ours.concepts["concept_embeds_weights"] = peer.concept_embeds_weights
         _, expected = peer(pixel_values, [np.zeros((4, 4, 3))] * 16)
-        assert ours.concepts(pixel_values).any(1).tolist() == expected
+        assert ours.find_concepts(pixel_values).any(1).tolist() == expected
         seen |= set(expected)
     peer.concept_embeds_weights.data = thresholds
     assert seen == {True, False}
@@ -86,9 +86,9 @@ def test_the_published_files_names(peer: Any, folder: Path, tmp_path: Path) -> N
 
 def test_reasons_name_the_concepts(folder: Path) -> None:
     checker = SafetyChecker(folder / "config.json", folder / "model.safetensors")
-    checker.parts["concept_embeds_weights"] = torch.full((17,), 2.0)  # above any cosine
+    checker.concepts["concept_embeds_weights"] = torch.full((17,), 2.0)  # above any cosine
     assert checker([picture(28, 28)]) == [None]
-    checker.parts["concept_embeds_weights"][[3, 5]] = -2.0
+    checker.concepts["concept_embeds_weights"][[3, 5]] = -2.0
     assert checker([picture(28, 28)]) == ["the safety checker finds concept 3, 5 in it"]
 
 
@@ -115,4 +115,4 @@ def test_a_filter_sees_the_hole_closer() -> None:
         return ["red" if np.asarray(view)[..., 0].mean() > 50 else None for view in pictures]
 
     assert much_red([scene]) == [None]
-    assert withheld(much_red, [scene, Image.new("RGB", scene.size)], hole) == ["red", None]
+    assert unsafe_reasons(much_red, [scene, Image.new("RGB", scene.size)], hole) == ["red", None]
