@@ -119,8 +119,7 @@ class LatentDiffusion(nn.Module):
         """
         device = self.betas.device
         if self._ac is None or self._ac.device != device:
-            with torch.inference_mode(False):  # training, too, may use the result
-                self._ac = self.schedule.alphas_cumprod.to(device, torch.float32)
+            self._ac = self.schedule.alphas_cumprod.to(device, torch.float32)
         return self._ac
 
     def encode_image(self, x: Tensor, generator: Generators = None) -> Tensor:
@@ -191,8 +190,7 @@ class LatentDiffusion(nn.Module):
         # loading weights replaces parameters or writes into them, which counts their version up
         key = id(first), first._version, first.dtype, first.device, autocast
         if self._empty_prompt_cache is None or self._empty_prompt_cache[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._empty_prompt_cache = key, self.encode_text([""])
+            self._empty_prompt_cache = key, self.encode_text([""])
         return self._empty_prompt_cache[1]
 
     def drop_condition(self, context: Tensor, dropped: Tensor) -> Tensor:
@@ -236,7 +234,8 @@ class LatentDiffusion(nn.Module):
         Source: Yang et al. 2023, Eq. 4 (with Ho et al. 2020, Eq. 14; v: Salimans & Ho 2022).
         """
         x_t = q_sample(z_0, t, eps, self.ac)  # alpha_t z_0 + sigma_t eps
-        prediction = self.unet(self.unet_input(x_t, z_masked, keep_mask), t, context)
+        x = self.unet_input(x_t, z_masked, keep_mask).to(self.weight_dtype)
+        prediction = self.unet(x, t, context)
         expected = target(z_0, eps, t, self.config.parameterization, self.ac)  # eps, v or z_0
         return F.mse_loss(prediction.float(), expected, reduction="none").flatten(1).mean(1)
 

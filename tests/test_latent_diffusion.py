@@ -331,6 +331,62 @@ def test_impossible_settings(
         tiny_model.sample(**scene(golden, 2), **settings)
 
 
+def test_a_schedule_of_one_timestep(golden: dict[str, Tensor], tiny_config: Config) -> None:
+    config = copy.deepcopy(tiny_config.model)
+    config.schedule.num_timesteps = 1
+    samples = LatentDiffusion(config).sample(**scene(golden, 1), num_steps=1, guidance_scale=3.0)
+    assert samples.isfinite().all()
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
+def test_the_schedule_stays_exact_when_the_module_is_cast(tiny_config: Config, parameterization: str) -> None:
+    """Precision plugins cast buffers, too; sigma_t would be 0 at t <= 1 and 24 % off at t = 2 in bfloat16.
+
+    An untrained UNet predicts exactly 0 in any type, so sampling and loss depend on the coefficients alone.
+    """
+    config = copy.deepcopy(tiny_config.model)
+    config.parameterization = parameterization
+    model = LatentDiffusion(config)
+    z_0, eps, z_masked = torch.randn(3, 4, 4, 8, 8, generator=seeded(0))
+    keep_mask, context, t = torch.ones(4, 1, 8, 8), torch.zeros(4, 1, 768), torch.tensor([0, 1, 2, 999])
+
+    @torch.no_grad()
+    def results() -> list[Tensor]:
+        c_concat = model.c_concat(z_masked, keep_mask)
+        settings: dict[str, Any] = {"x_T": eps, "guidance_scale": 1.0, "num_steps": 4}
+        sampled = [model.sample(c_concat, context, **settings), model.sample(c_concat, context, z_0=z_0, **settings)]
+        return [*sampled, model.loss(z_0, z_masked, keep_mask, context.to(model.weight_dtype), t, eps)]
+
+    expected = results()
+    model.to(torch.bfloat16)
+    assert model.alphas_cumprod.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
+
+
+def test_the_empty_prompt_is_encoded_once_while_the_text_tower_is_frozen(text_folder: Path) -> None:
+    model = load_model(text_folder / "config.yaml", text_folder / "model.safetensors")
+    tower, calls = model.text_encoder.transformer, []
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    with torch.inference_mode():  # as in validation, before training goes on with the same tensor
+        first = model.null_context()
+    assert torch.equal(first, model.encode_text([""])) and len(calls) == 2
+    context = model.drop_condition(torch.zeros(2, 12, 16), torch.tensor([True, False]))
+    assert torch.equal(context[:1], first) and len(calls) == 2
+    torch.nn.Linear(16, 1)(context).sum().backward()
+    assert not torch.equal(model.null_context("cat"), first) and len(calls) == 3
+    state = {name: tensor + 0.1 for name, tensor in tower.state_dict().items()}
+    for assign in (False, True):  # other weights, into the same parameters or as new ones
+        tower.load_state_dict(state, assign=assign)
+        tower.requires_grad_(False)
+        calls.clear()
+        assert torch.equal(model.null_context(), model.encode_text([""])) and len(calls) == 2
+        state = {name: tensor - 0.2 for name, tensor in state.items()}
+    assert model.bfloat16().null_context().dtype == torch.bfloat16
+    tower.requires_grad_(True)
+    calls.clear()
+    assert all(model.null_context().requires_grad for _ in range(2)) and len(calls) == 2
+
+
 def test_dropped_exemplars_become_the_null_token(tiny_model: LatentDiffusion) -> None:
     context = torch.randn(3, 1, 768, generator=seeded(0))
     got = tiny_model.drop_condition(context, torch.tensor([False, True, False]))

@@ -1,9 +1,9 @@
-"""The exemplar encoder: a picture to one token, or to all of the tower's.
+"""The exemplar encoder: an image to one token, or to all of the tower's.
 
 Dimensions: B batch · S side of the exemplar in pixels · L tokens (1, or 1 + patches) · D tower width.
-Source: Yang et al. 2023 (Paint by Example), section 3.2: the pooled CLIP token alone is passed on,
-an information bottleneck that keeps the network from copying the exemplar. All tokens, class and patches (257 for
-ViT-L/14), are what its ablation has without that bottleneck.
+Source: Yang et al. 2023 (Paint by Example), section 3.2. Only the pooled CLIP token reaches the UNet, an information
+bottleneck that keeps the network from copying the exemplar. The paper's ablation without it uses all tokens, class and
+patches (257 for ViT-L/14).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Mapper(nn.Module):
 
 
 def _clip_tower(config: ExemplarEncoderConfig) -> nn.Module:
-    # A second of import that nobody should pay who builds no such tower.
+    # imported here because it takes a second, which only this tower needs
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     return CLIPVisionModel(
@@ -107,27 +107,27 @@ class ExemplarEncoder(nn.Module):
         self.final_ln = nn.LayerNorm(config.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S), normalised as for CLIP, to (B, L, D)."""
+        """Encode exemplars (B, 3, S, S), normalised as for CLIP, as (B, L, D)."""
         return self.tokens(self.features(pixel_values))
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What the tower makes of exemplars (B, 3, S, S), normalised as for CLIP: (B, L, F)."""
+        """Compute the tower's features (B, L, F) of exemplars (B, 3, S, S), normalised as for CLIP."""
         if self.config.tower != "clip":
             return self.transformer(pixel_values)
         tower = self.transformer(pixel_values=pixel_values)
         if self.config.tokens == "pooled":
             return tower.pooler_output[:, None]
-        # CLIP norms its class token alone; with the same norm the patches are on its scale, and it is first
+        # CLIP norms its class token alone (the first one); the same norm brings the patches to its scale
         return self.transformer.post_layernorm(tower.last_hidden_state)
 
     def tokens(self, features: Tensor) -> Tensor:
-        """The tower's features to (B, L, D), past mapper and norm.
+        """Map the tower's features to tokens (B, L, D): mapper, then norm.
 
         Args:
-            features: (B, L, F). With one token to pass on, those of all tokens serve, too: the first is the pooled one.
+            features: (B, L, F). With `tokens: pooled` the first token is taken, which is the pooled one.
 
         Raises:
-            ValueError: all tokens are to be passed on, and there is one.
+            ValueError: the config wants all tokens, and there is one.
         """
         if self.config.tokens == "pooled":
             features = features[:, :1]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of timesteps, cosines first.
+    """Embed timesteps by sinusoids, cosines first.
 
     Args:
         t: (B,) timesteps, integer or fractional.
@@ -26,7 +26,8 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     Source: Ho et al. 2020 (DDPM), section 4, after Vaswani et al. 2017.
     """
     half = dim // 2
-    # in the published code's order: one unit in the last place of a frequency moves the angle at t = 999 by 6e-5
+    # frequency_i = max_period^(-i / half), in the published code's order of operations: one unit in the last place of a
+    # frequency moves the angle at t = 999 by 6e-5
     exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
     frequencies = torch.exp(exponents)
     angles = t[:, None].float() * frequencies[None]
@@ -59,12 +60,12 @@ class CrossAttention(nn.Module):
         return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads))
 
     def single_token(self, context: Tensor) -> Tensor:
-        """What `forward` gives at every position when the context is one token: (B, 1, D) -> (B, 1, C).
+        """Compute `forward` for a context of one token, equal at every position: (B, 1, D) -> (B, 1, C).
 
-        A softmax over one key is 1 whatever the query, so queries, keys and the norm before them
-        have no effect and need not be computed. Exact, not an approximation.
+        A softmax over one key is 1 whatever the query, so queries, keys and the norm before them have no effect and
+        need not be computed. Exact, not an approximation.
         """
-        return self.to_out(self.to_v(context))
+        return self.to_out(self.to_v(context))  # softmax(q k) v = 1 v
 
 
 class GEGLU(nn.Module):
@@ -76,7 +77,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return value * F.gelu(gate)  # (x V + c) GELU(x W + b)
 
 
 class FeedForward(nn.Module):

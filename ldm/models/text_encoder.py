@@ -1,7 +1,7 @@
 """The text encoder: prompts to the tokens that Stable Diffusion's UNet attends to.
 
 Dimensions: B batch · L tokens (77) · D tower width (768).
-Source: Rombach et al. 2022; the tower is CLIP's (Radford et al. 2021), whose last normed hidden state is passed on.
+Source: Rombach et al. 2022; the tower is CLIP's (Radford et al. 2021), its output the last normed hidden state.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower, with the tokenizer that goes before it.
+    """CLIP's text tower and its tokenizer.
 
     Args:
-        config: sizes, and where the tokenizer is; see `ldm.config.TextEncoderConfig`.
+        config: sizes, and the tokenizer's folder; see `ldm.config.TextEncoderConfig`.
     """
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        # A second of import that nobody should pay who builds no such tower.
+        # imported here because it takes a second, which only this tower needs
         from transformers import CLIPTextConfig, CLIPTextModel
 
         self.config = config
@@ -51,16 +51,16 @@ class TextEncoder(nn.Module):
         )
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """(B, L) int64 to (B, L, D)."""
+        """Encode token ids (B, L) int64 as (B, L, D)."""
         return self.transformer(input_ids=token_ids).last_hidden_state
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to (B, L) int64: start, at most L - 2 tokens, end, and the end again up to L.
+        """Tokenize prompts as (B, L) int64: start, at most L - 2 tokens, end, and the end again up to L.
 
-        Longer ones are cut; a warning says so, but for captions in training.
+        Longer prompts are cut, with a warning except in training.
 
         Raises:
-            UserError: there is no tokenizer, or it knows tokens that the tower does not.
+            UserError: the tokenizer is missing, damaged, or not the tower's.
         """
         length = self.config.max_length
         ids = self.tokenizer(list(prompts), padding="max_length", max_length=length)["input_ids"]
@@ -83,7 +83,7 @@ class TextEncoder(nn.Module):
 
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # whatever a damaged file raises, of several libraries
+        except Exception as error:  # a damaged file raises exceptions of several libraries
             raise UserError(f"{folder}: not a readable tokenizer ({error}); download its files again") from error
         if len(tokenizer) != self.config.vocab_size:
             raise UserError(
@@ -93,7 +93,7 @@ class TextEncoder(nn.Module):
         return tokenizer
 
     def find_tokenizer(self, folder: Path) -> Path:
-        """Unless the config names one, take the tokenizer in a checkpoint's folder: in `tokenizer`, or beside it."""
+        """Use the tokenizer in a checkpoint's folder, or in its subfolder `tokenizer`, unless the config names one."""
         if self.folder is None:
             self.folder = folder if _holds_tokenizer(folder) else folder / "tokenizer"
         return self.folder

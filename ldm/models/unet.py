@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion, with as many input channels as the task needs.
+"""The denoising UNet of Stable Diffusion, with the input channels of the task.
 
 Dimensions: B batch · h, w latent cells · L context tokens · D token channels.
 Sources: Dhariwal & Nichol 2021 (ADM) for the layout, Rombach et al. 2022 for the transformers,
@@ -55,7 +55,7 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers applied in turn, each given what it takes: timestep embedding, context, or neither."""
+    """Layers in sequence; residual blocks also read the timestep embedding, transformers the context."""
 
     activation_checkpointing = False
 
@@ -79,13 +79,13 @@ class Stage(nn.ModuleList):
 
 
 class UNetEncoder(nn.Module):
-    """The UNet down to its middle, which control networks have a copy of.
+    """The UNet down to its middle; control networks have a copy of it.
 
     Args:
         config: sizes; see `ldm.config.UNetConfig`.
 
     Attributes:
-        skip_channels: widths of what the input blocks give, in order.
+        skip_channels: widths of the input blocks' outputs, in order.
 
     Raises:
         ConfigError: widths that the norm groups or the heads do not divide.
@@ -130,12 +130,12 @@ class UNetEncoder(nn.Module):
         self.middle_block = Stage(*middle, _res_block(config, channels, channels))
 
     def embed(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Timesteps (B,) to (B, E)."""
+        """Embed timesteps (B,) as (B, E)."""
         return self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
 
 
 class UNetModel(UNetEncoder):
-    """Predicts the noise (or v, or x_0) in a latent, given timestep and context.
+    """Predicts the noise (or v, or x_0) in a latent from timestep and context.
 
     Args:
         config: sizes; see `ldm.config.UNetConfig`.
@@ -177,11 +177,11 @@ class UNetModel(UNetEncoder):
         """Predict from a noisy latent.
 
         Args:
-            x: (B, in_channels, h, w); for Paint by Example `[x_t, z_masked, keep_mask]`. h and w are
-                divisible by the UNet's own downsampling factor.
+            x: (B, in_channels, h, w); for Paint by Example `[x_t, z_masked, keep_mask]`. h and w are divisible by the
+                UNet's own downsampling factor.
             t: (B,) timesteps in [0, T).
             context: (B, L, D) tokens.
-            residuals: added to what the input blocks and the middle block give, one each; of `ControlNet`.
+            residuals: from `ControlNet`, added to the outputs of the input blocks and of the middle block, one each.
 
         Returns:
             (B, out_channels, h, w) in the dtype of the computation.
@@ -193,18 +193,16 @@ class UNetModel(UNetEncoder):
             skips.append(x)
         x = self.middle_block(x, embedding, context)
         if residuals is not None:
-            *of_skips, of_middle = residuals
-            x = x + of_middle
-            skips = [skip + residual for skip, residual in zip(skips, of_skips, strict=True)]
+            x = x + residuals[-1]
+            skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
         for stage in self.output_blocks:
             x = stage(torch.cat([x, skips.pop()], dim=1), embedding, context)
         return self.out(x)
 
     def single_token_dead_parameters(self) -> list[nn.Parameter]:
-        """Parameters without effect when the context is one token: `attn2`'s norm, queries and keys.
+        """List the parameters without effect when the context is one token: `attn2`'s norm, queries and keys.
 
-        They stay in the file format. An optimizer should not hold them, and DDP must not wait for
-        their gradients.
+        They stay in the file format. An optimizer should not hold them, and DDP must not wait for their gradients.
         """
         suffixes = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")
         return [p for name, p in self.named_parameters() if "transformer_blocks" in name and name.endswith(suffixes)]

@@ -26,8 +26,8 @@ from ldm.latent_diffusion import LatentDiffusion, latent_hole, load_model
 from ldm.models.text_encoder import TextEncoder
 from tests.conftest import write_tokenizer
 
-GOLDEN = Path(__file__).parent / "golden"
-CONFIGS = Path(__file__).parent.parent / "configs"
+GOLDEN = Path(__file__).parents[1] / "golden"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def seeded(seed: int) -> torch.Generator:
