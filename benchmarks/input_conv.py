@@ -25,7 +25,7 @@ from rich.table import Table
 
 from ldm.checkpoint.io import read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import FIRST_STAGE, to_file_keys
-from ldm.checkpoint.surgery import inflate_input_conv
+from ldm.checkpoint.merge import inflate_input_conv
 from ldm.config import Config, load_config
 from ldm.data.datamodule import DataModule
 from ldm.data.read_bbox import ANNOTATIONS

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ldm import __version__
-from ldm.checkpoint.folders import STEMS, read_json, weight_files
+from ldm.checkpoint.convert import STEMS, read_json, weight_files
 from ldm.checkpoint.io import CheckpointError, sha256_file
 
 # Of a folder of diffusers, beside the folders of its components and a UNet's weights.

@@ -18,14 +18,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.convert import to_diffusers, to_original
-from ldm.checkpoint.folders import (
+from ldm.checkpoint.convert import (
     check_counterpart,
     check_family,
     diffusers_configs,
     model_config,
     read_folder,
     schedule_config,
+    to_diffusers,
+    to_original,
     write_folder,
 )
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
@@ -76,8 +77,6 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
 def to_file(args: argparse.Namespace, argv: list[str] | None) -> None:
     """The folder `args.input` as the checkpoint `args.output`, with its config and tokenizer beside."""
     components, configs = read_folder(args.input)
-    if "scheduler" not in configs:
-        raise CheckpointError(f"{args.input}: got no scheduler/scheduler_config.json, expected a diffusers pipeline")
     with about(args.input):
         check_family(components, configs)
         state = to_original(components, schedule_config(configs["scheduler"]))

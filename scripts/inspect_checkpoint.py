@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.identify import identify, parts
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file
+from ldm.checkpoint.keys import identify, parts
 from ldm.files import verify_zip
 
 _ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")

@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.identify import identify
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
-from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FIRST_STAGE, UNET, swap_in_ema
+from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FIRST_STAGE, UNET, identify, swap_in_ema
 from ldm.checkpoint.merge import (
     Source,
     add_difference,
@@ -102,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--dry-run", action="store_true", help="write nothing; show how far each block moves")
         command.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
-    merge, roles = MERGES[args.merge]
+    prepare, roles = MERGES[args.merge]
     paths: dict[str, Path] = {role: getattr(args, role.lower()) for role in roles}
     try:
         check_output(args.output, paths.values(), overwrite=args.overwrite or args.dry_run, endings=[".safetensors"])
@@ -111,18 +110,19 @@ def main(argv: list[str] | None = None) -> int:
             for role, path in paths.items()
         )
         blocks = dict(args.block)
-        changes = merge(first, *others, factors(args.multiplier, blocks))
-        check_blocks(blocks, changes)
-        print(f"{len(changes)} of {len(first.state)} tensors change, the others are those of {first.label}")
+        merge = prepare(first, *others)
+        factor = factors(args.multiplier, blocks)
+        check_blocks(blocks, merge.names)
+        print(f"{len(merge.names)} of {len(first.state)} tensors change, the others are those of {first.label}")
         if args.dry_run:
             print(f"{'block':32} tensors   |change|   |before|   share")
-            for block, norm in block_norms(first.state, changes).items():
+            for block, norm in block_norms(merge, factor).items():
                 share = norm.change / norm.before if norm.before else float("inf")
                 print(f"{block:32} {norm.tensors:7} {norm.change:10.4g} {norm.before:10.4g} {share:7.2%}")
             print(f"dry run: {args.output} not written")
             return 0
         record = provenance("merge_checkpoints", argv, paths)
-        write_safetensors(args.output, merged(first.state, changes), record)
+        write_safetensors(args.output, first.state, record, pieces=merged(merge, factor))
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

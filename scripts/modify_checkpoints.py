@@ -22,10 +22,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.folders import STEMS, read_component, read_json, weight_files
+from ldm.checkpoint.convert import STEMS, read_component, read_json, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
 from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, swap_in_ema
-from ldm.checkpoint.surgery import add_clip_tower, inflate_input_conv, input_conv
+from ldm.checkpoint.merge import add_clip_tower, inflate_input_conv, input_conv
 from ldm.files import atomic_directory, write_text
 from scripts.checkpoint_cli import about, check_output, provenance
 

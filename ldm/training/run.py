@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ldm.checkpoint.first_stage import CONDITION_ENCODER, autoencoder_keys
+from ldm.checkpoint.convert import autoencoder_keys
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
-from ldm.checkpoint.keys import FIRST_STAGE, NEW_PARTS, SCHEDULE_BUFFERS, check_keys, to_module_keys
+from ldm.checkpoint.keys import CONDITION_ENCODER, FIRST_STAGE, NEW_PARTS, SCHEDULE_BUFFERS, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, dump_config
 from ldm.data.datamodule import DataModule
 from ldm.files import UserError, write_text

@@ -273,7 +273,7 @@ class EditService:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
         # Beside the first edit: it takes seconds for a large file.
         self._digest = ThreadPoolExecutor(1).submit(
-            lambda: sha256_file(checkpoint_file(checkpoint), show_progress=False)
+            lambda: sha256_file(checkpoint_file(checkpoint))
         )
 
     def open_upload(self, path: str | Path, reader: Callable[[Path], Image.Image] = open_image) -> Image.Image:

@@ -6,13 +6,20 @@ import importlib
 import logging
 import os
 import pickle
+import random
 import resource
 import subprocess
 import sys
 import types
+import uuid
 import weakref
 import zipfile
-from collections import OrderedDict, defaultdict
+from argparse import Namespace
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from datetime import datetime
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +28,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch import nn
 
 from ldm.checkpoint.io import (
     CheckpointError,
-    Deferred,
     read_checkpoint,
     read_metadata,
     sha256_file,
@@ -38,6 +46,20 @@ both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "leg
 
 def save(path: Path, content: object, zipped: bool) -> Path:
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def as_torch_file(path: Path, program: bytes, zipped: bool) -> Path:
+    """A file of torch around a hand-written pickle."""
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/data.pkl", program)
+            archive.writestr("a/version", "3")
+    else:
+        start = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+        path.write_bytes(
+            b"".join(pickle.dumps(part, protocol=2) for part in start) + program + pickle.dumps([], protocol=2)
+        )
     return path
 
 
@@ -130,11 +152,44 @@ def test_code_is_refused(tmp_path: Path, function: Any, zipped: bool) -> None:
     assert not trace.exists()
 
 
-def test_code_in_a_bare_pickle_is_refused(tmp_path: Path) -> None:
+def test_code_in_a_bare_pickle_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Call(os.system, f"touch {tmp_path / 'trace'}")))
-    with pytest.raises(CheckpointError, match=r"refused: .*\.system"):
+    with pytest.raises(CheckpointError, match=r"evil\.pt"):
         read_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "trace").exists()
+
+
+def test_a_torchscript_program_is_not_run(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+@both_formats
+def test_a_pickle_changes_nothing_of_torch(tmp_path: Path, zipped: bool) -> None:
+    """BUILD sets attributes of what is on the stack, which may be a function or class of torch."""
+    program = b"\x80\x02}ctorch.storage\nUntypedStorage\nN}U\x0bfrom_bufferNs\x86bs."
+    from_buffer = torch.UntypedStorage.from_buffer
+    with pytest.raises(CheckpointError):
+        read_checkpoint(as_torch_file(tmp_path / "a.ckpt", program, zipped))
+    assert torch.UntypedStorage.from_buffer is from_buffer
+
+
+@both_formats
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    "extra",
+    [int, str, range, range(3), slice(1, 2), complex(1, 2), 2**70, b"x", bytearray(b"x"), {1}, frozenset([1]),
+     defaultdict(int), defaultdict(list), Counter("ab"), deque([1], 2), Path("x"), uuid.uuid4(), Fraction(1, 2),
+     datetime.now(), Namespace(a=1), partial(save), np.float64(2), np.arange(3), np.random.RandomState(0),
+     random.getstate(), OmegaConf.create({"a": [1, {"b": "x"}]}), torch.device("cpu"), torch.eye(2).to_sparse()],
+    ids=lambda extra: type(extra).__name__,
+)  # fmt: skip
+def test_honest_objects_beside_the_weights(tmp_path: Path, extra: object, protocol: int, zipped: bool) -> None:
+    content = {"state_dict": {"w": torch.ones(2)}, "extra": [extra, {"nested": extra}]}
+    path = tmp_path / "a.ckpt"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    assert_equal(read_checkpoint(path), {"w": torch.ones(2)})
 
 
 @both_formats
@@ -181,9 +236,9 @@ def test_callback_objects_are_dropped_with_a_log_line(
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
-def test_numbers_of_unknown_types_are_named(tmp_path: Path) -> None:
+def test_tensors_of_unknown_kinds_are_named(tmp_path: Path) -> None:
     state = {"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}
-    with pytest.raises(CheckpointError, match="QInt8Storage"):
+    with pytest.raises(CheckpointError, match="_rebuild_qtensor"):
         read_checkpoint(save(tmp_path / "a.ckpt", state, zipped=True))
 
 
@@ -277,27 +332,16 @@ def test_damage_ends_in_one_error_or_tensors(tmp_path: Path, data: st.DataObject
 
 BOMBS = {
     # one damaged byte turns "remember this as number n" into a number of four bytes
-    "number": (b"\x80\x02}r\xff\xff\xff\x7f.", "truncated or damaged"),
+    "number": (b"\x80\x02}r\xff\xff\xff\x7f.", ""),
     # list(bytearray(1_200_000_000))
-    "call": (b"\x80\x02c__builtin__\nlist\ncbuiltins\nbytearray\nJ\0\x8c\x86G\x85R\x85R.", "save the"),
-    # {((…), (…)): 1}, each the same twice, through the memo or through a function
-    "key": (b"\x80\x02})q\0" + b"h\0h\0\x86q\0" * 60 + b"K\1s.", "refused: a tuple of more than"),
-    "call as key": (
-        b"\x80\x02})q\0" + b"ctorch\nSize\nh\0h\0\x86\x85Rq\0" * 60 + b"K\1s.",
-        "refused: a tuple of more than",
-    ),
+    "call": (b"\x80\x02c__builtin__\nlist\ncbuiltins\nbytearray\nJ\0\x8c\x86G\x85R\x85R.", "holds no named tensors"),
 }
 
 
-@pytest.mark.parametrize("zipped", [False, True])
+@both_formats
 @pytest.mark.parametrize(("program", "message"), BOMBS.values(), ids=BOMBS)
 def test_a_small_pickle_takes_little(tmp_path: Path, program: bytes, message: str, zipped: bool) -> None:
-    path = tmp_path / "a.ckpt"
-    if zipped:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("a/data.pkl", program)
-    else:
-        path.write_bytes(program)
+    path = as_torch_file(tmp_path / "a.ckpt", program, zipped)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))  # 1 GiB more than now: 32 would be asked for
@@ -340,35 +384,35 @@ def test_views_and_shared_tensors_are_written_in_full(
     assert (tmp_path / "b").stat().st_size < 5000  # the rest of its storage is not written
 
 
-def test_deferred_tensors_are_made_one_at_a_time(tmp_path: Path) -> None:
+def test_pieces_are_made_one_at_a_time_and_in_any_order(tmp_path: Path) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
 
-    def make(value: int) -> torch.Tensor:
-        assert not any(reference() is not None for reference in alive)
-        tensor = torch.full((3, 2), value, dtype=torch.int64)
-        alive.append(weakref.ref(tensor))
-        return tensor
+    def pieces() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in ("w1", "w0", "w1", "h", "w0"):  # two rows of each at a time
+            assert not any(reference() is not None for reference in alive)
+            tensor = torch.full((2, 2), len(alive), dtype=torch.half if name == "h" else torch.int64)
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
 
-    shape = torch.Size((3, 2))
-    deferred = {f"w{i}": Deferred(torch.int64, shape, lambda i=i: make(i)) for i in range(4)}
-    write_safetensors(tmp_path / "a.safetensors", {**deferred, "now": torch.ones(2).half()})
-    assert len(alive) == 4
-    got = read_checkpoint(tmp_path / "a.safetensors")
-    assert_equal({name: got[name] for name in deferred}, {f"w{i}": torch.full((3, 2), i) for i in range(4)})
+    layout = {name: torch.empty(4, 2, dtype=torch.int64, device="meta") for name in ("w0", "w1")}
+    layout["h"] = torch.empty(2, 2, dtype=torch.half, device="meta")
+    write_safetensors(tmp_path / "a.safetensors", layout, {"command": "x"}, pieces=pieces())
+    assert len(alive) == 5
+    rows = {"w0": [[1, 1]] * 2 + [[4, 4]] * 2, "w1": [[0, 0]] * 2 + [[2, 2]] * 2}
+    expected = {name: torch.tensor(values) for name, values in rows.items()}
+    assert_equal(load_file(tmp_path / "a.safetensors"), {**expected, "h": torch.full((2, 2), 3).half()})
 
 
-def test_what_fails_to_be_made_leaves_nothing(tmp_path: Path) -> None:
+def test_pieces_that_fail_leave_nothing(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(2)})
-    for error, message in (
-        (CheckpointError("does not fit"), "^does not fit"),
-        (RuntimeError("not implemented"), "w could not be made, nothing was changed: not implemented"),
-    ):
 
-        def fail(error: Exception = error) -> torch.Tensor:
-            raise error
+    def failing() -> Iterator[tuple[str, torch.Tensor]]:
+        raise CheckpointError("does not fit")
+        yield
 
-        with pytest.raises(CheckpointError, match=message):
-            write_safetensors(tmp_path / "a.safetensors", {"w": Deferred(torch.float32, torch.Size((2,)), fail)})
+    with pytest.raises(CheckpointError, match=r"^does not fit"):
+        write_safetensors(tmp_path / "a.safetensors", {"w": torch.zeros(2)}, pieces=failing())
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     assert_equal(read_checkpoint(tmp_path / "a.safetensors"), {"w": torch.ones(2)})
 
