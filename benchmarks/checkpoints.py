@@ -27,56 +27,45 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.convert import to_diffusers
-from ldm.checkpoint.io import Deferred, read_checkpoint, write_safetensors
+from ldm.checkpoint.io import read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import EMA, SCHEDULE_BUFFERS, UNET
-from ldm.checkpoint.surgery import inflate_input_conv
+from ldm.checkpoint.merge import inflate_input_conv
 from ldm.config import ScheduleConfig
 from ldm.diffusion import make_schedule
 
 ROOT = Path(__file__).parent.parent
 
 
-def layout() -> dict[str, torch.Size]:
-    """Shapes by name of Stable Diffusion v1-4, averaged copies left out."""
-    with open(ROOT / "tests" / "golden" / "sd_v1_4_state_dict.tsv", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return {row["name"]: torch.Size(json.loads(row["shape"])) for row in rows if not row["name"].startswith(EMA)}
-
-
-def procedural(dtype: torch.dtype) -> dict[str, Tensor | Deferred]:
-    """Stable Diffusion with weights by name."""
+def write_procedural(path: Path, dtype: torch.dtype) -> None:
+    """Write Stable Diffusion v1-4 with weights by name, averaged copies left out."""
     from tests.procweights import weight
 
-    schedule = make_schedule(ScheduleConfig()).buffers()
-
-    def made(name: str, shape: torch.Size) -> Tensor | Deferred:
-        if name in SCHEDULE_BUFFERS:
-            return schedule[name]
-        if name.endswith("position_ids"):
-            return torch.arange(shape.numel())[None]
-        return Deferred(dtype, shape, lambda: weight(name, shape).to(dtype))
-
-    return {name: made(name, shape) for name, shape in layout().items()}
+    with open(ROOT / "tests" / "golden" / "sd_v1_4_state_dict.tsv", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    shapes = {row["name"]: json.loads(row["shape"]) for row in rows if not row["name"].startswith(EMA)}
+    fixed: dict[str, Tensor] = dict(make_schedule(ScheduleConfig()).buffers())
+    fixed |= {name: torch.arange(shape[-1])[None] for name, shape in shapes.items() if name.endswith("position_ids")}
+    layout = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()} | fixed
+    pieces = ((name, fixed[name] if name in fixed else weight(name, shapes[name]).to(dtype)) for name in layout)
+    write_safetensors(path, layout, pieces=pieces)
 
 
-def scaled(state: dict[str, Tensor], factor: float, dtype: torch.dtype) -> dict[str, Tensor | Deferred]:
-    """Another model: every weight times a factor."""
-    return {
-        name: Deferred(dtype, tensor.shape, lambda tensor=tensor: (factor * tensor.float()).to(dtype))
-        if tensor.is_floating_point() and name not in SCHEDULE_BUFFERS
-        else tensor
-        for name, tensor in state.items()
-    }
+def write_scaled(path: Path, state: dict[str, Tensor], factor: float, dtype: torch.dtype) -> None:
+    """Write another model: every weight of this one times a factor."""
+    scaled = {name for name, tensor in state.items() if tensor.is_floating_point() and name not in SCHEDULE_BUFFERS}
+    layout = {name: tensor.to("meta", dtype) if name in scaled else tensor for name, tensor in state.items()}
+    pieces = ((n, (factor * t.float()).to(dtype) if n in scaled else t) for n, t in state.items())
+    write_safetensors(path, layout, pieces=pieces)
 
 
 def make_inputs(folder: Path, dtype: torch.dtype) -> None:
-    """The files that the commands read: four models of Stable Diffusion's layout."""
-    write_safetensors(folder / "sd.safetensors", procedural(dtype))
+    """Write the files that the commands read: four models of Stable Diffusion's layout."""
+    write_procedural(folder / "sd.safetensors", dtype)
     state = read_checkpoint(folder / "sd.safetensors")
-    write_safetensors(folder / "custom.safetensors", scaled(state, 1.1, dtype))
-    write_safetensors(folder / "inpainting.safetensors", scaled(inflate_input_conv(state, 9), 0.9, dtype))
+    write_scaled(folder / "custom.safetensors", state, 1.1, dtype)
+    write_scaled(folder / "inpainting.safetensors", inflate_input_conv(state, 9), 0.9, dtype)
     unet = {name: tensor for name, tensor in inflate_input_conv(state, 8).items() if name.startswith(UNET)}
-    write_safetensors(folder / "iclight_fc.safetensors", scaled(to_diffusers(unet)["unet"], 0.01, torch.float16))
+    write_scaled(folder / "iclight_fc.safetensors", to_diffusers(unet)["unet"], 0.01, torch.float16)
 
 
 def measured(command: list[str]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.io import Deferred, write_safetensors
+from ldm.checkpoint.io import write_safetensors
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS
 from ldm.config import Config
 from ldm.latent_diffusion import load_model
@@ -29,19 +29,13 @@ from ldm.latent_diffusion import load_model
 ROOT = Path(__file__).parent.parent
 
 
-def procedural() -> dict[str, Tensor | Deferred]:
-    """The published layout, but for what follows from its config."""
-    from tests.procweights import weight
-
+def published_layout() -> dict[str, Tensor]:
+    """The published names and shapes without those that follow from the config, as tensors without memory."""
     with open(ROOT / "tests" / "golden" / "official_state_dict.tsv", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    shapes = {row["name"]: torch.Size(json.loads(row["shape"])) for row in rows}
-
-    def deferred(name: str, shape: torch.Size) -> Deferred:
-        return Deferred(torch.float32, shape, lambda: weight(name, shape))
-
+    shapes = {row["name"]: json.loads(row["shape"]) for row in rows}
     left_out = (*SCHEDULE_BUFFERS, "cond_stage_model.transformer.vision_model.embeddings.position_ids")
-    return {name: deferred(name, shape) for name, shape in shapes.items() if name not in left_out}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name not in left_out}
 
 
 def theirs(folder: Path, inputs: dict[str, Tensor], steps: int) -> Tensor:
@@ -90,10 +84,14 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="pixels")
     args = parser.parse_args()
     sys.path.append(str(ROOT))  # for tests.procweights: of a script only its own folder is on the path
+    from tests.procweights import weight
+
     args.folder.mkdir(parents=True)
     try:
         checkpoint, folder = args.folder / "model.safetensors", args.folder / "diffusers"
-        write_safetensors(checkpoint, procedural())
+        layout = published_layout()
+        pieces = ((name, weight(name, tensor.shape)) for name, tensor in layout.items())
+        write_safetensors(checkpoint, layout, pieces=pieces)
         script = ROOT / "scripts" / "convert_checkpoint.py"
         subprocess.run([sys.executable, script, checkpoint, folder, "--to", "diffusers"], check=True)
         torch.manual_seed(0)

@@ -20,10 +20,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ldm import samplers
-from ldm.checkpoint.first_stage import CONDITION_ENCODER, autoencoder_keys
-from ldm.checkpoint.folders import weight_files
+from ldm.checkpoint.convert import autoencoder_keys, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
-from ldm.checkpoint.keys import SCHEDULE_BUFFERS, TOWER, check_keys, check_schedule, to_module_keys
+from ldm.checkpoint.keys import CONDITION_ENCODER, SCHEDULE_BUFFERS, TOWER, check_keys, check_schedule, to_module_keys
 from ldm.config import INPUT_CHANNELS, RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
 from ldm.diffusion import Generators, draw_noise, make_schedule, q_sample, target, to_eps
 from ldm.models.autoencoder import AsymmetricAutoencoderKL, AutoencoderKL, build_autoencoder

@@ -164,6 +164,8 @@ def to_original(
         names = [f"{row.component}/{part}{rest}" for part in row.names]
         if missing := [part for part in names if part not in state]:
             raise CheckpointError(f"the folder lacks {', '.join(missing)}; it is incomplete, copy it again")
+        if name != names[0]:
+            continue  # comes with the first
         tensor = state[name] if len(names) == 1 else torch.cat([state[part] for part in names])
         if _is_attention_of_vae(row) and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]

@@ -175,14 +175,14 @@ def _is_stored(path: Path) -> bool:
         members = archive.infolist()
     if not any(member.filename.endswith("data.pkl") for member in members):
         raise CheckpointError("a zip archive, but not one that torch.save wrote; pass the checkpoint inside it")
-    if torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl"):  # torch.load would run it
-        raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
     unpacked, size = sum(member.file_size for member in members), path.stat().st_size
     if unpacked > _LARGEST_EXPANSION * size:
         raise CheckpointError(
             f"refused: {size:,} bytes that unpack to {unpacked:,}, a zip bomb; torch.save does not compress, get the "
             "weights elsewhere"
         )
+    if torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl"):  # torch.load would run it
+        raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     return stored and path.suffix != ".safetensors"  # torch.load trusts that name more than the content
 

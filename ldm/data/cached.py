@@ -8,17 +8,17 @@ tower is frozen, `exemplar_features` (N, L, F) float16 hold what it makes of the
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.files import atomic_write
+from ldm.checkpoint.io import write_safetensors
 from ldm.images import clip_normalise
 
 FIELDS = ("image_moments", "masked_moments", "keep_mask", "exemplar")
@@ -82,46 +82,21 @@ def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[st
 
     Raises:
         ValueError: the batches hold another number of samples.
-        OSError: the disk is full, or the folder cannot be written.
+        CheckpointError: the disk is full, or the folder cannot be written.
     """
-    path = Path(path)
-    arrays: dict[str, np.memmap] = {}
-    written = 0
-    with atomic_write(path) as part:
-        for batch in batches:
-            if not arrays:
-                arrays = _allocate(part, num_samples, batch)
-            count = len(batch["keep_mask"])
-            for name, array in arrays.items():
-                array[written : written + count] = batch[name]
-            written += count
+    remaining = iter(batches)
+    first = next(remaining, {})
+    layout = {
+        name: torch.empty(num_samples, *array.shape[1:], dtype=torch.from_numpy(array).dtype, device="meta")
+        for name, array in first.items()
+    }
+
+    def pieces() -> Iterator[tuple[str, Tensor]]:
+        written = 0
+        for batch in chain([first], remaining):
+            yield from ((name, torch.from_numpy(batch[name])) for name in layout)
+            written += len(batch[FIELDS[0]]) if batch else 0
         if written != num_samples:
             raise ValueError(f"{path}: got {written} samples, expected {num_samples}")
-        for array in arrays.values():
-            array.flush()
 
-
-def _allocate(path: Path, num_samples: int, first: Mapping[str, np.ndarray]) -> dict[str, np.memmap]:
-    """Lay out a safetensors file of N samples and map its arrays for writing."""
-    types = {"float16": "F16", "uint8": "U8"}
-    header, offset = {}, 0
-    for name in first:
-        shape = [num_samples, *first[name].shape[1:]]
-        end = offset + int(np.prod(shape)) * first[name].itemsize
-        header[name] = {"dtype": types[first[name].dtype.name], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + offset)  # a full disk is an error now, not a crash later
-    return {
-        name: np.memmap(
-            path,
-            first[name].dtype,
-            "r+",
-            8 + len(text) + entry["data_offsets"][0],
-            tuple(entry["shape"]),
-        )
-        for name, entry in header.items()
-    }
+    write_safetensors(path, layout, pieces=pieces())

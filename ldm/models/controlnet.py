@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoint.convert import to_original
-from ldm.checkpoint.folders import read_component
+from ldm.checkpoint.convert import read_component, to_original
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import UNET, check_keys
 from ldm.config import UNetConfig

@@ -272,9 +272,7 @@ class EditService:
         # One worker: an edit that was cancelled ends its step before the next one begins.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
         # Beside the first edit: it takes seconds for a large file.
-        self._digest = ThreadPoolExecutor(1).submit(
-            lambda: sha256_file(checkpoint_file(checkpoint))
-        )
+        self._digest = ThreadPoolExecutor(1).submit(lambda: sha256_file(checkpoint_file(checkpoint)))
 
     def open_upload(self, path: str | Path, reader: Callable[[Path], Image.Image] = open_image) -> Image.Image:
         """Read an uploaded picture; what it is, its content says and not its name.

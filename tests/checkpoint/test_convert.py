@@ -16,8 +16,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.checkpoint.convert import to_diffusers, to_original
-from ldm.checkpoint.folders import diffusers_configs, model_config, read_folder, schedule_config, weight_files
+from ldm.checkpoint.convert import (
+    diffusers_configs,
+    model_config,
+    read_folder,
+    schedule_config,
+    to_diffusers,
+    to_original,
+    weight_files,
+)
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file, write_safetensors
 from ldm.checkpoint.keys import INPUT_CONV, NEW_PARTS, to_file_keys
 from ldm.config import (
@@ -275,6 +282,8 @@ def test_pickles_shards_and_half_precision(converted: Path, tmp_path: Path) -> N
         save_file({name: unet[name] for name in part}, tmp_path / "unet" / file)
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("{}")
     read, _ = read_folder(tmp_path)
     assert shapes(read["unet"]) == shapes(unet)
     assert read["vae"].keys() == components["vae"].keys()
@@ -484,8 +493,8 @@ def test_a_failed_folder_leaves_the_previous_one(
         source.rename(target)
 
     for where, failing in (
-        ("ldm.checkpoint.folders.write_safetensors", full),
-        ("ldm.checkpoint.folders.write_safetensors", not_copied),
+        ("ldm.checkpoint.convert.write_safetensors", full),
+        ("ldm.checkpoint.convert.write_safetensors", not_copied),
         ("ldm.files.os.replace", second_time),
     ):
         with monkeypatch.context() as patch:

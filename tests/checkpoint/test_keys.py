@@ -107,9 +107,9 @@ def test_every_kind_of_difference_is_listed() -> None:
     [
         (["cond_stage_model.transformer.text_model.final_layer_norm.weight"], "modify_checkpoints.py"),
         (["down_blocks.0.resnets.0.conv1.weight"], "diffusers"),
-        (["vision_model.post_layernorm.weight"], "CLIP by itself"),
-        (["encoder.conv_in.weight", "decoder.conv_in.weight"], "autoencoder by itself"),
-        (["first_stage_model.encoder.conv_in.weight"], "autoencoder by itself"),
+        (["vision_model.post_layernorm.weight"], "CLIP's image tower; "),
+        (["encoder.conv_in.weight", "decoder.conv_in.weight"], "VAE only"),
+        (["first_stage_model.encoder.conv_in.weight"], "VAE only"),
     ],
 )
 def test_known_files_are_recognised(official: dict[str, Tensor], names: list[str], remedy: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm.checkpoint.convert import to_diffusers
-from ldm.checkpoint.io import CheckpointError, Deferred, read_checkpoint, read_metadata, sha256_file, write_safetensors
-from ldm.checkpoint.keys import INPUT_CONV, UNET
+from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file, write_safetensors
+from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, NEW_PARTS, POSITION_IDS, UNET, to_module_keys
 from ldm.checkpoint.merge import (
+    Merge,
     Source,
+    add_clip_tower,
     add_difference,
     block_norms,
     check_blocks,
     factors,
+    inflate_input_conv,
     merged,
     offset,
     weighted_sum,
 )
-from ldm.checkpoint.surgery import inflate_input_conv
 from scripts.merge_checkpoints import main
 
 RESNET = UNET + "input_blocks.1.0.in_layers.2.weight"
@@ -58,13 +60,12 @@ def source(label: str, state: State) -> Source:
     return Source(label, state)
 
 
-def written(a: State, changes: dict[str, Callable[[], Tensor]]) -> State:
-    """What a merge comes to, every tensor made."""
-    return {name: t.make() if isinstance(t, Deferred) else t for name, t in merged(a, changes).items()}
+def written(merge: Merge, m: float = 1.0) -> State:
+    return dict(merged(merge, lambda _: m))
 
 
 def difference(a: State, b: State, c: State, m: float = 1.0) -> State:
-    return written(a, add_difference(source("A", a), source("B", b), source("C", c), lambda _: m))
+    return written(add_difference(source("A", a), source("B", b), source("C", c)), m)
 
 
 # --- the sums
@@ -95,8 +96,8 @@ def test_identities(seed: int, m: float) -> None:
     a, b = checkpoint(seed, 9), checkpoint(seed + 1)
     for name, tensor in difference(a, b, b, m).items():
         assert torch.equal(tensor, a[name])  # nothing was learnt
-    none = written(a, weighted_sum(source("A", a), source("B", b), lambda _: 0.0))
-    all_of_it = written(a, weighted_sum(source("A", a), source("B", b), lambda _: 1.0))
+    none = written(weighted_sum(source("A", a), source("B", b)), 0.0)
+    all_of_it = written(weighted_sum(source("A", a), source("B", b)))
     for name in a:
         assert torch.equal(none[name], a[name])
     assert torch.equal(all_of_it[INPUT_CONV][:, 4:], a[INPUT_CONV][:, 4:])
@@ -136,14 +137,14 @@ def test_ic_light_is_inflated_and_offset() -> None:
     theirs = to_diffusers(delta)["unet"]
     assert "conv_in.weight" in theirs
     with pytest.raises(CheckpointError, match=r"inflate the base first.*--in-channels 8"):
-        offset(source("BASE", base), source("DELTA", theirs), lambda _: 1.0)
+        offset(source("BASE", base), source("DELTA", theirs))
     inflated = inflate_input_conv(base, 8)
-    got = written(inflated, offset(source("BASE", inflated), source("DELTA", theirs), lambda _: 1.0))
+    got = written(offset(source("BASE", inflated), source("DELTA", theirs)))
     for name in delta:
         assert torch.equal(got[name], inflated[name] + delta[name])
     assert torch.equal(got[DECODER], base[DECODER])
     unet = to_diffusers({n: t for n, t in inflated.items() if n.startswith(UNET)})["unet"]
-    other = written(unet, offset(source("BASE", unet), source("DELTA", delta), lambda _: 1.0))  # the other way round
+    other = written(offset(source("BASE", unet), source("DELTA", delta)))  # the other way round
     assert all(
         torch.equal(other[name], tensor)
         for name, tensor in to_diffusers({n: t for n, t in got.items() if n.startswith(UNET)})["unet"].items()
@@ -157,17 +158,17 @@ def test_multipliers_by_block() -> None:
     assert factor(UNET + "input_blocks.11.0.in_layers.0.weight") == 0.5  # 11 does not begin with the block 1
     assert factor(ATTENTION) == 1.0
     assert factor(DECODER) == 0.0
-    changes = weighted_sum(source("A", checkpoint(1)), source("B", checkpoint(2)), factor)
-    check_blocks(["input_blocks", "first_stage_model.decoder"], changes)
+    names = weighted_sum(source("A", checkpoint(1)), source("B", checkpoint(2))).names
+    check_blocks(["input_blocks", "first_stage_model.decoder"], names)
     for block in ("output_block", "betas"):  # no name; a name, but never merged
         with pytest.raises(CheckpointError, match=rf"block {block}: no merged tensor's name.*input_blocks\.1"):
-            check_blocks([block], changes)
+            check_blocks([block], names)
 
 
 def test_norms_by_block() -> None:
     a, b, c = checkpoint(1), checkpoint(2), checkpoint(3)
     c[DECODER] = b[DECODER]
-    norms = block_norms(a, add_difference(source("A", a), source("B", b), source("C", c), lambda _: 2.0))
+    norms = block_norms(add_difference(source("A", a), source("B", b), source("C", c)), lambda _: 2.0)
     assert norms["first_stage_model.decoder"].change == 0
     assert list(norms) == ["first_stage_model.decoder", "input_blocks.0", "input_blocks.1", "middle_block.1", "out.2"]
     block = norms["input_blocks.1"]
@@ -224,7 +225,7 @@ def with_gains(seed: int, gain: float) -> State:
 )
 def test_mistakes_are_caught_by_name(a: State, b: State, c: State, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
-        add_difference(source("A", a), source("B", b), source("C", c), lambda _: 1.0)
+        add_difference(source("A", a), source("B", b), source("C", c))
     assert "\n" not in str(caught.value)
 
 
@@ -235,7 +236,7 @@ def test_other_names_and_shapes_are_listed() -> None:
     b[ATTENTION + ".more"] = torch.ones(3)
     b[DECODER] = torch.ones(2, 4, 1, 1)
     with pytest.raises(CheckpointError) as caught:
-        add_difference(source("A", a), source("B", b), source("C", c), lambda _: 1.0)
+        add_difference(source("A", a), source("B", b), source("C", c))
     lines = str(caught.value).splitlines()
     assert "  2 not in A but in B and C:" in lines or "  2 not in A but in B:" in lines
     assert "    extra.weight" in lines
@@ -243,7 +244,7 @@ def test_other_names_and_shapes_are_listed() -> None:
     assert f"    {RESNET}" in lines
     assert f"    {DECODER}: [2, 4, 1, 1], [4, 4, 1, 1] in A" in lines
     with pytest.raises(CheckpointError, match="no weight has the same name"):
-        weighted_sum(source("A", a), source("B", {}), lambda _: 1.0)
+        weighted_sum(source("A", a), source("B", {}))
 
 
 @pytest.mark.parametrize(
@@ -254,22 +255,20 @@ def test_other_names_and_shapes_are_listed() -> None:
         (weighted_sum, checkpoint(1, 12), checkpoint(2, 9), "mean something else at every width.*A 12, B 9"),
         (weighted_sum, with_gains(1, 1.0), with_gains(2, 0.0), "B is a difference of two networks"),
         (offset, checkpoint(1, 12), checkpoint(2, 8), "mean something else at every width.*A 12, B 8"),
-        (offset, with_gains(1, 1.0), with_gains(2, 0.8), "B is a whole network, no difference"),
+        (offset, with_gains(1, 1.0), with_gains(2, 0.8), "B is a whole network"),
         (offset, with_gains(1, 0.0), with_gains(2, 0.0), "A is a difference of two networks"),
     ],
 )
 def test_mistakes_of_two(merge: Any, a: State, b: State, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        merge(source("A", a), source("B", b), lambda _: 1.0)
+        merge(source("A", a), source("B", b))
 
 
 def test_depth_models_merge_among_themselves() -> None:
     a, b, c = (checkpoint(seed, 5) for seed in (1, 2, 3))
     torch.testing.assert_close(difference(a, b, c)[INPUT_CONV], a[INPUT_CONV] + b[INPUT_CONV] - c[INPUT_CONV])
     first_stage = {DECODER: b[DECODER]}  # has no channels to compare
-    assert torch.equal(
-        written(a, weighted_sum(source("A", a), source("B", first_stage), lambda _: 1.0))[DECODER], b[DECODER]
-    )
+    assert torch.equal(written(weighted_sum(source("A", a), source("B", first_stage)))[DECODER], b[DECODER])
 
 
 def test_float8_is_summed_and_checked() -> None:
@@ -403,3 +402,110 @@ def test_an_interrupted_merge_leaves_nothing(
     assert run("weighted-sum", files["a"], files["b"], tmp_path / "out.safetensors") == 130
     assert capsys.readouterr().err == "interrupted; nothing was written\n"
     assert sorted(tmp_path.iterdir()) == sorted(files.values())
+
+
+# --- starting points for training
+
+
+@settings(max_examples=20, deadline=None)
+@given(new=st.integers(1, 8), seed=st.integers(0, 2**32 - 1))
+def test_inflated_conv_ignores_the_new_channels(new: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 4, 3, 3, generator=generator)
+    state = {INPUT_CONV: weight, "other": torch.ones(1)}
+    inflated = inflate_input_conv(state, in_channels=4 + new)
+    assert state[INPUT_CONV] is weight
+    assert inflated["other"] is state["other"]
+    x = torch.randn(2, 4, 6, 5, generator=generator)
+    anything = 1e3 * torch.randn(2, new, 6, 5, generator=generator)
+    got = F.conv2d(torch.cat([x, anything], dim=1), inflated[INPUT_CONV], padding=1)
+    # Sums of the same 36 products, perhaps in another order: a few ulp of float32 at values up to 20.
+    torch.testing.assert_close(got, F.conv2d(x, weight, padding=1), rtol=0, atol=1e-5)
+
+
+def test_inflation_keeps_dtype() -> None:
+    inflated = inflate_input_conv({INPUT_CONV: torch.ones(2, 4, 3, 3).half()})
+    assert inflated[INPUT_CONV].dtype == torch.float16
+    assert inflated[INPUT_CONV].shape == (2, 9, 3, 3)
+
+
+def test_inflation_refuses() -> None:
+    inflated = inflate_input_conv({INPUT_CONV: torch.ones(2, 4, 3, 3)})
+    with pytest.raises(CheckpointError, match="inflated already"):
+        inflate_input_conv(inflated)
+    with pytest.raises(CheckpointError, match="no convolution"):
+        inflate_input_conv({"encoder.conv_in.weight": torch.ones(2, 4, 3, 3)})
+    wide = {INPUT_CONV: torch.ones(2, 9, 3, 3), "model.diffusion_model.out.2.weight": torch.ones(4, 2, 3, 3)}
+    with pytest.raises(CheckpointError, match=r"got 9 input channels, expected 4.*inflated already"):
+        inflate_input_conv(wide, 12)  # wider still, but not from four
+    for name in ("control_model.input_blocks.0.0.weight", "controlnet_cond_embedding.conv_in.weight"):
+        with pytest.raises(CheckpointError, match="ControlNet"):
+            inflate_input_conv({"conv_in.weight": torch.ones(2, 4, 3, 3), name: torch.ones(1)})
+
+
+@pytest.mark.parametrize("key", [INPUT_CONV, "conv_in.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("in_channels", [8, 9, 12])
+def test_new_channels_are_those_given(key: str, dtype: torch.dtype, in_channels: int) -> None:
+    state = {key: torch.randn(2, 4, 3, 3).to(dtype)}
+    init = {INPUT_CONV: torch.randn(2, in_channels, 3, 3)}
+    inflated = inflate_input_conv(state, in_channels, init)[key]
+    assert inflated.dtype == dtype
+    assert torch.equal(inflated[:, :4], state[key])
+    assert torch.equal(inflated[:, 4:], init[INPUT_CONV][:, 4:].to(dtype))
+    with pytest.raises(CheckpointError, match=rf"expected \[2, {in_channels}, 3, 3\]"):
+        inflate_input_conv(state, in_channels, {INPUT_CONV: torch.randn(2, 5, 3, 3)})
+
+
+@pytest.mark.parametrize("level", ["", "vision_model."])
+def test_stable_diffusion_and_clip_make_the_published_layout(
+    official: dict[str, Tensor], sd_full_ema: dict[str, Tensor], level: str
+) -> None:
+    sd = {name: tensor for name, tensor in sd_full_ema.items() if not name.startswith(EMA)}
+    clip = {level + n.removeprefix(FILE_TOWER): t for n, t in official.items() if n.startswith(FILE_TOWER)}
+    made = add_clip_tower(inflate_input_conv(sd), clip)
+    expected = {name: tensor for name, tensor in official.items() if not name.startswith(NEW_PARTS)}
+    assert {name: (t.shape, t.dtype) for name, t in made.items()} == {
+        name: (t.shape, t.dtype) for name, t in expected.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def transformers_clip() -> dict[str, dict[str, Tensor]]:
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+
+    sizes: dict[str, Any] = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    vision = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    both = CLIPConfig(vision_config=vision.to_dict(), text_config={**sizes, "vocab_size": 99})
+    return {"CLIPVisionModel": CLIPVisionModel(vision).state_dict(), "CLIPModel": CLIPModel(both).state_dict()}
+
+
+@pytest.mark.parametrize("kind", ["CLIPVisionModel", "CLIPModel"])
+def test_towers_of_transformers(transformers_clip: dict[str, dict[str, Tensor]], kind: str) -> None:
+    tower = to_module_keys(add_clip_tower({"betas": torch.ones(2)}, transformers_clip[kind]))
+    assert tower.pop("betas").shape == (2,)
+    names = {"cond_stage_model.transformer." + name for name in transformers_clip["CLIPVisionModel"]}
+    assert set(tower) == names
+
+
+def test_a_new_tower_replaces_the_old_and_the_text_tower(transformers_clip: dict[str, dict[str, Tensor]]) -> None:
+    old = {
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.ones(2),
+        FILE_TOWER + "encoder.layers.7.layer_norm1.weight": torch.ones(2),
+        "cond_stage_model.mapper.resblocks.0.ln_1.weight": torch.ones(2),
+    }
+    made = add_clip_tower(old, transformers_clip["CLIPVisionModel"])
+    assert [name for name in old if name in made] == ["cond_stage_model.mapper.resblocks.0.ln_1.weight"]
+    assert torch.equal(made[POSITION_IDS], torch.arange(5)[None])
+
+
+def test_wrong_towers(transformers_clip: dict[str, dict[str, Tensor]]) -> None:
+    clip = transformers_clip["CLIPVisionModel"]
+    full_size = {INPUT_CONV: torch.empty(320, 9, 3, 3, device="meta")}
+    with pytest.raises(CheckpointError, match=r"has width 8.*ViT-L/14"):
+        add_clip_tower(full_size, clip)
+    with pytest.raises(CheckpointError, match="no complete CLIP image tower"):
+        add_clip_tower({}, {name: t for name, t in clip.items() if "layers.0.mlp" not in name})
+    text = {n: t for n, t in transformers_clip["CLIPModel"].items() if not n.startswith("vision_model.")}
+    with pytest.raises(CheckpointError, match="no complete CLIP image tower"):
+        add_clip_tower({}, text)
