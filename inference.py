@@ -398,7 +398,7 @@ def edit(args: argparse.Namespace) -> int:
         editor = load_editor(args, device, dtype)
 
         # Several seconds for a large file, while the device paints.
-        digest = beside.submit(sha256_file, checkpoint_file(args.checkpoint), show_progress=False)
+        digest = beside.submit(sha256_file, checkpoint_file(args.checkpoint))
 
         def on_step(_step: int, num_steps: int, *_: object) -> None:
             bar.total = args.n_iter * num_steps  # some step counts are rounded up

@@ -162,7 +162,7 @@ def relight(args: argparse.Namespace) -> int:
             Editor.from_pretrained(args.checkpoint, config=args.config, device=device, dtype=dtype).model
         )
         # Several seconds for a large file, while the device computes.
-        digest = beside.submit(sha256_file, checkpoint_file(args.checkpoint), show_progress=False)
+        digest = beside.submit(sha256_file, checkpoint_file(args.checkpoint))
         bar.set_description("painting")
         results = relighter.relight(
             foreground, background=background, seed=seeds, on_step=lambda *_: bar.update(), **settings

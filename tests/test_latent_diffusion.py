@@ -504,13 +504,13 @@ def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     [
         (lambda s: without(s, "proj_out.bias"), r"1 missing:\s+proj_out\.bias"),
         (lambda s: {**s, "control.weight": torch.zeros(1)}, r"1 unexpected:\s+control\.weight"),
-        (lambda s: {**s, INPUT_CONV: s[INPUT_CONV][:, :4]}, r"this is Stable Diffusion; .*modify_checkpoints\.py"),
+        (lambda s: {**s, INPUT_CONV: s[INPUT_CONV][:, :4]}, r"modify_checkpoints\.py IN OUT --clip"),
         (
             lambda s: {**s, "betas": s["betas"] * 1.1},
             r"its noise schedule \(betas\) is not the config's; set model\.sch",
         ),
         (lambda s: {**s, "betas": s["betas"][:500]}, r"its noise schedule \(betas\) is not the config's"),
-        (lambda s: {"conv_in.weight": s["betas"]}, "this is a part of a diffusers pipeline"),
+        (lambda s: {"conv_in.weight": s["betas"]}, "diffusers component: .*convert_checkpoint"),
     ],
     ids=["missing", "unexpected", "four channels", "other schedule", "fewer timesteps", "diffusers"],
 )

@@ -355,7 +355,10 @@ def _kind(state: Mapping[str, Tensor]) -> str:
         (("uncond_vector",), "diffusers component: image encoder of Paint by Example"),
         (("vision_model.", "embeddings.patch_embedding."), clip),
         (("text_model.", "embeddings.token_embedding."), "diffusers component: text encoder"),
-        (("down_blocks.", "mid_block.", "up_blocks."), "diffusers component: part of a UNet (one of several files)"),
+        (
+            ("down_blocks.", "mid_block.", "up_blocks.", "conv_in."),
+            "diffusers component: part of a UNet (one of several files)",
+        ),
     )
     return next((kind for prefixes, kind in kinds if holds(*prefixes)), "unknown")
 

@@ -13,7 +13,7 @@ from diffusers import AsymmetricAutoencoderKL as Peer
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ldm.checkpoint.first_stage import autoencoder_keys
+from ldm.checkpoint.convert import autoencoder_keys
 from ldm.checkpoint.io import CheckpointError, write_safetensors, write_torch
 from ldm.config import AutoencoderConfig, ConfigError
 from ldm.latent_diffusion import LatentDiffusion, replace_decoder

@@ -355,8 +355,8 @@ def test_wrong_files(text_config: Config, text_folder: Path, tiny_folder: Path, 
             {**state, INPUT_CONV: state[INPUT_CONV][:, :4]},
             r"modify_checkpoints\.py IN OUT --in-channels 9",
         ),
-        (text_config, read_checkpoint(tiny_folder / "model.safetensors"), "this model reads exemplars, not text"),
-        (tiny_folder / "config.yaml", state, r"Stable Diffusion inpainting, .* configs/inpaint-text\.yaml"),
+        (text_config, read_checkpoint(tiny_folder / "model.safetensors"), r"Paint by Example; .*configs/v1\.yaml"),
+        (tiny_folder / "config.yaml", state, r"configs/inpaint-text\.yaml"),
     ):
         write_safetensors(path, spoilt)
         with pytest.raises(CheckpointError, match=f"(?s){message}"):
