@@ -27,8 +27,8 @@ from ldm.checkpoint.io import read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import FIRST_STAGE, to_file_keys
 from ldm.checkpoint.merge import inflate_input_conv
 from ldm.config import Config, load_config
+from ldm.data.annotations import OPEN_IMAGES_CSV
 from ldm.data.datamodule import DataModule
-from ldm.data.read_bbox import ANNOTATIONS
 from ldm.diffusion import q_sample, target
 from ldm.editing.editor import BUNDLED_MODEL
 from ldm.latent_diffusion import latent_hole, load_weights
@@ -60,7 +60,7 @@ def make_pictures(root: Path) -> None:
                 (draw.ellipse if shape == "disc" else draw.rectangle)(box, colour)
             picture.save(root / "images" / split / f"{i:04d}.jpg", quality=95)
             rows.append(f"{i:04d},{k},{x / 64},{(x + side) / 64},{y / 64},{(y + side) / 64}")
-        (root / "annotations" / ANNOTATIONS[split]).write_text("\n".join(rows))
+        (root / "annotations" / OPEN_IMAGES_CSV[split]).write_text("\n".join(rows))
     described = "\n".join(f"{k},{name}" for k, name in enumerate(names))
     (root / "annotations" / "class-descriptions.csv").write_text(described)
 

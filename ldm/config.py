@@ -212,6 +212,7 @@ class DataConfig(Section, prefix="data."):
     p_object_mask: float = setting(0.0, ge=0, le=1)  # probability of the object's own shape, where it is known
     augment_exemplar: bool = True  # flip, rotate, blur and distort the exemplar
     augmentation_strength: float = setting(1.0, ge=0)  # multiplies the augmentation's angles and lengths
+    augmentation: dict[str, Any] | None = None  # replaces all of that: what `albumentations.to_dict` gives
     grey_background: bool = False  # show the exemplar over mid-grey, where its shape is known
     # [low, high]: crop as editing does; []: as the paper
     crop_margin_range: list[float] = field(default_factory=list, metadata={"gt": 0})

@@ -1,4 +1,4 @@
-"""Images to tensors and back, reading image files, and the exemplar's augmentation.
+"""Image files, boxes, and conversions between images and tensors.
 
 Shared by training, editing and evaluation: each conversion is defined once, here.
 Dimension key: H, W pixels · E side of the exemplar.
@@ -22,6 +22,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MID_GREY = (128, 128, 128)  # 0 in the model's range, as the inside of a hole
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
 
 
 class Box(NamedTuple):
@@ -33,44 +34,36 @@ class Box(NamedTuple):
     bottom: int
 
     def inside(self, width: int, height: int) -> bool:
-        """Whether no part lies outside an image of that size."""
-        return self.left >= 0 and self.top >= 0 and self.right <= width and self.bottom <= height
+        """Whether the box lies within an image of that size."""
+        return Box(0, 0, width, height).contains(self)
 
     def contains(self, other: Box) -> bool:
-        return (
-            self.left <= other.left
-            and self.top <= other.top
-            and self.right >= other.right
-            and self.bottom >= other.bottom
-        )
+        """Whether `other` lies within this box."""
+        left, top, right, bottom = self
+        return left <= other.left and top <= other.top and right >= other.right and bottom >= other.bottom
 
     def clipped(self, width: int, height: int) -> Box:
-        """What of it lies inside an image of that size."""
+        """Return the part within an image of that size."""
         return Box(max(self.left, 0), max(self.top, 0), min(self.right, width), min(self.bottom, height))
 
     def transposed(self) -> Box:
+        """Swap x and y."""
         return Box(self.top, self.left, self.bottom, self.right)
 
 
 def pad_box(box: Box, size: tuple[int, int], padding: int) -> Box:
-    """`box` with up to `padding` pixels more on each side, as far as the image reaches."""
-    width, height = size
-    return Box(
-        max(box.left - padding, 0),
-        max(box.top - padding, 0),
-        min(box.right + padding, width),
-        min(box.bottom + padding, height),
-    )
+    """Extend `box` by `padding` pixels on each side, but not beyond an image of `size` (width, height)."""
+    return Box(box.left - padding, box.top - padding, box.right + padding, box.bottom + padding).clipped(*size)
 
 
 # ---- files ----
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image file as people see it.
+    """Read an image file as viewers show it.
 
     EXIF orientation is applied; palette, grey, CMYK and 16-bit images are converted; transparent parts are laid over
-    mid-grey, which is what the model sees where it knows nothing. Of an animation the first frame is taken.
+    mid-grey, the model's value for unknown pixels. Of an animation the first frame is read.
 
     Returns:
         RGB image, fully loaded.
@@ -82,18 +75,18 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """The image files in a folder and its subfolders, told by their extension, sorted by path.
+    """List the image files in a folder and its subfolders, recognised by their extension, sorted by path.
 
     Raises:
-        UserError: there is no such folder, or it holds none.
+        UserError: the folder is missing or holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one with pictures")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not found:
-        raise UserError(f"{folder}: no pictures there ({', '.join(IMAGE_SUFFIXES)}); check the path")
-    return found
+        raise UserError(f"{folder}: no such folder; give one with images")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not paths:
+        raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}); check the path")
+    return paths
 
 
 def load_mask(path: str | Path) -> Image.Image:
@@ -109,7 +102,7 @@ def load_mask(path: str | Path) -> Image.Image:
 
 
 def open_upright(path: str | Path) -> Image.Image:
-    """Read an image file as `open_image` does, but with its transparency, where it has some: RGB or RGBA.
+    """Read an image file as `open_image` does, but keep transparency: RGBA if the file has some, else RGB.
 
     Raises:
         UserError: as for `open_image`.
@@ -118,7 +111,7 @@ def open_upright(path: str | Path) -> Image.Image:
 
 
 def open_rgba(path: str | Path) -> Image.Image:
-    """Read an image file with its transparency, mode RGBA; what is transparent keeps its colour.
+    """Read an image file as RGBA; transparent pixels keep their colour.
 
     Raises:
         UserError: as for `open_image`.
@@ -127,12 +120,12 @@ def open_rgba(path: str | Path) -> Image.Image:
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
-    """The same of an image."""
+    """Return `image` as RGBA; opaque images get a full alpha channel."""
     return _rgb_or_rgba(image).convert("RGBA")
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An image as `open_upright` reads it from a file; itself, if it is that already."""
+    """Convert an image as `open_upright` does a file; returned as is if there is nothing to convert."""
     return _rgb_or_rgba(ImageOps.exif_transpose(image) if ExifTags.Base.Orientation in image.getexif() else image)
 
 
@@ -166,9 +159,9 @@ def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Im
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Any mode to RGB, transparent parts over `background`; of the metadata a colour profile stays that is for RGB.
+    """Convert any mode to RGB, transparent parts over `background`. Of the metadata, a colour profile for RGB is kept.
 
-    An image to which nothing is to be done is returned itself.
+    Returned as is if there is nothing to convert.
     """
     if image.mode == "RGB" and image.info == _profile(image):
         return image
@@ -187,7 +180,7 @@ def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 
 def _profile(image: Image.Image) -> dict[str | tuple[int, int], Any]:
-    """The metadata that go on being true of the image in RGB."""
+    """Return the metadata that stay true when the image becomes RGB."""
     is_rgb = image.mode in ("RGB", "RGBA", "P", "PA") and "icc_profile" in image.info
     return {"icc_profile": image.info["icc_profile"]} if is_rgb else {}
 
@@ -196,110 +189,49 @@ def _profile(image: Image.Image) -> dict[str | tuple[int, int], Any]:
 
 
 def pil_to_tensor(image: Image.Image) -> Tensor:
-    """RGB image => (3, H, W) float32 in [-1, 1]."""
+    """Convert an RGB image to (3, H, W) float32 in [-1, 1]."""
     return levels_to_tensor(_levels(image))
 
 
 def levels_to_tensor(levels: Tensor) -> Tensor:
-    """(3, H, W) uint8 => float32 in [-1, 1], contiguous."""
+    """Convert (3, H, W) uint8 to float32 in [-1, 1], contiguous."""
     return _unit(levels).mul_(2).sub_(1)
 
 
 def tensor_to_pil(x: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] (values outside are clipped) => RGB image; rounds to the nearest of 256 levels."""
+    """Convert (3, H, W) in [-1, 1] to an RGB image: clips, and rounds to the nearest of 256 levels."""
     levels = (x.detach().float().clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
 def mask_to_tensor(hole_mask: Image.Image) -> Tensor:
-    """Hole mask (mode L, white = hole) => keep mask (1, H, W) float32: 0 where the grey level is >= 128, else 1."""
+    """Convert a hole mask (white = hole) to a keep mask (1, H, W) float32: 0 where the grey level is >= 128, else 1."""
     hole = torch.from_numpy(np.array(hole_mask.convert("L")))
     return (hole < 128).float()[None]
 
 
 def exemplar_to_tensor(exemplar: Image.Image, size: int) -> Tensor:
-    """Exemplar as the tower sees it when editing: squashed to a square (bicubic), CLIP-normalised (3, size, size)."""
+    """Squash an exemplar to a square (bicubic), as for editing: CLIP-normalised (3, size, size)."""
     return clip_normalise(exemplar.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
 def clip_normalise(image: Image.Image | np.ndarray) -> Tensor:
-    """RGB image or (H, W, 3) uint8 => (3, H, W) float32 with CLIP's mean and standard deviation removed."""
+    """Normalise an RGB image or (H, W, 3) uint8 by CLIP's mean and standard deviation: (3, H, W) float32."""
     mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
     return _unit(_levels(image)).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
 def exemplar_to_pixels(x: Tensor) -> Tensor:
-    """The inverse of `clip_normalise` on tensors (..., 3, E, E), to pixels in [-1, 1]."""
+    """Invert `clip_normalise` on tensors (..., 3, E, E), to pixels in [-1, 1]."""
     mean, std = x.new_tensor(CLIP_MEAN), x.new_tensor(CLIP_STD)
     return 2 * (x * std[:, None, None] + mean[:, None, None]) - 1
 
 
 def _levels(image: Image.Image | np.ndarray) -> Tensor:
-    """RGB => (3, H, W) uint8."""
+    """Convert RGB to (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _unit(levels: Tensor) -> Tensor:
-    """uint8 => float32 in [0, 1], contiguous."""
+    """Convert uint8 to float32 in [0, 1], contiguous."""
     return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-
-
-# ---- exemplar augmentation ----
-
-
-class ExemplarAugmentation(NamedTuple):
-    """What is done to an exemplar, in this order. The defaults do nothing."""
-
-    flip: bool = False  # left-right
-    angle: float = 0.0  # degrees, counter-clockwise, about the centre
-    blur: int = 0  # side of the box filter, pixels; 0 = none
-    shifts: np.ndarray | None = None  # (3, 2) pixels x, y: how far the affine map moves its three points
-
-
-def draw_augmentation(rng: np.random.Generator, size: int, strength: float = 1.0) -> ExemplarAugmentation:
-    """Random augmentation for an exemplar of side `size`; `strength` multiplies angles and lengths.
-
-    The recipe names albumentations 0.4.3's HorizontalFlip, Rotate(limit=20), Blur(p=0.3) and ElasticTransform(p=0.3).
-    The last one's displacement field is at most 0.018 px and is left out; what acts is its random affine map: three
-    points moved by up to 50 px each. Lengths in pixels are the recipe's at 224 px and scaled to `size`.
-    """
-    flip = rng.random() < 0.5
-    angle = strength * float(rng.uniform(-20, 20)) if rng.random() < 0.5 else 0.0
-    scale = strength * size / 224
-    blur = int(rng.choice([3, 5, 7]) * scale) | 1 if rng.random() < 0.3 else 0  # | 1: to the next odd side
-    shifts = rng.uniform(-50 * scale, 50 * scale, size=(3, 2)) if rng.random() < 0.3 else None
-    return ExemplarAugmentation(flip, angle, blur, shifts)
-
-
-def augment_exemplar(pixels: np.ndarray, size: int, augmentation: ExemplarAugmentation) -> np.ndarray:
-    """Squash an exemplar to a square and augment it. Borders are filled by reflection.
-
-    Args:
-        pixels: (H, W, 3) uint8.
-        size: side E of the result.
-
-    Returns:
-        (E, E, 3) uint8.
-    """
-    import cv2  # part of the training extra; editing does not augment
-
-    flip, angle, blur, shifts = augmentation
-    pixels = cv2.resize(np.ascontiguousarray(pixels), (size, size), interpolation=cv2.INTER_LINEAR)
-    if flip:
-        pixels = cv2.flip(pixels, 1)
-    if angle:
-        pixels = _warp(pixels, cv2.getRotationMatrix2D((size / 2, size / 2), angle, 1.0))
-    if blur:
-        pixels = cv2.blur(pixels, (blur, blur))
-    if shifts is not None:
-        centre, arm = size // 2, size // 3
-        points = centre + np.array([(arm, arm), (arm, -arm), (-arm, -arm)], dtype=np.float32)
-        pixels = _warp(pixels, cv2.getAffineTransform(points, points + shifts.astype(np.float32)))
-    return pixels
-
-
-def _warp(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    import cv2
-
-    side = pixels.shape[0]
-    return cv2.warpAffine(pixels, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)

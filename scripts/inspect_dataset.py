@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What a dataset holds and what the model sees of it: counts, box sizes, what was left out and why, a contact sheet.
+"""Describe a dataset as the model sees it: counts, box sizes, what is left out and why, a contact sheet.
 
     python scripts/inspect_dataset.py --base configs/v1.yaml
     python scripts/inspect_dataset.py data.kind=coco data.root=my/images data.annotations=my/instances.json
     python scripts/inspect_dataset.py data.kind=masks data.root=my/product --sheet product.png
 
-Settings are the training config's: what is shown here is what `main.py` would train on with the same words.
+The settings are those of the training config: `main.py` with the same arguments trains on what is shown here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import numpy as np
 from PIL import Image
 
 from ldm.config import ConfigError, load_config
-from ldm.data.box_dataset import BoxDataset, DatasetError
-from ldm.data.box_index import BoxIndex, BoxIndexError
-from ldm.data.captions import CaptionError
-from ldm.data.datamodule import box_dataset, data_source
-from ldm.data.read_bbox import AnnotationError
-from ldm.data.readers import index_path
+from ldm.data.annotations import index_path
+from ldm.data.box_dataset import BoxDataset
+from ldm.data.box_index import BoxIndex
+from ldm.data.datamodule import annotation_source, box_dataset
 from ldm.editing.editor import save_png
+from ldm.files import UserError
 from ldm.images import exemplar_to_pixels, tensor_to_pil
 
 SAMPLES = 16  # on the contact sheet
@@ -40,8 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--splits", nargs="+", default=["train", "validation"], metavar="SPLIT", help="default: train validation")
     add("--sheet", type=Path, default=Path("dataset.png"), metavar="PNG",
         help="contact sheet of training samples: scene, hole, exemplar (default: %(default)s)")  # fmt: skip
-    add("--epoch", type=int, default=0, help="whose draws the sheet shows; default: %(default)s")
-    add("--rebuild", action="store_true", help="read the annotations again, whatever index there is")
+    add("--epoch", type=int, default=0, help="epoch whose draws the sheet shows; default: %(default)s")
+    add("--rebuild", action="store_true", help="write the index again even if it is up to date")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="override the configs, as for main.py")
     return parser
 
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("data.kind: got 'cached', whose boxes are gone; inspect what the cache was made from")
         for split in args.splits:
             if args.rebuild:
-                source, folder = data_source(config)
+                source, folder = annotation_source(config)
                 index_path(config.data.kind, source, split, folder).unlink(missing_ok=True)
             dataset = box_dataset(config, split)
             print("\n".join(description(split, dataset.index)))
@@ -64,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
             if split == "train":
                 save_png(contact_sheet(dataset, args.epoch), args.sheet)
                 print(f"{args.sheet}: {min(SAMPLES, len(dataset))} samples, each scene, masked scene, exemplar")
-    except (AnnotationError, BoxIndexError, CaptionError, ConfigError, DatasetError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def description(split: str, index: BoxIndex) -> list[str]:
-    """Lines of text about an index."""
+    """Describe an index in lines of text."""
     shares, aspects, counts, shaped = box_statistics(index)
     lines = [
         f"{split}: {len(index):,} images, {index.num_boxes:,} boxes ({index.metadata['format']}, "
@@ -88,7 +87,10 @@ def description(split: str, index: BoxIndex) -> list[str]:
 
 
 def box_statistics(index: BoxIndex, limit: int = 20_000) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Shares, aspects (per box), boxes per image, the share of boxes with a shape; of at most `limit` images."""
+    """Return area fractions and aspects of boxes, boxes per image, and the fraction of boxes with a shape.
+
+    Of large datasets, `limit` images at equal distances are used.
+    """
     shares, aspects, counts, shaped = [], [], [], 0
     for i in np.unique(np.linspace(0, len(index) - 1, min(limit, len(index))).astype(int)).tolist():
         entry = index[i]
@@ -108,7 +110,7 @@ def _quantiles(values: np.ndarray, form: str) -> str:
 
 
 def contact_sheet(dataset: BoxDataset, epoch: int) -> Image.Image:
-    """Samples spread over the dataset as the model gets them: scene, masked scene, exemplar, row by row."""
+    """Show samples spread over the dataset as the model gets them: scene, masked scene, exemplar, row by row."""
     count = min(SAMPLES, len(dataset))
     size, gap = dataset.recipe.image_size, 4
     rows = -(-count // COLUMNS)

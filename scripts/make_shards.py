@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Pack images and boxes into WebDataset tars, for training from storage that likes few large files.
+"""Pack images and boxes into WebDataset tars, for training from storage that prefers few large files.
 
     python scripts/make_shards.py --base configs/v1.yaml --out /scratch/open-images
     python main.py --base configs/v1.yaml data.kind=shards data.root=/scratch/open-images
 
-Stopped, the command goes on where it was: finished shards are left alone. The images are packed as they are; what
-becomes of them is decided when they are read, by the same settings as for loose files. The root may be an address, too:
-`https://host/folder`, `s3://bucket/folder`, or `pipe:any command that writes {}`.
+An interrupted run is continued: finished shards are kept. The images are packed as they are; the settings of training
+apply when they are read, as for image files. The root may also be an address: `https://host/folder`,
+`s3://bucket/folder`, or `pipe:any command that writes {}`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ import sys
 from pathlib import Path
 
 from ldm.config import ConfigError, load_config
-from ldm.data.box_index import BoxIndexError
-from ldm.data.datamodule import data_source
-from ldm.data.read_bbox import AnnotationError
-from ldm.data.readers import open_index
-from ldm.data.shards import ShardError, write_shards
+from ldm.data.annotations import open_index
+from ldm.data.datamodule import annotation_source
+from ldm.data.shards import write_shards
+from ldm.files import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs, merged from left to right")
-    add("--out", type=Path, required=True, metavar="DIR", help="gets the shards and their lists")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the shards and their lists")
     add("--splits", nargs="+", default=["train", "validation"], metavar="SPLIT", help="default: train validation")
-    add("--megabytes", type=int, default=256, metavar="N", help="of a shard, at most; default: %(default)s")
-    add("--workers", type=int, default=2, metavar="N", help="processes; default: %(default)s")
+    add("--megabytes", type=int, default=256, metavar="N", help="largest size of a shard; default: %(default)s")
+    add("--workers", type=int, default=2, metavar="N", help="number of processes; default: %(default)s")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="override the configs, as for main.py")
     return parser
 
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(*args.base, overrides=args.overrides)
         if config.data.kind in ("cached", "shards"):
             raise ConfigError(f"data.kind: got {config.data.kind!r}, expected images and boxes")
-        source, folder = data_source(config)
+        source, folder = annotation_source(config)
         for split in args.splits:
             index = open_index(config.data.kind, source, split, folder)
             images = Path(index.metadata["images"])
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             shards = write_shards(index, images, args.out, split, max_bytes=size, workers=args.workers)
             total = sum(shard.bytes for shard in shards)
             print(f"{split}: {len(index):,} images in {len(shards)} shards, {total / 1e6:,.1f} MB, in {args.out}")
-    except (AnnotationError, BoxIndexError, ConfigError, ShardError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

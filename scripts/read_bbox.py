@@ -1,4 +1,4 @@
-"""Turn Open Images' box annotations into one text file of pixel boxes per image, and one index that training opens.
+"""Convert Open Images' box annotations to one text file of pixel boxes per image, and to the index of training.
 
 python scripts/read_bbox.py --root dataset/open-images
 """
@@ -9,9 +9,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm.data.box_index import BoxIndexError, IndexWriter
-from ldm.data.read_bbox import ANNOTATIONS, AnnotationError, read_bbox
-from ldm.data.readers import Source, annotations_state, index_path, index_source
+from ldm.data.annotations import (
+    OPEN_IMAGES_CSV,
+    AnnotationSource,
+    annotations_state,
+    index_metadata,
+    index_path,
+    write_box_files,
+)
+from ldm.data.box_index import IndexWriter
+from ldm.files import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,31 +27,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--annotations", type=Path, help="folder of the CSVs; default: ROOT/annotations")
     parser.add_argument("--images", type=Path, help="folder of the image folders; default: ROOT/images")
     parser.add_argument("--out", type=Path, help="folder for the text files; default: ROOT/bbox")
-    parser.add_argument("--splits", nargs="+", choices=ANNOTATIONS, help="default: those whose CSV is there")
+    parser.add_argument("--splits", nargs="+", choices=OPEN_IMAGES_CSV, help="default: those whose CSV is there")
     parser.add_argument("--overwrite", action="store_true", help="write existing text files again")
     args = parser.parse_args(argv)
     annotations = args.annotations or args.root / "annotations"
     images = args.images or args.root / "images"
     out = args.out or args.root / "bbox"
-    splits = args.splits or [split for split, name in ANNOTATIONS.items() if (annotations / name).exists()]
+    splits = args.splits or [split for split, name in OPEN_IMAGES_CSV.items() if (annotations / name).exists()]
     try:
         if not splits:
-            raise AnnotationError(f"{annotations}: none of {', '.join(ANNOTATIONS.values())}; see dataset/README.md")
+            raise UserError(f"{annotations}: none of {', '.join(OPEN_IMAGES_CSV.values())}; see dataset/README.md")
         for split in splits:
-            source = Source(args.root, args.out and out / split)
+            source = AnnotationSource(args.root, args.out and out / split)
             with IndexWriter(index_path("open_images", source, split)) as index:
-                csv_path = annotations / ANNOTATIONS[split]
-                summary = read_bbox(csv_path, images, split, out / split, index=index, overwrite=args.overwrite)
+                csv_path = annotations / OPEN_IMAGES_CSV[split]
+                report = write_box_files(csv_path, images, split, out / split, index=index, overwrite=args.overwrite)
                 state = annotations_state("open_images", source, split)
-                index.source |= index_source("open_images", images, split, state)
+                index.source |= index_metadata("open_images", images, split, state)
             print(
-                f"{split}: {summary.rows:,} rows, {summary.boxes:,} boxes kept; {summary.written:,} files written to "
-                f"{out / split}, {summary.resumed:,} already there; index in {index.path}"
+                f"{split}: {report.rows:,} rows, {report.boxes:,} boxes kept; {report.written:,} files written to "
+                f"{out / split}, {report.resumed:,} already there; index in {index.path}"
             )
-            if summary.report:
-                reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.problems.items())
-                print(f"{split}: images without a text file: {reasons}; listed in {summary.report}")
-    except (AnnotationError, BoxIndexError, OSError) as error:
+            if report.list_path:
+                reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.problems.items())
+                print(f"{split}: images without a text file: {reasons}; listed in {report.list_path}")
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 import struct
 import zlib
 from pathlib import Path
@@ -10,16 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from ldm import images
 from ldm.files import UserError
-from ldm.images import ExemplarAugmentation
-
-GOLDEN = Path(__file__).parent / "golden" / "data"
-AUGMENTATIONS: list[dict[str, Any]] = json.loads((GOLDEN / "augmentations.json").read_text())
 
 
 def photo(width: int = 40, height: int = 30) -> Image.Image:
@@ -29,66 +22,6 @@ def photo(width: int = 40, height: int = 30) -> Image.Image:
 
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
-
-
-# ---- exemplar augmentation ----
-
-
-@pytest.mark.parametrize("case", AUGMENTATIONS, ids=lambda case: Path(case["result"]).stem)
-def test_augmentation_equals_the_recipe_s(case: dict[str, Any]) -> None:
-    """Given its parameters, albumentations 0.4.3 on OpenCV 4.7.
-
-    OpenCV's warp rounds differently from version to version: 5.0 differs by at most 3 grey levels after a rotation.
-    The recipe's elastic displacement, left out here, adds up to 4 (6 seen together). Everything else is exact.
-    """
-    image = Image.open(GOLDEN / case["source"]).convert("RGB")
-    if "crop" in case:
-        image = image.crop(case["crop"])
-    shifts = None if case["shifts"] is None else np.array(case["shifts"])
-    augmentation = ExemplarAugmentation(case["flip"], case["angle"], case["blur"], shifts)
-    got = images.augment_exemplar(np.asarray(image), 224, augmentation)
-    difference = np.abs(got.astype(int) - pixels(Image.open(GOLDEN / case["result"]).convert("RGB")))
-    warped = bool(case["angle"] or case["shifts"])
-    assert difference.max() <= (7 if warped else 0)
-    assert difference.mean() <= (0.1 if warped else 0)
-
-
-def test_drawn_augmentations_follow_the_recipe() -> None:
-    rng = np.random.default_rng(0)
-    drawn = [images.draw_augmentation(rng, 224) for _ in range(4000)]
-    # 4 standard deviations of a share of 4000 draws: at most 0.032
-    assert np.mean([a.flip for a in drawn]) == pytest.approx(0.5, abs=0.032)
-    assert np.mean([a.angle != 0 for a in drawn]) == pytest.approx(0.5, abs=0.032)
-    assert np.mean([a.blur > 0 for a in drawn]) == pytest.approx(0.3, abs=0.032)
-    assert np.mean([a.shifts is not None for a in drawn]) == pytest.approx(0.3, abs=0.032)
-    assert {a.blur for a in drawn} == {0, 3, 5, 7}
-    assert 19 < max(abs(a.angle) for a in drawn) <= 20
-    assert 49 < max(np.abs(a.shifts).max() for a in drawn if a.shifts is not None) <= 50
-
-
-def test_strength_scales_what_is_drawn() -> None:
-    for seed in range(50):
-        full, half = (images.draw_augmentation(np.random.default_rng(seed), 224, s) for s in (1.0, 0.5))
-        assert half.flip == full.flip
-        assert half.angle == pytest.approx(full.angle / 2)
-        assert (half.shifts is None) == (full.shifts is None)
-        if full.shifts is not None and half.shifts is not None:
-            np.testing.assert_allclose(half.shifts, full.shifts / 2)
-        assert half.blur <= full.blur and bool(half.blur) == bool(full.blur)
-
-
-def test_lengths_of_the_augmentation_scale_with_the_exemplar() -> None:
-    drawn = [images.draw_augmentation(np.random.default_rng(seed), 64) for seed in range(300)]
-    assert max(np.abs(a.shifts).max() for a in drawn if a.shifts is not None) <= 50 * 64 / 224
-    assert {a.blur for a in drawn} == {0, 1, 3}
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([14, 64, 224]), st.integers(0, 1000))
-@settings(deadline=None, max_examples=50)
-def test_any_exemplar_can_be_augmented(width: int, height: int, size: int, seed: int) -> None:
-    augmentation = images.draw_augmentation(np.random.default_rng(seed), size)
-    got = images.augment_exemplar(np.asarray(photo(width, height)), size, augmentation)
-    assert got.shape == (size, size, 3) and got.dtype == np.uint8
 
 
 # ---- tensors ----

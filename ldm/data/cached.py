@@ -1,9 +1,9 @@
-"""Samples whose latents were computed beforehand, so that a training step is the UNet alone.
+"""Samples whose latents were computed beforehand: a training step then runs the UNet alone.
 
 `scripts/cache_latents.py` writes one `.safetensors` file per split with these arrays, N samples each:
-`image_moments`, `masked_moments` (N, 2Z, h, w) float16, the posterior means and log variances of image
-and masked image; `keep_mask` (N, 1, h, w) uint8, 255 = keep; `exemplar` (N, E, E, 3) uint8 RGB. Where the image
-tower is frozen, `exemplar_features` (N, L, F) float16 hold what it makes of the exemplars.
+`image_moments`, `masked_moments` (N, 2Z, h, w) float16, the posterior means and log variances of image and masked
+image; `keep_mask` (N, 1, h, w) uint8, 255 = keep; `exemplar` (N, E, E, 3) uint8 RGB. If the image tower is frozen,
+`exemplar_features` (N, L, F) float16 hold its output for the exemplars.
 """
 
 from __future__ import annotations
@@ -19,36 +19,34 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.io import write_safetensors
+from ldm.files import UserError
 from ldm.images import clip_normalise
 
 FIELDS = ("image_moments", "masked_moments", "keep_mask", "exemplar")
 OPTIONAL_FIELDS = ("exemplar_features",)
+_REMEDY = "write it again with scripts/cache_latents.py"
 
 
 class CachedDataset(Dataset[dict[str, Tensor]]):
-    """Reads `ROOT/{split}.safetensors`; the file is mapped, not read into memory.
+    """Read `ROOT/{split}.safetensors`; the file is mapped, not read into memory.
 
     Raises:
-        FileNotFoundError: the split has not been cached.
-        ValueError: the file is damaged or lacks an array.
+        UserError: the file is missing or damaged, or lacks an array.
     """
 
     def __init__(self, root: str | Path, split: str, *, max_samples: int | None = None) -> None:
         path = Path(root) / f"{split}.safetensors"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no cached samples; write them with scripts/cache_latents.py")
-        remedy = "write it again with scripts/cache_latents.py"
+            raise UserError(f"{path}: no cached samples; write them with scripts/cache_latents.py")
         try:
             with safe_open(path, framework="pt") as file:
                 present = [name for name in OPTIONAL_FIELDS if name in file.keys()]  # noqa: SIM118 - not iterable
                 self.arrays = {name: file.get_tensor(name) for name in (*FIELDS, *present)}
         except SafetensorError as error:
-            raise ValueError(f"{path}: {error}; {remedy}") from None
+            raise UserError(f"{path}: {error}; {_REMEDY}") from None
         counts = {len(array) for array in self.arrays.values()}
         if len(counts) != 1:
-            raise ValueError(
-                f"{path}: arrays of {sorted(counts)} samples; write it again with scripts/cache_latents.py"
-            )
+            raise UserError(f"{path}: arrays of {sorted(counts)} samples; {_REMEDY}")
         count = counts.pop()
         self.length = count if max_samples is None else min(count, max_samples)
 
@@ -56,33 +54,29 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         return self.length
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
-        """The epoch of an (epoch, index) item has no effect: the draws were made when caching.
+        """Return a sample; the epoch of an (epoch, index) item has no effect: the draws were made when caching.
 
         Returns:
             `image_moments`, `masked_moments` (2Z, h, w), `keep_mask` (1, h, w) in [0, 1], `exemplar` (3, E, E), and
-            `exemplar_features` (L, F) where they were cached.
+            `exemplar_features` (L, F) if they were cached.
         """
         index = item[1] if isinstance(item, tuple) else item
-        floats = self.arrays.keys() - {"keep_mask", "exemplar"}
-        return {
-            **{name: self.arrays[name][index].float() for name in floats},
-            "keep_mask": self.arrays["keep_mask"][index].float() / 255.0,
-            "exemplar": clip_normalise(self.arrays["exemplar"][index].numpy()),
-        }
+        sample = {name: array[index].float() for name, array in self.arrays.items() if name != "exemplar"}
+        sample["keep_mask"] /= 255.0
+        return sample | {"exemplar": clip_normalise(self.arrays["exemplar"][index].numpy())}
 
 
 def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
     """Write a cache from batches of arrays, one at a time: memory does not grow with the number of samples.
 
     Args:
-        path: gets the finished file; until then it has a temporary name.
-        num_samples: N, the total over all batches.
-        batches: dicts with the arrays of `FIELDS` (and of `OPTIONAL_FIELDS`), samples first, in the types of the
-            module's docstring.
+        path: of the finished file; until then it has a temporary name.
+        num_samples: N, the total of all batches.
+        batches: the arrays of `FIELDS` (and `OPTIONAL_FIELDS`), samples first, in the types of the module's docstring.
 
     Raises:
-        ValueError: the batches hold another number of samples.
-        CheckpointError: the disk is full, or the folder cannot be written.
+        UserError: the batches hold another number of samples.
+        CheckpointError: the disk is full, or the folder is not writable.
     """
     remaining = iter(batches)
     first = next(remaining, {})
@@ -97,6 +91,6 @@ def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[st
             yield from ((name, torch.from_numpy(batch[name])) for name in layout)
             written += len(batch[FIELDS[0]]) if batch else 0
         if written != num_samples:
-            raise ValueError(f"{path}: got {written} samples, expected {num_samples}")
+            raise UserError(f"{path}: got {written} samples, expected {num_samples}")
 
     write_safetensors(path, layout, pieces=pieces())

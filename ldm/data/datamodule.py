@@ -1,8 +1,8 @@
 """Datasets to batches: order, ranks, workers, resume.
 
-Order and randomness are functions of (seed, epoch, sample): the sampler hands (epoch, index) pairs to the
-dataset, and every sample carries a `key` from which the training step draws its noise. Neither the number of
-workers nor the number of processes changes what a sample looks like.
+Order and randomness are functions of (seed, epoch, sample): the sampler hands (epoch, index) pairs to the dataset, and
+every sample carries a `key` from which the training step draws its noise. A sample therefore depends neither on the
+number of workers nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.config import Config, ConfigError
-from ldm.data.box_dataset import BoxDataset, Sample, SampleRecipe, sample_key
+from ldm.data.annotations import AnnotationSource, open_index
+from ldm.data.box_dataset import BoxDataset, Sample, SampleRecipe, open_captions, sample_key
 from ldm.data.cached import CachedDataset
-from ldm.data.captions import open_captions
-from ldm.data.readers import Source, open_index
 from ldm.data.shards import ShardPart, Shards
+from ldm.files import UserError
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """(epoch, index) pairs of one rank, shuffled by (seed, epoch).
+    """Yield the (epoch, index) pairs of one rank, shuffled by (seed, epoch).
 
-    Consecutive samples of the shuffled order go to consecutive ranks, so that a step of W processes
-    with batch B holds the same samples as a step of one process with batch W·B.
+    Consecutive samples of the shuffled order go to consecutive ranks: a step of W processes with batch B holds the same
+    samples as a step of one process with batch W·B.
 
     Args:
-        length: samples in the dataset; the remainder of a division by `world_size` is left out.
-        seed: None keeps the order, for a dataset that has one of its own in every epoch.
-        epoch: the first epoch that is run; `set_epoch` gives the later ones.
-        start: samples of this rank to leave out in that first epoch, for resuming.
+        length: number of samples in the dataset; the remainder of a division by `world_size` is left out.
+        seed: None keeps the order, for a dataset that shuffles itself.
+        epoch: the first epoch; `set_epoch` sets the later ones.
+        start: number of samples of this rank to skip in the first epoch, for resuming.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch, self.start = epoch, start
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
+        """Set the epoch; Lightning calls this before each one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class KeyedDataset(Dataset[Sample]):
-    """Passes (epoch, index) on and adds `key`, the seed of the sample's own random draws in training."""
+    """Add `key` to the samples of a dataset: the seed of the sample's own draws in training."""
 
     def __init__(self, dataset: BoxDataset | CachedDataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -71,7 +71,7 @@ class KeyedDataset(Dataset[Sample]):
         return len(self.dataset)
 
     def first(self, count: int) -> list[Sample]:
-        """The first samples of epoch 0."""
+        """Return the first samples of epoch 0."""
         return [self[i] for i in range(min(count, len(self)))]
 
     def __getitem__(self, item: int | tuple[int, int]) -> Sample:
@@ -83,17 +83,14 @@ class DataModule(pl.LightningDataModule):
     """Training and validation batches of a config, resumable in the middle of an epoch.
 
     Raises:
-        FileNotFoundError, ValueError: the data are missing or too few; the message says what to run.
+        UserError: the data are missing or too few, or do not suit the model.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.stage == "first_stage" and config.data.kind == "cached":
-            raise ConfigError(
-                "data.kind: got 'cached', expected images and boxes: the first stage is trained on pixels"
-            )
+        _check_source(config)
         self.data, self.seed = config.data, config.seed
-        self._position = {"epoch": 0, "batch": 0}  # of the next batch, where a checkpoint was loaded
+        self._position = {"epoch": 0, "batch": 0}  # of the next batch, if a checkpoint was loaded
         self.train_set = _split(config, "train", None)
         self.val_set = _split(config, "validation", self.data.max_val_samples)
 
@@ -131,7 +128,7 @@ class DataModule(pl.LightningDataModule):
     ) -> DataLoader[Sample]:
         if len(sampler) < batch_size:
             split = "training" if isinstance(sampler, EpochSampler) else "validation"
-            raise ValueError(
+            raise UserError(
                 f"{self.data.root}: got {len(sampler)} {split} samples for each process, expected at least a batch of "
                 f"{batch_size}; prepare more data or lower data.batch_size and data.val_batch_size"
             )
@@ -142,13 +139,13 @@ class DataModule(pl.LightningDataModule):
             sampler=sampler,  # pyright: ignore[reportArgumentType]: pairs, which the datasets take
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=_outlive_signals if workers > 0 else None,
+            worker_init_fn=_set_up_worker if workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
             drop_last=True,
         )
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batch (of one rank) that come next after the checkpoint."""
+        """Return the epoch and the batch (of one rank) that follow the checkpoint."""
         assert self.trainer is not None
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # pyright: ignore[reportAttributeAccessIssue]
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
@@ -160,20 +157,23 @@ class DataModule(pl.LightningDataModule):
         self._position = {"epoch": 0, **state_dict}
 
 
-def _outlive_signals(worker: int) -> None:
-    """Let a worker go on when a signal for the run reaches the whole process group: the trainer still needs it."""
+def _set_up_worker(worker: int) -> None:
+    """Keep OpenCV to one thread, and survive a signal to the process group: the trainer still needs its workers."""
+    import cv2
+
+    cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # Python also ends workers by SIGTERM: obey, later
 
 
-def data_source(config: Config) -> tuple[Source, Path | None]:
-    """Where a config's annotations are, and the folder for their index, if it names one."""
+def annotation_source(config: Config) -> tuple[AnnotationSource, Path | None]:
+    """Return where the annotations of a config are, and the folder for their index, if the config names one."""
     data = config.data
     annotations, validation, index = (
         None if path is None else Path(path) for path in (data.annotations, data.val_annotations, data.index)
     )
-    return Source(Path(data.root), annotations, validation), index
+    return AnnotationSource(Path(data.root), annotations, validation), index
 
 
 def box_dataset(
@@ -185,13 +185,13 @@ def box_dataset(
     seed: int | None = None,
     max_samples: int | None = None,
 ) -> BoxDataset:
-    """The samples that a config asks for, from images and boxes; `kind`, `root` and `seed` stand in for its own.
+    """Open the images and boxes of a config; `kind`, `root` and `seed` replace its own.
 
     Raises:
-        BoxIndexError, CaptionError: the annotations or captions cannot be used.
+        UserError: the annotations or captions cannot be used.
     """
     data = config.data
-    source, folder = data_source(config)
+    source, folder = annotation_source(config)
     if root is not None:
         source = source._replace(root=Path(root))
     index = open_index(kind or data.kind, source, split, folder)
@@ -203,24 +203,31 @@ def box_dataset(
 
 
 def sample_recipe(config: Config) -> SampleRecipe:
-    """How a config makes samples of images."""
+    """Return how a config makes samples of images.
+
+    Raises:
+        ConfigError: `data.augmentation` is not a pipeline that can be used.
+    """
     data, margins = config.data, config.data.crop_margin_range
-    return SampleRecipe(
+    recipe = SampleRecipe(
         image_size=config.model.image_size,
         exemplar_size=config.model.exemplar_encoder.image_size,
         p_arbitrary_mask=data.p_arbitrary_mask,
         p_object_mask=data.p_object_mask,
         augment_exemplar=data.augment_exemplar,
         augmentation_strength=data.augmentation_strength,
+        augmentation=data.augmentation,
         grey_background=data.grey_background,
         crop_margin_range=(margins[0], margins[1]) if margins else None,
         hard_edges="hole_mask" in config.model.input_channels,
     )
+    if data.augmentation is not None:
+        _ = recipe.pipeline  # errors show here, not in a worker
+    return recipe
 
 
 def _split(config: Config, split: str, max_samples: int | None) -> KeyedDataset | Shards:
     data, seed = config.data, config.seed
-    _check_source(config)
     if data.kind == "shards":
         recipe, buffer = sample_recipe(config), data.shuffle_buffer if split == "train" else 0
         return Shards(data.root, split, recipe, seed=seed, buffer=buffer, max_samples=max_samples)
@@ -230,13 +237,15 @@ def _split(config: Config, split: str, max_samples: int | None) -> KeyedDataset 
 
 
 def _check_source(config: Config) -> None:
-    """Whether the data hold what the model reads."""
-    given, kind = config.data.captions, config.data.kind
+    """Check that the data hold what the model reads."""
+    captions, kind = config.data.captions, config.data.kind
+    if kind == "cached" and config.stage == "first_stage":
+        raise ConfigError("data.kind: got cached, expected images and boxes: the first stage is trained on pixels")
     if kind == "cached" and "hole_mask" in config.model.input_channels:
         raise ConfigError("data.kind: got cached, whose masks are for keep_mask in model.input_channels, not hole_mask")
-    if config.stage == "diffusion" and config.model.condition != "exemplar" and given is None:
+    if config.stage == "diffusion" and config.model.condition != "exemplar" and captions is None:
         raise ConfigError("data.captions: got none for a model that reads text, expected classes or a CSV file")
-    if given is not None and kind in ("shards", "cached"):
+    if captions is not None and kind in ("shards", "cached"):
         raise ConfigError(
-            f"data.captions: got {given!r} with data.kind {kind}, which holds none; use the images themselves"
+            f"data.captions: got {captions!r} with data.kind {kind}, which holds none; use the images themselves"
         )

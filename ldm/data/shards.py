@@ -1,13 +1,14 @@
-"""Images and boxes packed into WebDataset tars, for storage that likes few large files, local or remote.
+"""Images and boxes packed into WebDataset tars, for local or remote storage that prefers few large files.
 
-A shard holds, per image, `NUMBER.json` with its size, boxes and outlines, `NUMBER.jpg` (or png, webp) with the file's
-own bytes, and `NUMBER.mask.png` where a mask is known; NUMBER is its place in the index that the shards were made from.
-`SPLIT.json` beside the shards lists them with their samples, bytes and SHA-256.
+A shard holds, per image, `NUMBER.json` with its size, boxes and outlines, `NUMBER.jpg` (or png, webp) with the bytes of
+the image file, and `NUMBER.mask.png` if it has a mask; NUMBER is the image's place in the index. `SPLIT.json` beside
+the shards lists them with their number of samples, bytes and SHA-256.
 
-Every process takes the same number of samples in an epoch, whatever is damaged: a worker that runs out of images
-begins its shards again. Which samples come in which order follows from (seed, epoch, processes, workers): shards are
-dealt in an order shuffled by (seed, epoch), and each worker shuffles what it reads within a buffer. What is drawn for a
-sample follows from (seed, epoch, NUMBER) alone, as for loose files.
+Every process takes the same number of samples per epoch, whatever is damaged: a worker that runs out of images starts
+its shards again. The order is a function of (seed, epoch, processes, workers): shards are dealt in an order shuffled by
+(seed, epoch), and each worker shuffles within a buffer. The draws of a sample depend on (seed, epoch, NUMBER) alone, as
+for image files. WebDataset opens addresses and unpacks tars; its own shuffling cannot be resumed in mid-epoch bit for
+bit, so the order is made here.
 """
 
 from __future__ import annotations
@@ -26,34 +27,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.box_dataset import MAX_ATTEMPTS, UNREADABLE, SampleRecipe, sample_key
+from ldm.data.box_dataset import MAX_ATTEMPTS, Sample, SampleRecipe, sample_key
 from ldm.data.box_index import BoxIndex, Entry
-from ldm.files import atomic_write, write_text
-from ldm.images import Box
+from ldm.files import UserError, atomic_write, write_text
+from ldm.images import UNREADABLE, Box
 
 logger = logging.getLogger(__name__)
 
 Members = dict[str, bytes]  # content by extension
 
 
-class ShardError(ValueError):
-    """Shards that cannot be written or read; the message names them and the remedy."""
-
-
 @dataclass(frozen=True)
 class Shard:
-    """One tar.
-
-    Attributes:
-        name: of the file.
-        samples: images in it.
-        bytes: of the file.
-        sha256: of its content.
-    """
+    """One tar file: its name, number of images, size in bytes, and the SHA-256 of its content."""
 
     name: str
     samples: int
@@ -67,25 +56,25 @@ class Shard:
 def write_shards(
     index: BoxIndex, images: Path, out: Path, split: str, *, max_bytes: int = 2**28, workers: int = 1
 ) -> list[Shard]:
-    """Pack the images of an index; an interrupted run is continued, a finished one is checked and left alone.
+    """Pack the images of an index. An interrupted run is continued.
 
     Args:
-        index: which images, with which boxes.
-        images: the folder that its names are relative to.
-        out: gets `SPLIT-000000.tar` and so on, and at the end `SPLIT.json`.
-        split: for the files' names.
-        max_bytes: of the images in a shard; one larger image has a shard of its own.
-        workers: processes; the files do not depend on it.
+        index: images and boxes.
+        images: folder that the names in the index are relative to.
+        out: folder for `SPLIT-000000.tar` and so on, and at the end `SPLIT.json`.
+        split: first part of the file names.
+        max_bytes: largest sum of image sizes in a shard; one larger image gets a shard of its own.
+        workers: number of processes; the files do not depend on it.
 
     Raises:
-        ShardError: an image is missing, or `out` holds shards of something else.
+        UserError: an image is missing, or `out` holds shards of other images.
         OSError: the disk is full or not writable; finished shards stay.
     """
     spans = list(_spans(index, images, max_bytes))
     plan = json.dumps({"index": index.path.stat().st_size, "images": str(images), "spans": spans})
     plan_path = out / f".{split}.plan.json"
     if plan_path.is_file() and plan_path.read_text(encoding="utf-8") != plan:
-        raise ShardError(f"{out}: holds shards of other images or another size; choose another folder or empty it")
+        raise UserError(f"{out}: holds shards of other images or another size; choose another folder or empty it")
     write_text(plan_path, plan)
     jobs = [(index.path, images, out / f"{split}-{k:06d}.tar", *span) for k, span in enumerate(spans)]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -95,14 +84,14 @@ def write_shards(
 
 
 def _spans(index: BoxIndex, images: Path, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """First and last (exclusive) image of each shard."""
+    """Return the first and last (exclusive) image of each shard."""
     first, total = 0, 0
     for i in tqdm(range(len(index)), desc="sizes", unit=" images", delay=3):
         path = images / index[i].name
         try:
             size = path.stat().st_size
         except FileNotFoundError:
-            raise ShardError(
+            raise UserError(
                 f"{path}: missing; write the index again with scripts/inspect_dataset.py --rebuild"
             ) from None
         if total and total + size > max_bytes:
@@ -114,7 +103,7 @@ def _spans(index: BoxIndex, images: Path, max_bytes: int) -> Iterator[tuple[int,
 
 
 def _write_shard(job: tuple[Path, Path, Path, int, int]) -> Shard:
-    """One tar, with the same bytes whoever writes it when; one that is there is taken as it is, for it is whole."""
+    """Write a tar whose bytes depend on the images alone. An existing one is complete, and kept."""
     index_path, images, path, first, last = job
     index = BoxIndex(index_path)
     if not path.is_file():
@@ -150,15 +139,15 @@ class Shards:
 
     Args:
         root: folder, `http(s)://…`, `s3://…` (read by the AWS command line) or `pipe:COMMAND {}`, where `{}` becomes
-            the file's name and COMMAND writes its content to the standard output.
+            the name of a file whose content COMMAND writes to the standard output.
         split: train or validation.
-        recipe: what becomes of an image.
-        seed: of order and draws.
-        buffer: images that a worker shuffles among; 0 keeps the order.
-        max_samples: of an epoch.
+        recipe: makes a sample of an image.
+        seed: decides order and draws.
+        buffer: number of images that a worker shuffles among; 0 keeps the order.
+        max_samples: largest number of samples per epoch.
 
     Raises:
-        ShardError: there is no list of shards, or it is damaged.
+        UserError: the list of shards is missing or damaged.
     """
 
     def __init__(
@@ -179,23 +168,22 @@ class Shards:
     def __len__(self) -> int:
         return self.length
 
-    def first(self, count: int) -> list[dict[str, Tensor]]:
-        """The first samples of epoch 0."""
+    def first(self, count: int) -> list[Sample]:
+        """Return the first samples of epoch 0."""
         part = ShardPart(self, batch_size=count)
         return [part[0, k] for k in range(min(count, len(self)))]
 
 
-class ShardPart(Dataset[dict[str, Tensor]]):
-    """What one process reads of the shards: samples with their `key`, by (epoch, place in the epoch).
+class ShardPart(Dataset[Sample]):
+    """The samples that one process reads, with their `key`, by (epoch, place in the epoch).
 
-    Places are meant to be asked for in order, batch by batch, by workers in turn, as a `DataLoader` does: each worker
-    then reads a stream. Any other order gives the same samples, slowly.
+    A `DataLoader` requests places in order, batch by batch, from its workers in turn: each worker then reads a stream.
+    Any other order gives the same samples, slowly.
 
     Args:
-        shards: of all processes.
-        batch_size: of the loader.
-        num_workers: of the loader.
-        rank, world_size: of this process.
+        shards: the shards of all processes.
+        batch_size, num_workers: settings of the loader.
+        rank, world_size: place of this process among all.
     """
 
     def __init__(
@@ -204,26 +192,26 @@ class ShardPart(Dataset[dict[str, Tensor]]):
         self.source, self.batch_size, self.workers = shards, batch_size, max(num_workers, 1)
         self.rank, self.world_size = rank, world_size
         self._next: tuple[int, int, int] | None = None  # epoch, worker and place of what the stream gives next
-        self._stream: Iterator[dict[str, Tensor]] = iter(())
+        self._stream: Iterator[Sample] = iter(())
 
     def __len__(self) -> int:
-        """Samples of an epoch in this process; more can be had."""
+        """Number of samples of an epoch in this process; the stream itself is endless."""
         return len(self.source) // self.world_size
 
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, place = item
         batch, within = divmod(place, self.batch_size)
-        # A loader that goes on in mid-epoch begins with its first worker: the batch says whose stream is meant.
+        # A loader that resumes in mid-epoch starts with its first worker: the batch decides whose stream is read.
         worker, place = batch % self.workers, batch // self.workers * self.batch_size + within
         if self._next != (epoch, worker, place):
             self._stream = self._samples(epoch, worker, place)
         self._next = epoch, worker, place + 1
         return next(self._stream)
 
-    def _samples(self, epoch: int, worker: int, start: int) -> Iterator[dict[str, Tensor]]:
-        """Endless samples of a worker, from the `start`th on.
+    def _samples(self, epoch: int, worker: int, start: int) -> Iterator[Sample]:
+        """Yield the endless samples of a worker, from the `start`th on.
 
-        An unreadable image is replaced by a further draw of the next one, so that what comes after it does not move.
+        An unreadable image is replaced by a second draw of the next one, so that the samples after it do not move.
         """
         failures = 0
         for lap, i, members in islice(self._shuffled(epoch, worker), start, None):
@@ -236,7 +224,7 @@ class ShardPart(Dataset[dict[str, Tensor]]):
             except (*UNREADABLE, KeyError, StopIteration) as error:
                 failures += 1
                 if failures == MAX_ATTEMPTS:
-                    raise ShardError(
+                    raise UserError(
                         f"{self.source.root}: {failures} images in a row cannot be read; see the log"
                     ) from None
                 logger.warning("%s: image %d skipped (%s)", self.source.root, i, error)
@@ -244,29 +232,28 @@ class ShardPart(Dataset[dict[str, Tensor]]):
                 failures = 0
 
     def _shuffled(self, epoch: int, worker: int) -> Iterator[tuple[int, int, Members]]:
-        """(lap, NUMBER, content by extension) of a worker's images, over and over, shuffled within a buffer."""
+        """Yield (lap, NUMBER, content by extension) of a worker's images, over and over, shuffled within a buffer."""
         rng = np.random.default_rng([self.source.seed, epoch, self.rank, worker])
         for lap in count():
-            kept: list[tuple[int, Members]] = []
-            for i, members in self._read(epoch, worker):
-                if len(kept) < self.source.buffer:
-                    kept.append((i, members))
-                    continue
-                k = int(rng.integers(len(kept) + 1))
-                kept.append((i, members))
-                yield lap, *kept.pop(k)
-            if not kept:
-                raise ShardError(f"{self.source.root}: no image of the shards can be read; see the log")
-            for k in rng.permutation(len(kept)).tolist():
-                yield lap, *kept[k]
+            buffer: list[tuple[int, Members]] = []
+            is_empty = True
+            for image in self._read(epoch, worker):
+                is_empty = False
+                buffer.append(image)
+                if len(buffer) > self.source.buffer:
+                    yield lap, *buffer.pop(int(rng.integers(len(buffer))))
+            if is_empty:
+                raise UserError(f"{self.source.root}: no image of the shards can be read; see the log")
+            for k in rng.permutation(len(buffer)).tolist():
+                yield lap, *buffer[k]
 
     def _read(self, epoch: int, worker: int) -> Iterator[tuple[int, Members]]:
-        """One lap over a worker's shards."""
+        """Yield the images of a worker's shards once."""
         from webdataset.tariterators import tarfile_samples
 
         order = np.random.default_rng([self.source.seed, epoch]).permutation(len(self.source.shards))
         consumer, consumers = worker * self.world_size + self.rank, self.world_size * self.workers
-        # Where there are fewer shards than consumers, those with the same shard take its images in turn.
+        # With fewer shards than consumers, those that share a shard take its images in turn.
         mine = order[consumer::consumers] if len(order) >= consumers else order[[consumer % len(order)]]
         sharing = range(consumer % len(order), consumers, len(order)) if len(order) < consumers else range(1)
 
@@ -281,10 +268,10 @@ class ShardPart(Dataset[dict[str, Tensor]]):
 
 
 def listed_shards(root: str, split: str) -> list[Shard]:
-    """The shards that the list of a folder or an address names.
+    """Read the list of the shards in a folder or at an address.
 
     Raises:
-        ShardError: there is no list, or it is damaged.
+        UserError: the list is missing or damaged.
     """
     from webdataset.gopen import gopen
 
@@ -294,7 +281,7 @@ def listed_shards(root: str, split: str) -> list[Shard]:
         with gopen(address) as stream:
             return [Shard(**shard) for shard in json.loads(stream.read())["shards"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"{address}: no list of shards ({error}); {remedy}") from None
+        raise UserError(f"{address}: no list of shards ({error}); {remedy}") from None
 
 
 def _address(root: str, name: str) -> str:
@@ -306,7 +293,7 @@ def _address(root: str, name: str) -> str:
 
 
 def _unpacked(members: Members) -> tuple[Entry, Callable[[str], BinaryIO]]:
-    """An image's entry, and a function that opens its files by the names in it."""
+    """Return the entry of an image, and a function that opens its files by their names in it."""
     record = json.loads(members["json"])
     mask = next((name for name in members if name.startswith("mask.")), "")
     image = next(name for name in members if name not in ("json", mask))

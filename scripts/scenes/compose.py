@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ldm.data.read_bbox import ANNOTATIONS
+from ldm.data.annotations import OPEN_IMAGES_CSV
 from ldm.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -667,7 +667,7 @@ def _write_classes(plan: _Plan) -> None:
 
 def _result_file(plan: _Plan, part: str) -> Path:
     """The file whose presence says that a part is complete."""
-    return plan.out / "bench" / "items.csv" if part == "bench" else plan.out / "annotations" / ANNOTATIONS[part]
+    return plan.out / "bench" / "items.csv" if part == "bench" else plan.out / "annotations" / OPEN_IMAGES_CSV[part]
 
 
 def _join_parts(plan: _Plan, part: str, starts: range) -> None:

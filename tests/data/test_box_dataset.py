@@ -16,10 +16,16 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from ldm import images
-from ldm.data.box_dataset import BoxDataset, DatasetError, SampleRecipe, _reduced, crop
-from ldm.data.box_index import Entry
-from ldm.data.readers import Source, open_index
+from ldm.config import load_config
+from ldm.data.annotations import OPEN_IMAGES_CSV, AnnotationSource, open_index, write_index
+from ldm.data.box_dataset import BoxDataset, SampleRecipe, crop, open_captions, read_captions, reduced_window
+from ldm.data.box_index import BoxIndex, Entry, IndexWriter
+from ldm.data.datamodule import box_dataset
+from ldm.files import UserError
 from ldm.images import Box
+from scripts import inspect_dataset, read_bbox
+from tests.data.test_annotations import coco, voc
+from tests.data.test_annotations import images as write_images
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 SIZES = [(96, 72), (72, 96), (64, 64), (120, 40), (9, 7)]
@@ -49,7 +55,7 @@ def make(
     root: Path, split: str = "validation", seed: int = 0, max_samples: int | None = None, **options: Any
 ) -> BoxDataset:
     recipe = SampleRecipe(**{"image_size": 32, "exemplar_size": 28, **options})
-    index = open_index("open_images", Source(root), split)
+    index = open_index("open_images", AnnotationSource(root), split)
     return BoxDataset(index, root / "images", recipe, seed=seed, max_samples=max_samples)
 
 
@@ -182,7 +188,7 @@ def test_crop_shows_the_window_that_the_original_showed() -> None:
 def test_a_window_of_a_reduced_picture_stays_a_square_inside(side: int, x: int, y: int, reduction: int) -> None:
     width, height = (max(edge + side, reduction) for edge in (x, y))
     size = -(-width // reduction), -(-height // reduction)  # what a JPEG decoder gives
-    window = _reduced(Box(x, y, x + side, y + side), size, reduction)
+    window = reduced_window(Box(x, y, x + side, y + side), size, reduction)
     assert window.inside(*size)
     assert window.right - window.left == window.bottom - window.top
     assert abs(window.left * reduction - x) <= 1.5 * reduction
@@ -210,7 +216,7 @@ def test_unreadable_files_are_skipped_and_counted(root: Path, caplog: pytest.Log
     assert dataset.num_skipped >= 3
     assert all(images[i].name in caplog.text for i in range(3))
     assert "is 11 x 12, indexed as 64 x 64" in caplog.text
-    again = BoxDataset(dataset.index, dataset.images, dataset.recipe)
+    again = BoxDataset(dataset.index, dataset.folder, dataset.recipe)
     assert all(same(again[i], items[i]) for i in range(3))
 
 
@@ -218,7 +224,7 @@ def test_a_dataset_without_one_readable_image_stops(tmp_path: Path) -> None:
     add(tmp_path, "a", photo((20, 20)), ["0 0 10 10"])
     dataset = make(tmp_path)
     (tmp_path / "images/validation/a.jpg").write_bytes(b"")
-    with pytest.raises(DatasetError, match="20 samples in a row"):
+    with pytest.raises(UserError, match="20 samples in a row"):
         dataset[0]
 
 
@@ -281,3 +287,101 @@ def test_a_mask_of_another_size_is_an_error(shaped: Callable[[str], BinaryIO]) -
         SampleRecipe(32, 32, p_object_mask=1.0)(
             entry, lambda name: BytesIO(files[name]) if name in files else shaped(name), np.random.default_rng(0)
         )
+
+
+# ---- captions ----
+
+
+def labels(kind: str, source: AnnotationSource, path: Path) -> list[tuple[str, ...]]:
+    write_index(path, kind, source, "train")
+    index = BoxIndex(path)
+    return [index[i].labels for i in range(len(index))]
+
+
+def open_images_csv(root: Path, *, descriptions: bool = True) -> AnnotationSource:
+    folder = root / "annotations"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        write_images(root / "images" / split)
+        rows = ["ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax", "b,x,/m/2,1,0.1,0.6,0.25,0.875"]
+        rows += [
+            "a,x,/m/1,1,0.1,0.6,0.25,0.875",
+            "a,x,/m/1,1,0,0.01,0,0.01",
+            "a,x,/m/2,1,0.5,1,0.5,1",
+            "a,x,/m/9,1,0,1,0,.5",
+        ]
+        (folder / OPEN_IMAGES_CSV[split]).write_text("\n".join(rows))
+    if descriptions:
+        (folder / "class-descriptions-boxable.csv").write_text('/m/1,Dog\n/m/2,"Cake, cut"\n')
+    return AnnotationSource(root)
+
+
+def test_classes_of_every_format(tmp_path: Path) -> None:
+    path = tmp_path / "i.safetensors"
+    # of image a the second box is too small to be used
+    assert labels("open_images", open_images_csv(tmp_path / "o"), path) == [("Dog", "Cake, cut", ""), ("Cake, cut",)]
+    source = coco(tmp_path / "coco")
+    assert labels("coco", source, path) == [(), ()]  # names nothing
+    assert source.annotations is not None
+    text = source.annotations.read_text().replace('"bbox"', '"category_id": 7, "bbox"')
+    source.annotations.write_text(text[:-1] + ', "categories": [{"id": 7, "name": "dog"}]}')
+    assert labels("coco", source, path) == [("dog",), ("dog",)]
+    assert labels("voc", voc(tmp_path / "voc"), path) == [("x",), ("x",)]
+
+
+def test_the_caption_is_of_the_box_that_is_the_hole(tmp_path: Path) -> None:
+    source = open_images_csv(tmp_path)
+    overrides = [f"data.root={source.root}", "data.captions=classes", "model.image_size=16"]
+    dataset = box_dataset(load_config(overrides=overrides), "train")
+    assert {dataset[epoch, 0]["caption"] for epoch in range(20)} == {"dog", "cake, cut", ""}
+    assert dataset[0, 1]["caption"] == "cake, cut"
+
+
+def test_text_files_of_boxes_get_their_classes_with_the_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = open_images_csv(tmp_path, descriptions=False).root
+    words = [f"data.root={root}", "data.captions=classes", "model.image_size=16"]
+    inspect = [*words, "--splits", "train", "--sheet", str(tmp_path / "sheet.png")]
+    assert read_bbox.main(["--root", str(root), "--splits", "train"]) == 0
+    assert inspect_dataset.main(inspect) == 2
+    assert "got an index without classes" in capsys.readouterr().err
+    (root / "annotations" / "class-descriptions-boxable.csv").write_text("LabelName,DisplayName\n/m/2,Cake\n")
+    assert read_bbox.main(["--root", str(root), "--splits", "train"]) == 0
+    assert inspect_dataset.main(inspect) == 0
+    assert "captions:  | cake …" in capsys.readouterr().out  # the first box of a is of a class without a name
+
+
+def test_edges_are_hard_where_the_model_wants_them(tmp_path: Path) -> None:
+    config = load_config(overrides=[f"data.root={open_images_csv(tmp_path).root}", "model.image_size=16"])
+    soft = box_dataset(config, "train")[0]
+    config.model.input_channels = ["x_t", "hole_mask", "z_masked"]
+    hard = box_dataset(config, "train")[0]
+    assert len(soft["keep_mask"].unique()) > 2 and hard["keep_mask"].unique().tolist() == [0, 1]
+    assert ((soft["keep_mask"] > 0.5) == (hard["keep_mask"] == 1)).all()
+    assert (hard["masked_image"] == hard["image"] * hard["keep_mask"]).all()
+
+
+def index_of(folder: Path) -> BoxIndex:
+    with IndexWriter(folder / "i.safetensors", {"images": "pictures"}) as writer:
+        for name in ("a.jpg", "sub/b.jpg"):
+            writer.add(name, (100, 100), [(10, 10, 60, 60)])
+    return BoxIndex(folder / "i.safetensors")
+
+
+def test_a_table(tmp_path: Path) -> None:
+    index, table = index_of(tmp_path), tmp_path / "captions.csv"
+    table.write_text('file_name,caption,by\na.jpg,"a dog, asleep",me\nsub/b.jpg,\n')
+    caption = open_captions(str(table), index, 2)
+    assert [caption(index[i], 0) for i in range(2)] == ["a dog, asleep", ""]
+    table.write_text("file_name,caption\na.jpg,dog\n")
+    assert open_captions(str(table), index, 1)(index[0], 0) == "dog"  # the second one is not used
+    with pytest.raises(UserError, match=r"captions\.csv: .*sub/b\.jpg.*pictures"):
+        open_captions(str(table), index, 2)
+    with pytest.raises(UserError, match=r"i\.safetensors"):
+        open_captions("classes", index, 2)
+    table.write_text("a.jpg,dog\n")
+    with pytest.raises(UserError, match=r"captions\.csv: .*a\.jpg, dog"):
+        read_captions(table)
+    with pytest.raises(UserError, match=r"none\.csv"):
+        read_captions(tmp_path / "none.csv")

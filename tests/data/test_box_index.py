@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.data.box_index import BoxIndex, BoxIndexError, IndexWriter
+from ldm.data.box_index import BoxIndex, IndexWriter
 from ldm.data.masks import clip_box
+from ldm.files import UserError
 
 outlines = st.lists(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 300)), min_size=3, max_size=6), max_size=2)
 images = st.lists(
@@ -47,7 +48,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, found: list[Any]) 
                     expected.append(
                         (name, [clip_box(*corners[k], size) for k in kept], [shapes[k] for k in kept], mask)
                     )
-    except BoxIndexError:
+    except UserError:
         assert not expected and not path.exists()
         return
     index = BoxIndex(path)
@@ -90,7 +91,7 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
 
 def test_nothing_is_written_of_nothing_or_after_an_error(tmp_path: Path) -> None:
     path = tmp_path / "i.safetensors"
-    with pytest.raises(BoxIndexError, match="1 boxes of less than 2% of their image"), IndexWriter(path) as writer:
+    with pytest.raises(UserError, match="1 boxes of less than 2% of their image"), IndexWriter(path) as writer:
         writer.add("a.jpg", (100, 100), [(0, 0, 1, 1)])
     with pytest.raises(RuntimeError), IndexWriter(path) as writer:
         writer.add("a.jpg", (100, 100), [(0, 0, 50, 50)])
@@ -100,14 +101,14 @@ def test_nothing_is_written_of_nothing_or_after_an_error(tmp_path: Path) -> None
 
 def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "i.safetensors"
-    with pytest.raises(BoxIndexError, match="no such index"):
+    with pytest.raises(UserError, match="no such index"):
         BoxIndex(path)
     with IndexWriter(path) as writer:
         writer.add("a.jpg", (100, 100), [(0, 0, 50, 50)])
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
-    with pytest.raises(BoxIndexError, match="--rebuild"):
+    with pytest.raises(UserError, match="--rebuild"):
         BoxIndex(path)
     path.write_bytes(whole.replace(b'"version":"1"', b'"version":"9"'))
-    with pytest.raises(BoxIndexError, match="version 9, expected 1"):
+    with pytest.raises(UserError, match="version 9, expected 1"):
         BoxIndex(path)

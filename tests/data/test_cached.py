@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from ldm.data.cached import CachedDataset, write_cache
+from ldm.files import UserError
 from ldm.images import exemplar_to_pixels
 
 
@@ -72,31 +73,31 @@ def test_fewer_samples(cache: Path) -> None:
 
 
 def test_missing_split(cache: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"validation\.safetensors.*scripts/cache_latents\.py"):
+    with pytest.raises(UserError, match=r"validation\.safetensors.*scripts/cache_latents\.py"):
         CachedDataset(cache, "validation")
 
 
 def test_truncated_file(cache: Path) -> None:
     path = cache / "train.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"train\.safetensors.*scripts/cache_latents\.py"):
+    with pytest.raises(UserError, match=r"train\.safetensors.*scripts/cache_latents\.py"):
         CachedDataset(cache, "train")
 
 
 def test_missing_array(cache: Path, arrays: dict[str, np.ndarray]) -> None:
     del arrays["keep_mask"]
     save_file(arrays, cache / "train.safetensors")
-    with pytest.raises(ValueError, match="keep_mask"):
+    with pytest.raises(UserError, match="keep_mask"):
         CachedDataset(cache, "train")
 
 
 def test_arrays_of_different_lengths(cache: Path, arrays: dict[str, np.ndarray]) -> None:
     save_file({**arrays, "keep_mask": arrays["keep_mask"][:4]}, cache / "train.safetensors")
-    with pytest.raises(ValueError, match=r"\[4, 5\] samples"):
+    with pytest.raises(UserError, match=r"\[4, 5\] samples"):
         CachedDataset(cache, "train")
 
 
 def test_too_few_batches_leave_no_file(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got 5 samples, expected 6"):
+    with pytest.raises(UserError, match="got 5 samples, expected 6"):
         write_cache(tmp_path / "train.safetensors", 6, [arrays])
     assert not list(tmp_path.iterdir())

@@ -1,12 +1,14 @@
-"""The order of training samples."""
+"""The order of training samples, and data that do not suit the model."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data.datamodule import EpochSampler
+from ldm.config import ConfigError, load_config
+from ldm.data.datamodule import DataModule, EpochSampler
 
 lengths = st.integers(1, 60)
 world_sizes = st.integers(1, 5)
@@ -50,3 +52,16 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
     assert len({tuple(order) for order in orders.values()}) == 4
     in_place = [np.mean(np.array(order) == np.arange(200)) for order in orders.values()]
     assert max(in_place) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.condition=text"], r"data\.captions: got none for a model that reads text"),
+        (["data.captions=classes", "data.kind=shards"], r"data\.captions: got 'classes' with data\.kind shards"),
+        (["model.input_channels=[x_t,hole_mask,z_masked]", "data.kind=cached"], r"data\.kind: got cached, whose masks"),
+    ],
+)
+def test_data_that_a_model_cannot_read(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataModule(load_config(overrides=overrides))

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from ldm.data.box_dataset import BoxDataset, SampleRecipe
 from ldm.data.box_index import BoxIndex, IndexWriter
 from ldm.data.datamodule import EpochSampler
-from ldm.data.shards import ShardError, ShardPart, Shards, listed_shards, write_shards
+from ldm.data.shards import ShardPart, Shards, listed_shards, write_shards
+from ldm.files import UserError
 
 N = 23
 RECIPE = SampleRecipe(image_size=16, exemplar_size=14, p_object_mask=0.3)
@@ -150,9 +151,9 @@ def test_nothing_readable(images: Path, tmp_path: Path) -> None:
     root = pack(images, tmp_path / "gone")
     for path in root.glob("*.tar"):
         path.unlink()
-    with pytest.raises(ShardError, match="no image of the shards can be read"):
+    with pytest.raises(UserError, match="no image of the shards can be read"):
         read(part(root))
-    with pytest.raises(ShardError, match=r"validation\.json: no list of shards"):
+    with pytest.raises(UserError, match=r"validation\.json: no list of shards"):
         Shards(str(root), "validation", RECIPE)
 
 
@@ -167,7 +168,7 @@ def test_writing_goes_on_and_repeats_itself(images: Path, packed: Path, tmp_path
     assert pack(images, out) == out
     assert files == {path.name: path.read_bytes() for path in out.iterdir() if path.suffix}
     assert (out / names[0]).stat().st_mtime_ns == untouched
-    with pytest.raises(ShardError, match="choose another folder"):
+    with pytest.raises(UserError, match="choose another folder"):
         pack(images, out, max_bytes=4000)
 
 
@@ -190,11 +191,11 @@ def test_remote(packed: Path, address: str) -> None:
     assert keys(read(part(address))) == expected
     command = f"{sys.executable} -c 'import sys; sys.stdout.buffer.write(open(sys.argv[1], \"rb\").read())'"
     assert keys(read(part(f"pipe:{command} {packed}/{{}}"))) == expected
-    with pytest.raises(ShardError, match=r"no list of shards"):
+    with pytest.raises(UserError, match=r"no list of shards"):
         listed_shards(f"{address}/nowhere", "train")
 
 
 def test_a_list_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps({"shards": [{"name": "x"}]}))
-    with pytest.raises(ShardError, match="write the shards"):
+    with pytest.raises(UserError, match="write the shards"):
         listed_shards(str(tmp_path), "train")

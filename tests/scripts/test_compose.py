@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from scripts.scenes.compose import (
-    ANNOTATIONS,
+    OPEN_IMAGES_CSV,
     ComposeError,
     SceneSettings,
     compose_dataset,
@@ -98,7 +98,7 @@ def files_in(root: Path) -> dict[str, bytes]:
 
 
 def rows_of(root: Path, split: str) -> list[dict[str, str]]:
-    with (root / "annotations" / ANNOTATIONS[split]).open(newline="") as file:
+    with (root / "annotations" / OPEN_IMAGES_CSV[split]).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -230,7 +230,7 @@ def test_held_out_pictures_are_never_trained_on(dataset: Path) -> None:
     held_out = json.loads((dataset / "settings.json").read_text())["held_out_cutouts"]
     forbidden = {f"/c/{Path(name).with_suffix('').as_posix()}" for name in held_out}
     assert 1 <= len(forbidden) < len(COLOURS)
-    shown = {split: {row["LabelName"] for row in rows_of(dataset, split)} for split in ANNOTATIONS}
+    shown = {split: {row["LabelName"] for row in rows_of(dataset, split)} for split in OPEN_IMAGES_CSV}
     assert not (shown["train"] | shown["validation"]) & forbidden
     assert shown["test"] <= forbidden
     with (dataset / "bench/items.csv").open(newline="") as file:
@@ -286,7 +286,7 @@ def test_an_interrupted_run_is_continued(
     monkeypatch.setattr(os, "replace", replace)
     finished = next(path for path in (tmp_path / "out/images/train").glob("*.jpg"))
     before = finished.stat().st_mtime_ns
-    assert not (tmp_path / "out/annotations" / ANNOTATIONS["train"]).exists()
+    assert not (tmp_path / "out/annotations" / OPEN_IMAGES_CSV["train"]).exists()
     assert files_in(compose(material, tmp_path / "out")) == files_in(dataset)
     untouched = [path for path in (tmp_path / "out/images/train").glob("*.jpg") if path.stat().st_mtime_ns <= before]
     assert len(untouched) >= 1  # the finished chunk was not composed again
