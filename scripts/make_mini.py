@@ -105,7 +105,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     caching = words(checkpoint=encoder, root=scenes, out=cache, draws=args.draws, workers=args.workers)
     start = words(pretrained_model=encoder, logdir=out / "train", name="mini")
     steps = [
-        Step("compose", (script("scenes/compose_scenes"), *material, *composing)),
+        Step("compose", (script("scenes/compose"), *material, *composing)),
         Step("boxes", (script("read_bbox"), *words(root=scenes))),
         Step(
             "first-stage",

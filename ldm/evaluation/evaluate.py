@@ -511,7 +511,7 @@ def common_ids(bench: Bench, runs: Sequence[Results]) -> list[str]:
 
 
 def exemplar_labels(root: Path, ids: Sequence[str]) -> list[str] | None:
-    """Which cut-out each item shows, where the bench says so (items.csv of scripts/scenes/compose_scenes.py).
+    """Which cut-out each item shows, where the bench says so (items.csv of scripts/scenes/compose.py).
 
     Raises:
         UserError: the list lacks an item.

@@ -1,20 +1,22 @@
-"""Composed training scenes: alpha cut-outs pasted on photographs, in the Open Images layout.
+"""Compose training scenes from cut-outs and photographs, in the layout of Open Images; see docs/compose.md.
 
-The recipe is self-supervised, so it needs pictures with boxes and nothing else; pictures of one's own
-products are as good as Open Images. `compose_scene` pastes one scene; `compose_dataset` writes
-`images/{train,validation,test}`, OIDv6-format annotations and a bench in COCOEE layout.
+The recipe is self-supervised: it needs only images with boxes, and images of one's own products serve as well as Open
+Images. `compose_scene` pastes one scene; `compose_dataset` writes `images/{train,validation,test}`, annotations in
+OIDv6's format and a benchmark in COCOEE's layout.
 
-Cut-outs and photographs are held out by file: train and validation never show what test and bench show.
+Cut-outs and photographs are held out by file: train and validation never show what test and benchmark show.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
 import logging
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -29,8 +31,10 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a checkout without installing it
+
 from ldm.data.annotations import OPEN_IMAGES_CSV
-from ldm.files import atomic_write
+from ldm.files import UserError, atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +51,6 @@ _VISIBLE = 51  # of 255: alpha from which a pixel belongs to the object
 _CACHE_SIZE = 400  # pictures held in memory per worker
 
 Box = tuple[int, int, int, int]  # x_min, y_min, x_max, y_max; pixels, the maximum is exclusive
-
-
-class ComposeError(ValueError):
-    """Folders or settings that scenes cannot be composed from; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class SceneSettings:
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ComposeError(f"--{name.replace('_', '-')}: got {value}, expected {low} to {high}")
+                raise UserError(f"--{name.replace('_', '-')}: got {value}, expected {low} to {high}")
         if self.extra_share + self.patch_share > 1:
-            raise ComposeError(
+            raise UserError(
                 f"--extra-share and --patch-share: got {self.extra_share} and {self.patch_share}, "
                 "expected a sum of at most 1"
             )
@@ -129,10 +129,10 @@ class Pictures:
         """These pictures, on both sides.
 
         Raises:
-            ComposeError: one of them is not there.
+            UserError: one of them is not there.
         """
         if unknown := sorted(set(names) - set(self.train) - set(self.held_out)):
-            raise ComposeError(f"--objects: {', '.join(unknown)}: no usable picture of that name in {self.root}")
+            raise UserError(f"--objects: {', '.join(unknown)}: no usable picture of that name in {self.root}")
         return Pictures(self.root, train=names, held_out=names, distinct=names)
 
 
@@ -328,7 +328,7 @@ def find_pictures(root: Path, kind: str, holdout: float) -> tuple[Pictures, list
         The pictures, and a line for each file that cannot be used.
 
     Raises:
-        ComposeError: fewer than two usable pictures.
+        UserError: fewer than two usable pictures.
     """
     names, looks, skipped = _usable(root, kind)
     groups: dict[int, list[str]] = {}
@@ -340,7 +340,7 @@ def find_pictures(root: Path, kind: str, holdout: float) -> tuple[Pictures, list
             break
         held_out.update(groups[leader])
     if not held_out:
-        raise ComposeError(f"{root}: all {kind} look alike, so that none can be held out; add different ones")
+        raise UserError(f"{root}: all {kind} look alike, so that none can be held out; add different ones")
     train = tuple(name for name in names if name not in held_out)
     distinct = tuple(sorted(names[leader] for leader in groups if names[leader] in held_out))
     return Pictures(root, train, tuple(sorted(held_out)), distinct), skipped
@@ -349,25 +349,23 @@ def find_pictures(root: Path, kind: str, holdout: float) -> tuple[Pictures, list
 def _usable(root: Path, kind: str) -> tuple[list[str], list[np.ndarray], list[str]]:
     """Names and looks of a folder's usable pictures, and a line for each file that cannot be used."""
     if not root.is_dir():
-        raise ComposeError(f"{root}: no such folder; --{kind} names a folder of pictures")
+        raise UserError(f"{root}: no such folder; --{kind} names a folder of pictures")
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
         formats = "JPEG, PNG or WebP" if kind == "backgrounds" else "PNG or WebP"
-        raise ComposeError(f"{root}: no pictures found; --{kind} names a folder with {formats} files")
+        raise UserError(f"{root}: no pictures found; --{kind} names a folder with {formats} files")
     names, looks, skipped = [], [], []
     for path in tqdm(paths, desc=f"checking {kind}", unit=" files", leave=False):
         try:
             image = _load_background(path, 64) if kind == "backgrounds" else _load_cutout(path, 64)
-        except ComposeError as error:
+        except UserError as error:
             skipped.append(str(error))
             continue
         names.append(path.relative_to(root).as_posix())
         looks.append(look(image))
     if len(names) < 2:
         reason = skipped[0] if skipped else "only one picture"
-        raise ComposeError(
-            f"{root}: got {len(names)} usable {kind} of {len(paths)} files, expected at least 2; {reason}"
-        )
+        raise UserError(f"{root}: got {len(names)} usable {kind} of {len(paths)} files, expected at least 2; {reason}")
     return names, looks, skipped
 
 
@@ -401,17 +399,17 @@ def _load_cutout(path: Path, max_side: int) -> Image.Image:
     """A cut-out as RGBA, trimmed to what is opaque, at most `max_side` pixels on the long side."""
     image = _open(path)
     if "A" not in image.getbands() and "transparency" not in image.info:
-        raise ComposeError(f"{path}: got a picture without alpha channel, expected a cut-out with transparency")
+        raise UserError(f"{path}: got a picture without alpha channel, expected a cut-out with transparency")
     image = image.convert("RGBA")
     alpha = image.getchannel("A")
     low, high = alpha.getextrema()
     assert isinstance(low, int) and isinstance(high, int)  # one channel
     if high < 128 or low > 127:
         state = "transparent" if high < 128 else "opaque"
-        raise ComposeError(f"{path}: got a picture that is {state} all over, expected a cut-out with transparency")
+        raise UserError(f"{path}: got a picture that is {state} all over, expected a cut-out with transparency")
     image = image.crop(alpha.point([255 * (level > 8) for level in range(256)]).getbbox())
     if min(image.size) < max(image.size) / 25:
-        raise ComposeError(f"{path}: got an object of {image.width}×{image.height} pixels, too thin for a scene")
+        raise UserError(f"{path}: got an object of {image.width}×{image.height} pixels, too thin for a scene")
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return image
 
@@ -436,7 +434,7 @@ def _open(path: Path, draft_side: int | None = None) -> Image.Image:
             image.load()
             return image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ComposeError(f"{path}: not a readable picture ({error}); replace or remove it") from error
+        raise UserError(f"{path}: not a readable picture ({error}); replace or remove it") from error
 
 
 # --- the dataset -----------------------------------------------------------------------------------------
@@ -503,7 +501,7 @@ def compose_dataset(
         overwrite: replace a dataset that was made with other settings or pictures.
 
     Raises:
-        ComposeError: unusable folders, or `out` holds something else.
+        UserError: unusable folders, or `out` holds something else.
     """
     cutouts, skipped = find_pictures(cutouts_dir, "cutouts", settings.holdout)
     if settings.objects:
@@ -512,7 +510,7 @@ def compose_dataset(
     extras, unusable = None, []
     if settings.extra_share > 0:
         if extras_dir is None:
-            raise ComposeError("--extra-share: needs --extra-cutouts, a folder of more cut-outs")
+            raise UserError("--extra-share: needs --extra-cutouts, a folder of more cut-outs")
         names, _, unusable = _usable(extras_dir, "extra-cutouts")
         extras = Pictures(extras_dir, train=tuple(names), held_out=(), distinct=())
     for line in (*skipped, *unread, *unusable):
@@ -635,7 +633,7 @@ def _main_visible(compose: partial[Scene], main: str) -> Scene:
         scene = compose()
         if scene.objects and scene.objects[0].name == main:
             return scene
-    raise ComposeError(f"{main}: too small or faint to be seen at this scene size; remove it or raise --size")
+    raise UserError(f"{main}: too small or faint to be seen at this scene size; remove it or raise --size")
 
 
 def _draw_names(rng: np.random.Generator, names: Sequence[str], count: int) -> list[str]:
@@ -691,7 +689,7 @@ def _claim(out: Path, record: dict[str, Any], overwrite: bool) -> None:
     settings_file = out / "settings.json"
     if not settings_file.is_file():
         if foreign := [name for name in _MADE_HERE if (out / name).exists()]:
-            raise ComposeError(f"{out}: already holds {', '.join(foreign)} from elsewhere; give another --out")
+            raise UserError(f"{out}: already holds {', '.join(foreign)} from elsewhere; give another --out")
         out.mkdir(parents=True, exist_ok=True)
         return
     try:
@@ -704,7 +702,7 @@ def _claim(out: Path, record: dict[str, Any], overwrite: bool) -> None:
     if not differing:
         return
     if not overwrite:
-        raise ComposeError(
+        raise UserError(
             f"{out}: holds scenes made with other settings: {', '.join(differing)}; "
             "give another --out, or --overwrite to replace them"
         )
@@ -733,3 +731,148 @@ def write_file(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file under a temporary name, then rename it: it is there whole or not at all."""
     with atomic_write(path, sync=sync) as temporary:
         temporary.write_bytes(content)
+
+
+# ---- command line ----
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Compose training scenes from cut-outs and photographs; docs/compose.md says how to use your own."
+    )
+    parser.add_argument(
+        "--from-debian",
+        type=Path,
+        metavar="DIR",
+        help="fetch photographic material from Debian packages into DIR (no root needed)",
+    )
+    parser.add_argument(
+        "--cutouts", type=Path, metavar="DIR", help="pictures with transparency (default: cutouts/ of --from-debian)"
+    )
+    parser.add_argument(
+        "--backgrounds", type=Path, metavar="DIR", help="photographs (default: backgrounds/ of --from-debian)"
+    )
+    parser.add_argument(
+        "--extra-cutouts",
+        type=Path,
+        metavar="DIR",
+        help="cut-outs of any style that training scenes alone show (default: extras/ of --from-debian)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="dataset to write; without it, --from-debian only fetches"
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=12_000,
+        help="training scenes; validation and test get 2 %% each on top, at least 8 (default: %(default)s)",
+    )
+    parser.add_argument("--size", type=int, default=64, help="side of a scene in pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--bench",
+        type=int,
+        default=0,
+        metavar="M",
+        help="items of a COCOEE-layout bench of held-out objects (default: none)",
+    )
+    parser.add_argument("--bench-size", type=int, metavar="PX", help="side of the bench's scenes (default: --size)")
+    parser.add_argument(
+        "--hue-jitter",
+        type=float,
+        default=0.0,
+        metavar="TURNS",
+        help="recolour objects of train and validation by up to this shift, 0 to 0.5 (default: off)",
+    )
+    parser.add_argument(
+        "--hue-jitter-share",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="how often an object is recoloured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--extra-share",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="how often an object of a training scene is an extra cut-out (default: never)",
+    )
+    parser.add_argument(
+        "--patch-share",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="how often an object of a training scene is a random piece of a photograph (default: never)",
+    )
+    parser.add_argument(
+        "--objects",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="show these cut-outs alone, in every split (names relative to the cut-outs' folder)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes; the scenes do not depend on it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a dataset in --out that was made with other settings"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    from scripts.scenes.debian import fetch_material  # which uses this module
+
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+
+    material: Path | None = arguments.from_debian
+    cutouts: Path | None = arguments.cutouts or (material and material / "cutouts")
+    backgrounds: Path | None = arguments.backgrounds or (material and material / "backgrounds")
+    extras: Path | None = arguments.extra_cutouts or (material and material / "extras")
+    if cutouts is None or backgrounds is None:
+        parser.error("give --cutouts and --backgrounds, or --from-debian")
+    if arguments.out is None and material is None:
+        parser.error("give --out: where the dataset goes")
+    try:
+        settings = SceneSettings(
+            count=arguments.count,
+            size=arguments.size,
+            seed=arguments.seed,
+            bench=arguments.bench,
+            bench_size=arguments.bench_size,
+            hue_jitter=arguments.hue_jitter,
+            hue_jitter_share=arguments.hue_jitter_share,
+            extra_share=arguments.extra_share,
+            patch_share=arguments.patch_share,
+            objects=tuple(arguments.objects),
+        )
+        if material is not None:
+            fetch_material(material)
+            print(f"material in {material}; sources and licences in {material / 'LICENSES.md'}")
+        if arguments.out is not None:
+            compose_dataset(
+                cutouts,
+                backgrounds,
+                arguments.out,
+                settings,
+                extras_dir=extras,
+                workers=arguments.workers,
+                overwrite=arguments.overwrite,
+            )
+            print(f"dataset in {arguments.out}; next: python scripts/read_bbox.py")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    from scripts.scenes.compose import main as run  # worker processes find classes by this name, not by __main__
+
+    raise SystemExit(run())

