@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.data.annotations import write_box_files
+from scripts.read_bbox import read_bbox
 
 HEADER = (
     "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n"
@@ -92,7 +92,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 def compare(root: Path, csv_path: Path, repeats: int) -> None:
     theirs, ours = [], []
     for i in range(repeats):  # alternating, so that a busy machine hits both
-        ours.append(timed(lambda i=i: write_box_files(csv_path, root / "images", "validation", root / f"ours{i}")))
+        ours.append(timed(lambda i=i: read_bbox(csv_path, root / "images", "validation", root / f"ours{i}")))
         theirs.append(timed(lambda i=i: original_way(csv_path, root / "images/validation", root / f"theirs{i}")))
     assert texts(root / "ours0") == texts(root / "theirs0"), "the two ways must write the same"
     best = [min(run[kind] for run in runs) for runs in (theirs, ours) for kind in (0, 1)]
@@ -108,8 +108,8 @@ def texts(folder: Path) -> dict[str, str]:
 def measure_memory(root: Path, csv_path: Path) -> None:
     """In a process of its own, which did not make the data."""
     code = (
-        "import resource, sys; from pathlib import Path; from ldm.data.annotations import write_box_files; "
-        "write_box_files(Path(sys.argv[1]), Path(sys.argv[2]), 'validation', Path(sys.argv[3])); "
+        "import resource, sys; from pathlib import Path; from scripts.read_bbox import read_bbox; "
+        "read_bbox(Path(sys.argv[1]), Path(sys.argv[2]), 'validation', Path(sys.argv[3])); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     start = time.perf_counter()

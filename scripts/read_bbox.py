@@ -6,19 +6,28 @@ python scripts/read_bbox.py --root dataset/open-images
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 from ldm.data.annotations import (
     OPEN_IMAGES_CSV,
     AnnotationSource,
+    UnusableImageError,
     annotations_state,
+    boxes_by_image,
+    find_jpegs,
     index_metadata,
     index_path,
-    write_box_files,
+    read_boxes_csv,
+    stored_size,
 )
 from ldm.data.box_index import IndexWriter
-from ldm.files import UserError
+from ldm.files import UserError, atomic_write, write_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             source = AnnotationSource(args.root, args.out and out / split)
             with IndexWriter(index_path("open_images", source, split)) as index:
                 csv_path = annotations / OPEN_IMAGES_CSV[split]
-                report = write_box_files(csv_path, images, split, out / split, index=index, overwrite=args.overwrite)
+                report = read_bbox(csv_path, images, split, out / split, index=index, overwrite=args.overwrite)
                 state = annotations_state("open_images", source, split)
                 index.source |= index_metadata("open_images", images, split, state)
             print(
@@ -55,6 +64,77 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@dataclass
+class Report:
+    """What `read_bbox` did for one split.
+
+    Attributes:
+        rows, boxes: rows in the CSV, and those kept.
+        written, resumed: text files written in this run, and those found complete.
+        problems: images with kept boxes but without a usable file, by reason.
+        list_path: tab-separated list of these images, or None if there are none.
+    """
+
+    rows: int
+    boxes: int
+    written: int = 0
+    resumed: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    list_path: Path | None = None
+
+
+def read_bbox(
+    csv_path: Path, images: Path, split: str, out: Path, *, index: IndexWriter | None = None, overwrite: bool = False
+) -> Report:
+    """Write one text file of kept boxes per image of Open Images.
+
+    A line is `x_min y_min x_max y_max` in pixels of the stored image. An interrupted run is continued: text files that
+    are there and not empty are kept. Each file appears complete or not at all; they are not flushed to disk one by one,
+    which would take hours for 1.7 million.
+
+    Args:
+        csv_path: annotations with a header that names ImageID, XMin, XMax, YMin, YMax.
+        images: folder that holds the image folders (`train` or `train_0` … `train_f`, `validation`, `test`).
+        split: train, validation or test.
+        out: folder for the text files.
+        index: also gets the images and their boxes.
+        overwrite: write existing text files again.
+
+    Raises:
+        UserError: the CSV is missing or malformed, or there is no image of the split.
+    """
+    paths = find_jpegs(images, split)
+    if not paths:
+        raise UserError(f"{images}: no .jpg under {split}/ or {split}_0/ …; unpack the images there")
+    out.mkdir(parents=True, exist_ok=True)
+    done = set() if overwrite else {entry.name for entry in os.scandir(out) if entry.stat().st_size}
+    boxes, num_rows = read_boxes_csv(csv_path)
+    report, problems = Report(num_rows, len(boxes)), []
+    for id_, corners, labels in tqdm(boxes_by_image(boxes, csv_path.parent), desc=f"{split}: boxes", unit=" images"):
+        name, text = paths.get(id_, f"{split}/{id_}.jpg"), out / f"{id_}.txt"
+        try:
+            size = stored_size(images / name, ignore_exif=True)
+        except UnusableImageError as error:
+            problems.append(f"{id_}\t{error}\n")
+            report.problems[str(error)] += 1
+            continue
+        pixels = (corners * (*size, *size)).tolist()
+        if index is not None:
+            index.add(name, size, pixels, labels=labels)
+        if text.name in done:
+            report.resumed += 1
+            continue
+        with atomic_write(text, sync=False) as partial:
+            partial.write_text("".join(f"{a} {b} {c} {d}\n" for a, b, c, d in pixels), encoding="ascii")
+        report.written += 1
+    list_path = out.parent / f"{split}-problems.tsv"
+    list_path.unlink(missing_ok=True)
+    if problems:
+        write_text(list_path, "".join(problems))
+        report.list_path = list_path
+    return report
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ import json
 import logging
 import os
 import xml.etree.ElementTree as ElementTree
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +34,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from ldm.data.box_index import MAX_AREA, MIN_AREA, BoxIndex, IndexWriter
-from ldm.files import UserError, atomic_write, write_text
+from ldm.files import UserError
 from ldm.images import IMAGE_SUFFIXES, UNREADABLE
 
 if TYPE_CHECKING:
@@ -253,7 +252,7 @@ def read_open_images(source: AnnotationSource, split: str) -> SplitReader:
     """Read Open Images' text files of pixel boxes, or else the official CSV."""
     images, texts = source.root / "images", source.annotations or source.root / "bbox" / split
     csv_path = source.annotations or source.root / "annotations" / OPEN_IMAGES_CSV[split]
-    paths = {path.stem: path.relative_to(images).as_posix() for path in find_jpegs(images, split)}
+    paths = find_jpegs(images, split)
     if texts.is_dir():
         named = [(paths.get(text.stem, text.stem), text) for text in _files(texts, (".txt",))]
         items = _parsed(named, lambda name, text: AnnotatedImage(name, boxes=_boxes(text)))
@@ -268,11 +267,18 @@ def read_open_images(source: AnnotationSource, split: str) -> SplitReader:
     return SplitReader(images, items, has_split=True, ignore_exif=True)
 
 
-def find_jpegs(images: Path, split: str) -> Iterator[Path]:
-    """List every .jpg below `images/split` and `images/split_*` (Open Images' train_0 … train_f)."""
+def find_jpegs(images: Path, split: str) -> dict[str, str]:
+    """Find every .jpg below `images/split` and `images/split_*` (Open Images' train_0 … train_f).
+
+    Returns:
+        Path relative to `images` by image id.
+    """
+    paths: dict[str, str] = {}
     for root in sorted([images / split, *images.glob(f"{split}_*")]):
         for folder, _, names in os.walk(root, followlinks=True):
-            yield from (Path(folder, name) for name in names if name.endswith(".jpg"))
+            prefix = os.path.relpath(folder, images)
+            paths.update((name[:-4], f"{prefix}/{name}") for name in names if name.endswith(".jpg"))
+    return paths
 
 
 def read_boxes_csv(csv_path: Path) -> tuple[pd.DataFrame, int]:
@@ -307,6 +313,8 @@ def read_boxes_csv(csv_path: Path) -> tuple[pd.DataFrame, int]:
         raise UserError(f"{csv_path}: no such file; dataset/README.md says where the CSVs come from") from None
     except ValueError as error:  # pandas' errors are ValueErrors
         raise error if isinstance(error, UserError) else UserError(f"{csv_path}: {error}; download it again") from None
+    if not num_rows:
+        raise UserError(f"{csv_path}: holds no boxes; download it again")
     boxes = pd.concat([chunk[_CORNERS] for chunk in kept])
     for name in types.keys() & set(columns) - set(_CORNERS):
         boxes[name] = union_categoricals([chunk[name] for chunk in kept], sort_categories=True)
@@ -331,77 +339,6 @@ def boxes_by_image(boxes: pd.DataFrame, folder: Path) -> Iterator[tuple[str, np.
     starts = np.flatnonzero(np.diff(codes, prepend=-1))  # first box of each image
     for start, end in itertools.pairwise([*starts.tolist(), len(boxes)]):
         yield ids.categories[codes[start]], corners[start:end], names[start:end].tolist()
-
-
-@dataclass
-class BoxFilesReport:
-    """What `write_box_files` did for one split.
-
-    Attributes:
-        rows, boxes: rows in the CSV, and those kept.
-        written, resumed: text files written in this run, and those found complete.
-        problems: images with kept boxes but without a usable file, by reason.
-        list_path: tab-separated list of these images, or None if there are none.
-    """
-
-    rows: int
-    boxes: int
-    written: int = 0
-    resumed: int = 0
-    problems: Counter[str] = field(default_factory=Counter)
-    list_path: Path | None = None
-
-
-def write_box_files(
-    csv_path: Path, images: Path, split: str, out: Path, *, index: IndexWriter | None = None, overwrite: bool = False
-) -> BoxFilesReport:
-    """Write one text file of kept boxes per image of Open Images.
-
-    A line is `x_min y_min x_max y_max` in pixels of the stored image. An interrupted run is continued: text files that
-    are there and not empty are kept. Each file appears complete or not at all; they are not flushed to disk one by one,
-    which would take hours for 1.7 million.
-
-    Args:
-        csv_path: annotations with a header that names ImageID, XMin, XMax, YMin, YMax.
-        images: folder that holds the image folders (`train` or `train_0` … `train_f`, `validation`, `test`).
-        split: train, validation or test.
-        out: folder for the text files.
-        index: also gets the images and their boxes.
-        overwrite: write existing text files again.
-
-    Raises:
-        UserError: the CSV is missing or malformed, or there is no image of the split.
-    """
-    paths = {path.stem: path for path in find_jpegs(images, split)}
-    if not paths:
-        raise UserError(f"{images}: no .jpg under {split}/ or {split}_0/ …; unpack the images there")
-    out.mkdir(parents=True, exist_ok=True)
-    done = set() if overwrite else {entry.name for entry in os.scandir(out) if entry.stat().st_size}
-    boxes, num_rows = read_boxes_csv(csv_path)
-    report, problems = BoxFilesReport(num_rows, len(boxes)), []
-    for id_, corners, labels in tqdm(boxes_by_image(boxes, csv_path.parent), desc=f"{split}: boxes", unit=" images"):
-        path, text = paths.get(id_, images / split / f"{id_}.jpg"), out / f"{id_}.txt"
-        try:
-            size = stored_size(path, ignore_exif=True)
-        except UnusableImageError as error:
-            problems.append(f"{id_}\t{error}\n")
-            report.problems[str(error)] += 1
-            continue
-        pixels = (corners * (*size, *size)).tolist()
-        if index is not None:
-            index.add(path.relative_to(images).as_posix(), size, pixels, labels=labels)
-        if text.name in done:
-            report.resumed += 1
-            continue
-        with atomic_write(text, sync=False) as partial:
-            partial.write_text("".join(f"{a} {b} {c} {d}\n" for a, b, c, d in pixels), encoding="ascii")
-        report.written += 1
-    list_path = out.parent / f"{split}-problems.tsv"
-    list_path.unlink(missing_ok=True)
-    if problems:
-        write_text(list_path, "".join(problems))
-        report.list_path = list_path
-    return report
 
 
 # ---- other formats ----
