@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, replace
+from dataclasses import fields as dataclass_fields
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -390,7 +392,8 @@ def write_folder(folder: Path, components: Components, files: Mapping[str, Json]
 
 # --- configs ---------------------------------------------------------------------------------------
 
-# JSON files by component; "$name" stands for the field of our config, in either direction.
+# JSON files by path; "$section.field" stands for a field of `ModelConfig`, in either direction. With them the index of
+# a pipeline with exemplars and of one with text.
 _TEMPLATES: dict[str, Json] = json.loads(Path(__file__).with_name("diffusers.json").read_text(encoding="utf-8"))
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _OMITTED = {"norm_num_groups": 32, "transformer_layers_per_block": 1}  # defaults that older folders leave out
@@ -403,6 +406,12 @@ _TEXT_INPUTS = {
     12: ["x_t", "z_foreground", "z_background"],
 }
 _FAMILY_KEYS = ("_class_name", "act_fn", "hidden_act")  # all of Stable Diffusion 1 has them as in the templates
+_NEEDED = {
+    "unet": "conv_in.weight",
+    "vae": "decoder.conv_out.weight",
+    "image_encoder": "proj_out.weight",
+    "text_encoder": "text_model.embeddings.token_embedding.weight",
+}
 _FAMILY_ALONE = "only Stable Diffusion 1 and what is made from it can be converted"
 
 
@@ -416,108 +425,83 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
     Raises:
         CheckpointError: the config describes another model, or a component is incomplete.
     """
-    unet = components["unet"]
-    _check_widths("unet", unet, "down_blocks", model.unet.model_channels, model.unet.channel_mult)
-    if "vae" in components:
-        _check_widths("vae", components["vae"], "encoder.down_blocks", model.first_stage.ch, model.first_stage.ch_mult)
-    _check_projections(unet)
-    files = {}
-    for name, part in components.items():
-        try:
-            files[f"{name}/config.json"] = _DESCRIBED[name](part, model)
-        except KeyError as error:
-            raise CheckpointError(f"incomplete: its {name} lacks {error}; pass a whole model") from None
-    prediction = _PREDICTIONS[model.parameterization]
-    files["scheduler/scheduler_config.json"] = _filled("scheduler", model.schedule, prediction_type=prediction)
-    index = _filled("model_index", model)
-    if "vae" in components:
-        index["vae"] = ["diffusers", "AutoencoderKL"]
-    if "image_encoder" in components:
-        index["_class_name"] = "PaintByExamplePipeline"
-        index["image_encoder"] = ["paint_by_example", "PaintByExampleImageEncoder"]
-        index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-        side = model.exemplar_encoder.image_size
-        files["feature_extractor/preprocessor_config.json"] = _filled(
-            "feature_extractor", model, crop_size={"height": side, "width": side}, size={"shortest_edge": side}
-        )
-    else:
-        inpainting = unet["conv_in.weight"].shape[1] == 9
-        index["_class_name"] = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
-        if "text_encoder" in components:
-            index["text_encoder"] = ["transformers", "CLIPTextModel"]
-    return {**files, "model_index.json": index}
+    _check_projections(components["unet"])
+    _check_widths("unet", components, "down_blocks", model.unet.model_channels, model.unet.channel_mult)
+    _check_widths("vae", components, "encoder.down_blocks", model.first_stage.ch, model.first_stage.ch_mult)
+    for name, tensor in _NEEDED.items():
+        if name in components and tensor not in components[name]:
+            raise CheckpointError(f"incomplete: its {name} lacks {tensor!r}; pass a whole model")
+    condition = "exemplar" if "image_encoder" in components else "text"
+    parts = {"scheduler", "feature_extractor", *components} - ({"feature_extractor"} if condition == "text" else set())
+    values = _values(_completed(model, components))
+    files = {path: _filled(file, values) for path, file in _TEMPLATES.items() if path.partition("/")[0] in parts}
+    index = _filled(_TEMPLATES[condition], values)
+    absent = STEMS.keys() - components.keys() - {"image_encoder"}
+    return files | {"model_index.json": {key: value for key, value in index.items() if key not in absent}}
 
 
-def _fields(name: str) -> dict[str, str]:
-    """Return key in the JSON => field in our config for a template."""
-    values = _TEMPLATES[name].items()
-    return {key: value[1:] for key, value in values if isinstance(value, str) and value.startswith("$")}
+def _filled(template: Any, values: Json) -> Any:
+    if isinstance(template, dict):
+        return {key: _filled(value, values) for key, value in template.items()}
+    if isinstance(template, str) and template.startswith("$"):
+        section, _, field = template[1:].rpartition(".")
+        return (values[section] if section else values)[field]
+    return template
 
 
-def _filled(name: str, config: object, **more: object) -> Json:
-    return {**_TEMPLATES[name], **{key: getattr(config, field) for key, field in _fields(name).items()}, **more}
-
-
-def _check_widths(kind: str, part: Mapping[str, Tensor], blocks: str, base: int, multipliers: list[int]) -> None:
-    """Compare the channels of a component's levels with the config's."""
-    levels = len({name.removeprefix(blocks).split(".")[1] for name in part if name.startswith(blocks)})
-    names = [f"{blocks}.{level}.resnets.0.conv1.weight" for level in range(levels)]
-    widths = [part[name].shape[0] for name in names if name in part]
-    expected = [base * multiplier for multiplier in multipliers]
-    if widths != expected:
-        raise CheckpointError(
-            f"got a {kind} of {widths} channels, expected {expected} by the config; pass the checkpoint's own config "
-            "with --config"
-        )
-
-
-def _unet(part: Mapping[str, Tensor], model: ModelConfig) -> Json:
-    config = model.unet
-    attended = [2**level in config.attention_resolutions for level in range(len(config.channel_mult))]
-    return _filled(
-        "unet",
-        config,
-        block_out_channels=[config.model_channels * multiplier for multiplier in config.channel_mult],
-        down_block_types=["CrossAttnDownBlock2D" if there else "DownBlock2D" for there in attended],
-        in_channels=part["conv_in.weight"].shape[1],  # any width may come with the published model's config
-        sample_size=model.image_size // 2 ** (len(model.first_stage.ch_mult) - 1),
-        up_block_types=["CrossAttnUpBlock2D" if there else "UpBlock2D" for there in reversed(attended)],
-    )
-
-
-def _vae(_: Mapping[str, Tensor], model: ModelConfig) -> Json:
+def _values(model: ModelConfig) -> Json:
+    """Return the config as nested dicts, with what the templates need beyond its fields."""
     levels = len(model.first_stage.ch_mult)
-    return _filled(
-        "vae",
-        model.first_stage,
-        block_out_channels=[model.first_stage.ch * multiplier for multiplier in model.first_stage.ch_mult],
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        out_channels=model.first_stage.in_channels,
-        sample_size=model.image_size,
-        scaling_factor=model.scale_factor,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-    )
+    attended = [2**level in model.unet.attention_resolutions for level in range(len(model.unet.channel_mult))]
+    values = asdict(model)
+    values["prediction_type"] = _PREDICTIONS[model.parameterization]
+    values["latent_size"] = model.image_size // 2 ** (levels - 1)
+    inpaints = model.unet.in_channels == 9
+    values["pipeline"] = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+    values["unet"] |= {
+        "widths": [model.unet.model_channels * multiplier for multiplier in model.unet.channel_mult],
+        "down_types": ["CrossAttnDownBlock2D" if there else "DownBlock2D" for there in attended],
+        "up_types": ["CrossAttnUpBlock2D" if there else "UpBlock2D" for there in reversed(attended)],
+    }
+    values["first_stage"] |= {
+        "widths": [model.first_stage.ch * multiplier for multiplier in model.first_stage.ch_mult],
+        "out_channels": model.first_stage.in_channels,
+        "down_types": ["DownEncoderBlock2D"] * levels,
+        "up_types": ["UpDecoderBlock2D"] * levels,
+    }
+    values["text_encoder"]["width"] = model.text_encoder.hidden_size
+    return values
 
 
-def _image_encoder(part: Mapping[str, Tensor], model: ModelConfig) -> Json:
-    return _filled("image_encoder", model.exemplar_encoder, projection_dim=part["proj_out.weight"].shape[0])
-
-
-def _text_encoder(part: Mapping[str, Tensor], model: ModelConfig) -> Json:
-    """Read sizes off the tensors: Stable Diffusion may come with the published model's config, which has no text."""
-    vocabulary, width = part["text_model.embeddings.token_embedding.weight"].shape
+def _completed(model: ModelConfig, components: Components) -> ModelConfig:
+    """Take what the tensors tell: Stable Diffusion may come with the published model's config, which has no text."""
+    unet = replace(model.unet, in_channels=components["unet"]["conv_in.weight"].shape[1])
+    text = components.get("text_encoder")
+    if text is None:
+        return replace(model, unet=unet)
+    vocabulary, width = text["text_model.embeddings.token_embedding.weight"].shape
     tower = TextEncoderConfig(
         vocab_size=vocabulary,
-        max_length=part["text_model.embeddings.position_embedding.weight"].shape[0],
+        max_length=text["text_model.embeddings.position_embedding.weight"].shape[0],
         hidden_size=width,
-        intermediate_size=part["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_layers=len({name.split(".")[3] for name in part if ".layers." in name}),
+        intermediate_size=text["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_layers=len({name.split(".")[3] for name in text if ".layers." in name}),
         num_heads=width // 64 if model.condition == "exemplar" else model.text_encoder.num_heads,  # as in all of CLIP's
     )
-    return _filled("text_encoder", tower, projection_dim=width)
+    return replace(model, unet=unet, text_encoder=tower)
 
 
-_DESCRIBED = {"unet": _unet, "vae": _vae, "image_encoder": _image_encoder, "text_encoder": _text_encoder}
+def _check_widths(name: str, components: Components, blocks: str, base: int, multipliers: list[int]) -> None:
+    """Compare the channels of a component's levels with the config's."""
+    part = components.get(name, {})
+    levels = {key.removeprefix(blocks).split(".")[1] for key in part if key.startswith(blocks)}
+    widths = [part[f"{blocks}.{level}.resnets.0.conv1.weight"].shape[0] for level in range(len(levels))]
+    expected = [base * multiplier for multiplier in multipliers]
+    if part and widths != expected:
+        raise CheckpointError(
+            f"got a {name} of {widths} channels, expected {expected} by the config; pass the checkpoint's own config "
+            "with --config"
+        )
 
 
 def check_counterpart(model: ModelConfig, state: Mapping[str, Tensor]) -> None:
@@ -574,7 +558,7 @@ def check_family(components: Components, configs: Mapping[str, Json]) -> None:
         CheckpointError: names the setting that Stable Diffusion 1 has otherwise.
     """
     for part in components:
-        family = {key: _TEMPLATES[part][key] for key in _FAMILY_KEYS if key in _TEMPLATES[part]}
+        family = {key: value for key, value in _TEMPLATES[f"{part}/config.json"].items() if key in _FAMILY_KEYS}
         for key, value in (family | {"use_linear_projection": False}).items():
             if (got := configs.get(part, {}).get(key, value)) != value:
                 raise CheckpointError(f"{part}: got {key} {got!r}, expected {value!r}; {_FAMILY_ALONE}")
@@ -597,13 +581,14 @@ def schedule_config(scheduler: Json) -> ScheduleConfig:
     Raises:
         CheckpointError: we lack that schedule.
     """
-    fields = {field: scheduler[key] for key, field in _fields("scheduler").items() if key in scheduler}
-    name = fields.get("name", "scaled_linear")
+    fields = _fields("scheduler/scheduler_config.json", ScheduleConfig)
+    settings = {field: scheduler[key] for field, key in fields.items() if key in scheduler}
+    name = settings.get("name", "scaled_linear")
     if name not in ("scaled_linear", "linear") or scheduler.get("trained_betas") is not None:
         raise CheckpointError(
             f"scheduler: got beta_schedule {name!r} or trained betas, expected scaled_linear or linear"
         )
-    return ScheduleConfig(**fields)
+    return ScheduleConfig(**settings)
 
 
 def model_config(components: Components, configs: Mapping[str, Json]) -> ModelConfig | None:
@@ -633,11 +618,11 @@ def _model_config(components: Components, configs: Mapping[str, Json], inputs: l
     tower: Json
     if "image_encoder" in components:
         blocks = {name.split(".")[2] for name in components["image_encoder"] if name.startswith("mapper.blocks.")}
-        fields = _from_json("image_encoder", configs["image_encoder"])
-        tower = {"exemplar_encoder": ExemplarEncoderConfig(**fields, mapper_layers=len(blocks))}
+        settings = _from_json("image_encoder", configs, ExemplarEncoderConfig)
+        tower = {"exemplar_encoder": ExemplarEncoderConfig(**settings, mapper_layers=len(blocks))}
     else:
-        fields = _from_json("text_encoder", configs["text_encoder"])
-        tower = {"condition": "text", "text_encoder": TextEncoderConfig(**fields)}
+        settings = _from_json("text_encoder", configs, TextEncoderConfig)
+        tower = {"condition": "text", "text_encoder": TextEncoderConfig(**settings)}
     predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
     return ModelConfig(
         image_size=unet.get("sample_size", 64) * 2 ** (len(vae_widths) - 1),
@@ -646,13 +631,13 @@ def _model_config(components: Components, configs: Mapping[str, Json], inputs: l
         schedule=schedule_config(configs["scheduler"]),
         input_channels=inputs,
         unet=UNetConfig(
-            **_from_json("unet", unet),
+            **_from_json("unet", configs, UNetConfig),
             model_channels=widths[0],
             channel_mult=[width // widths[0] for width in widths],
             attention_resolutions=[2**i for i in reversed(range(len(block_types))) if "CrossAttn" in block_types[i]],
         ),
         first_stage=AutoencoderConfig(
-            **_from_json("vae", vae),
+            **_from_json("vae", configs, AutoencoderConfig),
             ch=vae_widths[0],
             ch_mult=[width // vae_widths[0] for width in vae_widths],
             embed_dim=vae["latent_channels"],
@@ -661,9 +646,16 @@ def _model_config(components: Components, configs: Mapping[str, Json], inputs: l
     )
 
 
-def _from_json(name: str, source: Json) -> dict[str, Any]:
-    given = _OMITTED | source
-    return {field: _same(key, given[key]) for key, field in _fields(name).items()}
+def _fields(path: str, config: type) -> dict[str, str]:
+    """Return field of our config => key in a JSON file."""
+    own = {field.name for field in dataclass_fields(config)}
+    items = [(value.rpartition(".")[2], key) for key, value in _TEMPLATES[path].items() if str(value).startswith("$")]
+    return {field: key for field, key in items if field in own}
+
+
+def _from_json(name: str, configs: Mapping[str, Json], config: type) -> dict[str, Any]:
+    source = _OMITTED | configs[name]
+    return {field: _same(key, source[key]) for field, key in _fields(f"{name}/config.json", config).items()}
 
 
 def _same(key: str, value: int | list[int]) -> int:
