@@ -519,36 +519,30 @@ def check_counterpart(model: ModelConfig, state: Mapping[str, Tensor]) -> None:
     def holds(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in state)
 
-    exemplar = holds(*NEW_PARTS)
+    exemplar, text = holds(*NEW_PARTS), model.condition == "text"
+    feeds = ", ".join(_TEXT_INPUTS[9] if text else _EXEMPLAR_INPUTS)
     blocks = (encoder.num_layers + 1) // 5  # as diffusers fixes it
-    for absent, what in (
-        (model.condition == "both" or (exemplar and holds(TEXT_TOWER, TEXT_MODULE)), "condition both"),
-        (
-            exemplar and model.input_channels != _EXEMPLAR_INPUTS,
-            f"input_channels {inputs} (its pipeline with exemplars feeds {', '.join(_EXEMPLAR_INPUTS)})",
+    lacking = {
+        "condition both": model.condition == "both" or (exemplar and holds(TEXT_TOWER, TEXT_MODULE)),
+        f"input_channels {inputs} (its pipeline with {'text' if text else 'exemplars'} feeds {feeds})": (
+            (exemplar and model.input_channels != _EXEMPLAR_INPUTS)
+            or (text and model.input_channels not in _TEXT_INPUTS.values())
         ),
-        (
-            model.condition == "text" and model.input_channels not in _TEXT_INPUTS.values(),
-            f"input_channels {inputs} with text (its inpainting pipeline feeds {', '.join(_TEXT_INPUTS[9])}: another "
-            "order, and a mask with 1 = paint)",
+        f"exemplar_encoder.tower {encoder.tower}": exemplar and encoder.tower != "clip",
+        f"exemplar_encoder.tokens {encoder.tokens}": exemplar and encoder.tokens != "pooled",
+        f"exemplar_encoder.mapper_layers {encoder.mapper_layers} (it fixes {blocks})": (
+            exemplar and encoder.mapper_layers != blocks
         ),
-        (exemplar and encoder.tower != "clip", f"exemplar_encoder.tower {encoder.tower}"),
-        (exemplar and encoder.tokens != "pooled", f"exemplar_encoder.tokens {encoder.tokens}"),
-        (
-            exemplar and encoder.mapper_layers != blocks,
-            f"{encoder.mapper_layers} mapper blocks beside {encoder.num_layers} layers (it fixes {blocks})",
+        "first_stage.decoder asymmetric in a pipeline": (
+            stage.decoder == "asymmetric" or holds(FIRST_STAGE + CONDITION_ENCODER)
         ),
-        (
-            stage.decoder == "asymmetric" or holds(FIRST_STAGE + CONDITION_ENCODER),
-            "first_stage.decoder asymmetric in a pipeline (AutoencoderKL drops its branch)",
-        ),
-        (stage.patch_size != 1, f"first_stage.patch_size {stage.patch_size}"),
-        (stage.norm_groups == 0, "a first stage without norms"),
-        (stage.embed_dim != stage.z_channels, "first_stage.embed_dim other than z_channels"),
-        (model.schedule.name == "cosine", "schedule.name cosine as published (its own cosine differs)"),
-    ):
-        if absent:
-            raise CheckpointError(f"diffusers has no counterpart of {what}; this model runs here alone")
+        f"first_stage.patch_size {stage.patch_size}": stage.patch_size != 1,
+        "a first stage without norms": stage.norm_groups == 0,
+        "first_stage.embed_dim other than z_channels": stage.embed_dim != stage.z_channels,
+        "schedule.name cosine as published (its own cosine differs)": model.schedule.name == "cosine",
+    }
+    if what := next((what for what, absent in lacking.items() if absent), ""):
+        raise CheckpointError(f"diffusers has no counterpart of {what}; this model runs here alone")
 
 
 def check_family(components: Components, configs: Mapping[str, Json]) -> None:

@@ -205,10 +205,10 @@ def listing(what: str, names: Sequence[str], limit: int = 10) -> str:
     return "\n    ".join([f"  {len(names)} {what}:", *names[:limit], *more])
 
 
+_MODIFY = "python scripts/modify_checkpoints.py IN OUT"
 _REMEDIES = {  # by the beginning of what the file is
     "IC-Light": "add it to Stable Diffusion with `python scripts/merge_checkpoints.py offset BASE DELTA OUT`",
-    "diffusers component": "make a checkpoint of its folder with "
-    "`python scripts/convert_checkpoint.py FOLDER OUT.safetensors --to original`",
+    "diffusers component": "convert its folder: `python scripts/convert_checkpoint.py FOLDER OUT --to original`",
     "CLIP": "pass a complete checkpoint (scripts/modify_checkpoints.py --clip makes one)",
     "VAE": "pass a checkpoint of the whole model",
 }
@@ -217,29 +217,28 @@ _REMEDIES = {  # by the beginning of what the file is
 def _remedy(expected: Mapping[str, Sequence[int]], got: Mapping[str, Tensor], num_mismatched: int) -> str:
     """Say what a file is that does not fit, and what to do about it."""
     kind = identify(to_file_keys(got))
+    remedy = _remedy_of_kind(kind, expected, got) if INPUT_CONV in expected else ""
+    if not remedy and num_mismatched > len(expected) // 10:
+        remedy = "the config describes a model of another size; pass the config that belongs to this checkpoint"
     known = "" if kind.startswith("unknown") else f"this is {kind}; "
-    if INPUT_CONV in expected:
-        text = any(name.startswith((TEXT_MODULE, TEXT_TOWER)) for name in got)
-        channels = got[INPUT_CONV].shape[1] if INPUT_CONV in got else 0
-        stable_diffusion_1 = not kind.startswith(("Stable Diffusion 2", "SDXL"))
-        four_channels = stable_diffusion_1 and channels == 4 != expected[INPUT_CONV][1]
-        modify = "python scripts/modify_checkpoints.py IN OUT"
-        if any(name.startswith(TEXT_MODULE) for name in expected):
-            if four_channels:
-                return (
-                    f"{known}give it the input channels of inpainting with `{modify} --in-channels 9`, and train those"
-                )
-            if kind == "Paint by Example":
-                return f"{known}this model reads text; use the file's own config, such as configs/v1.yaml"
-        elif text and stable_diffusion_1 and channels == 9:
-            return f"{known}it reads text, so use it with configs/inpaint-text.yaml"
-        elif (text and stable_diffusion_1) or four_channels:
-            return f"{known}make it a starting point for training with `{modify} --clip openai/clip-vit-large-patch14`"
-        if remedy := next((remedy for start, remedy in _REMEDIES.items() if kind.startswith(start)), ""):
-            return known + remedy
-    if num_mismatched > len(expected) // 10:
-        return f"{known}the config describes a model of another size; pass the config that belongs to this checkpoint"
-    return f"{known}pass the checkpoint that belongs to this config"
+    return known + (remedy or "pass the checkpoint that belongs to this config")
+
+
+def _remedy_of_kind(kind: str, expected: Mapping[str, Sequence[int]], got: Mapping[str, Tensor]) -> str:
+    text = any(name.startswith((TEXT_MODULE, TEXT_TOWER)) for name in got)
+    channels = got[INPUT_CONV].shape[1] if INPUT_CONV in got else 0
+    stable_diffusion_1 = not kind.startswith(("Stable Diffusion 2", "SDXL"))
+    four_channels = stable_diffusion_1 and channels == 4 != expected[INPUT_CONV][1]
+    if any(name.startswith(TEXT_MODULE) for name in expected):
+        if four_channels:
+            return f"give it the input channels of inpainting with `{_MODIFY} --in-channels 9`, and train those"
+        if kind == "Paint by Example":
+            return "this model reads text; use the file's own config, such as configs/v1.yaml"
+    elif text and stable_diffusion_1 and channels == 9:
+        return "it reads text, so use it with configs/inpaint-text.yaml"
+    elif (text and stable_diffusion_1) or four_channels:
+        return f"make it a starting point for training: `{_MODIFY} --clip openai/clip-vit-large-patch14`"
+    return next((remedy for start, remedy in _REMEDIES.items() if kind.startswith(start)), "")
 
 
 def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:

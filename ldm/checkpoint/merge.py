@@ -8,7 +8,6 @@ Dimensions: D channels · C input channels (4 in Stable Diffusion; 9 for inpaint
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -363,10 +362,12 @@ def _is_weight(name: str, tensor: Tensor) -> bool:
 
 _FULL_SIZE_CHANNELS = 320  # of the UNet of Stable Diffusion v1, whose exemplar encoder is CLIP ViT-L/14
 _VIT_L_14 = {"width": 1024, "layers": 24, "patch": 14, "positions": 257}
-_LAYER_PARTS = (
-    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
-    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
-)
+_EMBEDDINGS = [
+    "embeddings.class_embedding",
+    "embeddings.patch_embedding.weight",
+    "embeddings.position_embedding.weight",
+]
+_LAYER = ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"] + [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
 
 
 def input_conv(state: State) -> str:
@@ -459,13 +460,13 @@ def _image_tower(clip_state: State) -> dict[str, Tensor]:
     """Return the complete tower's tensors under bare names (`embeddings.…`, `encoder.layers.0.…`)."""
     level = "vision_model." if any(name.startswith("vision_model.") for name in clip_state) else ""
     bare = {name.removeprefix(level): tensor for name, tensor in clip_state.items() if name.startswith(level)}
-    layers = {int(found[1]) for name in bare if (found := re.match(r"encoder\.layers\.(\d+)\.", name))}
-    modules = ["pre_layrnorm", "post_layernorm"]
-    modules += [f"encoder.layers.{index}.{part}" for index in range(len(layers)) for part in _LAYER_PARTS]
-    names = [
-        f"embeddings.{part}" for part in ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
+    layers = len({name.split(".")[2] for name in bare if name.startswith("encoder.layers.")})
+    modules = [
+        "pre_layrnorm",
+        "post_layernorm",
+        *(f"encoder.layers.{i}.{part}" for i in range(layers) for part in _LAYER),
     ]
-    names += [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    names = [*_EMBEDDINGS, *(f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))]
     missing = [name for name in names if name not in bare]
     if missing or not layers:
         raise CheckpointError(

@@ -294,11 +294,11 @@ def test_pickles_shards_and_half_precision(converted: Path, tmp_path: Path) -> N
     [
         (["first_stage.norm_groups=0"], "without norms"),
         (["exemplar_encoder.tokens=all"], "tokens all"),
-        (["exemplar_encoder.mapper_layers=5"], "5 mapper"),
+        (["exemplar_encoder.mapper_layers=5"], "mapper_layers 5"),
         (["schedule.name=cosine"], "cosine"),
         (["schedule.name=linear"], r"noise schedule \(\w+\) is not the config's"),
         (["condition=both"], "condition both"),
-        (["condition=text"], "x_t, z_masked, keep_mask with text .* feeds x_t, hole_mask, z_masked"),
+        (["condition=text"], "x_t, z_masked, keep_mask .*text feeds x_t, hole_mask, z_masked"),
         (["input_channels=[x_t,hole_mask,z_masked]"], "x_t, hole_mask, z_masked .* feeds x_t, z_masked, keep_mask"),
         (["first_stage.decoder=asymmetric"], "decoder asymmetric"),
         (["unet.model_channels=320"], "the checkpoint's own config"),
