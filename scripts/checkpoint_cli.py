@@ -1,4 +1,4 @@
-"""What every command line over checkpoints promises: no input is replaced, the output tells what it was made from."""
+"""Shared by the command lines over checkpoints: checks of the output, error prefixes, provenance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm import __version__
 from ldm.checkpoint.convert import STEMS, read_json, weight_files
 from ldm.checkpoint.io import CheckpointError, sha256_file
 
-# Of a folder of diffusers, beside the folders of its components and a UNet's weights.
+# Files of a diffusers folder besides its components' folders and a UNet's weights.
 _FILES = ("model_index.json", "config.json", "README.md", "LICENSE", ".gitattributes")
 
 
@@ -23,11 +23,13 @@ def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, end
     """Refuse an output before anything is read.
 
     Args:
-        endings: of a file; none: it is a folder.
+        output: file or folder to write.
+        inputs: files and folders that are read.
+        overwrite: replace an existing file or diffusers folder.
+        endings: allowed endings of an output file; empty if the output is a folder.
 
     Raises:
-        CheckpointError: it has another ending, is an input or lies in one, or is there and not to be replaced: a folder
-            of something else never is.
+        CheckpointError: the output has another ending, is an input or lies in one, or exists and must not be replaced.
     """
     if endings and output.suffix not in endings:
         raise CheckpointError(f"{output}: got extension {output.suffix!r}, expected {' or '.join(endings)}")
@@ -50,13 +52,13 @@ def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, end
 
 
 def _check_replaceable(folder: Path) -> None:
-    """A mistyped folder of somebody's own would be gone, and so would the one that a shell is in."""
+    """Refuse any folder but one of diffusers: a mistyped name must not delete the user's own folder."""
     if Path.cwd().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{folder}: is the current folder or lies above it; name one inside or beside it")
     entries = sorted(folder.iterdir())
     descriptions = [read_json(path) for path in entries if path.name in ("config.json", "model_index.json")]
     if entries and not any("_class_name" in description for description in descriptions):
-        raise CheckpointError(f"{folder}: is no folder of diffusers, so it is not replaced; choose another name")
+        raise CheckpointError(f"{folder}: is not a diffusers folder, so it is not replaced; choose another name")
     parts = {name for description in descriptions for name in description}  # a pipeline's index names its folders
     for path in entries:
         known = parts if path.is_dir() else _FILES
@@ -68,8 +70,8 @@ def _check_replaceable(folder: Path) -> None:
 
 
 @contextmanager
-def about(path: Path) -> Iterator[None]:
-    """Puts the file's name before what functions on tensors find wrong with it."""
+def prefix_errors(path: Path) -> Iterator[None]:
+    """Put the file's name before the errors of pure functions on its tensors."""
     try:
         yield
     except CheckpointError as error:
@@ -77,10 +79,12 @@ def about(path: Path) -> Iterator[None]:
 
 
 def provenance(script: str, argv: Sequence[str] | None, inputs: Mapping[str, Path]) -> dict[str, str]:
-    """Metadata of an output: the inputs' names and SHA-256 by role, the command, versions.
+    """Return the metadata of an output: the inputs' names and SHA-256 by role, the command, versions.
 
     Args:
-        inputs: role => file, or folder of diffusers, whose known components are recorded.
+        script: name of the command line.
+        argv: its arguments; None: those of this process.
+        inputs: role => file, or diffusers folder, whose known components are recorded.
     """
     record = {"command": shlex.join([f"scripts/{script}.py", *(sys.argv[1:] if argv is None else argv)])}
     for role, path in inputs.items():

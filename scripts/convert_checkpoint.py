@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A checkpoint of the published layout to a folder for diffusers, or back.
+"""Convert a checkpoint of the published layout to a folder for diffusers, or back.
 
     python scripts/convert_checkpoint.py model.safetensors FOLDER --to diffusers
     python scripts/convert_checkpoint.py FOLDER model.safetensors --to original
@@ -34,17 +34,17 @@ from ldm.checkpoint.keys import EMA, check_schedule, swap_in_ema
 from ldm.config import Config, ConfigError, dump_config, load_config
 from ldm.diffusion import make_schedule
 from ldm.files import atomic_directory, write_text
-from scripts.checkpoint_cli import about, check_output, provenance
+from scripts.checkpoint_cli import check_output, prefix_errors, provenance
 
 
 def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
-    """The checkpoint `args.input` as the folder `args.output`."""
+    """Convert the checkpoint `args.input` to the folder `args.output`."""
     beside = args.input.parent / "config.yaml"
     config = args.config or (beside if beside.is_file() else None)
     model = load_config(*([config] if config else [])).model
     print(f"config: {config or 'the published model'}")
     state = read_checkpoint(args.input)
-    with about(args.input):
+    with prefix_errors(args.input):
         check_counterpart(model, state)
         components = to_diffusers(swap_in_ema(state) if args.use_ema else state)
         if "unet" not in components:
@@ -75,9 +75,9 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
 
 
 def to_file(args: argparse.Namespace, argv: list[str] | None) -> None:
-    """The folder `args.input` as the checkpoint `args.output`, with its config and tokenizer beside."""
+    """Convert the folder `args.input` to the checkpoint `args.output`, with its config and tokenizer beside."""
     components, configs = read_folder(args.input)
-    with about(args.input):
+    with prefix_errors(args.input):
         check_family(components, configs)
         state = to_original(components, schedule_config(configs["scheduler"]))
         model = model_config(components, configs)
@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         "--config", type=Path, help="the checkpoint's config; default: config.yaml beside it, or the published model's"
     )
     parser.add_argument("--use-ema", action="store_true", help="take the averaged UNet weights")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="of a CLIP tokenizer, to be copied")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing; show what would be")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP tokenizer to copy into the result")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing; show what would be written")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
     try:

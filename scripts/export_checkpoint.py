@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Turn a training checkpoint into a file to share: weights alone, published names, half the size, no pickle.
 
-Of a run with EMA the averaged weights are taken. The noise schedule stays float32. The model's config goes beside the
-file as config.yaml, where editing looks for it, and the tokenizer of a model that reads text in a folder `tokenizer`.
+A run with EMA gives its averaged weights. The noise schedule stays float32. The model's config is written beside the
+file as config.yaml, where editing looks for it; a model that reads text also gets its tokenizer (folder `tokenizer`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def write_config(run_config: Path, config: Path) -> None:
-    """The model section of a run's config, which is all that editing needs, and the tokenizer that it names."""
+    """Write the model section of a run's config, which is all that editing needs, and copy its tokenizer."""
     model = OmegaConf.load(run_config).model
     if tokenizer := OmegaConf.select(model, "text_encoder.tokenizer"):
         (config.parent / "tokenizer").mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""What is this file? Kind, parts, types, metadata and hash of checkpoints, without running anything in them.
+"""Show kind, parts, types, metadata and hash of checkpoints, without running anything in them.
 
-Of a safetensors file the header is read, of a .ckpt its table of tensors; numbers are read for the hash and with
---scan. Of a folder every file of weights is shown.
+Only the header of a safetensors file or the tensor table of a .ckpt is read; the hash and --scan read all numbers. For
+a folder, every file of weights in it is shown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or a folder's files of weights.
+    """Return the file itself, or a folder's files of weights.
 
     Raises:
         CheckpointError: the folder has none.
@@ -41,17 +41,17 @@ def files_of(path: Path) -> list[Path]:
 
 
 def printable(text: str) -> str:
-    """Text from a file in one line, without the characters that a terminal obeys."""
+    """Escape line breaks and control characters in text from a file."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shortened(text: str, limit: int = 300) -> str:
-    """The beginning of a long text."""
+    """Cut a long text."""
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
-    """A line for each tensor that holds NaN or Inf."""
+    """Return a line for each tensor that holds NaN or Inf."""
     lines = []
     for name, tensor in tqdm(state.items(), desc="scanning", unit="tensor", delay=3):
         if not tensor.is_floating_point() or not tensor.numel():
@@ -64,7 +64,7 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
 
 
 def describe(path: Path, *, header_only: bool, scan: bool) -> str:
-    """What a file is, in lines.
+    """Describe a file in a few lines.
 
     Raises:
         CheckpointError: it cannot be read.

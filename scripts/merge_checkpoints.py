@@ -31,15 +31,15 @@ from ldm.checkpoint.merge import (
 from scripts.checkpoint_cli import check_output, provenance
 
 MERGES = {
-    "add-difference": (add_difference, {"A": "what is to learn", "B": "the custom model", "C": "what B was made from"}),
-    "weighted-sum": (weighted_sum, {"A": "weighed 1 - M", "B": "weighed M"}),
+    "add-difference": (add_difference, {"A": "model to change", "B": "custom model", "C": "base that B was made from"}),
+    "weighted-sum": (weighted_sum, {"A": "model with weight 1 - M", "B": "model with weight M"}),
     "offset": (offset, {"BASE": "a model", "DELTA": "differences, such as IC-Light's"}),
 }
 PARTS = {"unet": UNET, "first-stage": FIRST_STAGE, "encoder": "cond_stage_model."}
 
 
 def read_source(label: str, path: Path, *, ema: str | None, only: list[str] | None) -> Source:
-    """An input with what is to be merged of it."""
+    """Read an input and keep the parts to merge."""
     if path.is_dir():
         raise CheckpointError(
             f"{path}: got a folder, expected a file; pass its unet/diffusion_pytorch_model.safetensors"
@@ -60,7 +60,7 @@ def read_source(label: str, path: Path, *, ema: str | None, only: list[str] | No
 
 
 def finite(text: str) -> float:
-    """A number that is neither NaN nor infinite."""
+    """Parse a number that is neither NaN nor infinite."""
     try:
         number = float(text)
     except ValueError:
@@ -71,7 +71,7 @@ def finite(text: str) -> float:
 
 
 def block_factor(text: str) -> tuple[str, float]:
-    """`input_blocks=0.5` as a pair."""
+    """Parse `input_blocks=0.5` to a pair."""
     block, equals, value = text.partition("=")
     if not (block and equals):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected BLOCK=NUMBER, such as input_blocks=0.5")
@@ -94,10 +94,12 @@ def main(argv: list[str] | None = None) -> int:
             type=block_factor,
             default=[],
             metavar="BLOCK=M",
-            help="another M for names that begin so: input_blocks=0.5, output_blocks.11, first_stage_model.decoder",
+            help="M for the names that begin with BLOCK, such as input_blocks or first_stage_model.decoder",
         )
         command.add_argument("--only", nargs="+", choices=PARTS, help="merge these parts and leave the others")
-        command.add_argument("--ema", choices=("last", "averaged"), help="of inputs that hold both kinds of weights")
+        command.add_argument(
+            "--ema", choices=("last", "averaged"), help="which weights to take from inputs that hold both"
+        )
         command.add_argument("--dry-run", action="store_true", help="write nothing; show how far each block moves")
         command.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)

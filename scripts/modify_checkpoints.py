@@ -27,13 +27,13 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensor
 from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, swap_in_ema
 from ldm.checkpoint.merge import add_clip_tower, inflate_input_conv, input_conv
 from ldm.files import atomic_directory, write_text
-from scripts.checkpoint_cli import about, check_output, provenance
+from scripts.checkpoint_cli import check_output, prefix_errors, provenance
 
 _CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def clip_file(source: str) -> Path:
-    """CLIP's weights: a file, that of a transformers folder, or one downloaded from the Hugging Face hub."""
+    """Find CLIP's weights: a file, the file in a transformers folder, or a download from the Hugging Face hub."""
     path = Path(source)
     if path.is_dir():
         found = [path / name for name in _CLIP_FILES if (path / name).exists()]
@@ -55,18 +55,18 @@ def clip_file(source: str) -> Path:
 
 
 def modified(args: argparse.Namespace, clip: Path | None) -> dict[str, Tensor]:
-    """The input's tensors with what the command line asks for; prints each step."""
+    """Return the input's tensors with what the command line asks for; print each step."""
     state = read_component(unet_folder(args.input)) if args.input.is_dir() else read_checkpoint(args.input)
     print(f"read {args.input}: {len(state)} tensors")
 
     num_ema = sum(name.startswith(EMA) for name in state)
-    with about(args.input):
+    with prefix_errors(args.input):
         state = swap_in_ema(state) if args.use_ema else {n: t for n, t in state.items() if not n.startswith(EMA)}
     if num_ema:
         print(f"{'took the averaged weights from' if args.use_ema else 'left out'} {num_ema} tensors {EMA}*")
 
     init = read_checkpoint(args.init) if args.init else None
-    with about(args.input):
+    with prefix_errors(args.input):
         old_channels = state[key := input_conv(state)].shape[1]
         state = inflate_input_conv(state, args.in_channels, init)
     new = f"the new ones {f'from {args.init}' if args.init else 'zero'}"
@@ -85,12 +85,12 @@ def modified(args: argparse.Namespace, clip: Path | None) -> dict[str, Tensor]:
 
 
 def unet_folder(folder: Path) -> Path:
-    """Where a diffusers folder has its UNet: below it, or right there."""
+    """Return the folder of the UNet in a diffusers folder: `unet` below it, or the folder itself."""
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def write_copy(source: Path, target: Path, state: dict[str, Tensor], record: dict[str, str]) -> None:
-    """A diffusers folder with another UNet; everything but its weights and `in_channels` is copied."""
+    """Copy a diffusers folder with another UNet; only its weights and `in_channels` change."""
     unet = unet_folder(source)
     config = read_json(unet / "config.json") | {"in_channels": state[input_conv(state)].shape[1]}
     old = {path.resolve() for path in unet.iterdir() if path.suffix in (".safetensors", ".bin", ".msgpack", ".onnx")}
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         "--use-ema", action="store_true", help="take the averaged UNet weights (sd-v1-4-full-ema.ckpt holds them)"
     )
     parser.add_argument("--init", type=Path, metavar="FILE", help="checkpoint whose input channels the new ones become")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing; show what would be")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing; show what would change")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
     folder = args.input.is_dir()

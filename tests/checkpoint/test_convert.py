@@ -526,7 +526,7 @@ def test_nothing_but_a_folder_of_diffusers_is_replaced(
     (tmp_path / "mine" / "model_index.json").unlink()
     (tmp_path / "mine" / "config.json").write_text("{}")
     assert main(words) == 2
-    assert "mine: is no folder of diffusers" in capsys.readouterr().err
+    assert "mine: is not a diffusers folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert main([words[0], ".", *words[2:]]) == 2
@@ -552,7 +552,7 @@ def test_wrong_command_lines(small: Path, converted: Path, tmp_path: Path, capsy
         ([tmp_path / "odd.safetensors", tmp_path / "x", "--to", "diffusers", "--config", config], "extra.weight"),
         ([small, tmp_path / "x.safetensors", "--to", "diffusers"], "the result is a folder"),
         ([small, tmp_path / "mine", "--to", "diffusers"], "exists already"),
-        ([small, tmp_path / "mine", "--to", "diffusers", "--overwrite"], "is no folder of diffusers"),
+        ([small, tmp_path / "mine", "--to", "diffusers", "--overwrite"], "is not a diffusers folder"),
         ([small, converted, "--to", "diffusers"], "exists already"),
     ):
         assert main([str(argument) for argument in arguments]) == 2
