@@ -27,7 +27,7 @@ from ldm.data.annotations import (
     stored_size,
 )
 from ldm.data.box_index import IndexWriter
-from ldm.files import UserError, atomic_write, write_text
+from ldm.files import UserError, write_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,10 +112,11 @@ def read_bbox(
     done = set() if overwrite else {entry.name for entry in os.scandir(out) if entry.stat().st_size}
     boxes, num_rows = read_boxes_csv(csv_path)
     report, problems = Report(num_rows, len(boxes)), []
+    partial = out / f".{split}.partial"
     for id_, corners, labels in tqdm(boxes_by_image(boxes, csv_path.parent), desc=f"{split}: boxes", unit=" images"):
-        name, text = paths.get(id_, f"{split}/{id_}.jpg"), out / f"{id_}.txt"
+        name = paths.get(id_, f"{split}/{id_}.jpg")
         try:
-            size = stored_size(images / name, ignore_exif=True)
+            size = stored_size(f"{images}/{name}", ignore_exif=True)
         except UnusableImageError as error:
             problems.append(f"{id_}\t{error}\n")
             report.problems[str(error)] += 1
@@ -123,12 +124,14 @@ def read_bbox(
         pixels = (corners * (*size, *size)).tolist()
         if index is not None:
             index.add(name, size, pixels, labels=labels)
-        if text.name in done:
+        if f"{id_}.txt" in done:
             report.resumed += 1
             continue
-        with atomic_write(text, sync=False) as partial:
-            partial.write_text("".join(f"{a} {b} {c} {d}\n" for a, b, c, d in pixels), encoding="ascii")
+        with open(partial, "w", encoding="ascii") as file:
+            file.writelines(f"{a} {b} {c} {d}\n" for a, b, c, d in pixels)
+        os.replace(partial, f"{out}/{id_}.txt")
         report.written += 1
+    partial.unlink(missing_ok=True)  # of an interrupted run
     list_path = out.parent / f"{split}-problems.tsv"
     list_path.unlink(missing_ok=True)
     if problems:

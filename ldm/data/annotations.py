@@ -337,8 +337,9 @@ def boxes_by_image(boxes: pd.DataFrame, folder: Path) -> Iterator[tuple[str, np.
         known = [descriptions.get(label, "") for label in boxes.LabelName.cat.categories]
         names = np.array(known, dtype=object)[boxes.LabelName.cat.codes]
     starts = np.flatnonzero(np.diff(codes, prepend=-1))  # first box of each image
-    for start, end in itertools.pairwise([*starts.tolist(), len(boxes)]):
-        yield ids.categories[codes[start]], corners[start:end], names[start:end].tolist()
+    present = ids.categories[codes[starts]].tolist()
+    for id_, (start, end) in zip(present, itertools.pairwise([*starts.tolist(), len(boxes)]), strict=True):
+        yield id_, corners[start:end], names[start:end].tolist()
 
 
 # ---- other formats ----
