@@ -70,6 +70,7 @@ _UNET_ENDS = (
     ("out.0", "conv_norm_out"),
     ("out.2", "conv_out"),
 )
+_VAE_ENDS = (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out"))
 _VAE_RESNET = (*((name, name) for name in ("norm1", "conv1", "norm2", "conv2")), ("nin_shortcut", "conv_shortcut"))
 _VAE_ATTENTION = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
 _MAPPER_BLOCK = (
@@ -236,7 +237,7 @@ def _unet_names(layout: Layout) -> Iterator[tuple[str, str]]:
 def _vae_names(layout: Layout) -> Iterator[tuple[str, str]]:
     yield from (("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv"))
     for coder in ("encoder", "decoder"):
-        yield from _inside(coder, coder, (("conv_in",) * 2, ("norm_out", "conv_norm_out"), ("conv_out",) * 2))
+        yield from _inside(coder, coder, _VAE_ENDS)
         for i in range(2):
             yield from _inside(f"{coder}.mid.block_{i + 1}", f"{coder}.mid_block.resnets.{i}", _VAE_RESNET)
         yield from _inside(f"{coder}.mid.attn_1", f"{coder}.mid_block.attentions.0", _VAE_ATTENTION)

@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, _utils
 from tqdm import tqdm
 
 from ldm.files import UserError, atomic_write
@@ -181,7 +181,7 @@ def _is_stored(path: Path) -> bool:
             f"refused: {size:,} bytes that unpack to {unpacked:,}, a zip bomb; torch.save does not compress, get the "
             "weights elsewhere"
         )
-    if torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl"):  # torch.load would run it
+    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():  # torch.load would run it
         raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     return stored and path.suffix != ".safetensors"  # torch.load trusts that name more than the content
@@ -228,7 +228,7 @@ def _build_from_type(build: Any, _: object, args: tuple[object, ...], __: object
 
 _BUILDERS: dict[tuple[str, str], Any] = {
     **{
-        ("torch._utils", name): getattr(torch._utils, name)
+        ("torch._utils", name): getattr(_utils, name)
         for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
     },
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
@@ -255,8 +255,12 @@ def _safe_unpickler() -> Any:
     # and four damaged bytes ask for 64 GiB.
     class Unpickler(pickle._Unpickler):
         dropped: ClassVar[set[str]] = set()
-        # Objects' attributes are of no interest, and none may be set on torch's own functions and classes.
-        dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: lambda self: self.stack.pop()}
+        stack: list[object]
+
+        def load_build(self) -> None:
+            self.stack.pop()  # attributes are of no interest, and none may be set on torch's own functions and classes
+
+        dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in _BUILDERS:
