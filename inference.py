@@ -443,7 +443,7 @@ def edit(args: argparse.Namespace) -> int:
         return 1
     details: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
     if network is not None:
-        from ldm.evaluation.similarity import region_similarities
+        from ldm.evaluation.metrics import region_similarities
 
         scores = region_similarities(network, results, hole, exemplars)
         details = [detail | {"similarity": round(score, 2)} for detail, score in zip(details, scores, strict=True)]

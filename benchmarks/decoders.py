@@ -20,9 +20,8 @@ from rich.progress import track
 from rich.table import Table
 
 from ldm.editing.editor import BUNDLED_MODEL, Editor, fit_scene
-from ldm.evaluation.background import background
 from ldm.evaluation.cocoee import Bench
-from ldm.evaluation.seam import seam
+from ldm.evaluation.metrics import background, seam
 from ldm.images import tensor_to_pil
 from ldm.latent_diffusion import replace_decoder
 

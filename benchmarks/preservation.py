@@ -24,9 +24,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ldm.editing.editor import BUNDLED_MODEL, Editor, FittedScene, fit_scene
-from ldm.evaluation.background import background
 from ldm.evaluation.cocoee import Bench
-from ldm.evaluation.seam import seam
+from ldm.evaluation.metrics import background, seam
 from ldm.images import load_mask, open_image
 
 WAYS: dict[str, Callable[[FittedScene, Tensor], Image.Image]] = {

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.evaluation.evaluate import Figures, Measurement, Results
-    from ldm.evaluation.report import Record
+    from ldm.evaluation.evaluate import Evaluation, Record, Run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,16 +79,16 @@ def evaluate(args: argparse.Namespace) -> None:
     from ldm.editing.editor import pick_device
     from ldm.evaluation.cache import open_cache
     from ldm.evaluation.cocoee import Bench
-    from ldm.evaluation.evaluate import DEFAULT_METRICS, Measurement, Options, Results
+    from ldm.evaluation.evaluate import DEFAULT_METRICS, EvalConfig, Run, evaluate_runs
     from ldm.evaluation.features import load_network
     from ldm.evaluation.inception import load_inception
     from ldm.evaluation.quality import load_gmm
     from ldm.files import write_text
 
     bench = Bench(args.bench)
-    runs = [named_results(text) for text in args.results]
+    runs = [named_run(text) for text in args.results]
     device = pick_device(args.device)
-    options = Options(
+    config = EvalConfig(
         network=load_network(args.features, device),
         metrics=args.metrics or DEFAULT_METRICS,
         real=args.real,
@@ -103,26 +102,25 @@ def evaluate(args: argparse.Namespace) -> None:
         num_resamples=args.resamples,
         seed=args.seed,
     )
-    measurement = Measurement(bench, runs, options, [Results.read(path) for path in args.other_seeds])
-    if len(measurement.ids) < len(bench):
-        print(f"measured on the {len(measurement.ids)} of {len(bench)} items that all runs hold", file=sys.stderr)
-    figures = measurement.figures()
-    record = report(measurement, figures)
+    evaluation = evaluate_runs(bench, runs, config, [Run.read(path) for path in args.other_seeds])
+    if len(evaluation.ids) < len(bench):
+        print(f"measured on the {len(evaluation.ids)} of {len(bench)} items that all runs hold", file=sys.stderr)
+    record = report(evaluation)
     print_table(record)
     if args.write_real:
-        measurement.real_statistics.save(args.write_real)
+        evaluation.real_statistics.save(args.write_real)
     if args.markdown:
         write_text(args.markdown, markdown_table(record))
     if args.json:
         write_text(args.json, json.dumps(record, indent=2) + "\n")
 
 
-def named_results(text: str) -> Results:
+def named_run(text: str) -> Run:
     """`[NAME=]FOLDER` as a run."""
-    from ldm.evaluation.evaluate import Results
+    from ldm.evaluation.evaluate import Run
 
     name, separator, path = text.partition("=")
-    return Results.read(Path(path), name) if separator and not Path(text).exists() else Results.read(Path(text))
+    return Run.read(Path(path), name) if separator and not Path(text).exists() else Run.read(Path(text))
 
 
 def print_table(record: Record) -> None:
@@ -130,10 +128,10 @@ def print_table(record: Record) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ldm.evaluation.report import arrow, figure_rows, interval, number
+    from ldm.evaluation.evaluate import arrow, format_interval, format_value, metric_rows
 
     console = Console(highlight=False)
-    for key, first in figure_rows(record).items():
+    for key, first in metric_rows(record).items():
         console.print(f"\n{first['name']} {arrow(first)}", style="bold", markup=False)
         console.print(f"{first['how']}; n = {first['n']}", style="dim", markup=False)
         table = Table.grid(padding=(0, 3))
@@ -141,7 +139,7 @@ def print_table(record: Record) -> None:
         table.add_column(justify="right")
         for name, run in record["runs"].items():
             if figure := run["figures"].get(key):
-                table.add_row(f"  {name}", number(figure, figure["value"]), interval(figure))
+                table.add_row(f"  {name}", format_value(figure, figure["value"]), format_interval(figure))
         if first["paper"] is not None:
             table.add_row("  the paper, on COCOEE", f"{first['paper']:.2f}")
         console.print(table)
@@ -149,13 +147,16 @@ def print_table(record: Record) -> None:
 
 def markdown_table(record: Record) -> str:
     """Figures as rows, runs as columns; below it how each figure was measured."""
-    from ldm.evaluation.report import arrow, figure_rows, interval, number
+    from ldm.evaluation.evaluate import arrow, format_interval, format_value, metric_rows
 
-    runs, rows = record["runs"], figure_rows(record)
+    runs, rows = record["runs"], metric_rows(record)
     lines = [["", *runs, "paper (COCOEE)"], ["---", *["---:"] * (len(runs) + 1)]]
     for key, first in rows.items():
         shown = [run["figures"].get(key) for run in runs.values()]
-        values = ["" if figure is None else f"{number(figure, figure['value'])} {interval(figure)}" for figure in shown]
+        values = [
+            "" if figure is None else f"{format_value(figure, figure['value'])} {format_interval(figure)}"
+            for figure in shown
+        ]
         paper = "" if first["paper"] is None else f"{first['paper']:.2f}"
         lines.append([f"{first['name']} {arrow(first)}", *values, paper])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -163,7 +164,7 @@ def markdown_table(record: Record) -> str:
     return f"{table}\n\n{notes}\n"
 
 
-def report(measurement: Measurement, figures: dict[str, Figures]) -> dict[str, Any]:
+def report(evaluation: Evaluation) -> dict[str, Any]:
     """All that is known of the figures, for a JSON file; the first run's values stand at its top level too."""
     import platform
     from dataclasses import asdict
@@ -171,17 +172,17 @@ def report(measurement: Measurement, figures: dict[str, Figures]) -> dict[str, A
 
     from ldm import __version__
 
-    first = figures[measurement.runs[0].name]
+    config = evaluation.config
     packages = ("torch", "numpy", "transformers", "pillow")
     return {
-        **{key: figure.value for key, figure in first.items()},
-        "bench": str(measurement.bench.root),
-        "ids": measurement.ids,
-        "features": measurement.options.network.name,
-        "features_key": measurement.options.network.key,
-        "real": str(measurement.options.real or "the bench's true pictures"),
-        "gmm": measurement.options.gmm.provenance if measurement.options.gmm else None,
-        "bootstrap": {"resamples": measurement.options.num_resamples, "seed": measurement.options.seed},
+        **{key: metric.value for key, metric in evaluation.metrics[evaluation.runs[0].name].items()},
+        "bench": str(evaluation.bench.root),
+        "ids": evaluation.ids,
+        "features": config.network.name,
+        "features_key": config.network.key,
+        "real": str(config.real or "the bench's true pictures"),
+        "gmm": config.gmm.provenance if config.gmm else None,
+        "bootstrap": {"resamples": config.num_resamples, "seed": config.seed},
         "versions": {
             "paint-by-example": __version__,
             "python": platform.python_version(),
@@ -192,10 +193,10 @@ def report(measurement: Measurement, figures: dict[str, Figures]) -> dict[str, A
                 "folder": str(run.folder or ""),
                 "settings": dict(run.settings),
                 "timing": dict(run.timing),
-                "figures": {key: asdict(figure) for key, figure in figures[run.name].items()},
-                "per_item": measurement.per_item[run.name],
+                "figures": {key: asdict(metric) for key, metric in evaluation.metrics[run.name].items()},
+                "per_item": evaluation.per_item[run.name],
             }
-            for run in measurement.runs
+            for run in evaluation.runs
         },
     }
 

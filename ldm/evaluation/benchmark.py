@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.checkpoint.io import sha256_file
 from ldm.config import ModelConfig
 from ldm.editing.editor import Editor, FittedScene, checkpoint_file, fit_scene, pick_device, pick_dtype, save_png
-from ldm.evaluation.baselines import copy_paste, opencv_inpaint, seamless_clone
-from ldm.evaluation.cocoee import Bench, BenchItem
+from ldm.evaluation.cocoee import Bench, BenchItem, copy_paste, opencv_inpaint, seamless_clone
 from ldm.files import UserError, write_text
 from ldm.images import exemplar_to_tensor
 from ldm.latent_diffusion import decoder_file

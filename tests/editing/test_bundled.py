@@ -16,9 +16,7 @@ from ldm.config import load_config
 from ldm.editing.editor import fit_scene
 from ldm.evaluation.cocoee import Bench
 from ldm.evaluation.features import SQUASH, View, extract, load_network
-from ldm.evaluation.identification import identification
-from ldm.evaluation.regions import hole_box
-from ldm.evaluation.similarity import cosine_scores
+from ldm.evaluation.metrics import cosine_scores, hole_box, identification
 from ldm.latent_diffusion import replace_decoder
 from scripts import inference_test_bench
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ldm.evaluation.benchmark import PROTOCOLS, Settings, edit_bench
 from ldm.evaluation.cocoee import Bench
-from ldm.evaluation.evaluate import Results, common_ids, exemplar_labels
+from ldm.evaluation.evaluate import Run, common_ids, exemplar_labels
 from ldm.files import UserError
 from ldm.images import find_images
 
@@ -343,7 +343,7 @@ def test_quality_score_of_a_fitted_mixture(bench: Path, pasted: Path, tmp_path: 
         (["--metrics", "diversity"], "--other-seeds"),
         (["--metrics", "inception"], "--inception FILE"),
         (["--focus", "a.png"], "no measured item shows a.png"),
-        (["--focus", "a.png", "--metrics", "clip"], "add it to --metrics"),
+        (["--focus", "a.png", "--metrics", "clip"], "--focus"),
         (["--features", "vgg"], "vgg"),
         (["--gmm", "nowhere.pkl"], "nowhere.pkl"),
         (["--real", "nowhere"], "nowhere"),
@@ -359,15 +359,15 @@ def test_wrong_questions(
 
 def test_what_all_runs_hold_is_measured(bench: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        Results.read(tmp_path / "nowhere")
+        Run.read(tmp_path / "nowhere")
     made = Bench(bench)
     run = tmp_path / "run"
     run.mkdir()
     Image.new("RGB", (32, 32)).save(run / f"{IDS[1]}.png")
     with pytest.raises(UserError, match="got 1 items of the benchmark in common"):
-        common_ids(made, [Results.read(run)])
+        common_ids(made, [Run.read(run)])
     Image.new("RGB", (32, 32)).save(run / f"{IDS[3]}.png")
-    assert common_ids(made, [Results.read(run), Results("true picture", None)]) == [IDS[1], IDS[3]]
+    assert common_ids(made, [Run.read(run), Run("true picture", None)]) == [IDS[1], IDS[3]]
 
 
 def test_a_picture_of_another_size_is_of_another_bench(
@@ -417,7 +417,7 @@ def test_the_page_needs_no_other_file(record: Path, tmp_path: Path) -> None:
 
 def test_sweeps_are_drawn_of_runs_that_differ_in_one_setting(record: Path) -> None:
     pytest.importorskip("matplotlib")
-    from ldm.evaluation.report import choose_samples, sweeps
+    from scripts.report import choose_samples, sweeps
 
     written = json.loads(record.read_text())
     assert sweeps(written) == {}

@@ -34,7 +34,7 @@ from ldm.evaluation.features import (
     load_network,
     openai_to_transformers,
 )
-from ldm.evaluation.similarity import cosine_scores, paper_box
+from ldm.evaluation.metrics import cosine_scores, paper_box
 from ldm.files import UserError
 from ldm.images import CLIP_MEAN, CLIP_STD
 from tests.procweights import weight

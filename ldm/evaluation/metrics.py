@@ -1,0 +1,317 @@
+"""Metrics of edited images: plain functions from images or features to numbers.
+
+Images compared with each other have equal sizes, and feature arrays come from `ldm.evaluation.features`, which refuses
+values that are not finite; nothing is checked again here.
+
+Dimension key: N items · D feature channels · R bootstrap resamples · H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm.evaluation.features import SQUASH, FeatureNetwork
+from ldm.files import UserError
+
+SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # pixels: a Gaussian window of 11 x 11
+CORNER_CELLS = 8  # a corner is an eighth of the width by an eighth of the height
+BOOTSTRAP_BLOCK = 1 << 22  # indices drawn at a time: 32 MiB
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n items with the limits of its 95 % bootstrap interval (nan where there is none)."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+# ---- regions ----
+
+
+def hole_box(image: Image.Image, hole_mask: Image.Image) -> tuple[int, int, int, int]:
+    """Return the bounding box of the hole: left, top, right, bottom (exclusive), in pixels.
+
+    Args:
+        image: scene or edit.
+        hole_mask: mode L, of the image's size; grey levels of 128 and more are the hole.
+
+    Raises:
+        UserError: the sizes differ, or the hole is empty.
+    """
+    if image.size != hole_mask.size:
+        raise UserError(f"got an image of {image.size} and a mask of {hole_mask.size} pixels, expected equal sizes")
+    box = hole_mask.point([0] * 128 + [255] * 128).getbbox()
+    if box is None:
+        raise UserError("got an empty mask, expected a hole (white, 255)")
+    return box
+
+
+def paper_box(hole_mask: Image.Image) -> tuple[int, int, int, int] | None:
+    """Return the box that the paper's CLIP score crops: left, top, right, bottom (exclusive), in pixels.
+
+    The published script takes the first and the last pixel of grey level 255 in reading order. For a filled rectangle
+    this is the rectangle without its last row and column; for other shapes it is not a bounding box. It is kept for
+    comparison with published figures. None: the rule leaves no pixel.
+    """
+    rows, columns = np.nonzero(np.asarray(hole_mask.convert("L")) == 255)
+    if not len(rows) or columns[-1] <= columns[0] or rows[-1] <= rows[0]:
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
+
+
+# ---- features of regions and exemplars ----
+
+
+def cosine_scores(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return 100 times the cosine of paired features: (N, D) and (N, D) => (N,) float64 in [-100, 100].
+
+    Raises:
+        UserError: a feature is zero, so that no cosine is defined.
+
+    Source: paper, section 4.1 (CLIP score), between the edited region and the exemplar.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    if not (norms > 0).all():
+        raise UserError(f"features of pair {int(np.argmin(norms > 0))} are zero: their cosine is undefined")
+    return np.clip(100 * (a * b).sum(1) / norms, -100, 100)
+
+
+@torch.inference_mode()
+def region_similarities(
+    network: FeatureNetwork, images: Sequence[Image.Image], hole: Image.Image, exemplars: Sequence[Image.Image]
+) -> list[float]:
+    """Return, per image, 100 times the cosine between its hole box and the exemplar, averaged over exemplars."""
+    device = next(network.parameters()).device
+    box = hole_box(images[0], hole)
+    views = [network.preprocess(image, SQUASH, box) for image in images]
+    views += [network.preprocess(exemplar, SQUASH) for exemplar in exemplars]
+    features = F.normalize(network(torch.stack(views).to(device)), dim=1).cpu()
+    regions, targets = features[: len(images)], features[len(images) :]
+    return (100 * regions @ targets.T).mean(1).tolist()
+
+
+def identification(
+    regions: np.ndarray,
+    exemplars: np.ndarray,
+    exemplar_ids: Sequence[Hashable] | None = None,
+    *,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Return the share of pairs in which a region is closer (cosine) to its own exemplar than to another one.
+
+    An ordered pair (i, j) of items with different exemplars is identified if region i is closer to exemplar i than to
+    exemplar j; a tie counts one half. Regions that say nothing about their exemplars score 0.5.
+
+    The interval resamples exemplars, each with all its items: pairs share items, and items share exemplars. Treating
+    them as independent would make it far too narrow.
+
+    Args:
+        regions: (N, D) features of the edited regions.
+        exemplars: (N, D) features of the exemplars.
+        exemplar_ids: N labels; items with equal labels show the same exemplar and are not compared. None: items show
+            the same exemplar if their features are equal.
+        num_resamples: R.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: all items show the same exemplar, or a feature is zero.
+    """
+    labels, comparable, identified = _pairs(regions, exemplars, exemplar_ids)
+    rng = np.random.default_rng(seed)
+    m = labels.max() + 1
+    counts = rng.multinomial(m, np.full(m, 1 / m), size=num_resamples)[:, labels].astype(np.float64)  # (R, N)
+    pairs = ((counts @ comparable) * counts).sum(1)
+    shares = ((counts @ identified) * counts).sum(1)[pairs > 0] / pairs[pairs > 0]
+    low, high = np.quantile(shares, [0.025, 0.975]) if len(shares) else (0.0, 1.0)
+    return Estimate(float(identified.sum() / comparable.sum()), float(low), float(high), len(labels))
+
+
+def identified_shares(
+    regions: np.ndarray, exemplars: np.ndarray, exemplar_ids: Sequence[Hashable] | None = None
+) -> np.ndarray:
+    """Return (N,), the share of identified pairs of each region; see `identification`."""
+    _, comparable, identified = _pairs(regions, exemplars, exemplar_ids)
+    return identified.sum(1) / comparable.sum(1)
+
+
+def _pairs(
+    regions: np.ndarray, exemplars: np.ndarray, exemplar_ids: Sequence[Hashable] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (N,) exemplar numbers, and (N, N): whether pair (i, j) counts, and how much of it is identified."""
+    labels = _numbers([row.tobytes() for row in exemplars] if exemplar_ids is None else exemplar_ids)
+    comparable = labels[:, None] != labels[None, :]
+    if not comparable.any():
+        raise UserError(f"got {len(labels)} item(s) with the same exemplar, expected at least two different exemplars")
+    similarity = _unit(regions) @ _unit(exemplars).T  # (N, N): region i, exemplar j
+    own = np.diagonal(similarity)[:, None]
+    return labels, comparable, comparable * ((own > similarity) + 0.5 * (own == similarity))
+
+
+def _numbers(labels: Sequence[Hashable]) -> np.ndarray:
+    """Return (N,) whole numbers, equal where the labels are equal, in order of appearance."""
+    index = {label: k for k, label in enumerate(dict.fromkeys(labels))}
+    return np.array([index[label] for label in labels])
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    features = features.astype(np.float64)
+    norm = np.linalg.norm(features, axis=1, keepdims=True)
+    if not (norm > 0).all():
+        raise UserError(f"features of item {int(np.argmin(norm > 0))} are zero: their cosine is undefined")
+    return features / norm
+
+
+def mean_interval(
+    values: Sequence[float] | np.ndarray,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Return the mean of N values with the percentile interval of a bootstrap.
+
+    Args:
+        values: (N,) finite numbers.
+        groups: N labels; items with equal labels (several edits with one exemplar) are resampled together, because
+            they are not independent. None: each item is its own group. The interval of a single group is nan.
+        num_resamples: R.
+        seed: of the bootstrap.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    labels = _numbers(range(len(numbers)) if groups is None else groups)
+    mean, m = numbers.mean(), int(labels.max()) + 1
+    if m == 1:
+        return Estimate(float(mean), float("nan"), float("nan"), len(numbers))
+    sums = np.bincount(labels, weights=numbers - mean)  # about the mean: no rounding error where values are large
+    sizes = np.bincount(labels)
+    rng = np.random.default_rng(seed)
+    rows = max(1, BOOTSTRAP_BLOCK // m)
+    means = []
+    for start in range(0, num_resamples, rows):
+        drawn = rng.integers(m, size=(min(rows, num_resamples - start), m))
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+    low, high = mean + np.quantile(np.concatenate(means), [0.025, 0.975])
+    return Estimate(float(mean), float(low), float(high), len(numbers))
+
+
+# ---- copied background ----
+
+
+def corner_colors(image: Image.Image) -> np.ndarray:
+    """Return (4, 3), the mean colours of the corners, grey levels 0 to 255; a corner is 1/8 of each side long."""
+    cells = np.array(image.convert("RGB").resize((CORNER_CELLS,) * 2, Image.Resampling.BOX), dtype=np.float64)
+    return cells[[0, 0, -1, -1], [0, -1, 0, -1]]
+
+
+def copied_background(edited: np.ndarray, exemplars: np.ndarray, true_images: np.ndarray) -> np.ndarray:
+    """Measure how far the corners of edited regions moved from the scene's colours to the exemplar's.
+
+    Pasting the exemplar is the trivial solution of training on an image's own crops (paper, section 3.2). The
+    exemplar's background, which objects hardly ever cover in the corners, reveals it. With d the difference between
+    the exemplar's corners and the true image's, and c between the edit's and the true image's, the least-squares
+    share over all items is sum(c d) / sum(d d): 0 for the true image, 1 for a pasted exemplar. An edit that misses the
+    true background by chance is a little above 0, because c and d share the true image.
+
+    Args:
+        edited, exemplars, true_images: (N, 4, 3) `corner_colors`; of the hole boxes, except the exemplars'.
+
+    Returns:
+        (N,) contribution of each item times N: the mean is the share.
+    """
+    d = exemplars - true_images
+    return ((edited - true_images) * d).sum((1, 2)) / (d**2).sum((1, 2)).mean()
+
+
+# ---- what an edit changed ----
+
+
+@dataclass(frozen=True)
+class BackgroundError:
+    """Differences outside the hole; nan where there is nothing to compare."""
+
+    ssim: float  # in [-1, 1], 1 for equal backgrounds; mean over the windows without a pixel of the hole
+    psnr: float  # dB against a range of 255; infinite for equal backgrounds
+    max_abs: float  # largest difference of a channel, grey levels 0 to 255
+
+
+def background(result: Image.Image, scene: Image.Image, hole_mask: Image.Image) -> BackgroundError:
+    """Compare an edit with its scene outside the hole.
+
+    Args:
+        result, scene: images of equal size.
+        hole_mask: mode L, of the same size; grey levels of 128 and more are the hole.
+
+    Source: Wang et al. 2004, "Image quality assessment", section III-B (SSIM: Gaussian window of 1.5 pixels,
+        K1 = 0.01, K2 = 0.03), averaged over the channels.
+    """
+    hole = torch.from_numpy(np.array(hole_mask.convert("L"))) >= 128
+    if hole.all():
+        return BackgroundError(ssim=float("nan"), psnr=float("nan"), max_abs=float("nan"))
+    x, y = _levels(result), _levels(scene)
+    difference = (x - y)[:, ~hole]
+    mse = difference.square().mean()
+    psnr = float(10 * torch.log10(255**2 / mse))  # tensors divide by zero to infinity
+    return BackgroundError(_ssim(x, y, hole), psnr, float(difference.abs().max()))
+
+
+def _ssim(x: Tensor, y: Tensor, hole: Tensor) -> float:
+    """Return the mean SSIM of (3, H, W) images over the windows inside the image and outside the hole (H, W)."""
+    radius = SSIM_RADIUS
+    if min(hole.shape) <= 2 * radius:
+        return float("nan")
+    touched = F.max_pool2d(hole[None].float(), 2 * radius + 1, stride=1)[0] > 0  # per window within the image
+    if touched.all():
+        return float("nan")
+    # This import takes half a second, and only this function needs it.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _, windows = structural_similarity_index_measure(
+        x[None] / 255, y[None] / 255, sigma=SSIM_SIGMA, data_range=1.0, return_full_image=True
+    )
+    return float(windows[0, :, radius:-radius, radius:-radius][:, ~touched].mean())
+
+
+def _levels(image: Image.Image) -> Tensor:
+    """Return (3, H, W) float64 grey levels, 0 to 255."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).double()
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Mean differences between neighbouring pixels, grey levels 0 to 255; nan where there are no such pairs."""
+
+    jump: float  # in the result, across the hole's edge
+    usual: float  # in the scene, between pixels at the edge outside the hole and the pixels behind them
+
+
+def seam(result: Image.Image, scene: Image.Image, hole_mask: Image.Image) -> Seam:
+    """Compare the step of an edit at the hole's edge with the scene's own steps right beside it.
+
+    Args:
+        result, scene: images of equal size.
+        hole_mask: mode L, of the same size; grey levels of 128 and more are the hole.
+    """
+    hole = np.asarray(hole_mask.convert("L")) >= 128
+    edited, true = (np.asarray(image.convert("RGB")).astype(np.float64) for image in (result, scene))
+    jumps, usual = [], []
+    for axis in (0, 1):
+        inside = np.moveaxis(hole, axis, 0)
+        steps, own = (np.abs(np.diff(np.moveaxis(x, axis, 0), axis=0)).mean(-1) for x in (edited, true))
+        cross = inside[1:] != inside[:-1]
+        jumps.append(steps[cross])
+        # Pairs of outer pixels; the nearer one has the hole on its other side.
+        usual += [own[:-1][cross[1:] & inside[2:] & ~inside[:-2]], own[1:][cross[:-1] & inside[:-2] & ~inside[2:]]]
+    means = [np.concatenate(values) for values in (jumps, usual)]
+    return Seam(*(float(values.mean()) if len(values) else float("nan") for values in means))
