@@ -1,4 +1,4 @@
-"""What a run does besides stepping: averages, checkpoints, pictures, speed, signals."""
+"""What a run does besides stepping: average, checkpoints, image grids, speed, signals."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ import shutil
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.loggers.logger import rank_zero_experiment
 from lightning_fabric.plugins import TorchCheckpointIO
+from lightning_fabric.utilities.throughput import measure_flops
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.loggers.csv_logs import ExperimentWriter
-from pytorch_lightning.utilities import move_data_to_device
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
-from torch.utils.flop_counter import flop_registry
 
 from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import TEXT_MODULE, TOWER
 from ldm.config import Config, LoggingConfig
 from ldm.files import atomic_write
 from ldm.images import tensor_to_pil
-from ldm.training.diffusion_module import DiffusionTraining, FirstStageTraining, NonFiniteLoss
-from ldm.training.fsdp import ShardedStrategy, copy_whole, local_part, whole
+from ldm.training import fsdp
+from ldm.training.diffusion_module import DiffusionTraining
+from ldm.training.ema import EMA, trained_parameters
+from ldm.training.first_stage_module import FirstStageTraining
+from ldm.training.module import NonFiniteError, logs_step
 
 
 class Interrupted(Exception):
@@ -81,95 +82,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-class EMA(Callback):
-    """Exponential moving average of the trained weights, shorter-sighted at the start: min(decay, (1 + n) / (10 + n)).
-
-    Validation sees the average. Checkpoints hold it in `state_dict`, the trained weights beside it. Lightning's own
-    averages a copy of the whole module, frozen parts included, and cannot have it sharded.
-    """
-
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-        self._average: dict[str, Tensor] = {}
-        self._loaded: dict[str, Tensor] = {}  # of a checkpoint, whole
-        self._count = 0  # of updates
-        self._step = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, parameter in _trained(pl_module):
-            self._average[name] = parameter.detach().clone()
-            if name in self._loaded:
-                copy_whole(self._loaded[name], self._average[name])
-        self._loaded = {}
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step <= self._step:
-            return  # between accumulated batches
-        weight = 1.0 - min(self.decay, (1.0 + self._count) / (10.0 + self._count)) if self._count else 1.0
-        pairs = [(local_part(self._average[name]), local_part(p.detach())) for name, p in _trained(pl_module)]
-        average, current = zip(*pairs, strict=True)
-        torch._foreach_lerp_(average, current, weight)  # pyright: ignore[reportPrivateImportUsage]
-        self._count, self._step = self._count + 1, trainer.global_step
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap(pl_module)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap(pl_module)
-
-    @torch.no_grad()
-    def _swap(self, pl_module: pl.LightningModule) -> None:
-        for name, parameter in _trained(pl_module) if self._average else ():
-            a, b = local_part(parameter), local_part(self._average[name])
-            kept = a.clone()
-            a.copy_(b)
-            b.copy_(kept)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"latest_update_step": self._step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._step = state_dict["latest_update_step"]
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        state = checkpoint["state_dict"]  # of a sharded model: empty but in the first process
-        checkpoint["current_model_state"] = {name: state[name] for name in self._average if name in state}
-        for name, average in self._average.items():
-            tensor = whole(average)
-            if name in state:
-                state[name] = tensor.cpu() if tensor is not average else tensor
-        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._count)}
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if "current_model_state" in checkpoint:
-            self._loaded = checkpoint["state_dict"]
-            self._count = int(checkpoint["averaging_state"]["n_averaged"])
-            parameters = dict(pl_module.named_parameters())
-            for name, tensor in checkpoint["current_model_state"].items():
-                if name in parameters:
-                    copy_whole(tensor, parameters[name])
-
-
-def _trained(module: pl.LightningModule) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-
-
 class Checkpoints(Callback):
     """Saves the run: `last.ckpt` and `stepNNNNNNN.ckpt` at intervals, `last.ckpt` at the end and on a signal.
 
-    SIGTERM, SIGUSR1 and Ctrl-C let the step finish (validation is broken off), save and raise Interrupted.
-    Saving is always at the end of an optimizer step, never between accumulated batches, so that nothing is lost.
+    SIGTERM, SIGUSR1 and Ctrl-C let the step finish (validation: the batch), save and raise Interrupted. Saving is
+    always at the end of an optimizer step, never between accumulated batches: nothing is lost. Weights that are NaN or
+    infinite are never saved.
 
     Args:
-        directory: where the files go.
-        every: steps between periodic checkpoints; 0 leaves only the last.
-        keep: newest periodic files that stay.
+        directory: folder of the files.
+        every: steps between periodic checkpoints; 0: only the last.
+        keep: number of newest periodic files that are kept.
     """
 
     def __init__(self, directory: Path, *, every: int, keep: int) -> None:
@@ -220,6 +143,8 @@ class Checkpoints(Callback):
             raise StopIteration  # ends the validation in good order; averaged weights are swapped back
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.callback_metrics.get("val/loss", torch.zeros(())).isnan():
+            raise NonFiniteError(f"val/loss is NaN after step {trainer.global_step}")  # before `best.ckpt` is saved
         if number := self._agreed(trainer):
             if trainer.global_step > 0 and not trainer.sanity_checking:
                 self._save(trainer, pl_module, periodic=False)
@@ -232,7 +157,9 @@ class Checkpoints(Callback):
         self._previous.clear()
 
     def _agreed(self, trainer: pl.Trainer) -> int:
-        """The signal that any process received, or 0: all must agree, or one would save while another steps."""
+        """Return the signal that any process received, or 0: all must agree, or one would save while another steps."""
+        if trainer.world_size == 1:
+            return self.received
         number = torch.tensor(self.received, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(number, reduce_op="max"))
 
@@ -242,13 +169,9 @@ class Checkpoints(Callback):
         return trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch) or trainer.should_stop
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule, *, periodic: bool) -> None:
-        finite = all(bool(local_part(p).isfinite().all()) for _, p in _trained(module))
-        if not trainer.strategy.reduce_boolean_decision(finite):
-            raise NonFiniteLoss(
-                f"weights are NaN or infinite after step {trainer.global_step}: training stopped and the last good "
-                "checkpoint kept. Resume from it with a lower learning rate or gradient clipping "
-                "(trainer.gradient_clip_val=1.0)"
-            )
+        norm = fsdp.total_norm(p.detach() for _, p in trained_parameters(module))  # finite if every weight is
+        if not trainer.strategy.reduce_boolean_decision(bool(norm.isfinite())):
+            raise NonFiniteError(f"weights are NaN or infinite after step {trainer.global_step}")
         last = self.directory / "last.ckpt"
         if trainer.global_step != self._saved_step:
             trainer.save_checkpoint(last, weights_only=False)
@@ -261,7 +184,7 @@ class Checkpoints(Callback):
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file that is only ever replaced, never written to; a copy where links are not possible."""
+    """Give a file, which is only ever replaced, a second name; copy it where hard links are impossible."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -271,40 +194,43 @@ def _link(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-class MetricsFile(CSVLogger):
-    """`metrics.csv`, appended to by a resumed run."""
+class MetricsFile(Logger):
+    """Writes `metrics.csv`, a row per call; a resumed run appends to it.
+
+    Args:
+        run_dir: folder of the file.
+    """
+
+    name, version = "", ""
 
     def __init__(self, run_dir: Path) -> None:
-        super().__init__(run_dir, name="", version="", flush_logs_every_n_steps=1)
+        super().__init__()
+        self.path = run_dir / "metrics.csv"
+        self._columns: list[str] = []
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        if self._experiment is None:
-            self._experiment = _AppendingWriter(self.log_dir)
-        return self._experiment  # pyright: ignore[reportReturnType]
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step, **metrics}
+        if not row.keys() <= set(self._columns):
+            self._add_columns(row)
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
 
+    def _add_columns(self, row: Iterable[str]) -> None:
+        """Add the columns of a row that the file lacks: the whole file is written anew."""
+        rows: list[dict[str, str]] = []
+        if self.path.is_file():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                rows, self._columns = list(reader), list(reader.fieldnames or ())
+        self._columns += [name for name in row if name not in self._columns]
+        with atomic_write(self.path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
-class _AppendingWriter(ExperimentWriter):
-    def _check_log_dir_exists(self) -> None:
-        """Lightning's deletes the file that an earlier part of the run wrote; here its columns are taken over."""
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            with open(path, newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
-
-
-class _Operations(TorchDispatchMode):
-    """Counts floating-point operations by PyTorch's formulas. Its own FlopCounterMode also takes some operators apart,
-    which changes roundings, and a resumed run would end with other bits."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(func.overloadpacket)) is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the run directory holds `config.yaml`."""
 
 
 class Monitor(Callback):
@@ -312,17 +238,16 @@ class Monitor(Callback):
 
     Per logged step: `train/samples_per_s` of all processes; `train/step_s`, seconds of an optimizer step;
     `train/data_wait`, the share of time in which the next batch was not there; `train/tflops`, 1e12 floating-point
-    operations per second of this process, as PyTorch counts them in the first step; `train/lr`; `train/grad_norm` of
-    everything and of each part; `train/param_norm`; `train/memory_gib`, the peak on the GPU.
+    operations per second of this process; `train/lr`; `train/grad_norm` of everything and of each part;
+    `train/param_norm`; `train/memory_gib`, the peak on the GPU.
 
     Args:
-        count_flops: compiled models cannot be counted.
+        config: the run, whose operations are counted with the first batch.
     """
 
-    def __init__(self, *, count_flops: bool) -> None:
-        self.count_flops = count_flops
+    def __init__(self, config: Config) -> None:
+        self.config = config
         self._flops_per_batch = 0
-        self._counter: _Operations | None = None
         self._step = 0  # the last one that was logged
         self._begin()
 
@@ -340,61 +265,57 @@ class Monitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._waited += time.perf_counter() - self._batch_end
-        if self.count_flops and not self._flops_per_batch:
-            self._counter = _Operations()
-            self._counter.__enter__()
+        if not self._flops_per_batch:
+            self._flops_per_batch = batch_flops(self.config, batch)
+            self._begin()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._logs(trainer, trainer.global_step + 1):
+        if logs_step(trainer, trainer.global_step + 1):
             parts: dict[str, list[Tensor]] = defaultdict(list)
             for name, parameter in pl_module.named_parameters():
                 if parameter.grad is not None:
                     parts[part_of(name)].append(parameter.grad)
-            norms = {name: whole(torch.nn.utils.get_total_norm(gradients)) for name, gradients in parts.items()}
-            pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(list(norms.values())))
+            norms = {name: fsdp.total_norm(gradients) for name, gradients in parts.items()}
+            pl_module.log("train/grad_norm", fsdp.total_norm(norms.values()))
             pl_module.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
-            trained = [p.detach() for _, p in _trained(pl_module)]
-            pl_module.log("train/param_norm", whole(torch.nn.utils.get_total_norm(trained)))
+            weights = fsdp.total_norm(p.detach() for _, p in trained_parameters(pl_module))
+            pl_module.log("train/param_norm", weights)
             pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._counter is not None:
-            self._flops_per_batch = self._counter.total
-            self._stop_counting()
-            self._begin()  # counting slows the step down
-            return
         self._samples += len(batch["key"]) * trainer.world_size
         self._batches += 1
         self._batch_end = now = time.perf_counter()
-        if trainer.global_step > self._step and self._logs(trainer, trainer.global_step):
+        if trainer.global_step > self._step and logs_step(trainer, trainer.global_step):
             seconds = now - self._start
             pl_module.log("train/samples_per_s", self._samples / seconds, prog_bar=True)
             pl_module.log("train/step_s", seconds / self._batches * trainer.accumulate_grad_batches)
             pl_module.log("train/data_wait", self._waited / seconds)
-            if self._flops_per_batch:
-                pl_module.log("train/tflops", self._flops_per_batch * self._batches / seconds / 1e12)
+            pl_module.log("train/tflops", self._flops_per_batch * self._batches / seconds / 1e12)
             if torch.cuda.is_available():
                 pl_module.log("train/memory_gib", torch.cuda.max_memory_allocated() / 2**30)
             self._begin()
             self._step = trainer.global_step
 
-    @staticmethod
-    def _logs(trainer: pl.Trainer, step: int) -> bool:
-        """Whether Lightning hands this step's values to the loggers."""
-        every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        return every > 0 and step % every == 0
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop_counting()
+def batch_flops(config: Config, batch: dict[str, Any]) -> int:
+    """Count the floating-point operations of a training step's forward and backward pass, without computing them.
 
-    def _stop_counting(self) -> None:
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._counter = None
+    A second model is built on PyTorch's meta device, where tensors have shapes and no content.
+    """
+    config = replace(config, training=replace(config.training, compile=False))
+    shapes = {name: x.to("meta") if isinstance(x, Tensor) and name != "key" else x for name, x in batch.items()}
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            module = DiffusionTraining(config) if config.stage == "diffusion" else FirstStageTraining(config)
+            if isinstance(module, DiffusionTraining):
+                module.add_lora(config.seed)
+        module.to("meta")  # the schedule, which is always made on the CPU
+        return measure_flops(module, lambda: module.losses(shapes)[0].mean(), lambda loss: loss)
 
 
 def part_of(name: str) -> str:
@@ -407,60 +328,69 @@ def part_of(name: str) -> str:
 
 
 class ImageGrid(Callback):
-    """Writes a picture of validation samples at intervals, as PNG and to the loggers that take pictures.
+    """Writes a grid of validation samples at intervals, as PNG and to the loggers that take images.
 
-    Rows: scene, masked scene, exemplar, sample (diffusion) or scene, reconstruction (first stage). Weights are the
-    ones being trained, or their average where EMA is on and validation has swapped it in.
+    Rows: scene, masked scene, exemplar, sample (diffusion) or scene, reconstruction (first stage). With EMA they show
+    the averaged weights.
     """
 
-    def __init__(self, options: LoggingConfig, directory: Path) -> None:
-        self.options, self.directory = options, directory
+    def __init__(self, options: LoggingConfig, directory: Path, ema: EMA | None) -> None:
+        self.options, self.directory, self.ema = options, directory, ema
         self._last_step = -1
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, every = trainer.global_step, self.options.image_every
-        due = every > 0 and step > 0 and step % every == 0 and step != self._last_step
-        if not due or not (trainer.is_global_zero or isinstance(trainer.strategy, ShardedStrategy)):
+        if every == 0 or step == 0 or step % every != 0 or step == self._last_step:
             return
         self._last_step = step
+        # All processes take part: a sharded model needs them, and the others would wait anyway.
+        rows = self._rows(trainer, pl_module)
+        if trainer.is_global_zero:
+            size = max(row.shape[-1] for row in rows)
+            rows = [torch.nn.functional.interpolate(row.float().cpu(), size=(size, size)) for row in rows]
+            grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).clamp(-1, 1)
+            self._write(trainer, grid, step)
+
+    @torch.no_grad()
+    def _rows(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[Tensor]:
+        assert isinstance(module, DiffusionTraining | FirstStageTraining)
         samples = trainer.datamodule.val_set.first(self.options.num_images)  # type: ignore[attr-defined]
-        stacked = move_data_to_device(default_collate(samples), pl_module.device)
-        assert isinstance(pl_module, DiffusionTraining | FirstStageTraining)
-        pl_module.eval()
-        with torch.no_grad():
-            rows = pl_module.preview(stacked, self.options)
-        pl_module.train()
-        if not trainer.is_global_zero:
-            return
-        size = max(row.shape[-1] for row in rows)
-        rows = [torch.nn.functional.interpolate(row.float().cpu(), size=(size, size)) for row in rows]
-        grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).clamp(-1, 1)
-        self._write(trainer, grid, step)
+        batch = module.transfer_batch_to_device(default_collate(samples), module.device, 0)
+        if self.ema is not None:
+            self.ema.swap_in(module)
+        module.eval()
+        rows = module.preview(batch, self.options)
+        module.train()
+        if self.ema is not None:
+            self.ema.swap_out(module)
+        return rows
 
     def _write(self, trainer: pl.Trainer, grid: Tensor, step: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        picture = tensor_to_pil(grid)
-        picture.save(self.directory / f"step{step:07d}.png")
+        image = tensor_to_pil(grid)
+        image.save(self.directory / f"step{step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("grid", (grid + 1.0) / 2.0, step)
             elif isinstance(logger, WandbLogger):
-                logger.log_image("grid", [picture], step=step)
+                logger.log_image("grid", [image], step=step)
 
 
 def run_callbacks(config: Config, run_dir: Path) -> list[Callback]:
-    """The callbacks of a run, in the order in which they act: average, pictures, speed, then saving."""
+    """Make the callbacks of a run, in the order in which they act: average, images, speed, then saving."""
     directory, options = run_dir / "checkpoints", config.logging
     stage = config.training if config.stage == "diffusion" else config.first_stage_training
-    average: list[Callback] = [EMA(stage.ema_decay)] if stage.ema_decay > 0 else []
+    ema = None
+    if stage.ema_decay > 0:
+        ema = (fsdp.ShardedEMA if config.trainer.get("strategy") == "fsdp2" else EMA)(stage.ema_decay)
     bar: list[Callback] = [RichProgressBar()] if config.trainer.get("enable_progress_bar", True) else []
     return [
         *bar,
-        *average,
-        Monitor(count_flops=not config.training.compile),
-        ImageGrid(options, run_dir / "images"),
+        *([ema] if ema is not None else []),
+        Monitor(config),
+        ImageGrid(options, run_dir / "images", ema),
         Checkpoints(directory, every=options.checkpoint_every, keep=options.keep_last),
         ModelCheckpoint(
             directory,

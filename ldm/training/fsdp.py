@@ -1,4 +1,4 @@
-"""A model that is divided among processes (FSDP2), with checkpoints as any other run writes them.
+"""FSDP2, which shards a model among processes: strategy, average, and checkpoints as any other run writes them.
 
 Source: Rajbhandari et al. 2020 (ZeRO, stage 3), as PyTorch's `fully_shard` does it.
 """
@@ -6,11 +6,11 @@ Source: Rajbhandari et al. 2020 (ZeRO, stage 3), as PyTorch's `fully_shard` does
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -20,6 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ldm.models.efficientnet import EfficientNetTower
+from ldm.models.layers import SpatialTransformer
+from ldm.models.unet import ResBlock
+from ldm.training.ema import EMA
+
+if TYPE_CHECKING:
+    from ldm.training.diffusion_module import DiffusionTraining
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -56,62 +64,66 @@ class ShardedStrategy(ModelParallelStrategy):
         if not state:
             return state  # in all processes but the first
         numbers = {name: number for number, name in enumerate(self._names(optimizer))}
-        groups = [
-            {**group, "params": sorted(numbers[name] for name in group["params"])} for group in state["param_groups"]
-        ]
-        return {"state": {numbers[name]: moments for name, moments in state["state"].items()}, "param_groups": groups}
+        state = _renamed(state, numbers)
+        for group in state["param_groups"]:
+            group["params"].sort()
+        return state
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         assert self.lightning_module is not None
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            names = self._names(optimizer)
-            groups = [
-                {**group, "params": [names[number] for number in group["params"]]} for group in saved["param_groups"]
-            ]
-            state = {
-                "state": {names[number]: moments for number, moments in saved["state"].items()},
-                "param_groups": groups,
-            }
+            state = _renamed(saved, dict(enumerate(self._names(optimizer))))
             set_optimizer_state_dict(self.lightning_module, optimizer, state, options=WHOLE)
 
     def _names(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        """Of the optimizer's parameters, in its order."""
+        """Return the names of the optimizer's parameters, in its order."""
         assert self.lightning_module is not None
         names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
         return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    """Return an optimizer's state with its parameters called by other names or numbers."""
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[p]: moments for p, moments in state["state"].items()}, "param_groups": groups}
+
+
 StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2 over all processes")
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], entries: Iterable[str]) -> None:
-    """Divide a module's parameters among the processes of a mesh, in place.
+def shard(module: DiffusionTraining, mesh: DeviceMesh) -> None:
+    """Shard the module's parameters among the processes of a mesh, in place.
 
-    Args:
-        blocks: parts whose parameters are gathered when they run and dropped again afterwards.
-        entries: methods that the module is called by; around them the remaining parameters are gathered.
+    The blocks of the UNet and the layers of the towers are gathered when they run and dropped again afterwards; the
+    remaining parameters are gathered around the methods by which the module is called.
     """
+    module.unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    blocks = [m for m in module.unet.modules() if isinstance(m, ResBlock | SpatialTransformer)]
+    for tower in module.towers:
+        blocks += [] if isinstance(tower, EfficientNetTower) else tower.encoder.layers
     for block in blocks:
         fully_shard(block, mesh=mesh)
     # By default the outermost module keeps what it gathered, and would miss an average that is swapped in.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    for entry in entries:
+    for entry in ("training_step", "validation_step", "preview"):
         register_fsdp_forward_method(module, entry)
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it unless it is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+class ShardedEMA(EMA):
+    """The average of sharded weights: each process keeps its share, checkpoints hold the whole."""
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
+
+    @torch.no_grad()
+    def _load(self, target: Tensor, source: Tensor) -> None:
+        if isinstance(target, DTensor):
+            source = source.to(target.device, target.dtype)  # all processes have it: nothing to send
+            source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(source)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from all processes, who must call this together; itself unless it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def copy_whole(source: Tensor, target: Tensor) -> None:
-    """Copy a whole tensor, which all processes have, into one that may be sharded."""
-    if isinstance(target, DTensor):
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-    local_part(target).copy_(local_part(source))
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the L2 norm, a scalar, of all tensors together; all processes must call this if they are sharded."""
+    norm = torch.nn.utils.get_total_norm(list(tensors))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,7 +1,8 @@
-"""A training run: a config becomes model, data and Lightning trainer."""
+"""A training run: a config becomes module, data and Lightning trainer."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import inspect
@@ -12,6 +13,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,11 @@ from ldm.data.datamodule import DataModule
 from ldm.files import UserError, write_text
 from ldm.latent_diffusion import add_imagenet_tower
 from ldm.training.callbacks import Interrupted, MetricsFile, SafeCheckpointIO, run_callbacks
-from ldm.training.diffusion_module import DiffusionTraining, FirstStageTraining, uninitialised
+from ldm.training.diffusion_module import DiffusionTraining, uninitialised
+from ldm.training.ema import trained_parameters
+from ldm.training.first_stage_module import FirstStageTraining
 
+PACKAGES = ("torch", "pytorch-lightning", "numpy", "pillow", "opencv-python-headless", "opencv-python", "transformers")
 EXPECTED_WARNINGS = (
     ".*in eval mode at the start of training.*",  # frozen parts are
     ".*your dataloader is not resumable.*",  # the data module resumes it
@@ -41,31 +46,31 @@ EXPECTED_WARNINGS = (
     ".*does not have many workers.*",  # data.num_workers is the user's choice
     ".*callback used in the previous run.*|.*callbacks used to create the checkpoint.*",
     ".*LeafSpec.*",  # Lightning's own use of torch
+    ".*overridden `transfer_batch_to_device`.*",  # the module knows which tensors stay on the CPU
     ".*smaller than the logging interval.*",  # steps are logged at that interval across epochs
 )
 
 
 class Run:
-    """Everything that `main.py` needs of one run.
+    """A training run: module, data and trainer of a config.
 
     Args:
         config: what to train, on what, how.
-        run_dir: gets `config.yaml`, `history.json`, `checkpoints/`, `images/`, and what the loggers write.
+        run_dir: gets `config.yaml`, `history.json`, `checkpoints/`, `images/` and the loggers' files.
         scale_lr: multiply the config's base learning rate by accumulation, processes and batch size.
 
     Raises:
-        ConfigError: `trainer` holds something that Lightning's Trainer does not take.
+        ConfigError: `trainer` holds something that Lightning's Trainer or this training cannot work with.
         FileNotFoundError, ValueError: the data cannot be used.
     """
 
     def __init__(self, config: Config, run_dir: Path, *, scale_lr: bool = False) -> None:
-        _quiet()
+        _silence_expected_warnings()
         pl.seed_everything(config.seed, workers=True, verbose=False)
-        if config.stage == "first_stage" and config.trainer.get("strategy") == "fsdp2":
-            raise ConfigError("trainer.strategy: got fsdp2, expected auto or ddp: the first stage is not sharded")
         self.config, self.run_dir = config, run_dir
         self.data = DataModule(config)
         self.trainer = _trainer(config, run_dir)
+        _check_combinations(config, self.trainer.world_size)
         self.global_batch = self.trainer.accumulate_grad_batches * self.trainer.world_size * config.data.batch_size
         diffusion = config.stage == "diffusion"
         self.options = config.training if diffusion else config.first_stage_training
@@ -74,95 +79,97 @@ class Run:
         self.module = DiffusionTraining(config) if diffusion else FirstStageTraining(config)
 
     def initialise(self, checkpoint: str | None, *, from_scratch: bool, resuming: bool) -> None:
-        """Give the weights their starting values and list those that stay random.
+        """Load the initial weights and list those that stay random.
 
         Args:
             checkpoint: file in the published layout; it may lack the parts that Paint by Example adds.
             from_scratch: whether every trained part may start from random weights.
-            resuming: the trainer will restore a whole state; nothing to check.
+            resuming: the trainer will restore a whole state; nothing to load or check.
 
         Raises:
             CheckpointError: the file does not fit, or a frozen part would stay random.
-            UserError: captions are to be read, and there is no tokenizer.
+            UserError: the model reads captions, and there is no tokenizer.
         """
         if not resuming:
-            self._load(checkpoint, from_scratch=from_scratch)
-            self._find_tokenizer(checkpoint)
+            state = to_module_keys(read_checkpoint(checkpoint)) if checkpoint else {}
+            if isinstance(self.module, DiffusionTraining):
+                state, optional = self._diffusion_state(self.module, state, checkpoint, from_scratch)
+                self._find_tokenizer(self.module, checkpoint)
+            else:
+                state, optional = self._first_stage_state(self.module, state, checkpoint)
+            if checkpoint or isinstance(self.module, DiffusionTraining):
+                self._load(state, optional, checkpoint or "")
         if isinstance(self.module, DiffusionTraining):
             self.module.add_lora(self.config.seed)
 
-    def _load(self, checkpoint: str | None, *, from_scratch: bool) -> None:
-        given = to_module_keys(read_checkpoint(checkpoint)) if checkpoint else {}
-        if isinstance(self.module, FirstStageTraining):
-            self._load_first_stage(self.module, checkpoint, given)
-            return
-        unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config's schedule; what the first stage was trained with
-        given = {name: tensor for name, tensor in given.items() if not name.startswith(unused)}
-        if self.module.reads_exemplars:
-            given = add_imagenet_tower(given, self.module.cond_stage_model)
-        use_prior = self.config.training.use_prior
-        if not use_prior:
-            trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-            given = {name: tensor for name, tensor in given.items() if name not in trained}
-        if self.config.training.fresh_conditioning:
-            given = {name: tensor for name, tensor in given.items() if not name.startswith(NEW_PARTS)}
-        acceptable, refused = uninitialised(self.module, set(given), from_scratch=from_scratch or not use_prior)
-        if self.config.training.lora_rank:  # which trains none of them
+    def _diffusion_state(
+        self, module: DiffusionTraining, state: dict[str, Tensor], checkpoint: str | None, from_scratch: bool
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Return the tensors to load, and the names that may be missing among them."""
+        options = self.config.training
+        unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config has its own schedule
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+        if module.reads_exemplars:
+            state = add_imagenet_tower(state, module.cond_stage_model)
+        if not options.use_prior:
+            trained = {name for name, _ in trained_parameters(module)}
+            state = {name: tensor for name, tensor in state.items() if name not in trained}
+        if options.fresh_conditioning:
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(NEW_PARTS)}
+        acceptable, refused = uninitialised(module, set(state), from_scratch=from_scratch or not options.use_prior)
+        if options.lora_rank:  # trains none of them
             acceptable, refused = [], [*acceptable, *refused]
         if refused:
-            parts = sorted({".".join(name.split(".")[:2]) for name in refused})
             raise CheckpointError(
-                f"{checkpoint or 'no checkpoint given'}: {len(refused)} tensors would stay random: {', '.join(parts)}. "
+                f"{checkpoint or 'no checkpoint given'}: {len(refused)} tensors would stay random: {_parts(refused)}. "
                 "Frozen parts need trained weights: prepare one complete file with scripts/modify_checkpoints.py "
                 "and pass it as --pretrained-model; --train-from-scratch allows trained parts to start from nothing"
             )
-        check_keys(self._shapes(), given, source=checkpoint or "", allow_missing=acceptable)
-        self.module.load_state_dict(given, strict=False)
-        if acceptable and self.trainer.is_global_zero:
-            parts = sorted({".".join(name.split(".")[:2]) for name in acceptable})
-            Console().print(f"starting from random weights: {', '.join(parts)} ({len(acceptable)} tensors)")
+        return state, acceptable
 
-    def _find_tokenizer(self, checkpoint: str | None) -> None:
-        """Make sure that captions can be read, and note in the config by what, for those who go on from the run."""
-        if isinstance(self.module, DiffusionTraining) and self.module.reads_text:
-            encoder = self.module.text_encoder
-            folder = encoder.find_tokenizer(Path(checkpoint or "").parent)
-            encoder.tokenize([""])
+    def _find_tokenizer(self, module: DiffusionTraining, checkpoint: str | None) -> None:
+        """Check that captions can be read, and note the tokenizer in the config for those who use the run's model."""
+        if module.reads_text:
+            folder = module.text_encoder.find_tokenizer(Path(checkpoint or "").parent)
+            module.text_encoder.tokenize([""])
             self.config.model.text_encoder.tokenizer = str(folder.resolve())
 
-    def _load_first_stage(self, module: FirstStageTraining, checkpoint: str | None, given: dict[str, Tensor]) -> None:
+    def _first_stage_state(
+        self, module: FirstStageTraining, state: dict[str, Tensor], checkpoint: str | None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """As `_diffusion_state`; without a checkpoint the autoencoder starts from random weights."""
         if checkpoint is None:
             if module.frozen_encoder:
                 raise CheckpointError(
-                    "no checkpoint given: an asymmetric decoder is trained for an encoder that stays as it is; pass "
-                    "the model whose encoder that is as --pretrained-model"
+                    "no checkpoint given: an asymmetric decoder is trained for an existing encoder; pass the encoder's "
+                    "model as --pretrained-model"
                 )
-            return
-        expected = self._shapes(FIRST_STAGE)
-        given = {FIRST_STAGE + name: tensor for name, tensor in autoencoder_keys(given).items()}
-        fresh = None
-        if module.frozen_encoder:
-            decoder, branch = FIRST_STAGE + "decoder.", FIRST_STAGE + CONDITION_ENCODER
-            plain = [name for name in expected if name.startswith(decoder) and not name.startswith(branch)]
-            fits = all(name in given and given[name].shape == expected[name] for name in plain)
-            if not fits:  # a wider or deeper one starts from nothing, as the authors' do
-                given = {name: tensor for name, tensor in given.items() if not name.startswith(decoder)}
-            fresh = branch if fits else decoder
-        missing = check_keys(expected, given, source=checkpoint, allow_missing=[fresh] if fresh else ())
-        module.load_state_dict(given, strict=False)
-        if missing and self.trainer.is_global_zero:
-            Console().print(f"starting from random weights: {fresh}* ({len(missing)} tensors)")
+            return {}, []
+        state = {FIRST_STAGE + name: tensor for name, tensor in autoencoder_keys(state).items()}
+        if not module.frozen_encoder:
+            return state, []
+        decoder, branch = FIRST_STAGE + "decoder.", FIRST_STAGE + CONDITION_ENCODER
+        shapes = {name: x.shape for name, x in module.state_dict().items() if name.startswith(decoder)}
+        plain = [name for name in shapes if not name.startswith(branch)]
+        if all(name in state and state[name].shape == shapes[name] for name in plain):
+            return state, [branch]
+        # a wider or deeper decoder starts from nothing, as the authors' do
+        return {name: tensor for name, tensor in state.items() if not name.startswith(decoder)}, [decoder]
 
-    def _shapes(self, prefix: str = "") -> dict[str, tuple[int, ...]]:
-        state: dict[str, Tensor] = self.module.state_dict()
-        return {
+    def _load(self, state: dict[str, Tensor], optional: list[str], source: str) -> None:
+        prefix = "" if isinstance(self.module, DiffusionTraining) else FIRST_STAGE  # the discriminator starts at random
+        expected = {
             name: tuple(tensor.shape)
-            for name, tensor in state.items()
+            for name, tensor in self.module.state_dict().items()
             if name.startswith(prefix) and name not in SCHEDULE_BUFFERS
         }
+        missing = check_keys(expected, state, source=source, allow_missing=optional)
+        self.module.load_state_dict(state, strict=False)
+        if missing and self.trainer.is_global_zero:
+            Console().print(f"starting from random weights: {_parts(missing)} ({len(missing)} tensors)")
 
     def summary(self) -> str:
-        """Parameters trained and frozen, batch, learning rate and steps, as text."""
+        """Return as text: parameters trained and frozen, batch, learning rate and steps per epoch."""
         parts = {name: list(child.parameters()) for name, child in self.module.named_children()}
         parts["null token"] = list(self.module.parameters(recurse=False))
         parts["total"] = list(self.module.parameters())
@@ -182,14 +189,17 @@ class Run:
         )
 
     def fit(self, checkpoint: Path | None) -> int:
-        """Train, from `checkpoint` on if given.
+        """Train, continuing from `checkpoint` if one is given.
 
         Returns:
             The exit status: 0, or 128 + the number of the signal that ended the run.
+
+        Raises:
+            UserError: another process of the run has ended.
         """
         leader = self.trainer.is_global_zero
         if leader:
-            self._explain(checkpoint)
+            self._record(checkpoint)
             print(f"run directory: {self.run_dir}\n{self.summary()}")
         try:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint)
@@ -212,8 +222,8 @@ class Run:
             ) from error
         return 0
 
-    def _explain(self, checkpoint: Path | None) -> None:
-        """Write what the run is (`config.yaml`) and how its parts were started (`history.json`)."""
+    def _record(self, checkpoint: Path | None) -> None:
+        """Write the run's config (`config.yaml`) and add this start to its history (`history.json`)."""
         try:
             write_text(self.run_dir / "config.yaml", dump_config(self.config))
             history = self.run_dir / "history.json"
@@ -225,9 +235,12 @@ class Run:
             ) from error
 
     def _circumstances(self, checkpoint: Path | None) -> dict[str, Any]:
-        """When, how and with what this part of the run was started."""
+        """Describe when, how and with which versions this part of the run was started."""
         device = self.trainer.strategy.root_device
-        packages = ("torch", "pytorch-lightning", "numpy", "pillow", "opencv-python-headless", "transformers")
+        versions = {}
+        for name in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
         return {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
@@ -237,21 +250,41 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "commit": _commit(),
             "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": versions,
         }
 
 
+def _parts(names: Iterable[str]) -> str:
+    """List the parts of the model, such as `model.diffusion_model`, that tensors belong to."""
+    return ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))
+
+
 def _commit() -> str | None:
-    """The source's git commit, with a + where files differ from it; None outside a checkout."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
+    """Return the source's git commit, with a + if files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*"]
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run([*command, "--abbrev=40", "--dirty=+"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
         return None
+    return done.stdout.strip() or None
+
+
+def _check_combinations(config: Config, processes: int) -> None:
+    """Refuse settings of the trainer that this training cannot work with."""
+    strategy, precision = config.trainer.get("strategy", "auto"), str(config.trainer.get("precision", "32-true"))
+    first_stage, sharded = config.stage == "first_stage", strategy == "fsdp2"
+    adversarial = first_stage and config.first_stage_training.adversarial_weight > 0
+    refusals = {
+        f"trainer.precision: got {precision}, expected 32-true, bf16-mixed or 16-mixed: weights in 16 bits lose the "
+        "optimizer's small updates": precision in ("bf16-true", "16-true"),
+        "trainer.strategy: got fsdp2, expected auto or ddp: the first stage is not sharded": first_stage and sharded,
+        "training.compile: got true with trainer.strategy fsdp2, expected false": config.training.compile and sharded,
+        f"trainer.strategy: got {strategy}, expected ddp_find_unused_parameters_true: before adversarial_start the "
+        "discriminator has no gradients": adversarial and processes > 1 and strategy in ("auto", "ddp"),
+    }
+    for message, refused in refusals.items():
+        if refused:
+            raise ConfigError(message)
 
 
 def _trainer(config: Config, run_dir: Path) -> pl.Trainer:
@@ -294,8 +327,8 @@ def _logger(name: str, config: Config, run_dir: Path) -> Logger:
         ) from None
 
 
-def _quiet() -> None:
-    """Leave out what Lightning says about things that are meant to be so."""
+def _silence_expected_warnings() -> None:
+    """Silence what Lightning says about intended behaviour."""
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for package in ("pytorch_lightning", "lightning_fabric"):

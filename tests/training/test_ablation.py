@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-import main as train
 from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import FIRST_STAGE, NEW_PARTS, TOWER
 from ldm.config import Config, load_config
+from ldm.training import cli as train
 from ldm.training.run import Run
 from scripts import ablation, pipeline
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.keys import TOWER
-from ldm.config import Config, ConfigError
-from ldm.training.diffusion_module import DiffusionTraining, adamw, lr_factor
+from ldm.config import Config
+from ldm.training.diffusion_module import DiffusionTraining, LossAwareTimesteps
 from ldm.training.run import Run
 
 Fit = Callable[..., tuple[Run, int]]
@@ -81,10 +80,10 @@ def test_min_snr_weights_scale_the_optimised_loss_and_not_the_logged_one(
     make_module: Callable[..., DiffusionTraining], batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[float] = []
-    monkeypatch.setattr("ldm.training.diffusion_module.check_finite", lambda *_: None)
     optimised = []
     for gamma in (0, 5):
         module = make_module(f"training.min_snr_gamma={gamma}")
+        monkeypatch.setattr(module, "check_finite", lambda *_: None)
         monkeypatch.setattr(
             module, "log", lambda name, value, **_: logged.append(float(value)) if name == "train/loss" else None
         )
@@ -144,30 +143,24 @@ def test_cached_latents_give_the_same_loss(make_module: Callable[..., DiffusionT
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def drawn(module: DiffusionTraining, count: int) -> tuple[Tensor, Tensor]:
-    """Timesteps and noise that `losses` draws for samples 0 to count; the networks are left out."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    latents = torch.zeros(count, 4, 8, 8)
-    module.__dict__["latents"] = lambda batch, generators: (latents, latents)
-    module.__dict__["encode_exemplar"] = lambda x: torch.zeros(count, 1, 32)
-    module.__dict__["loss"] = lambda z_0, z_masked, keep, context, t, eps: seen.append((t, eps)) or torch.zeros(count)
-    module.losses({"key": torch.arange(count), "exemplar": torch.zeros(count), "keep_mask": torch.zeros(count)})
-    return seen[0]
+def draw(module: DiffusionTraining, keys: range) -> tuple[Tensor, Tensor, Tensor]:
+    """Timesteps, noise and null-drop of one batch of samples with these keys."""
+    return module.draw(torch.Size([len(keys), 4, 8, 8]), [torch.Generator().manual_seed(key) for key in keys])
 
 
 def test_logit_normal_timesteps(make_module: Callable[..., DiffusionTraining]) -> None:
-    t, _ = drawn(make_module("training.timesteps=logit_normal"), 4000)
+    t, _, _ = draw(make_module("training.timesteps=logit_normal"), range(4000))
     z = torch.logit((t.double() + 0.5) / 1000)
     assert t.min() >= 0 and t.max() <= 999
     assert abs(z.mean()) < 4 / 4000**0.5  # four standard deviations, here and below
     assert abs(z.std() - 1) < 4 / (2 * 4000) ** 0.5
-    t, _ = drawn(make_module(), 4000)
+    t, _, _ = draw(make_module(), range(4000))
     assert abs(t.double().mean() - 499.5) < 4 * 288.7 / 4000**0.5
 
 
 def test_offset_noise_is_one_constant_per_channel(make_module: Callable[..., DiffusionTraining]) -> None:
-    _, plain = drawn(make_module(), 2000)
-    _, offset = drawn(make_module("training.offset_noise=0.1"), 2000)
+    _, plain, _ = draw(make_module(), range(2000))
+    _, offset, _ = draw(make_module("training.offset_noise=0.1"), range(2000))
     added = offset - plain
     torch.testing.assert_close(added, added[..., :1, :1].expand_as(added), rtol=0, atol=1e-6)
     constants = added[..., 0, 0].flatten()
@@ -196,26 +189,11 @@ def test_the_fused_optimizer_computes_the_same(fit: Fit, make_config: MakeConfig
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the order of roundings differs, in eight steps
 
 
-def test_an_optimizer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
-        adamw("adamw_8bit")
-
-
 class TestNullDrop:
     @staticmethod
     def dropped(module: DiffusionTraining, keys: range, rows: int) -> Tensor:
-        """What `losses` decides for samples with these keys; the networks are left out."""
-        seen: list[Tensor] = []
-        latents = torch.zeros(rows, 4, 8, 8)
-        module.__dict__["latents"] = lambda batch, generators: (latents, latents)
-        module.__dict__["encode_exemplar"] = lambda x: torch.zeros(rows, 1, 32)
-        module.__dict__["drop_condition"] = lambda context, dropped: seen.append(dropped) or context
-        module.__dict__["loss"] = lambda z_0, *rest: torch.zeros(len(z_0))
-        for start in range(keys.start, keys.stop, rows):
-            key = torch.arange(start, start + rows)
-            module.losses({"key": key, "exemplar": torch.zeros(rows), "keep_mask": torch.zeros(rows)})
-        return torch.stack(seen)
+        """(batches, rows) of samples with these keys."""
+        return torch.stack([draw(module, keys[i : i + rows])[2] for i in range(0, len(keys), rows)])
 
     def test_per_sample(self, make_module: Callable[..., DiffusionTraining]) -> None:
         dropped = self.dropped(make_module("training.p_uncond=0.2"), range(4000), rows=8)
@@ -236,20 +214,48 @@ class TestNullDrop:
         assert bool((dropped == expected).all())
 
 
-class TestLearningRate:
-    def test_warm_up_is_the_reference_s(self, golden: dict[str, Tensor]) -> None:
-        factor = lr_factor(10_000, "constant", total_steps=10**9)
-        got = torch.tensor([factor(int(n)) for n in golden["lr/n"]], dtype=torch.float64)
-        torch.testing.assert_close(got, golden["lr/factor"].double(), rtol=1e-6, atol=0)  # stored in float32
+# ---- timesteps drawn by their losses ----
 
-    def test_cosine(self) -> None:
-        factor = lr_factor(100, "cosine", total_steps=1100)
-        assert factor(100) == 1.0
-        assert factor(600) == pytest.approx(0.525)  # half-way between 1 and 0.05
-        assert factor(1100) == factor(5000) == pytest.approx(0.05)
-        values = [factor(step) for step in range(100, 1101)]
-        assert values == sorted(values, reverse=True)
+LOSSES = torch.tensor([1.0, 2.0, 5.0, 2.0])
 
-    def test_no_warm_up(self) -> None:
-        assert lr_factor(0, "constant", 10)(0) == 1.0
-        assert lr_factor(20, "cosine", 10)(25) == 1.0  # the run ends before the warm-up does
+
+@pytest.fixture
+def trained() -> LossAwareTimesteps:
+    timesteps = LossAwareTimesteps(4)
+    for _ in range(10):
+        timesteps.update(torch.arange(4), LOSSES)
+    return timesteps
+
+
+def shares(timesteps: LossAwareTimesteps, n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([timesteps.draw(generator) for _ in range(n)])
+    return torch.bincount(drawn, minlength=4) / n
+
+
+def test_timesteps_are_drawn_alike_until_all_are_known() -> None:
+    timesteps = LossAwareTimesteps(4)
+    for _ in range(20):
+        timesteps.update(torch.tensor([0, 1, 2]), LOSSES[:3])
+    assert torch.equal(timesteps.weight(torch.arange(4)), torch.ones(4))
+    # 4,000 draws: a share of a quarter has a standard deviation of 0.007
+    torch.testing.assert_close(shares(timesteps, 4000), torch.full((4,), 0.25), atol=0.03, rtol=0)
+
+
+def test_larger_losses_are_drawn_more_often_and_count_less(trained: LossAwareTimesteps) -> None:
+    expected = 0.999 * LOSSES / LOSSES.sum() + 0.001 / 4
+    torch.testing.assert_close(shares(trained, 4000), expected, atol=0.03, rtol=0)
+    weights = trained.weight(torch.arange(4))
+    torch.testing.assert_close(weights, 1 / (4 * expected))
+    torch.testing.assert_close((expected * weights * LOSSES).sum(), LOSSES.mean())  # the objective of uniform draws
+
+
+def test_old_losses_are_forgotten(trained: LossAwareTimesteps) -> None:
+    for _ in range(10):
+        trained.update(torch.tensor([2]), torch.tensor([1.0]))
+    expected = torch.tensor([1.0, 2.0, 1.0, 2.0]) / 6
+    torch.testing.assert_close(trained.weight(torch.arange(4)), 1 / (4 * expected), rtol=5e-3, atol=0)
+    other = LossAwareTimesteps(4)
+    other.load_state_dict(trained.state_dict())
+    assert torch.equal(other.weight(torch.arange(4)), trained.weight(torch.arange(4)))
+    assert shares(other, 50).tolist() == shares(trained, 50).tolist()

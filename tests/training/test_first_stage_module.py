@@ -12,9 +12,7 @@ from torch.func import functional_call
 
 from ldm.config import Config, ConfigError
 from ldm.data.datamodule import DataModule
-from ldm.training.diffusion_module import FirstStageTraining, PerceptualDistance
-
-pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # there is no trainer here
+from ldm.training.first_stage_module import FirstStageTraining, PerceptualDistance
 
 MakeConfig = Callable[..., Config]
 Batch = dict[str, Tensor]
@@ -39,7 +37,7 @@ def test_loss_falls_on_one_batch(make_config: MakeConfig, batch: Batch) -> None:
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
-        loss = module._loss(batch, "train")
+        loss = module.losses(batch)[0]
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -51,7 +49,7 @@ def test_each_side_of_the_game_gets_its_own_gradient(make_config: MakeConfig, pi
     module = FirstStageTraining(make_config(*ADVERSARIAL, "first_stage_training.adversarial_start=0"))
     autoencoder, discriminator = module.first_stage_model, module.discriminator
     assert discriminator is not None
-    module._loss(picture_batch, "train").backward()
+    module.losses(picture_batch)[0].backward()
     got = gradients(autoencoder), gradients(discriminator)
     module.zero_grad(set_to_none=True)
 
@@ -77,10 +75,10 @@ def test_each_side_of_the_game_gets_its_own_gradient(make_config: MakeConfig, pi
 def test_the_game_begins_at_its_step(make_config: MakeConfig, picture_batch: Batch) -> None:
     module = FirstStageTraining(make_config(*ADVERSARIAL, "first_stage_training.adversarial_start=1"))
     assert module.discriminator is not None
-    module._loss(picture_batch, "train").backward()  # step 0
+    module.losses(picture_batch)[0].backward()  # step 0
     assert all(g is None for g in gradients(module.discriminator))
     module.options.adversarial_start = 0
-    module._loss(picture_batch, "train").backward()
+    module.losses(picture_batch)[0].backward()
     assert all(g is not None for g in gradients(module.discriminator))
 
 
@@ -104,7 +102,7 @@ def test_perceptual_network_is_no_part_of_the_checkpoint(make_config: MakeConfig
     plain = FirstStageTraining(make_config("stage=first_stage"))
     module = FirstStageTraining(make_config("stage=first_stage", "first_stage_training.perceptual_weight=1.0"))
     module.load_state_dict(plain.state_dict())
-    assert module._loss(picture_batch, "train") > plain._loss(picture_batch, "train")
+    assert module.losses(picture_batch)[0] > plain.losses(picture_batch)[0]
     assert module.state_dict().keys() == plain.state_dict().keys()
     assert {name for name, _ in module.named_parameters()} == {name for name, _ in plain.named_parameters()}
 
@@ -113,9 +111,9 @@ def test_the_perceptual_term_waits_for_its_step(make_config: MakeConfig, picture
     pytest.importorskip("efficientnet_lite_pytorch")
     changes = ("stage=first_stage", "first_stage_training.perceptual_weight=1.0")
     module = FirstStageTraining(make_config(*changes, "first_stage_training.perceptual_start=1"))
-    early = module._loss(picture_batch, "train")
+    early = module.losses(picture_batch)[0]
     module.options.perceptual_start = 0  # and the step is 0
-    assert module._loss(picture_batch, "train") > early
+    assert module.losses(picture_batch)[0] > early
 
 
 def test_cached_latents_have_no_pixels_to_train_on(make_config: MakeConfig) -> None:
@@ -131,32 +129,31 @@ ASYMMETRIC = ("stage=first_stage", "model.first_stage.decoder=asymmetric")
 def test_masks_depend_on_keys_and_half_are_blind(make_config: MakeConfig) -> None:
     module = FirstStageTraining(make_config(*ASYMMETRIC))
     batch = {"image": torch.zeros(400, 3, 16, 16), "key": torch.arange(400)}
-    keep_mask = module._keep_mask(batch)
+    keep_mask = module.keep_masks(batch)
     assert keep_mask.shape == (400, 1, 16, 16) and set(keep_mask.unique().tolist()) == {0.0, 1.0}
     blind = (keep_mask == 0).flatten(1).all(1)
     assert 150 < blind.sum() < 250  # five standard errors
-    assert torch.equal(module._keep_mask({"image": batch["image"][:2], "key": torch.tensor([7, 3])}), keep_mask[[7, 3]])
+    assert torch.equal(module.keep_masks({"image": batch["image"][:2], "key": torch.tensor([7, 3])}), keep_mask[[7, 3]])
     for share in (0.0, 1.0):
         module.options.p_no_condition = share
-        assert ((module._keep_mask(batch) == 0).flatten(1).all(1).float().mean() > 0.5) == (share == 1)
+        assert ((module.keep_masks(batch) == 0).flatten(1).all(1).float().mean() > 0.5) == (share == 1)
 
 
 def test_an_asymmetric_decoder_is_trained_alone(make_config: MakeConfig, picture_batch: Batch) -> None:
     adversarial = [word for word in ADVERSARIAL if word != "stage=first_stage"]
     config = make_config(*ASYMMETRIC, *adversarial, "first_stage_training.adversarial_start=0")
     module = FirstStageTraining(config)
-    logged: dict[str, Tensor] = {}
-    module.log_dict = lambda values, **_: logged.update(values)  # pyright: ignore[reportAttributeAccessIssue]
-    module._loss(picture_batch, "train").backward()
+    loss, terms = module.losses(picture_batch)
+    loss.backward()
     trained = {name.split(".")[1] for name, p in module.named_parameters() if p.grad is not None}
     assert {"decoder"} == trained - {name.split(".")[0] for name, _ in module.discriminator.named_parameters()}  # pyright: ignore[reportOptionalMemberAccess]
-    assert "train/kl" not in logged and "train/discriminator" in logged
+    assert "kl" not in terms and "discriminator" in terms
     assert not any(p.requires_grad for p in module.first_stage_model.encoder.parameters())
 
 
 @pytest.mark.parametrize("unknown", [0.0, 1.0])
 def test_the_branch_learns_from_what_is_known(make_config: MakeConfig, batch: Batch, unknown: float) -> None:
     module = FirstStageTraining(make_config(*ASYMMETRIC, f"first_stage_training.p_no_condition={unknown}"))
-    module._loss(batch, "train").backward()
+    module.losses(batch)[0].backward()
     branch = [p.grad for name, p in module.named_parameters() if "decoder.encoder." in name]
     assert branch and all((grad is not None and bool(grad.any())) == (unknown == 0) for grad in branch)

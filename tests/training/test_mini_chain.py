@@ -9,12 +9,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
 
-import main as train
 from ldm import load_model
 from ldm.checkpoint.io import read_checkpoint, write_safetensors
 from ldm.config import load_config
 from ldm.data.cached import CachedDataset
 from ldm.models.efficientnet import EfficientNetTower
+from ldm.training import cli as train
 from scripts import cache_latents, export_checkpoint
 
 

@@ -19,9 +19,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from ldm.config import Config
+from ldm.training.cli import main
 from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.run import Run
-from main import main
 from scripts import make_shards
 
 ROOT = Path(__file__).parents[2]

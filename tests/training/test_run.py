@@ -6,32 +6,43 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import wandb as wandb_module
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import NEW_PARTS, to_module_keys
 from ldm.config import Config, ConfigError, load_config
 from ldm.latent_diffusion import load_model
-from ldm.training.diffusion_module import DiffusionTraining, NonFiniteLoss
+from ldm.training.callbacks import batch_flops
+from ldm.training.cli import main
+from ldm.training.diffusion_module import DiffusionTraining
+from ldm.training.ema import EMA
+from ldm.training.first_stage_module import FirstStageTraining
+from ldm.training.module import NonFiniteError
 from ldm.training.run import Run
-from main import main
 
 ROOT = Path(__file__).parents[2]
 
 Fit = Callable[..., tuple[Run, int]]
 MakeConfig = Callable[..., Config]
 Weights = dict[str, Tensor]
+
+ADVERSARIAL = "first_stage_training.adversarial_weight=0.5"
 
 
 def last(run_dir: Path) -> dict[str, Any]:
@@ -121,12 +132,12 @@ def test_what_of_an_asymmetric_decoder_starts_at_random(
     with pytest.raises(CheckpointError, match="--pretrained-model"):
         run.initialise(None, from_scratch=True, resuming=False)
     run.initialise(str(pretrained), from_scratch=False, resuming=False)
-    assert "random weights: first_stage_model.decoder.encoder." in capsys.readouterr().out
+    assert "first_stage_model.decoder" in capsys.readouterr().out
     for name, tensor in run.module.state_dict().items():
         assert name.startswith("first_stage_model.decoder.encoder.") or torch.equal(tensor, weights[name]), name
     wide = Run(make_config(*options, "model.first_stage.decoder_width=2.0"), tmp_path)
     wide.initialise(str(pretrained), from_scratch=False, resuming=False)
-    assert "random weights: first_stage_model.decoder.*" in capsys.readouterr().out
+    assert "first_stage_model.decoder" in capsys.readouterr().out
     partial = tmp_path / "partial.safetensors"
     write_safetensors(partial, {n: x for n, x in weights.items() if "first_stage_model.encoder.mid" not in n})
     with pytest.raises(CheckpointError, match="missing"):
@@ -302,6 +313,112 @@ def test_average_follows_its_formula(fit: Fit, make_config: MakeConfig, tmp_path
         torch.testing.assert_close(state["state_dict"]["proj_out.weight"], average, rtol=1e-5, atol=1e-7)
 
 
+def test_the_average_is_float32_and_gives_the_weights_back() -> None:
+    """With a decay of 0.999 a bfloat16 average would stay where it is."""
+    module = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    ema, trainer = EMA(0.999), SimpleNamespace(global_step=0)
+    ema._count = 10**6  # the warm-up is over
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+        ema.on_train_start(trainer, module)  # pyright: ignore[reportArgumentType]
+        module.weight.fill_(2.0)
+    for step in range(1, 101):
+        trainer.global_step = step
+        ema.on_train_batch_end(trainer, module, None, None, 0)  # pyright: ignore[reportArgumentType]
+    checkpoint = {"state_dict": module.state_dict()}
+    ema.on_save_checkpoint(trainer, module, checkpoint)  # pyright: ignore[reportArgumentType]
+    assert float(checkpoint["state_dict"]["weight"]) == pytest.approx(2 - 0.999**100, rel=1e-5)
+    ema.swap_in(module)  # pyright: ignore[reportArgumentType]
+    assert module.weight.item() == pytest.approx(2 - 0.999**100, rel=2**-8)
+    ema.swap_out(module)  # pyright: ignore[reportArgumentType]
+    assert module.weight.item() == 2.0
+    ema.on_save_checkpoint(trainer, module, checkpoint := {"state_dict": module.state_dict()})  # pyright: ignore[reportArgumentType]
+    assert float(checkpoint["state_dict"]["weight"]) == pytest.approx(2 - 0.999**100, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["diffusion", "first_stage"])
+def test_image_grids_show_the_average(
+    stage: str, fit: Fit, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module_class = DiffusionTraining if stage == "diffusion" else FirstStageTraining
+    weights, original = [], module_class.preview
+
+    def preview(self: Any, *args: Any) -> list[Tensor]:
+        weights.append({name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad})
+        return original(self, *args)
+
+    monkeypatch.setattr(module_class, "preview", preview)
+    options = ("logging.image_every=4", "logging.checkpoint_every=4", "first_stage_training.ema_decay=0.9")
+    run, _ = fit(make_config(f"stage={stage}", "trainer.max_epochs=1", *options), tmp_path)
+    state = last(tmp_path)
+    assert len(weights) == 1 and state["global_step"] == 4
+    for name, shown in weights[0].items():
+        assert torch.equal(shown, state["state_dict"][name]), name
+    for name, parameter in run.module.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, state["current_model_state"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("trainer.precision=bf16-true",), "trainer.precision: got bf16-true"),
+        (("trainer.strategy=fsdp2", "training.compile=true"), "training.compile: got true"),
+        (("trainer.strategy=fsdp2", "stage=first_stage"), "trainer.strategy: got fsdp2"),
+        (
+            ("stage=first_stage", "trainer.devices=2", "trainer.strategy=ddp", ADVERSARIAL),
+            "trainer.strategy: got ddp, expected ddp_find_unused_parameters_true",
+        ),
+    ],
+)
+def test_combinations_that_cannot_work(
+    overrides: tuple[str, ...], key: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        Run(make_config(*overrides), tmp_path)
+
+
+def test_a_run_without_an_end(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    """Lightning's -1 means forever: no last step is known to the learning rate's schedule."""
+    run, code = fit(make_config("trainer.max_epochs=-1"), tmp_path, callbacks=[StopAt(5)])
+    assert code == 0 and run.trainer.global_step == 5
+    with pytest.raises(ConfigError, match="lr_schedule: got cosine"):
+        fit(make_config("trainer.max_epochs=-1", "training.lr_schedule=cosine"), tmp_path / "cosine")
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+def test_packages_that_are_not_installed_do_not_end_a_run(
+    fit: Fit, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.training.run.PACKAGES", ("torch", "no-such-package"))
+    assert fit(make_config("trainer.max_epochs=1"), tmp_path)[1] == 0
+    assert list(json.loads((tmp_path / "history.json").read_text())[0]["versions"]) == ["torch"]
+
+
+def test_keys_stay_on_the_cpu(make_config: MakeConfig, batch: Weights) -> None:
+    moved = DiffusionTraining(make_config()).transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved.keys() == batch.keys()
+    assert {name for name, tensor in moved.items() if tensor.device.type == "cpu"} == {"key"}
+
+
+def test_operations_are_counted_without_a_trace(make_config: MakeConfig, batch: Weights) -> None:
+    """As PyTorch counts them in a real step, and no random number is drawn."""
+    config, before = make_config(), torch.get_rng_state()
+    counted = batch_flops(config, batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    module = DiffusionTraining(config)
+    with FlopCounterMode(display=False) as counter:
+        module.losses(batch)[0].mean().backward()
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
 def test_accumulated_batches_are_one_step(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
     """Two accumulated batches of two give the gradient of one batch of four (rounding: 1e-4 of the largest)."""
     moments = []
@@ -381,7 +498,7 @@ class TestNonFinite:
             return values, t
 
         monkeypatch.setattr(DiffusionTraining, "losses", losses)
-        with pytest.raises(NonFiniteLoss, match="after step 3"):
+        with pytest.raises(NonFiniteError, match="after step 3"):
             fit(make_config("logging.checkpoint_every=1"), tmp_path)
         assert last(tmp_path)["global_step"] == 2
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from main import parse_args
+from ldm.training.cli import parse_args
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm" / "train.sbatch"
 

@@ -15,9 +15,9 @@ from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import to_module_keys
 from ldm.config import Config, load_config
 from ldm.latent_diffusion import load_model
+from ldm.training.cli import main
 from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.run import Run
-from main import main
 from scripts.export_checkpoint import main as export
 from tests.training.conftest import TINY
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from ldm.config import load_config
-from main import main, parse_args
+from ldm.training.cli import main, parse_args
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -1,0 +1,150 @@
+"""The command line of training: options, the run to resume, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.config import Config, ConfigError, dump_config, load_config
+from ldm.files import verify_zip
+
+DESCRIPTION = "Train or resume: a config to a run directory with checkpoints, curves and image grids."
+OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; `overrides` collects the arguments of the form section.key=value."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog="Further arguments, section.key=value, override the config."
+    )
+    add = parser.add_argument
+    flag: dict[str, Any] = {"nargs": "?", "const": True, "type": _boolean, "metavar": "BOOL"}
+    add("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs, merged from left to right")
+    add("-l", "--logdir", default="logs", help="folder for run directories (default: logs)")
+    add("-n", "--name", default="", help="name of the run, appended to its date")
+    resume = "run directory or checkpoint to continue; auto: the newest run of that --name in --logdir, or a new run"
+    add("-r", "--resume", metavar="RUN", help=resume)
+    add("--pretrained-model", "--pretrained_model", metavar="FILE", help="checkpoint with the initial weights")
+    scratch = "allow trained parts that the checkpoint lacks to start from random weights"
+    add("--train-from-scratch", "--train_from_scratch", **flag, default=False, help=scratch)
+    scale = "learning rate = accumulation * processes * batch size * base_lr"
+    add("--scale-lr", "--scale_lr", **flag, default=False, help=scale)
+    add("-s", "--seed", type=int, help="seed of weights, order and noise (default: the config's)")
+    add("-t", "--train", **flag, default=True, help="train (default)")
+    unused = "accepted for the original's command lines; there is no test stage"
+    add("--no-test", "--no_test", **flag, default=True, help=unused)
+    add("-d", "--debug", **flag, default=False, help="start the post-mortem debugger on an error")
+    add("--dry-run", action="store_true", help="print config, parameter counts and steps per epoch, and stop")
+    words = sys.argv[1:] if argv is None else argv
+    # Taken out first: options such as --base and --debug would swallow an override that follows them.
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    args = parser.parse_args([word for word in words if not OVERRIDE.match(word)])
+    if not args.base and args.resume in (None, "auto"):
+        parser.error("nothing to train: give --base CONFIG, for instance --base configs/v1.yaml, or --resume RUN")
+    args.overrides = overrides if args.seed is None else [*overrides, f"seed={args.seed}"]
+    return args
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
+
+
+def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
+    """Return config, run directory and, when resuming, the checkpoint to continue from."""
+    run_dir, checkpoint = _newest_run(args) if args.resume == "auto" else _given_run(args.resume)
+    if run_dir is None:
+        stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+        return load_config(*args.base, overrides=args.overrides), Path(args.logdir) / f"{stamp}_{_name(args)}", None
+    return load_config(run_dir / "config.yaml", *args.base, overrides=args.overrides), run_dir, checkpoint
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Return the part of a run directory's name behind the date."""
+    return args.name or Path(args.base[-1]).stem
+
+
+def _newest_run(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """Find the newest run of the same name that has a whole checkpoint, and that checkpoint."""
+    for run in sorted(Path(args.logdir).glob(f"????-??-??T??-??-??_{_name(args)}"), reverse=True):
+        if checkpoint := _newest_checkpoint(run):
+            return run, checkpoint
+    return None, None
+
+
+def _given_run(name: str | None) -> tuple[Path | None, Path | None]:
+    """Find the run directory and checkpoint that `--resume` names, if it is used."""
+    if not name:
+        return None, None
+    resume = Path(name)
+    if not resume.exists():
+        raise ConfigError(f"--resume {resume}: no such file or directory; give a run directory or its checkpoint")
+    run_dir = resume if resume.is_dir() else resume.parent.parent
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"--resume {resume}: {run_dir} is no run directory (it lacks config.yaml)")
+    if resume.is_file() and (damage := verify_zip(resume)):
+        raise ConfigError(f"--resume {resume}: damaged ({damage}); give {run_dir} for the last whole checkpoint")
+    checkpoint = _newest_checkpoint(run_dir) if resume.is_dir() else resume
+    if checkpoint is None:
+        raise ConfigError(f"--resume {resume}: no whole checkpoint in {run_dir / 'checkpoints'}; start a new run")
+    return run_dir, checkpoint
+
+
+def _newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the run's last checkpoint, or if that is damaged the one before; None without any."""
+    folder = run_dir / "checkpoints"
+    # Periodic ones are second names of earlier `last.ckpt`.
+    for path in [folder / "last.ckpt", *sorted(folder.glob("step*.ckpt"), reverse=True), folder / "best.ckpt"]:
+        if path.is_file():
+            if not (damage := verify_zip(path)):
+                return path
+            print(f"warning: {path}: damaged ({damage}); trying the one before", file=sys.stderr)
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says and return the exit status."""
+    args = parse_args(argv)
+    try:
+        config, run_dir, checkpoint = resolve_run(args)
+    except ConfigError as error:
+        return _failed(str(error), debug=False)
+
+    # Seconds of imports that a mistyped config should not cost.
+    import torch
+
+    from ldm.training.module import NonFiniteError
+    from ldm.training.run import Run
+
+    try:
+        run = Run(config, run_dir, scale_lr=args.scale_lr and checkpoint is None)
+        run.initialise(args.pretrained_model, from_scratch=args.train_from_scratch, resuming=checkpoint is not None)
+        if args.dry_run or not args.train:
+            if run.trainer.is_global_zero:
+                print(f"{dump_config(config)}\n{run.summary()}")
+            return 0
+        return run.fit(checkpoint)
+    except torch.OutOfMemoryError as error:
+        remedy = (
+            "lower data.batch_size, raise trainer.accumulate_grad_batches, model.unet.activation_checkpointing=true"
+        )
+        return _failed(f"{str(error).splitlines()[0]} do: {remedy}", args.debug)
+    except (NonFiniteError, OSError, ValueError) as error:  # including UserError
+        return _failed(str(error), args.debug)
+
+
+def _failed(message: str, debug: bool) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if debug:
+        import pdb
+
+        pdb.post_mortem()
+    return 2

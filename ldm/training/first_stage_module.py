@@ -1,0 +1,176 @@
+"""Training of the first stage: the autoencoder's losses, its discriminator and perceptual distance.
+
+Dimensions: B batch · H, W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ldm.config import Config, LoggingConfig
+from ldm.data.masks import irregular_hole
+from ldm.images import mask_to_tensor
+from ldm.models.autoencoder import AsymmetricAutoencoderKL, build_autoencoder
+from ldm.models.efficientnet import efficientnet_stages, load_feature_network, normalise
+from ldm.training.module import TrainingModule, override_optimizer_hparams
+
+
+class FirstStageTraining(TrainingModule):
+    """The autoencoder with its training step: L1 + perceptual + KL, and a patch discriminator if asked for.
+
+    One optimizer serves both sides of the adversarial game: the autoencoder sees the discriminator with detached
+    weights, the discriminator sees detached reconstructions. Neither side's gradient reaches the other. The
+    adversarial weight is fixed, not balanced by gradient norms.
+
+    An asymmetric decoder is trained alone: the encoder, and with it the meaning of latents, is frozen, and there is no
+    KL. The decoder reads either all pixels outside an irregular hole or none, so that it works with and without them.
+
+    Args:
+        config: the run.
+
+    Source: Rombach et al. 2022, appendix G; Esser et al. 2021, Eq. 6 (hinge game); Zhu et al. 2023, section 3.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.options = config.first_stage_training
+        self.first_stage_model = model = build_autoencoder(config.model.first_stage)
+        self.frozen_encoder = isinstance(model, AsymmetricAutoencoderKL)
+        if self.frozen_encoder:
+            for part in (model.encoder, model.quant_conv, model.post_quant_conv):
+                part.requires_grad_(False)
+        # A posterior that starts as wide as the prior drowns colour in noise for the first thousands of steps.
+        bias = model.quant_conv.bias
+        assert bias is not None
+        with torch.no_grad():
+            bias.chunk(2)[1].fill_(-6.0)
+        self.discriminator = PatchDiscriminator() if self.options.adversarial_weight > 0 else None
+        self.perceptual = PerceptualDistance() if self.options.perceptual_weight > 0 else None
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss, terms = self.losses(batch)
+        self.log_dict({f"train/{name}": value for name, value in terms.items()}, prog_bar=True)
+        self.check_finite(loss, batch_idx)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        _, terms = self.losses(batch, adversarial=False)
+        values = {f"val/{name}": value for name, value in terms.items()}
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
+
+    def losses(self, batch: dict[str, Tensor], *, adversarial: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss that is minimised and its terms.
+
+        Args:
+            batch: `image` (B, 3, H, W) in [-1, 1] and `key` (B,), which seeds the posterior noise and the masks.
+            adversarial: whether the discriminator takes part, once its step has come.
+
+        Returns:
+            The loss, and its detached terms by name; `loss` among them is the loss without the game.
+        """
+        image, options = batch["image"], self.options
+        generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
+        posterior = self.first_stage_model.encode(image)  # pixels [-1, 1] => q(z | x)
+        known = (image, self.keep_masks(batch)) if self.frozen_encoder else ()
+        reconstruction = self.first_stage_model.decode(posterior.sample(generators), *known).float()  # => pixels
+        terms = {"l1": F.l1_loss(reconstruction, image)}
+        loss = terms["l1"]
+        if not self.frozen_encoder:
+            terms["kl"] = posterior.kl().mean()
+            loss = loss + options.kl_weight * terms["kl"]
+        if options.colour_weight > 0:
+            # One value per latent cell and channel: detail cannot outvote colour. Squared: the many grey cells cannot
+            # outvote the few saturated ones.
+            cell = self.first_stage_model.downsampling
+            terms["colour"] = F.mse_loss(F.avg_pool2d(reconstruction, cell), F.avg_pool2d(image, cell))
+            loss = loss + options.colour_weight * terms["colour"]
+        if self.perceptual is not None and self.global_step >= options.perceptual_start:
+            terms["perceptual"] = self.perceptual(reconstruction, image)
+            loss = loss + options.perceptual_weight * terms["perceptual"]
+        terms["psnr"] = -10.0 * torch.log10(F.mse_loss(reconstruction.clamp(-1, 1), image) / 4.0)
+        terms["loss"] = loss
+        if adversarial and self.discriminator is not None and self.global_step >= options.adversarial_start:
+            terms["generator"], terms["discriminator"] = self.game(self.discriminator, image, reconstruction)
+            loss = loss + options.adversarial_weight * terms["generator"] + terms["discriminator"]
+        return loss, {name: value.detach() for name, value in terms.items()}
+
+    def keep_masks(self, batch: dict[str, Tensor]) -> Tensor:
+        """Draw from the samples' keys the masks (B, 1, H, W) of pixels that an asymmetric decoder reads, 1 = keep."""
+        height, width = batch["image"].shape[2:]
+        masks = []
+        for key in batch["key"].tolist():
+            rng = np.random.default_rng(key)
+            hidden = rng.random() < self.options.p_no_condition
+            masks.append(
+                torch.zeros(1, height, width) if hidden else mask_to_tensor(irregular_hole((width, height), rng))
+            )
+        return torch.stack(masks).to(batch["image"])
+
+    @staticmethod
+    def game(discriminator: nn.Module, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the losses of the autoencoder and of the discriminator, D, in the hinge game."""
+        constant = {name: p.detach() for name, p in discriminator.named_parameters()}
+        generator = -functional_call(discriminator, constant, (reconstruction,)).mean()  # -E D(x_rec)
+        real, fake = discriminator(image), discriminator(reconstruction.detach())
+        # 1/2 (E max(0, 1 - D(x)) + E max(0, 1 + D(x_rec)))
+        return generator, 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+    def preview(self, batch: dict[str, Tensor], options: LoggingConfig) -> list[Tensor]:
+        """Return scenes and reconstructions (B, 3, H, W) in [-1, 1]; of an asymmetric decoder without and with pixels.
+
+        With means: everything outside the batch's hole masks.
+        """
+        model, image, keep_mask = self.first_stage_model, batch["image"], batch["keep_mask"]
+        z = model.encode(image).mode()
+        return [image, model.decode(z), *([model.decode(z, image, keep_mask)] if self.frozen_encoder else [])]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return self.with_lr_schedule(torch.optim.Adam(trained, lr=self.options.base_lr, betas=(0.5, 0.9)))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        override_optimizer_hparams(checkpoint, [self.options.base_lr])
+
+
+class PatchDiscriminator(nn.Sequential):
+    """(B, 3, H, W) pixels in [-1, 1] to (B, 1, H / 8 - 2, W / 8 - 2) logits, one per patch; positive = real.
+
+    Source: Isola et al. 2017 (pix2pix), section 3.2.2, with group norm instead of batch norm: the logits of an image do
+    not depend on its batch.
+    """
+
+    def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for layer in range(1, num_layers + 1):
+            wider = channels * min(2**layer, 8)
+            stride = 2 if layer < num_layers else 1
+            layers += [nn.Conv2d(width, wider, 4, stride, padding=1), nn.GroupNorm(32, wider), nn.LeakyReLU(0.2)]
+            width = wider
+        super().__init__(*layers, nn.Conv2d(width, 1, 4, padding=1))
+
+
+class PerceptualDistance:
+    """Mean absolute difference of a frozen ImageNet classifier's features, over its resolutions.
+
+    Deliberately not an `nn.Module`: its weights never enter a checkpoint. They are loaded at the first call.
+
+    Source: Johnson et al. 2016, Eq. 2 (feature reconstruction), here with L1 and EfficientNet-Lite0.
+    """
+
+    def __init__(self) -> None:
+        self._network: Any = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the distance (a scalar) of pixels (B, 3, H, W) in [-1, 1], differentiable in both; 0 if equal."""
+        if self._network is None:
+            self._network = load_feature_network(x.device)
+        stages = (efficientnet_stages(self._network, normalise(127.5 * (pixels + 1.0))) for pixels in (x, y))
+        return torch.stack([F.l1_loss(a, b) for a, b in zip(*stages, strict=True)]).mean()

@@ -1,0 +1,125 @@
+"""What the training modules of both stages share: batches, the check of the loss, optimizers and learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from ldm.config import ConfigError, FirstStageTrainingConfig, TrainingConfig
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or weight became NaN or infinite; the last checkpoint from before is untouched."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"{problem}: training stopped and the last good checkpoint kept. Resume from it with a lower learning "
+            "rate, gradient clipping (trainer.gradient_clip_val=1.0) or trainer.precision=32-true"
+        )
+
+
+class TrainingModule(pl.LightningModule):
+    """A Lightning module whose samples carry a `key`, the seed of all their random draws."""
+
+    options: TrainingConfig | FirstStageTrainingConfig
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copy a batch to the device, except the keys: they seed generators on the CPU."""
+        tensors = {name: value for name, value in batch.items() if name != "key"}
+        return {**super().transfer_batch_to_device(tensors, device, dataloader_idx), "key": batch["key"]}
+
+    def check_finite(self, loss: Tensor, batch_idx: int) -> None:
+        """Stop all processes when the loss of one is NaN or infinite.
+
+        Reading the loss waits for the GPU, so this happens at logged steps only. In between, `Checkpoints` saves no
+        weights that are not finite.
+
+        Raises:
+            NonFiniteError: names the step.
+        """
+        if not logs_step(self.trainer, self.global_step + 1):
+            return
+        value = loss.item()
+        if self.trainer.strategy.reduce_boolean_decision(not math.isfinite(value), all=False):
+            process = "" if not math.isfinite(value) else " here, NaN or infinite in another process,"
+            raise NonFiniteError(f"loss is {value}{process} at step {self.global_step}, batch {batch_idx}")
+
+    def with_lr_schedule(self, optimizer: torch.optim.Optimizer) -> OptimizerLRScheduler:
+        """Add the config's learning-rate schedule to an optimizer.
+
+        Raises:
+            ConfigError: a cosine needs a last step, and the run has none.
+        """
+        total_steps = self.trainer.estimated_stepping_batches  # inf for trainer.max_epochs: -1
+        if self.options.lr_schedule == "cosine" and math.isinf(total_steps):
+            raise ConfigError("lr_schedule: got cosine for an endless run, expected trainer.max_epochs or max_steps")
+        factor = lr_factor(self.options.warmup_steps, self.options.lr_schedule, total_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def logs_step(trainer: pl.Trainer, step: int) -> bool:
+    """Return whether Lightning passes the values of step `step`, counted from 1, to the loggers."""
+    every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+    return every > 0 and step % every == 0
+
+
+def lr_factor(warmup_steps: int, schedule: str, total_steps: float) -> Callable[[int], float]:
+    """Return the learning rate relative to its base value, as a function of the optimizer step.
+
+    It rises linearly from 1e-6 to 1 over `warmup_steps`, then stays, or falls as a cosine to 0.05 at `total_steps`.
+
+    Source: the original's `LambdaLinearScheduler` (warm-up); Loshchilov & Hutter 2017, Eq. 5 (cosine).
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return 1e-6 + (1.0 - 1e-6) * step / warmup_steps
+        if schedule == "constant" or total_steps <= warmup_steps:
+            return 1.0
+        progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+        return 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return the AdamW that `training.optimizer` names; all compute the same, at different speed and memory.
+
+    Raises:
+        ConfigError: its package is not installed.
+
+    Source: Loshchilov and Hutter 2019; adamw_8bit: Dettmers et al. 2022, through bitsandbytes.
+    """
+    if name == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ConfigError(
+                "training.optimizer: adamw_8bit needs bitsandbytes; pip install bitsandbytes, or use adamw_fused"
+            ) from None
+        return AdamW8bit
+    return partial(torch.optim.AdamW, fused=name == "adamw_fused" or None)
+
+
+def override_optimizer_hparams(checkpoint: dict[str, Any], lrs: Sequence[float], **settings: float) -> None:
+    """Replace a checkpoint's optimizer settings by the config's; otherwise they would silently win on resume.
+
+    Args:
+        checkpoint: changed in place.
+        lrs: base learning rates of the parameter groups; a checkpoint may have fewer groups.
+        settings: other options of each group.
+    """
+    for optimizer, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
+        factors = [lr / base for lr, base in zip(lrs, scheduler["base_lrs"], strict=False)]
+        scheduler["base_lrs"] = list(lrs[: len(factors)])
+        scheduler["_last_lr"] = [f * last for f, last in zip(factors, scheduler["_last_lr"], strict=True)]
+        for group, lr, factor in zip(optimizer["param_groups"], lrs, factors, strict=False):
+            group.update(settings, initial_lr=lr, lr=factor * group["lr"])
