@@ -32,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, _utils
@@ -284,24 +285,7 @@ def _safe_unpickler() -> Any:
 # --- writing ---------------------------------------------------------------------------------------
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}  # torch.float32 => F32, …
 
 
 def write_safetensors(
@@ -331,10 +315,10 @@ def write_safetensors(
     starts: dict[str, int] = {}
     end = 0
     for name, tensor in ordered:
-        if tensor.dtype not in _SAFETENSORS_DTYPES:
+        if tensor.dtype not in _DTYPE_NAMES:
             raise CheckpointError(f"{path}: {name}: safetensors knows no {tensor.dtype}; write a .ckpt instead")
         starts[name], end = end, end + tensor.nbytes
-        dtype, offsets = _SAFETENSORS_DTYPES[tensor.dtype], [starts[name], end]
+        dtype, offsets = _DTYPE_NAMES[tensor.dtype], [starts[name], end]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
