@@ -74,14 +74,13 @@ def to_module_keys(state: Mapping[str, Tensor], *, use_ema: bool = False) -> dic
         use_ema: take the UNet's averaged weights (`model_ema.*`) instead of the last ones; otherwise they are left out.
 
     Raises:
-        CheckpointError: `use_ema` is set and an averaged weight is missing, or the file holds averaged weights alone.
+        CheckpointError: `use_ema` is set and an averaged weight is missing.
     """
-    averaged = any(name.startswith(EMA) and name not in EMA_COUNTERS for name in state)
-    if averaged and not any(name.startswith(UNET) for name in state):
-        raise CheckpointError(f"holds the UNet's averaged weights ({EMA}*) alone; pass the file with both kinds")
     state = _with_text_level(merge_lora(swap_in_ema(state) if use_ema else state))
+    # Averaged weights stay where they are alone, for `check_keys` to tell.
+    averaged = EMA if any(name.startswith(UNET) for name in state) else EMA_COUNTERS
     unused = (POSITION_IDS, TEXT_POSITION_IDS)
-    kept = {name: tensor for name, tensor in state.items() if name not in unused and not name.startswith(EMA)}
+    kept = {name: tensor for name, tensor in state.items() if name not in unused and not name.startswith(averaged)}
     return {_renamed(name, RENAMED): tensor for name, tensor in kept.items()}
 
 
@@ -216,6 +215,11 @@ _REMEDIES = {  # by the beginning of what the file is
 
 def _remedy(expected: Mapping[str, Sequence[int]], got: Mapping[str, Tensor], num_mismatched: int) -> str:
     """Say what a file is that does not fit, and what to do about it."""
+    if any(name.startswith(EMA) for name in got):
+        return f"the UNet's weights are there averaged alone ({EMA}*); pass the file with both kinds"
+    for wrapper in ("_orig_mod.", "module."):  # torch.compile's and DistributedDataParallel's
+        if any(name.startswith(wrapper) or f".{wrapper}" in name for name in got):
+            return f"its names have the part {wrapper} of a wrapper; save the state_dict() of the module inside"
     kind = identify(to_file_keys(got))
     remedy = _remedy_of_kind(kind, expected, got) if INPUT_CONV in expected else ""
     if not remedy and num_mismatched > len(expected) // 10:

@@ -110,12 +110,17 @@ def test_every_kind_of_difference_is_listed() -> None:
         (["vision_model.post_layernorm.weight"], "CLIP's image tower; "),
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], "VAE only"),
         (["first_stage_model.encoder.conv_in.weight"], "VAE only"),
+        (["module.proj_out.weight"], r"module\."),
+        (["model.diffusion_model._orig_mod.out.0.weight"], r"_orig_mod\."),
+        (["model_ema.diffusion_modelout0weight", "first_stage_model.encoder.conv_in.weight"], r"model_ema\."),
+        (["lora_unet_down_blocks_0.lora_up.weight"], "LoRA"),
+        (["control_model.input_hint_block.0.weight"], "ControlNet"),
     ],
 )
 def test_known_files_are_recognised(official: dict[str, Tensor], names: list[str], remedy: str) -> None:
     expected = {name: tensor.shape for name, tensor in to_module_keys(official).items()}
     with pytest.raises(CheckpointError, match=f"do: .*{remedy}"):
-        check_keys(expected, {name: torch.zeros(1) for name in names})
+        check_keys(expected, to_module_keys({name: torch.zeros(1) for name in names}))
 
 
 def test_four_channels_and_other_sizes_are_recognised(official: dict[str, Tensor]) -> None:
