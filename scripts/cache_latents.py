@@ -100,9 +100,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(*args.config)
         first_stage, exemplar_encoder = load_encoders(config, args.checkpoint, args.device)
-        kind = "open_images" if config.data.kind == "cached" else config.data.kind
+        config.data.kind = "open_images" if config.data.kind == "cached" else config.data.kind
+        config.data.root, config.seed = str(args.root), args.seed
         for split, draws in (("train", args.draws), ("validation", 1)):
-            dataset = box_dataset(config, split, kind=kind, root=args.root, seed=args.seed)
+            dataset = box_dataset(config, split)
             variants = [(epoch, index) for epoch in range(draws) for index in range(len(dataset))]
             loader = DataLoader(dataset, batch_size=args.batch_size, sampler=variants, num_workers=args.workers)
             batches = encoded(first_stage, exemplar_encoder, loader, args.device)

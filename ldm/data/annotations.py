@@ -301,8 +301,9 @@ def read_boxes_csv(csv_path: Path) -> tuple[pd.DataFrame, int]:
         columns = list(pd.read_csv(csv_path, nrows=0))
         if missing := {"ImageID", *_CORNERS}.difference(columns):
             raise UserError(f"{csv_path}: got the columns {', '.join(columns)}; lacks {', '.join(sorted(missing))}")
-        types = {"ImageID": "category", "LabelName": "category", **dict.fromkeys(_CORNERS, "float64")}
-        with pd.read_csv(csv_path, usecols=types.keys() & set(columns), dtype=types, chunksize=2**18) as chunks:
+        texts = [name for name in ("ImageID", "LabelName") if name in columns]
+        types: Any = dict.fromkeys(texts, "category") | dict.fromkeys(_CORNERS, "float64")
+        with pd.read_csv(csv_path, usecols=list(types), dtype=types, chunksize=2**18) as chunks:
             for chunk in tqdm(chunks, desc=csv_path.name, unit=f" x {2**18:,} rows"):
                 if chunk.isna().any(axis=None):
                     raise UserError(f"{csv_path}: row {chunk.isna().any(axis=1).idxmax() + 1} lacks a value")
@@ -316,7 +317,7 @@ def read_boxes_csv(csv_path: Path) -> tuple[pd.DataFrame, int]:
     if not num_rows:
         raise UserError(f"{csv_path}: holds no boxes; download it again")
     boxes = pd.concat([chunk[_CORNERS] for chunk in kept])
-    for name in types.keys() & set(columns) - set(_CORNERS):
+    for name in texts:
         boxes[name] = union_categoricals([chunk[name] for chunk in kept], sort_categories=True)
     return boxes.sort_values("ImageID", kind="stable"), num_rows
 

@@ -96,7 +96,8 @@ def build_pipeline(size: int, settings: Mapping[str, Any] | None = None) -> A.Co
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # unknown arguments
-            pipeline = A.Compose([A.Resize(size, size), A.from_dict(dict(settings))])
+            transform: Any = A.from_dict(dict(settings))
+            pipeline = A.Compose([A.Resize(size, size), transform])
         result = augment(pipeline, np.zeros((size, size, 3), np.uint8), PaperParams(), seed=0)
     except Exception as error:  # albumentations checks its arguments with errors of many classes
         reason = " ".join(str(error).split()) or type(error).__name__

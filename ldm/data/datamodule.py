@@ -139,7 +139,7 @@ class DataModule(pl.LightningDataModule):
             sampler=sampler,  # pyright: ignore[reportArgumentType]: pairs, which the datasets take
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=_set_up_worker if workers > 0 else None,
+            worker_init_fn=set_up_worker if workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
             drop_last=True,
         )
@@ -157,7 +157,7 @@ class DataModule(pl.LightningDataModule):
         self._position = {"epoch": 0, **state_dict}
 
 
-def _set_up_worker(worker: int) -> None:
+def set_up_worker(worker: int) -> None:
     """Keep OpenCV to one thread, and survive a signal to the process group: the trainer still needs its workers."""
     import cv2
 
@@ -176,30 +176,19 @@ def annotation_source(config: Config) -> tuple[AnnotationSource, Path | None]:
     return AnnotationSource(Path(data.root), annotations, validation), index
 
 
-def box_dataset(
-    config: Config,
-    split: str,
-    *,
-    kind: str | None = None,
-    root: str | Path | None = None,
-    seed: int | None = None,
-    max_samples: int | None = None,
-) -> BoxDataset:
-    """Open the images and boxes of a config; `kind`, `root` and `seed` replace its own.
+def box_dataset(config: Config, split: str, *, max_samples: int | None = None) -> BoxDataset:
+    """Open the images and boxes of a config.
 
     Raises:
         UserError: the annotations or captions cannot be used.
     """
     data = config.data
     source, folder = annotation_source(config)
-    if root is not None:
-        source = source._replace(root=Path(root))
-    index = open_index(kind or data.kind, source, split, folder)
+    index = open_index(data.kind, source, split, folder)
     recipe, count = sample_recipe(config), len(index) if max_samples is None else min(len(index), max_samples)
     if data.captions is not None:
         recipe = replace(recipe, captions=open_captions(data.captions, index, count))
-    seed = config.seed if seed is None else seed
-    return BoxDataset(index, index.metadata["images"], recipe, seed=seed, max_samples=max_samples)
+    return BoxDataset(index, index.metadata["images"], recipe, seed=config.seed, max_samples=max_samples)
 
 
 def sample_recipe(config: Config) -> SampleRecipe:

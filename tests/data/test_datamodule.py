@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import ConfigError, load_config
-from ldm.data.datamodule import DataModule, EpochSampler
+from ldm.data.datamodule import DataModule, EpochSampler, set_up_worker
 
 lengths = st.integers(1, 60)
 world_sizes = st.integers(1, 5)
@@ -52,6 +54,21 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
     assert len({tuple(order) for order in orders.values()}) == 4
     in_place = [np.mean(np.array(order) == np.arange(200)) for order in orders.values()]
     assert max(in_place) < 0.1
+
+
+class ThreadCounts(Dataset[int]):
+    """Items are OpenCV's number of threads in the worker."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        return cv2.getNumThreads()
+
+
+def test_workers_keep_opencv_to_one_thread() -> None:
+    loader = DataLoader(ThreadCounts(), batch_size=None, num_workers=1, worker_init_fn=set_up_worker)
+    assert list(loader) == [1, 1]
 
 
 @pytest.mark.parametrize(

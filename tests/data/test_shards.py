@@ -147,6 +147,11 @@ def test_damaged_members_are_skipped(images: Path, tmp_path: Path, caplog: pytes
         assert keys(read(part(root, buffer=3), start=start)) == keys(whole)[start:]
 
 
+def test_validation_starts_its_shards_again_without_a_buffer(packed: Path) -> None:
+    reader = part(packed, buffer=0)
+    assert len({*keys(read(reader, count=2 * N))}) == 2 * N, "the second lap draws other samples"
+
+
 def test_nothing_readable(images: Path, tmp_path: Path) -> None:
     root = pack(images, tmp_path / "gone")
     for path in root.glob("*.tar"):

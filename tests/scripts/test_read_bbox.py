@@ -144,7 +144,8 @@ def test_unusable_annotations_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"other\.csv: .*id, x, y; lacks ImageID, XMax, XMin, YMax, YMin"):
         read_bbox(csv_path, tmp_path / "images", "validation", tmp_path / "out")
     (tmp_path / "empty.csv").write_text("")
-    for name in ("nowhere", "empty"):
+    write_csv(tmp_path / "header.csv", [])
+    for name in ("nowhere", "empty", "header"):
         with pytest.raises(UserError, match=name):
             read_bbox(tmp_path / f"{name}.csv", tmp_path / "images", "validation", tmp_path / "out")
     with pytest.raises(UserError, match="test/"):
