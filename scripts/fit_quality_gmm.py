@@ -167,21 +167,15 @@ def fit_mixture(
             bar.update(estimator.n_iter_)
     if not estimator.converged_:
         print(f"note: not converged after {iterations} iterations", file=sys.stderr)
-    return GaussianMixture(
-        estimator.weights_,
-        estimator.means_,
-        estimator.covariances_,
-        covariance,
-        {
-            "refitted": "yes",
-            "components": str(components),
-            "covariance_type": covariance,
-            "seed": str(seed),
-            "iterations": f"{iterations}, {'converged' if estimator.converged_ else 'not converged'}",
-            "scikit-learn": sklearn.__version__,
-            **provenance,
-        },
-    )
+    settings = {
+        "refitted": "yes",
+        "components": str(components),
+        "covariance_type": covariance,
+        "seed": str(seed),
+        "iterations": f"{iterations}, {'converged' if estimator.converged_ else 'not converged'}",
+        "scikit-learn": sklearn.__version__,
+    }
+    return GaussianMixture(estimator, settings | provenance)
 
 
 if __name__ == "__main__":

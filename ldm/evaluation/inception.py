@@ -1,10 +1,10 @@
 """FID, sFID and IS as most of the literature computes them: features of the Inception network of 2015.
 
-The network is that of torch-fidelity, which torchmetrics uses too; its weights have to be given. Each picture has one
-feature vector, which holds the three kinds of features side by side; `fid_features`, `sfid_features` and
-`is_logits` take them apart. Distances are those of `ldm.evaluation.frechet`.
+The network is torch-fidelity's, which torchmetrics uses too. torchmetrics downloads its weights and has no sFID and no
+stream over files, so the network is used directly, with weights from a local file. The feature vector of an image holds
+three kinds of features side by side, which `fid_features`, `sfid_features` and `is_logits` separate.
 
-Dimension key: N pictures · B batch.
+Dimensions: N images · B batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint.io import read_checkpoint
-from ldm.evaluation.features import SQUASH, WHOLE, Box, FeatureError, FeatureNetwork, cropped
+from ldm.evaluation.features import SQUASH, WHOLE, Box, FeatureNetwork, cropped
+from ldm.files import UserError
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
@@ -31,38 +32,38 @@ _SPATIAL = _SPATIAL_CHANNELS * _SPATIAL_SIDE**2  # 2023
 
 
 def fid_features(features: np.ndarray) -> np.ndarray:
-    """(N, 2048): globally pooled, what FID compares. Source: Heusel et al. 2017, section "FID"."""
+    """Select the pooled features that FID compares (N, 2048). Source: Heusel et al. 2017, section "FID"."""
     return features[:, :_POOLED]
 
 
 def sfid_features(features: np.ndarray) -> np.ndarray:
-    """(N, 2023): seven channels of a 17x17 map, what sFID compares. Source: Nash et al. 2021, section 5.2."""
+    """Select seven channels of a 17x17 map, which sFID compares (N, 2023). Source: Nash et al. 2021, section 5.2."""
     return features[:, _POOLED : _POOLED + _SPATIAL]
 
 
 def is_logits(features: np.ndarray) -> np.ndarray:
-    """(N, 1008): logits without their bias, what the Inception score is computed from."""
+    """Select the logits without bias, for the Inception score (N, 1008)."""
     return features[:, _POOLED + _SPATIAL :]
 
 
 def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
-    """Inception score: how sure the network is of each picture, and how various its answers are.
+    """Compute the Inception score, exp E[KL(p(y|x) || p(y))]: confident and diverse classifications score high.
 
     Args:
         logits: (N, classes).
-        splits: parts that N pictures are shuffled into; the score is the mean over the parts.
-        seed: of the shuffling.
+        splits: number of random parts; the score is the mean over the parts.
+        seed: shuffles the images.
 
     Returns:
         Mean and standard deviation over the parts.
 
     Raises:
-        ValueError: fewer pictures than parts.
+        ValueError: fewer images than parts.
 
     Source: Salimans et al. 2016, section 4.
     """
     if len(logits) < splits:
-        raise ValueError(f"got {len(logits)} pictures, expected at least {splits}, one for each part")
+        raise ValueError(f"got {len(logits)} images, expected at least {splits}, one for each part")
     log_p = torch.from_numpy(np.random.default_rng(seed).permutation(logits)).double().log_softmax(1)
     scores = []
     for part in log_p.tensor_split(splits):
@@ -73,41 +74,41 @@ def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = 0) -> t
 
 @dataclass(frozen=True)
 class Bytes:
-    """Preprocessing for a network that scales pictures itself: their bytes as they are."""
+    """Preprocessing for a network that resizes images itself: their bytes unchanged."""
 
     @property
     def phrases(self) -> dict[str, str]:
         squash = "squashed to 299 px (bilinear, not antialiased, TensorFlow 1's grid)"
         return {WHOLE: squash, SQUASH: squash}
 
-    def __call__(self, image: Image.Image, rule: str, box: Box | None = None) -> Tensor:
-        """A picture, or a box of it, to (3, H, W) uint8."""
-        if rule not in self.phrases:
-            raise ValueError(f"got the rule {rule!r}, expected {' or '.join(map(repr, self.phrases))}")
+    def __call__(self, image: Image.Image, resize_mode: str, box: Box | None = None) -> Tensor:
+        """Convert an image, or a box of it, to (3, H, W) uint8."""
+        if resize_mode not in self.phrases:
+            raise ValueError(f"got the resize mode {resize_mode!r}, expected {' or '.join(map(repr, self.phrases))}")
         return torch.from_numpy(np.array(cropped(image.convert("RGB"), box))).permute(2, 0, 1)
 
 
 def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """The Inception network of 2015 with features (B, 2048 + 2023 + 1008).
+    """Load the Inception network of 2015 with features (B, 2048 + 2023 + 1008).
 
     Args:
         weights: `pt_inception-2015-12-05-6726825d.pth`, of pytorch-fid or torch-fidelity.
-        device: where to put it.
+        device: of the network.
 
     Raises:
-        FeatureError: torch-fidelity is not installed, the file is missing, or it holds another network.
+        UserError: torch-fidelity is not installed, the file is missing, or it holds another network.
         CheckpointError: the file cannot be read.
     """
     weights = Path(weights)
     if not weights.is_file():
-        raise FeatureError(f"{weights}: no such file; download {WEIGHTS_URL}")
+        raise UserError(f"{weights}: no such file; download {WEIGHTS_URL}")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
             FeatureExtractorInceptionV3,
         )
     except ImportError as error:
         remedy = "do pip install torch-fidelity, and the torchvision that belongs to your torch"
-        raise FeatureError(f"{error}: Inception FID, sFID and IS need torch-fidelity; {remedy}") from error
+        raise UserError(f"{error}: Inception FID, sFID and IS need torch-fidelity; {remedy}") from error
     state = read_checkpoint(weights)
     with tempfile.TemporaryDirectory() as folder:
         # torch-fidelity unpickles without restrictions: it gets a copy that holds tensors only.
@@ -116,7 +117,7 @@ def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> F
         try:
             tower: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(copy))
         except (RuntimeError, KeyError) as error:
-            raise FeatureError(
+            raise UserError(
                 f"{weights}: does not fit ({str(error).splitlines()[0]}); expected {WEIGHTS} of {WEIGHTS_URL}"
             ) from error
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from torch import Tensor, nn
 
 from ldm.evaluation.cache import FeatureCache
 from ldm.evaluation.features import (
-    FeatureError,
     FeatureNetwork,
     Normalised,
     View,
@@ -161,73 +158,25 @@ def test_the_key_map_uses_every_weight_once_and_leaves_none_out(tiny_clip: Path)
     # Every number of the file is there once.
     values = [torch.cat([t.flatten() for t in tensors.values()]).sort().values for tensors in (state, mapped)]
     assert torch.equal(*values)
-    with pytest.raises(FeatureError, match=r"attn_pool\.probe is no weight"):
-        openai_to_transformers({**state, "attn_pool.probe": torch.zeros(1)})
 
 
 def test_files_that_hold_no_openai_tower(tiny_clip: Path, tmp_path: Path) -> None:
     state = load_file(tiny_clip)
     path = tmp_path / "other.safetensors"
     problems = {
-        "transformers' names": {"vision_model.post_layernorm.weight": torch.zeros(3)},
-        "conv1.weight is missing": {name: t for name, t in state.items() if name != "visual.conv1.weight"},
+        "conv1": {"vision_model.post_layernorm.weight": torch.zeros(3)},
+        "conv1.weight": {name: t for name, t in state.items() if name != "visual.conv1.weight"},
         "vision_model.encoder.layers.1.mlp.fc2.bias": {
             n: t for n, t in state.items() if not n.endswith("1.mlp.c_proj.bias")
         },
-        "layer4.0.bn1.weight is no weight": {**state, "visual.layer4.0.bn1.weight": torch.zeros(3)},
-        "token_embedding.weight is no weight": {"token_embedding.weight": torch.zeros(3)},
+        r"layer4\.0\.bn1\.weight": {**state, "visual.layer4.0.bn1.weight": torch.zeros(3)},
+        r"conv1\.weight": {"token_embedding.weight": torch.zeros(3)},
     }
     for message, tensors in problems.items():
         save_file(tensors, path)
-        with pytest.raises(FeatureError, match=f"{path}: .*{message}") as error:
+        with pytest.raises(UserError, match=f"{path}: .*{message}") as error:
             load_network(f"clip:{path}")
         assert "\n" not in str(error.value)
-
-
-class FakeQuickGELU(nn.Module):
-    pass
-
-
-FakeQuickGELU.__name__ = "QuickGELU"
-
-
-@pytest.mark.parametrize("quick", [True, False])
-def test_weights_of_open_clip_go_into_the_same_tower(
-    tiny_clip: Path, monkeypatch: pytest.MonkeyPatch, quick: bool
-) -> None:
-    asked: list[tuple[str, str]] = []
-    visual: Any = nn.Module()
-    visual.attention = nn.MultiheadAttention(128, 2)
-    visual.activation = FakeQuickGELU() if quick else nn.GELU()
-    half = {name: tensor.half() for name, tensor in load_file(tiny_clip).items()}
-    save_file(half, tiny_clip)
-    visual.state_dict = lambda: {name.removeprefix("visual."): tensor for name, tensor in half.items()}
-    fake: Any = types.ModuleType("open_clip")
-
-    def create_model(architecture: str, pretrained: str) -> Any:
-        asked.append((architecture, pretrained))
-        if architecture == "ViT-X":
-            raise RuntimeError("Model config for ViT-X not found.")
-        return types.SimpleNamespace(visual=visual)
-
-    fake.create_model = create_model
-    monkeypatch.setitem(sys.modules, "open_clip", fake)
-    network, same = load_network("open_clip:ViT-B-32/laion"), load_network(f"clip:{tiny_clip}")
-    assert asked == [("ViT-B-32", "laion")]
-    assert network.name == "CLIP ViT-128/8@32 (open_clip laion)"
-    assert load_network("open_clip:ViT-B-32/openai").name == "CLIP ViT-128/8@32 (OpenAI)"
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert network(x).dtype == torch.float32
-    assert torch.equal(network(x), same(x)) == quick  # the other activation shows
-    with pytest.raises(
-        FeatureError, match=r"open_clip:ViT-X/y: Model config for ViT-X not found; open_clip\.list_pretr"
-    ):
-        load_network("open_clip:ViT-X/y")
-    with pytest.raises(FeatureError, match="expected open_clip:ARCH/TAG"):
-        load_network("open_clip:ViT-B-32")
-    monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(FeatureError, match="pip install open_clip_torch"):
-        load_network("open_clip:ViT-B-32/openai")
 
 
 # ---- folders in the hub's layout ----
@@ -291,16 +240,14 @@ def test_a_folder_with_another_model_is_refused(tmp_path: Path) -> None:
     Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "a"
     )
-    with pytest.raises(
-        FeatureError, match=f"clip:{tmp_path / 'a'}: holds a model of the type dinov2, expected one like"
-    ):
+    with pytest.raises(UserError, match=f"clip:{tmp_path / 'a'}: holds a model of the type dinov2, expected one like"):
         load_network(f"clip:{tmp_path / 'a'}")
     # Without the projection: transformers would fill it with random numbers.
     CLIPVisionModel(tiny_clip_config().vision_config).save_pretrained(tmp_path / "b")
-    with pytest.raises(FeatureError, match="1 weights of CLIPVisionModelWithProjection are missing, visual_projection"):
+    with pytest.raises(UserError, match="1 weights of CLIPVisionModelWithProjection are missing, visual_projection"):
         load_network(f"clip:{tmp_path / 'b'}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FeatureError, match=r"cannot be loaded .*config\.json") as error:
+    with pytest.raises(UserError, match=r"cannot be loaded .*config\.json") as error:
         load_network(f"clip:{tmp_path / 'empty'}")
     assert "\n" not in str(error.value)
 
@@ -316,7 +263,7 @@ def test_without_a_network_one_line_says_what_to_do(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FeatureError) as error:
+    with pytest.raises(UserError) as error:
         load_network(spec)
     message = str(error.value)
     kind = spec.partition(":")[0]
@@ -329,7 +276,7 @@ def test_without_a_network_one_line_says_what_to_do(
     "spec", ["vgg", "", "efficientnet-lite0:x", "clip:/no/such/file.pt", "clip:./folder", "clip:a/b/c"]
 )
 def test_what_names_no_network(spec: str) -> None:
-    with pytest.raises(FeatureError, match=r"expected efficientnet-lite0, clip|no such file or folder; check the path"):
+    with pytest.raises(UserError, match=r"expected efficientnet-lite0, clip|no such file or folder; check the path"):
         load_network(spec)
 
 
@@ -388,9 +335,9 @@ def test_the_papers_region_is_not_antialiased() -> None:
 @pytest.mark.parametrize("box", [(0, 0, 0, 5), (5, 5, 3, 9), (-1, 0, 5, 5), (0, 0, 61, 5), (0, 0, 5, 51)])
 def test_bad_boxes_and_rules_are_refused(box: tuple[int, int, int, int]) -> None:
     picture = Image.new("RGB", (60, 50))
-    with pytest.raises(ValueError, match="within the picture's 60x50"):
+    with pytest.raises(ValueError, match="60x50"):
         CLIP_224(picture, "squash", box)
-    with pytest.raises(ValueError, match="got the rule 'crop', expected one of 'whole', 'squash', 'paper region'"):
+    with pytest.raises(ValueError, match="'crop'"):
         CLIP_224(picture, "crop")
 
 
@@ -424,14 +371,14 @@ def test_features_come_in_order_whatever_the_batch_threads_and_cache(tmp_path: P
     network, _ = counting_network()
     views = views_of(pictures)
     expected = np.stack(
-        [network(network.preprocess(Image.open(v.path), v.rule, v.box)[None])[0].numpy() for v in views]
+        [network(network.preprocess(Image.open(v.path), v.resize_mode, v.box)[None])[0].numpy() for v in views]
     )
-    with FeatureCache(tmp_path / "cache.sqlite") as cache:
-        for batch_size in (1, 3, 100):
-            for options in ({}, {"num_workers": 3}, {"cache": cache}, {"cache": cache, "num_workers": 3}):
-                features = extract(network, views, batch_size=batch_size, **options)
-                assert features.dtype == np.float32
-                np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)  # sums in another order
+    cache = FeatureCache(tmp_path / "cache")
+    for batch_size in (1, 3, 100):
+        for options in ({}, {"num_workers": 3}, {"cache": cache}, {"cache": cache, "num_workers": 3}):
+            features = extract(network, views, batch_size=batch_size, **options)
+            assert features.dtype == np.float32
+            np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)  # sums in another order
     assert extract(network, []).shape == (0, 6)
     assert [len(chunk) for chunk in iter_features(network, views, batch_size=7)] == [7, 7, 3]
 
@@ -444,22 +391,22 @@ def test_nothing_is_computed_twice(tmp_path: Path, pictures: list[Path], monkeyp
     monkeypatch.setattr(module, "open_image", lambda path: opened.append(path) or original(path))
     network, tower = counting_network()
     views = views_of(pictures)
-    with FeatureCache(tmp_path / "cache.sqlite") as cache:
-        first = extract(network, views, cache=cache)
-        assert tower.batches == [len(set(views))]
-        assert opened == pictures  # each file once, whatever the number of views of it
-        shutil.copy(pictures[0], tmp_path / "renamed.png")
-        again = extract(network, [*views, View(tmp_path / "renamed.png", "whole")], cache=cache)
-        assert np.array_equal(again[:-1], first)
-        assert np.array_equal(again[-1], first[0])
-        assert (len(tower.batches), len(opened)) == (1, 5)
+    cache = FeatureCache(tmp_path / "cache")
+    first = extract(network, views, cache=cache)
+    assert tower.batches == [len(set(views))]
+    assert opened == pictures  # each file once, whatever the number of views of it
+    shutil.copy(pictures[0], tmp_path / "renamed.png")
+    again = extract(network, [*views, View(tmp_path / "renamed.png", "whole")], cache=cache)
+    assert np.array_equal(again[:-1], first)
+    assert np.array_equal(again[-1], first[0])
+    assert (len(tower.batches), len(opened)) == (1, 5)
 
-        Image.new("RGB", (40, 40), (9, 99, 199)).save(pictures[0])  # another picture of the same name
-        changed = extract(network, views[:1], cache=cache)
-        assert not np.array_equal(changed[0], first[0])
-        other, other_tower = counting_network("other")
-        extract(other, views[:1], cache=cache)
-        assert other_tower.batches == [1]
+    Image.new("RGB", (40, 40), (9, 99, 199)).save(pictures[0])  # another picture of the same name
+    changed = extract(network, views[:1], cache=cache)
+    assert not np.array_equal(changed[0], first[0])
+    other, other_tower = counting_network("other")
+    extract(other, views[:1], cache=cache)
+    assert other_tower.batches == [1]
 
 
 def test_the_key_tells_networks_apart() -> None:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.evaluation.features import FeatureError, View, extract
+from ldm.evaluation.features import View, extract
 from ldm.evaluation.inception import fid_features, inception_score, is_logits, load_inception, sfid_features
+from ldm.files import UserError
 
 
 class StandIn(nn.Module):
@@ -75,19 +76,19 @@ def test_three_kinds_of_features_of_pictures_of_any_size(tmp_path: Path, weights
     # The same operations, in a batch of one.
     np.testing.assert_allclose(sfid_features(features)[2], spatial, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(is_logits(features), fid_features(features) @ tower.fc.weight.numpy().T, atol=1e-2)
-    with pytest.raises(ValueError, match="expected 'whole' or 'squash'"):
+    with pytest.raises(ValueError, match="'paper region'"):
         extract(network, [View(tmp_path / "0.png", "paper region")])
 
 
 def test_weights_that_cannot_be_used_are_named(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FeatureError, match=r"missing\.pth: no such file; download https"):
+    with pytest.raises(UserError, match=r"missing\.pth: no such file; download https"):
         load_inception(tmp_path / "missing.pth")
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(FeatureError, match=r"other\.pth: does not fit"):
+    with pytest.raises(UserError, match=r"other\.pth: does not fit"):
         load_inception(tmp_path / "other.pth")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3")
-    with pytest.raises(FeatureError, match="pip install torch-fidelity"):
+    with pytest.raises(UserError, match="pip install torch-fidelity"):
         load_inception(weights)
 
 
@@ -98,7 +99,7 @@ def test_inception_score_of_known_answers() -> None:
     assert (mean, std) == (pytest.approx(5, abs=1e-9), 0)
     assert 4.3 < inception_score(sure, splits=10)[0] < 5
     assert inception_score(np.ones((20, 5)))[0] == pytest.approx(1, abs=1e-12)  # never sure
-    with pytest.raises(ValueError, match="got 9 pictures, expected at least 10"):
+    with pytest.raises(ValueError, match="9 .* 10"):
         inception_score(np.ones((9, 5)))
 
 

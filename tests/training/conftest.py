@@ -157,5 +157,5 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str
         return importlib.import_module(name).main(command[1:])
 
     monkeypatch.setattr(pipeline, "execute", execute)
-    monkeypatch.setattr(cache, "DEFAULT_PATH", tmp_path / "features.sqlite")
+    monkeypatch.setattr(cache, "DEFAULT_PATH", tmp_path / "features")
     return done
