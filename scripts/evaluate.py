@@ -53,8 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--markdown", type=Path, metavar="FILE", help="write the table there")
     add(
         "--cache",
-        metavar="FILE",
-        help="features by content, or none; default: ~/.cache/paint-by-example/features.sqlite",
+        metavar="FOLDER",
+        help="folder of features by content, or none; default: ~/.cache/paint-by-example/features",
     )
     add("--resamples", type=int, default=1000, help="of the bootstraps; default: %(default)s")
     add("--seed", type=int, default=0, help="of the bootstraps; default: %(default)s")

@@ -45,9 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the starting point (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="take only the first N pictures, by name")
-    parser.add_argument("--cache", metavar="FILE", help="as for scripts/evaluate.py, which shares it")
+    parser.add_argument("--cache", metavar="FOLDER", help="as for scripts/evaluate.py, which shares it")
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="threads that read images (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     return parser
 

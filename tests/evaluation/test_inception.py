@@ -99,7 +99,7 @@ def test_inception_score_of_known_answers() -> None:
     assert (mean, std) == (pytest.approx(5, abs=1e-9), 0)
     assert 4.3 < inception_score(sure, splits=10)[0] < 5
     assert inception_score(np.ones((20, 5)))[0] == pytest.approx(1, abs=1e-12)  # never sure
-    with pytest.raises(ValueError, match="9 .* 10"):
+    with pytest.raises(ValueError, match=r"9 .* 10"):
         inception_score(np.ones((9, 5)))
 
 
