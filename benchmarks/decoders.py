@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ldm.editing.editor import BUNDLED_MODEL, Editor, fit_scene
+from ldm.editing.editor import BUNDLED_MODEL, Editor
+from ldm.editing.geometry import fit_scene
 from ldm.evaluation.cocoee import Bench
 from ldm.evaluation.metrics import background, seam
 from ldm.images import tensor_to_pil

@@ -23,7 +23,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ldm.editing.editor import BUNDLED_MODEL, Editor, FittedScene, fit_scene
+from ldm.editing.editor import BUNDLED_MODEL, Editor
+from ldm.editing.geometry import FittedScene, fit_scene
 from ldm.evaluation.cocoee import Bench
 from ldm.evaluation.metrics import background, seam
 from ldm.images import load_mask, open_image

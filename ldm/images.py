@@ -7,16 +7,16 @@ Dimension key: H, W pixels · E side of the exemplar.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from ldm.files import UserError
+from ldm.files import UserError, atomic_write
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -183,6 +183,15 @@ def _profile(image: Image.Image) -> dict[str | tuple[int, int], Any]:
     """Return the metadata that stay true when the image becomes RGB."""
     is_rgb = image.mode in ("RGB", "RGBA", "P", "PA") and "icc_profile" in image.info
     return {"icc_profile": image.info["icc_profile"]} if is_rgb else {}
+
+
+def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG atomically, with `text` in its metadata (tEXt, or iTXt beyond Latin-1)."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    with atomic_write(path) as partial:
+        image.save(partial, format="png", pnginfo=info, compress_level=4)
 
 
 # ---- tensors ----

@@ -63,8 +63,7 @@ def create(source: Path, target: Path, size: int, workers: int) -> None:
 
 def convert(path: Path, result: Path, size: int) -> None:
     """One picture, from file to file."""
-    from ldm.editing.editor import save_png
-    from ldm.images import open_image
+    from ldm.images import open_image, save_png
 
     save_png(square(open_image(path), size), result)
 

@@ -23,9 +23,8 @@ from ldm.data.annotations import index_path
 from ldm.data.box_dataset import BoxDataset
 from ldm.data.box_index import BoxIndex
 from ldm.data.datamodule import annotation_source, box_dataset
-from ldm.editing.editor import save_png
 from ldm.files import UserError
-from ldm.images import exemplar_to_pixels, tensor_to_pil
+from ldm.images import exemplar_to_pixels, save_png, tensor_to_pil
 
 SAMPLES = 16  # on the contact sheet
 COLUMNS = 4

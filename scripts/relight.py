@@ -129,9 +129,10 @@ def relight(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ldm.checkpoint.io import sha256_file
-    from ldm.editing.editor import Editor, as_rgb, checkpoint_file, pick_device, pick_dtype
+    from ldm.editing.cli import save_results
+    from ldm.editing.editor import Editor, checkpoint_file, pick_device, pick_dtype
     from ldm.editing.relight import Relighter, on_grey
-    from ldm.editing.results import save_results
+    from ldm.editing.request import as_rgb
     from ldm.editing.safety import drop_unsafe, load_filter
     from ldm.editing.watermark import add_watermark
 

@@ -1,92 +1,102 @@
-"""Many edits in one go: rows of a table, batched on the device, read and written in the background.
+"""Many edits in one go: batched on the device, read and written in the background, resumed where they stopped.
 
-A row that fails is reported and the others go on. Finished results are skipped when the work is started again.
+Tables, folders and the benchmark all become lists of `Job`. A job that fails is reported and the others go on. Results
+that are present, whole and made with the same settings are skipped. Each process of torchrun takes its share.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import math
+import os
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.editing.editor import Editor, FittedScene, as_rgb, fit_scene, given_hole, prepare_exemplar, save_png
+from ldm.editing.editor import Editor, put_back
+from ldm.editing.geometry import FittedScene
+from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
+from ldm.editing.settings import COLUMNS, EditSettings, settings_from
 from ldm.editing.watermark import add_watermark
 from ldm.files import UserError, write_text
-from ldm.images import find_images
+from ldm.images import find_images, save_png
 
-FILES = ("scene", "mask", "reference", "reference_mask")  # of a row, relative to the table's folder
-SAMPLING = ("sampler", "num_steps", "guidance_scale", "eta", "negative_prompt")  # rows that differ share no batch
+FILES = ("scene", "mask", "reference", "reference_mask")  # columns with files, relative to the table's folder
+OUTLINES = ("box", "polygon")
+
+# An edit without a model, such as pasting the exemplar.
+Baseline = Callable[[EditRequest], Image.Image]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One edit: what a row says, with the defaults of the whole work where it says nothing.
+    """One edit of many.
 
     Attributes:
-        name: of the result, NAME.png; unique.
-        scene, reference: files.
-        mask, box, polygon: the hole, one of them; none is the scene's transparent part.
-        prompt, negative_prompt: as for `Editor.edit`.
-        seed: of the noise.
-        grow, shape, reference_mask, reference_background, reference_fit: as for `given_hole` and `prepare_exemplar`.
-        crop_margin, feather, match_colors, sampler, num_steps, guidance_scale, eta: as for `Editor.edit`.
+        name: unique; the result is NAME.png.
+        scene, mask, reference, reference_mask: files, see `make_request`.
+        box, polygon: the hole, instead of a mask.
+        settings: of one sample; components of the hole are edited together.
     """
 
     name: str
     scene: str
     reference: str | None = None
-    prompt: str | None = None
-    negative_prompt: str | None = None
+    settings: EditSettings = field(default_factory=EditSettings)
     mask: str | None = None
-    box: str | None = None
-    polygon: str | None = None
-    seed: int = 0
-    grow: int = 0
-    shape: str = "given"
+    box: tuple[float, ...] = ()
+    polygon: tuple[float, ...] = ()
     reference_mask: str | None = None
-    reference_background: str = "keep"
-    reference_fit: str = "squash"
-    crop_margin: float | None = None
-    feather: int | None = None
-    match_colors: bool = True
-    sampler: str = "dpm_solver_pp"
-    num_steps: int = 20
-    guidance_scale: float = 5.0
-    eta: float = 0.0
+
+    def request(self) -> EditRequest:
+        """Read the files."""
+        return make_request(
+            self.scene,
+            self.reference,
+            self.settings,
+            mask=self.mask,
+            boxes=[self.box] if self.box else [],
+            polygons=[self.polygon] if self.polygon else [],
+            reference_mask=self.reference_mask,
+        )
 
     @property
-    def given(self) -> tuple[bool, bool]:
-        """Whether there is an exemplar, and a prompt."""
-        return self.reference is not None, self.prompt is not None
+    def group(self) -> tuple[Any, ...]:
+        """What the jobs of one batch have in common."""
+        return self.reference is not None, self.settings.prompt is not None, *self.settings.sampling.values()
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """What the rows of a batch have in common."""
-        return {name: getattr(self, name) for name in SAMPLING}
+    def parameters(self, metadata: Mapping[str, Any]) -> str:
+        """Return the text in the result's metadata: job, settings and `metadata` as JSON."""
+        columns = {name: getattr(self, name) for name in ("name", *FILES, *OUTLINES)}
+        return json.dumps({**columns, **self.settings.record(), **metadata}, sort_keys=True)
 
 
-def read_jobs(path: Path, defaults: Mapping[str, Any]) -> list[Job]:
-    """The rows of a table.
+# ---- jobs from tables and folders ----
+
+
+def read_jobs(path: Path, base: EditSettings | None = None) -> list[Job]:
+    """Read a table of jobs.
 
     Args:
-        path: .csv with a header, or .jsonl with an object per line; keys are those of `Job`. Without `name` a result is
-            called after its scene and its row. Files are relative to the table's folder.
-        defaults: of keys that a row leaves out.
+        path: .csv with a header, or .jsonl with an object per line. Columns are the fields of `Job` and of
+            `EditSettings`, or an older name of a setting. Without `name` a result is called after its row and scene.
+            Files are relative to the table's folder.
+        base: settings that a row leaves out.
 
     Raises:
-        UserError: the table is missing, damaged or empty, or a row has an unknown key, a wrong value or a name twice.
+        UserError: the table is missing, damaged or empty, or a row has an unknown column, a wrong value or a name that
+            another row has.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -98,25 +108,25 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> list[Job]:
         raise UserError(f"{path}: not a readable table ({error}); expected CSV with a header, or JSON lines") from error
     if not rows:
         raise UserError(f"{path}: holds no rows")
-    jobs = [_job(row, f"{path}, row {number}", number, path.parent, defaults) for number, row in enumerate(rows, 1)]
-    return _unique(jobs, str(path))
+    jobs = [_job(row, f"{path}, row {number}", number, path.parent, base) for number, row in enumerate(rows, 1)]
+    return _check_names(jobs, str(path))
 
 
-def match_folders(scenes: Path, masks: Path, references: Path, defaults: Mapping[str, Any]) -> list[Job]:
-    """A job for every picture of `scenes`, with the mask and the exemplar of the same stem.
+def match_folders(scenes: Path, masks: Path, references: Path, base: EditSettings | None = None) -> list[Job]:
+    """Make a job of every image in `scenes`, with the mask and the exemplar of the same stem.
 
     Args:
         masks, references: folders; `references` may be a single file for all.
+        base: settings of all jobs.
 
     Raises:
-        UserError: a picture lacks its mask or exemplar.
+        UserError: an image lacks its mask or exemplar.
     """
-    jobs = []
-    for scene in find_images(scenes):
-        found = {"mask": _of_stem(masks, scene), "reference": _of_stem(references, scene)}
-        row = {"name": scene.stem, "scene": str(scene), **found}
-        jobs.append(_job(row, str(scene), 0, Path(), defaults))
-    return _unique(jobs, str(scenes))
+    jobs = [
+        Job(scene.stem, str(scene), _of_stem(references, scene), base or EditSettings(), _of_stem(masks, scene))
+        for scene in find_images(scenes)
+    ]
+    return _check_names(jobs, str(scenes))
 
 
 def _of_stem(folder: Path, scene: Path) -> str:
@@ -124,42 +134,39 @@ def _of_stem(folder: Path, scene: Path) -> str:
         return str(folder)
     found = [path for path in find_images(folder) if path.stem == scene.stem]
     if len(found) != 1:
-        raise UserError(f"{folder}: holds {len(found)} pictures called {scene.stem}, expected one for {scene}")
+        raise UserError(f"{folder}: holds {len(found)} images called {scene.stem}, expected one for {scene}")
     return str(found[0])
 
 
-def _job(row: Any, where: str, number: int, folder: Path, defaults: Mapping[str, Any]) -> Job:
-    known = {f.name for f in fields(Job)}
-    if not isinstance(row, dict) or set(row) - known:
-        extra = ", ".join(sorted(map(str, set(row) - known))) if isinstance(row, dict) else repr(row)
+def _job(row: Any, where: str, number: int, folder: Path, base: EditSettings | None) -> Job:
+    known = {"name", *FILES, *OUTLINES, *COLUMNS}
+    if not isinstance(row, dict) or row.keys() - known:
+        extra = ", ".join(sorted(map(str, row.keys() - known))) if isinstance(row, dict) else repr(row)
         raise UserError(f"{where}: got {extra}, expected some of {', '.join(sorted(known))}")
-    values = {**defaults, **row}
-    if not row.get("scene") or not (values.get("reference") or values.get("prompt") is not None):
-        raise UserError(f"{where}: lacks {'reference or prompt' if row.get('scene') else 'scene'}")
-    values.setdefault("name", f"{number:06d}_{Path(str(row['scene'])).stem}")
-    hints = get_type_hints(Job)
-    for key, value in values.items():
-        values[key] = _typed(value, hints[key], f"{where}: {key}")
-    for key in FILES:
-        if values.get(key):
-            values[key] = str(folder / values[key])
-    return Job(**values)
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """Text of a CSV as the type of its key."""
-    if value is None:
-        return None
-    kind = next(kind for kind in (bool, int, float, str) if kind in (hint, *getattr(hint, "__args__", ())))
+    row = {key: value for key, value in row.items() if value is not None}
+    files = {key: str(folder / str(row.pop(key))) for key in FILES if key in row}
     try:
-        if kind is bool and isinstance(value, str):
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
-        return kind(value)
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{where}: got {value!r}, expected {kind.__name__}") from None
+        outlines = {key: _numbers(str(row.pop(key))) for key in OUTLINES if key in row}
+        name = str(row.pop("name", "")) or f"{number:06d}_{Path(files.get('scene', '')).stem}"
+        settings = settings_from(row, base)
+        if not settings.is_single or settings.per_component:
+            raise UserError("several samples, seeds or components are not for tables; give each its row")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if "scene" not in files or ("reference" not in files and settings.prompt is None):
+        raise UserError(f"{where}: lacks {'reference or prompt' if 'scene' in files else 'scene'}")
+    return Job(name=name, settings=settings, **files, **outlines)
 
 
-def _unique(jobs: list[Job], where: str) -> list[Job]:
+def _numbers(text: str) -> tuple[float, ...]:
+    """Parse `1,2 3,4`, or the lists of JSON."""
+    try:
+        return tuple(float(word) for word in text.translate(str.maketrans(",[]", "   ")).split())
+    except ValueError:
+        raise UserError(f"got {text!r}, expected numbers with commas or spaces between them") from None
+
+
+def _check_names(jobs: list[Job], where: str) -> list[Job]:
     seen: set[str] = set()
     for job in jobs:
         if job.name in seen or Path(job.name).name != job.name:
@@ -168,16 +175,20 @@ def _unique(jobs: list[Job], where: str) -> list[Job]:
     return jobs
 
 
+# ---- the engine ----
+
+
 @dataclass
 class Report:
-    """What became of the jobs, by name: done | skipped | failed, and of those that failed the reason."""
+    """The outcome by name: done, skipped, or failed with the reason; and the seconds of painting."""
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def write(self, path: Path) -> None:
-        """A JSON object per job, in no particular order."""
+        """Write a JSON object per job, in no particular order."""
         lines = [{"name": name, "status": "done"} for name in self.done]
         lines += [{"name": name, "status": "skipped"} for name in self.skipped]
         lines += [{"name": name, "status": "failed", "reason": reason} for name, reason in self.failed.items()]
@@ -185,144 +196,128 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class _Item:
+    """A job whose files are read; fitted to the model, unless a baseline edits it."""
+
     job: Job
-    fitted: FittedScene
-    pixel_values: Tensor | None
+    request: EditRequest
+    fitted: FittedScene | None = None
+    pixel_values: Tensor | None = None
 
 
-def run_jobs(
-    editor: Editor,
-    jobs: Sequence[Job],
+def process_rank() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, as torchrun sets them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def edit_many(
+    editor: Editor | Baseline,
+    jobs: Iterable[Job],
     outdir: Path,
     *,
     batch_size: int = 4,
     workers: int = 2,
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     content_filter: ContentFilter | None = None,
     watermark: str | None = None,
+    on_result: Callable[[Job, Image.Image], None] | None = None,
 ) -> Report:
     """Edit every job that has no result yet.
 
     At most a few batches are in memory, whatever the number of jobs.
 
     Args:
-        outdir: gets NAME.png, with the job and `about` in its metadata.
-        batch_size: jobs that are painted together, scenes of any sizes.
-        workers: threads that read pictures, and as many that write them.
-        about: what else decides the pictures (model, precision): a result made with another one is made again.
+        editor: a model's editor, or a function that edits without a model.
+        outdir: gets NAME.png, with the job and `metadata` in its metadata.
+        batch_size: jobs that are painted together; their scenes may have any sizes.
+        workers: threads that read images, and as many that write them.
+        metadata: what else decides the images (model, precision): a result made with other metadata is made again.
         content_filter: results that it flags are not written; their jobs count as failed.
-        watermark: text that results are marked with, `provenance.add_watermark`.
+        watermark: text that results are marked with, see `add_watermark`.
+        on_result: called by a writer thread before the result is written.
 
     Raises:
-        OSError: a result can't be written.
+        UserError: batch_size or workers is less than 1.
+        OSError: a result cannot be written.
     """
-    report = Report()
-    about = {**about, "watermark": watermark} if watermark else about
-    jobs = sorted(jobs, key=lambda job: (job.given, [repr(value) for value in job.sampling.values()]))
+    if min(batch_size, workers) < 1:
+        raise UserError(f"got batch_size={batch_size}, workers={workers}, expected 1 or more")
+    metadata = {**metadata, "watermark": watermark} if watermark else metadata
+    report, jobs = Report(), sorted(jobs, key=lambda job: [repr(value) for value in job.group])
 
-    def read(job: Job) -> _Prepared | None:
-        return None if _is_result(outdir, job, about) else _prepare(editor, job)
+    def read(job: Job) -> _Item | None:
+        return None if _is_done(outdir, job, metadata) else _prepare(editor, job)
 
+    def finish(item: _Item, painted: Tensor | Image.Image) -> None:
+        result = painted
+        if not isinstance(result, Image.Image):
+            assert item.fitted is not None
+            result = put_back(item.fitted, result, item.job.settings)
+        if content_filter is not None:
+            (reason,) = unsafe_reasons(content_filter, [result], item.request.hole)
+            if reason:
+                raise UserError(f"withheld: {reason}")
+        if watermark:
+            result = add_watermark(result, watermark)
+        if on_result is not None:
+            on_result(item.job, result)
+        # Last: its presence says that the job is done.
+        save_png(result, outdir / f"{item.job.name}.png", {"parameters": item.job.parameters(metadata)})
+
+    writing: deque[tuple[Job, Future[None]]] = deque()
     with (
         ThreadPoolExecutor(workers) as readers,
         ThreadPoolExecutor(workers) as writers,
-        tqdm(total=len(jobs), desc="editing", unit="picture", disable=None) as bar,
+        tqdm(total=len(jobs), desc="editing", unit="image", disable=None) as bar,
     ):
-        writing: list[tuple[Job, Future[None]]] = []
-
-        def finish_first() -> None:
-            job, future = writing.pop(0)
+        for batch in _batches(_prepared(_ahead(readers, read, jobs, 2 * batch_size), report, bar), batch_size):
+            start = time.perf_counter()
             try:
-                future.result()
-                report.done.append(job.name)
-            except ValueError as error:  # withheld, or too small for its mark
-                report.failed[job.name] = str(error)
-
-        prepared = _ahead(readers, read, jobs, 2 * batch_size, report, bar)
-        for batch in _batches(prepared, batch_size):
-            bar.update(len(batch))
-            try:
-                painted = _paint(editor, batch)
-            except ValueError as error:  # of the sampling settings, which are those of all of them
+                results = _paint(editor, batch)
+            except ValueError as error:  # e.g. more steps than the model has timesteps: true of the whole batch
                 report.failed |= {item.job.name: str(error) for item in batch}
-                continue
-            for item, pixels in zip(batch, painted, strict=True):
-                finishing = writers.submit(_finish, item, pixels, outdir, about, content_filter, watermark)
-                writing.append((item.job, finishing))
+                results = []
+            report.seconds += time.perf_counter() - start
+            writing += [(item.job, writers.submit(finish, item, x)) for item, x in zip(batch, results, strict=False)]
+            bar.update(len(batch))
             while len(writing) > 2 * batch_size:
-                finish_first()
-        while writing:
-            finish_first()
+                _collect(*writing.popleft(), report)
+        for job, future in writing:
+            _collect(job, future, report)
     return report
 
 
 def _ahead(
-    readers: ThreadPoolExecutor,
-    read: Callable[[Job], _Prepared | None],
-    jobs: Sequence[Job],
-    ahead: int,
-    report: Report,
-    bar: tqdm[Any],
-) -> Iterator[_Prepared]:
-    """Jobs as the model takes them, so many read in advance; the report gets what is there or can't be read."""
-    pending = [(job, readers.submit(read, job)) for job in jobs[:ahead]]
-    for following in (*jobs[ahead:], *[None] * len(pending)):
-        job, future = pending.pop(0)
-        if following is not None:
-            pending.append((following, readers.submit(read, following)))
+    readers: ThreadPoolExecutor, read: Callable[[Job], _Item | None], jobs: Sequence[Job], count: int
+) -> Iterator[tuple[Job, Future[_Item | None]]]:
+    """Read `count` jobs in advance of the one that is taken."""
+    pending: deque[tuple[Job, Future[_Item | None]]] = deque()
+    for job in jobs:
+        pending.append((job, readers.submit(read, job)))
+        if len(pending) > count:
+            yield pending.popleft()
+    while pending:
+        yield pending.popleft()
+
+
+def _prepared(reading: Iterable[tuple[Job, Future[_Item | None]]], report: Report, bar: tqdm[Any]) -> Iterator[_Item]:
+    """Yield the items that are to be painted; report those that are done already or cannot be read."""
+    for job, future in reading:
         try:
-            prepared = future.result()
+            item = future.result()
         except (ValueError, OSError) as error:
             report.failed[job.name] = str(error)
-            prepared = None
         else:
-            if prepared is None:
-                report.skipped.append(job.name)
-        if prepared is None:
-            bar.update()
-        else:
-            yield prepared
+            if item is not None:
+                yield item
+                continue
+            report.skipped.append(job.name)
+        bar.update()
 
 
-def _prepare(editor: Editor, job: Job) -> _Prepared:
-    config = editor.model.config
-    if (job.feather or 0) < 0 or not 0 <= (job.crop_margin or 0) < math.inf or job.grow < 0:
-        raise UserError(
-            f"got feather={job.feather}, crop_margin={job.crop_margin}, grow={job.grow}, expected 0 or more"
-        )
-    scene = as_rgb(job.scene)
-    hole = given_hole(
-        job.scene,
-        scene.size,
-        mask=job.mask,
-        boxes=[_numbers(job.box)] if job.box else [],
-        polygons=[_numbers(job.polygon)] if job.polygon else [],
-        grow=job.grow,
-        shape=job.shape,
-        seed=job.seed,
-    )
-    margin = config.crop_margin if job.crop_margin is None else job.crop_margin
-    pixel_values = None
-    if job.reference:
-        exemplar = prepare_exemplar(
-            job.reference, job.reference_mask, background=job.reference_background, fit=job.reference_fit
-        )
-        pixel_values = editor.exemplar_tensor(exemplar)
-    return _Prepared(job, fit_scene(scene, hole, config.image_size, crop_margin=margin), pixel_values)
-
-
-def _numbers(text: str) -> list[float]:
-    """`1,2 3,4`, or the lists of JSON, as numbers."""
-    try:
-        return [float(word) for word in text.translate(str.maketrans(",[]", "   ")).split()]
-    except ValueError:
-        raise UserError(f"got {text!r}, expected numbers with commas or spaces between them") from None
-
-
-def _batches(prepared: Iterable[_Prepared], size: int) -> Iterator[list[_Prepared]]:
-    for _, group in groupby(prepared, key=lambda item: (*item.job.given, *item.job.sampling.values())):
-        batch: list[_Prepared] = []
+def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    for _, group in groupby(items, key=lambda item: item.job.group):
+        batch: list[_Item] = []
         for item in group:
             batch.append(item)
             if len(batch) == size:
@@ -332,47 +327,45 @@ def _batches(prepared: Iterable[_Prepared], size: int) -> Iterator[list[_Prepare
             yield batch
 
 
-def _paint(editor: Editor, batch: Sequence[_Prepared]) -> Tensor:
+def _prepare(editor: Editor | Baseline, job: Job) -> _Item:
+    request = job.request()
+    if not isinstance(editor, Editor):
+        return _Item(job, request)
+    (exemplar,) = request.exemplars
+    pixel_values = None if exemplar is None else editor.exemplar_tensor(exemplar)
+    return _Item(job, request, editor.fit(request.scene, request.hole, job.settings), pixel_values)
+
+
+def _paint(editor: Editor | Baseline, batch: Sequence[_Item]) -> Sequence[Tensor | Image.Image]:
+    if not isinstance(editor, Editor):
+        return [editor(item.request) for item in batch]
+    fits = [item.fitted for item in batch if item.fitted is not None]
     exemplars = [item.pixel_values for item in batch if item.pixel_values is not None]
-    prompts = [item.job.prompt for item in batch if item.job.prompt is not None]
-    return editor.paint(
-        torch.cat([item.fitted.image for item in batch]),
-        torch.cat([item.fitted.keep_mask for item in batch]),
+    prompts = [item.job.settings.prompt for item in batch if item.job.settings.prompt is not None]
+    painted = editor.paint(
+        torch.cat([fitted.image for fitted in fits]),
+        torch.cat([fitted.keep_mask for fitted in fits]),
         torch.cat(exemplars) if exemplars else None,
-        [item.job.seed for item in batch],
+        [item.job.settings.seeds[0] for item in batch],
         prompts=prompts or None,
-        **batch[0].job.sampling,
+        **batch[0].job.settings.sampling,
     )
+    return list(painted)
 
 
-def _finish(
-    item: _Prepared,
-    pixels: Tensor,
-    outdir: Path,
-    about: Mapping[str, Any],
-    content_filter: ContentFilter | None,
-    watermark: str | None,
-) -> None:
-    job = item.job
-    result = item.fitted.put_back(pixels, feather=job.feather, match_colors=job.match_colors)
-    if content_filter is not None:
-        (reason,) = unsafe_reasons(content_filter, [result], item.fitted.hole)
-        if reason:
-            raise UserError(f"withheld: {reason}")
-    if watermark:
-        result = add_watermark(result, watermark)
-    save_png(result, outdir / f"{job.name}.png", {"parameters": _parameters(job, about)})
-
-
-def _parameters(job: Job, about: Mapping[str, Any]) -> str:
-    return json.dumps({**vars(job), **about}, sort_keys=True)
-
-
-def _is_result(outdir: Path, job: Job, about: Mapping[str, Any]) -> bool:
-    """Whether a job's result is there, whole, and made with the same settings."""
+def _collect(job: Job, writing: Future[None], report: Report) -> None:
     try:
-        with Image.open(outdir / f"{job.name}.png") as picture:
-            picture.load()
-            return picture.info.get("parameters") == _parameters(job, about)
+        writing.result()
+        report.done.append(job.name)
+    except ValueError as error:  # withheld, or too small for its watermark
+        report.failed[job.name] = str(error)
+
+
+def _is_done(outdir: Path, job: Job, metadata: Mapping[str, Any]) -> bool:
+    """Tell whether a job's result is present, whole, and made with the same settings."""
+    try:
+        with Image.open(outdir / f"{job.name}.png") as image:
+            image.load()
+            return image.info.get("parameters") == job.parameters(metadata)
     except (OSError, ValueError, SyntaxError):
         return False

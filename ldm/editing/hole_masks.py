@@ -1,31 +1,95 @@
-"""Holes to edit, however they are given: boxes, polygons, transparent parts, masks; grown, reshaped, taken apart.
+"""Hole masks from files, boxes, polygons or transparency; dilated, reshaped, split into connected components.
 
-A hole is an image of mode L of the scene's size, 255 where the scene is painted and 0 elsewhere.
+A hole mask is an image of mode L of the scene's size: 255 where the scene is painted, 0 elsewhere.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldm.data.masks import JITTER, arbitrary_polygon, clip_box, pixel_scale, polygon_hole, rectangle_hole
+from ldm.editing.settings import MASK_SHAPES
 from ldm.files import UserError
-from ldm.images import Box, pad_box
+from ldm.images import Box, flatten, load_mask, pad_box
 
-SHAPES = ("given", "box", "arbitrary")
-MOST_PARTS = 64  # each is an edit of its own
-WIDENING = 0.2  # of the hole's longer side, how far an arbitrary shape may reach beyond its box
+MAX_COMPONENTS = 64  # each is an edit of its own
+WIDENING = 0.2  # how far an arbitrary shape may reach beyond its box, as a share of the box's longer side
+TO_BINARY = [0] * 128 + [255] * 128  # grey levels of a mask file => hole mask
+
+
+def make_hole(
+    scene: Image.Image,
+    *,
+    mask: Image.Image | str | Path | None = None,
+    boxes: Sequence[Sequence[float]] = (),
+    polygons: Sequence[Sequence[float]] = (),
+) -> Image.Image:
+    """Make the hole mask of a scene.
+
+    Args:
+        scene: upright; RGB, or RGBA where it has transparency.
+        mask: see `as_hole`; a mask of another size is resized (nearest) with a warning.
+        boxes: rectangles, see `box_hole`; polygons: outlines, see `draw_polygon`. The hole is the union of all.
+            Without mask, boxes and polygons the hole is the scene's transparent part.
+
+    Raises:
+        UserError: the hole is empty, or both a mask and boxes or polygons are given.
+    """
+    if mask is not None and (boxes or polygons):
+        raise UserError("got a mask and boxes or polygons, expected one of them")
+    if mask is not None:
+        return _resized(as_hole(mask), scene.size)
+    if boxes or polygons:
+        hole = Image.new("L", scene.size)
+        for part in (*(box_hole(scene.size, box) for box in boxes), *(draw_polygon(scene.size, p) for p in polygons)):
+            hole.paste(255, mask=part)
+        return hole
+    hole = transparent_part(scene)
+    if hole.getbbox() is None:
+        raise UserError("the scene has no transparent part to paint; give a mask, a box or a polygon")
+    return hole
+
+
+def as_hole(mask: Image.Image | str | Path) -> Image.Image:
+    """Return a mask as mode L: 255 where its grey level is 128 or more, and 0 elsewhere.
+
+    Raises:
+        UserError: the hole is empty.
+    """
+    if isinstance(mask, Image.Image):
+        grey, name = flatten(ImageOps.exif_transpose(mask), (0, 0, 0)).convert("L"), "the mask"
+    else:
+        grey, name = load_mask(mask), str(mask)
+    lightest = int(np.asarray(grey).max())
+    if lightest < 128:
+        raise UserError(f"{name}: empty, got no grey level above {lightest}; paint what is to be replaced white (255)")
+    return grey.point(TO_BINARY)
+
+
+def _resized(hole: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if hole.size == size:
+        return hole
+    warnings.warn(
+        f"the mask is {hole.width}x{hole.height}, the scene {size[0]}x{size[1]}: "
+        "resized the mask to the scene (nearest)",
+        stacklevel=4,
+    )
+    hole = hole.resize(size, Image.Resampling.NEAREST)
+    if hole.getbbox() is None:
+        raise UserError("the mask's hole vanished when it was resized to the scene; give a mask of the scene's size")
+    return hole
 
 
 def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
-    """A rectangle: left, top, right, bottom in pixels, right and bottom exclusive; cut off at the borders.
+    """Draw a rectangle: left, top, right, bottom in pixels, right and bottom exclusive; cut off at the borders.
 
     Raises:
-        UserError: it is empty, or outside of a scene of `size` (W, H).
+        UserError: the rectangle is empty, or outside a scene of `size` (W, H).
     """
     if len(box) != 4:
         raise UserError(f"box: got {len(box)} numbers, expected four: left,top,right,bottom")
@@ -39,11 +103,11 @@ def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
     return rectangle_hole(size, clip_box(x0, y0, x1, y1, size))
 
 
-def drawn_hole(size: tuple[int, int], polygon: Sequence[float]) -> Image.Image:
-    """The inside of a polygon, x0, y0, x1, y1, x2, y2 … in pixels.
+def draw_polygon(size: tuple[int, int], polygon: Sequence[float]) -> Image.Image:
+    """Draw the inside of a polygon: x0, y0, x1, y1, x2, y2 … in pixels.
 
     Raises:
-        UserError: it has fewer than three corners or half a one, or no pixel of a scene of `size` (W, H).
+        UserError: fewer than three corners, an odd number of coordinates, or no pixel in a scene of `size` (W, H).
     """
     if len(polygon) < 6 or len(polygon) % 2 or not np.isfinite(polygon).all():
         raise UserError(f"polygon: got {len(polygon)} numbers, expected pairs, three or more: x0,y0 x1,y1 x2,y2 …")
@@ -53,103 +117,75 @@ def drawn_hole(size: tuple[int, int], polygon: Sequence[float]) -> Image.Image:
     return hole
 
 
-def grown(hole: Image.Image, pixels: int) -> Image.Image:
-    """The hole and everything within so many pixels of it (chessboard distance)."""
+def transparent_part(scene: Image.Image) -> Image.Image:
+    """Return 255 where an RGB or RGBA image is not fully opaque, mode L."""
+    if scene.mode != "RGBA":
+        return Image.new("L", scene.size)
+    return scene.getchannel("A").point([255] * 255 + [0])
+
+
+def dilate(hole: Image.Image, pixels: int) -> Image.Image:
+    """Add everything within `pixels` of the hole (chessboard distance)."""
+    from scipy.ndimage import maximum_filter
+
     bounds = hole.getbbox()
     if pixels == 0 or bounds is None:
         return hole
     box = pad_box(Box(*bounds), hole.size, pixels)
-    x = torch.from_numpy(np.array(hole.crop(box)))[None, None].float()
-    k = 2 * pixels + 1
-    x = F.max_pool2d(F.max_pool2d(x, (1, k), 1, (0, pixels)), (k, 1), 1, (pixels, 0))
+    wider = maximum_filter(np.asarray(hole.crop(box)), size=2 * pixels + 1, mode="constant")
     result = hole.copy()
-    result.paste(Image.fromarray(x[0, 0].byte().numpy()), box[:2])
+    result.paste(Image.fromarray(wider), box[:2])
     return result
 
 
-def depth(hole: Image.Image) -> np.ndarray:
-    """How deep in the hole a pixel lies: 1 next to what is kept (chessboard distance), 0 outside.
+def distance_transform(hole: Image.Image) -> np.ndarray:
+    """Measure how deep in the hole each pixel lies (chessboard distance): 0 outside, 1 next to a kept pixel.
 
     Returns:
-        (H, W) int32. What lies beyond the borders is no edge: a hole that reaches them is as deep there as beside them.
-
-    Source: Rosenfeld & Pfaltz 1966 (two passes, here a row at a time).
+        (H, W) int32. The image border does not count as background; without any background all is 2^30.
     """
-    inside = np.asarray(hole) > 0
-    height, width = inside.shape
-    column = np.arange(width, dtype=np.int32)
-    found = np.full((height + 2, width + 2), 2**30, np.int32)  # with a rim that is no edge
-    found[1:-1, 1:-1][~inside] = 0
-    for rows in (range(1, height + 1), range(height, 0, -1)):
-        for y in rows:
-            before = found[y - rows.step]
-            row = found[y, 1:-1]
-            np.minimum(row, np.minimum(np.minimum(before[:-2], before[2:]), before[1:-1]) + 1, out=row)
-            row[:] = np.minimum.accumulate(row - column) + column  # from the left
-            row[:] = np.minimum.accumulate((row + column)[::-1])[::-1] - column  # from the right
-    return found[1:-1, 1:-1]
+    from scipy.ndimage import distance_transform_cdt
+
+    depth = distance_transform_cdt(np.asarray(hole) > 0, metric="chessboard")
+    assert isinstance(depth, np.ndarray)
+    return np.where(depth < 0, 2**30, depth)  # -1: no background
 
 
-def reshaped(hole: Image.Image, shape: str, seed: int = 0) -> Image.Image:
-    """Each part of a hole as it is (given), as its box, or as one of the arbitrary shapes around it of training.
+def apply_shape(hole: Image.Image, shape: str, seed: int = 0) -> Image.Image:
+    """Return each component as it is (given), as its bounding box, or as an arbitrary shape as drawn in training.
 
     Source of arbitrary: Yang et al. 2023, section 3.2 (mask shape augmentation).
     """
-    if shape not in SHAPES:
-        raise UserError(f"shape: got {shape!r}, expected one of {', '.join(SHAPES)}")
+    if shape not in MASK_SHAPES:
+        raise UserError(f"shape: got {shape!r}, expected one of {', '.join(MASK_SHAPES)}")
     if shape == "given":
         return hole
     rng, result = np.random.default_rng(seed), Image.new("L", hole.size)
-    for part in parts(hole):
-        box = Box(*(part.getbbox() or ()))
-        if shape == "arbitrary":
-            wider = pad_box(box, hole.size, max(1, round(WIDENING * max(box.right - box.left, box.bottom - box.top))))
-            part = polygon_hole(hole.size, arbitrary_polygon(box, wider, rng, round(JITTER * pixel_scale(hole.size))))
+    for component in connected_components(hole):
+        bounds = component.getbbox()
+        assert bounds is not None
+        box = Box(*bounds)
+        if shape == "box":
+            drawn = rectangle_hole(hole.size, box)
         else:
-            part = rectangle_hole(hole.size, box)
-        result.paste(255, mask=part)
+            margin = max(1, round(WIDENING * max(box.right - box.left, box.bottom - box.top)))
+            jitter = round(JITTER * pixel_scale(hole.size))
+            drawn = polygon_hole(hole.size, arbitrary_polygon(box, pad_box(box, hole.size, margin), rng, jitter))
+        result.paste(255, mask=drawn)
     return result
 
 
-def parts(hole: Image.Image) -> list[Image.Image]:
-    """The connected parts of a hole (also over corners), from top to bottom by their uppermost, leftmost pixel.
+def connected_components(hole: Image.Image) -> list[Image.Image]:
+    """Split a hole into its 8-connected components, ordered by their uppermost, leftmost pixel.
 
     Raises:
-        UserError: there are more than MOST_PARTS.
+        UserError: there are more than MAX_COMPONENTS.
     """
-    pixels = np.asarray(hole) > 0
-    edges = np.diff(np.pad(pixels, [(0, 0), (1, 1)]).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    stops = np.nonzero(edges == -1)[1]  # exclusive; runs of a row in the same order
-    first = np.searchsorted(rows, np.arange(len(pixels) + 1))  # of each row's runs
-    label = list(range(len(rows)))
+    from scipy.ndimage import label
 
-    def root(run: int) -> int:
-        while label[run] != run:
-            label[run] = label[label[run]]
-            run = label[run]
-        return run
-
-    for row in range(1, len(pixels)):
-        above, here = first[row - 1], first[row]
-        while above < first[row] and here < first[row + 1]:
-            if starts[above] <= stops[here] and starts[here] <= stops[above]:
-                a, b = root(above), root(here)
-                label[max(a, b)] = min(a, b)
-            if stops[above] < stops[here]:
-                above += 1
-            else:
-                here += 1
-    roots = np.array([root(run) for run in range(len(rows))], dtype=np.int64)
-    found = np.unique(roots)
-    if len(found) > MOST_PARTS:
+    labels, count = label(np.asarray(hole) > 0, structure=np.ones((3, 3)))  # pyright: ignore[reportGeneralTypeIssues]
+    if count > MAX_COMPONENTS:
         raise UserError(
-            f"the hole has {len(found)} separate parts, expected at most {MOST_PARTS}; clean the mask of specks"
+            f"the hole has {count} separate parts, expected at most {MAX_COMPONENTS}; clean the mask of specks"
         )
-    result = []
-    for number in found:
-        part = np.zeros(pixels.shape, np.uint8)
-        for run in np.flatnonzero(roots == number):
-            part[rows[run], starts[run] : stops[run]] = 255
-        result.append(Image.fromarray(part))
-    return result
+    return [Image.fromarray(np.uint8(255) * (labels == number)) for number in range(1, count + 1)]

@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.config import RELIGHTING_CHANNELS
-from ldm.editing.editor import Picture, as_rgb, seeds_of
+from ldm.editing.request import Picture, as_rgb
+from ldm.editing.settings import EditSettings
 from ldm.files import UserError
 from ldm.images import open_rgba, tensor_to_pil, to_rgba
 from ldm.latent_diffusion import LatentDiffusion
@@ -136,7 +137,8 @@ class Relighter:
             raise UserError("got a background for a model that reads none; give a light, or use a model for both")
         if background is not None and chosen.light != "none":
             raise UserError(f"got a background and light={chosen.light!r}; give one of them")
-        seeds, alone = seeds_of(seed, n_samples)
+        samples = EditSettings(seed=seed, n_samples=n_samples)  # checks them
+        seeds = samples.seeds
         image = on_grey(foreground, mask)
         size = _multiples(chosen.size) if chosen.size else working_size(image.size, self.model.config.image_size)
         generators = [torch.Generator().manual_seed(one) for one in seeds]
@@ -150,7 +152,7 @@ class Relighter:
             size = _multiples((size[0] * chosen.highres_scale, size[1] * chosen.highres_scale))
             z_0 = self.encode([result.resize(size, Image.Resampling.LANCZOS) for result in results])
             results = paint(size, z_0, chosen.highres_strength)
-        return results[0] if alone else results
+        return results[0] if samples.is_single else results
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:

@@ -50,8 +50,8 @@ class Option:
     slider: tuple[float, float, float] = (0, 0, 0)
 
 
-def _setting(default: Any, *flags: str, help: str, **option: Any) -> Any:
-    return field(default=default, metadata={"option": Option(flags, help, **option)})
+def _setting(default: Any, flags: str, help: str, **option: Any) -> Any:
+    return field(default=default, metadata={"option": Option(tuple(flags.split()), help, **option)})
 
 
 @dataclass(frozen=True)
@@ -65,41 +65,33 @@ class EditSettings:
     """
 
     prompt: str | None = _setting(
-        None,
-        "--prompt",
-        help="what to paint, in words",
-        metavar="TEXT",
-        label="Prompt",
-        default_text="the empty prompt",
+        None, "--prompt", "what to paint, in words", metavar="TEXT", default_text="none", label="Prompt"
     )
     negative_prompt: str | None = _setting(
         None,
         "--negative-prompt",
-        help="what guidance leads away from, in words",
+        "what to avoid, in words",
         metavar="TEXT",
+        default_text="none",
         label="Negative prompt",
-        default_text="the empty prompt",
     )
     n_samples: int = _setting(
-        1, "--n-samples", "--n_samples", help="results to make", low=1, label="Candidates", slider=(1, 8, 1)
+        1, "--n-samples --n_samples", "results to make", low=1, label="Candidates", slider=(1, 8, 1)
     )
     seed: int | tuple[int, ...] = _setting(
         0,
         "--seed",
-        help="sample i uses SEED + i, or the i-th of several seeds",
-        low=-(2**63),
-        high=2**63 - 1,
+        "sample i uses SEED + i, or the i-th of several seeds",
         label="Seed",
         slider=(0, 2**31 - 1, 0),
+        low=-(2**63),
+        high=2**63 - 1,
     )
-    sampler: str = _setting(
-        "dpm_solver_pp", "--sampler", help="how noise becomes an image", choices=tuple(DEFAULT_STEPS), label="Sampler"
-    )
+    sampler: str = _setting("dpm_solver_pp", "--sampler", "solver", choices=tuple(DEFAULT_STEPS), label="Sampler")
     num_steps: int | None = _setting(
         None,
-        "--steps",
-        "--num-steps",
-        help="denoising steps; more is slower and finer",
+        "--steps --num-steps",
+        "more is slower and finer",
         low=1,
         default_text=_STEPS,
         label="Steps",
@@ -107,88 +99,77 @@ class EditSettings:
     )
     guidance_scale: float = _setting(
         5.0,
-        "--guidance-scale",
-        "--scale",
-        help="1 follows the exemplar without guidance; the paper uses 5, the original's script 1",
+        "--guidance-scale --scale",
+        "1 is without guidance; the paper uses 5, the original's script 1",
         label="Guidance scale",
         slider=(1, 15, 0.5),
     )
     guidance_interval: tuple[float, float] = _setting(
         (0.0, 1.0),
         "--guidance-interval",
-        help="noise levels with guidance, from 0, data, to 1, noise",
+        "noise levels with guidance, from 0, data, to 1, noise",
         low=0,
         high=1,
         metavar=("LOW", "HIGH"),
     )
-    eta: float = _setting(0.0, "--eta", "--ddim_eta", help="stochasticity of the sampler ddim", low=0, high=1)
-    dilate: int = _setting(
-        0, "--dilate", "--grow", help="pixels to widen the hole by", columns=("grow",), low=0, metavar="PX"
-    )
+    eta: float = _setting(0.0, "--eta --ddim_eta", "stochasticity of the sampler ddim", low=0, high=1)
+    dilate: int = _setting(0, "--dilate --grow", "pixels to widen the hole by", columns=("grow",), low=0, metavar="PX")
     mask_shape: str = _setting(
         "given",
-        "--mask-shape",
-        "--shape",
-        help="replace each part of the hole by its box, or by a shape drawn as in training",
+        "--mask-shape --shape",
+        "replace each component of the hole by its box, or by a shape as in training",
         columns=("shape",),
         choices=MASK_SHAPES,
     )
     per_component: bool = _setting(
         False,
-        "--per-component",
-        "--separate",
-        help="edit the connected components of the hole one after the other, each with its own crop",
+        "--per-component --separate",
+        "edit the hole's connected components one by one, each with its own crop",
         columns=("separate",),
         label="Per component",
     )
     crop_margin: float | None = _setting(
         None,
-        "--crop-margin",
-        "--context-margin",
-        help="surroundings that the model sees on each side, as a share of the hole's longer side",
+        "--crop-margin --context-margin",
+        "surroundings shown on each side, as a share of the hole's longer side",
         columns=("context_margin",),
         low=0,
         default_text="the model's",
         label="Crop margin",
         slider=(0, 4, 0.05),
     )
-    whole_image: bool = _setting(
-        False, "--whole-image", help="show the model the whole scene, as the paper does", label="Whole image"
-    )
+    whole_image: bool = _setting(False, "--whole-image", "show the whole scene, as the paper does", label="Whole image")
     feather: int | None = _setting(
         None,
         "--feather",
-        help="pixels over which the hole's edge fades",
+        "pixels over which the hole's edge fades",
         low=0,
-        default_text="a fiftieth of the hole's longer side",
         metavar="PX",
         label="Feather",
         slider=(-1, 64, 1),
+        default_text="a fiftieth of the hole's longer side",
     )
     match_colors: bool = _setting(
         True,
-        "--match-colors",
-        "--colour-agreement",
-        help="correct the painted region for the decoder's colour error along the hole's edge",
+        "--match-colors --colour-agreement",
+        "correct the decoder's colour error along the hole's edge",
         columns=("colour_agreement",),
         label="Match colors",
     )
     paste_back: bool = _setting(
-        True,
-        "--paste-back",
-        help="keep the scene's own pixels outside the hole, instead of the decoder's rendering of the whole crop",
+        True, "--paste-back", "keep the scene's own pixels outside the hole, not the decoder's rendering of them"
     )
     reference_background: str = _setting(
         "keep",
         "--reference-background",
-        help="background of the exemplar's object",
+        "background of the exemplar's object",
         choices=("keep", "grey"),
         label="Exemplar's background",
     )
     reference_fit: str = _setting(
         "squash",
         "--reference-fit",
-        help="how the exemplar becomes the encoder's square; the paper squashes",
+        "to the encoder's square; the paper squashes",
         choices=("squash", "pad"),
         label="Exemplar's fit",
     )
@@ -402,8 +383,8 @@ def _parser_of(name: str) -> Any:
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that were given on a command line; a single seed is a number."""
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    if len(given.get("seed", ())) == 1:
-        given["seed"] = given["seed"][0]
+    if isinstance(given.get("seed"), list) and len(given["seed"]) == 1:
+        (given["seed"],) = given["seed"]
     return given
 
 

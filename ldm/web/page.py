@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
-from ldm.editing.editor import EXAMPLE_PARTS, as_hole, bundled_examples
+from ldm.editing.editor import EXAMPLE_PARTS, bundled_examples
+from ldm.editing.hole_masks import as_hole
 from ldm.images import open_image
 from ldm.web.service import Edited, EditService, Progress, Setting
 

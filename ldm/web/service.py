@@ -32,16 +32,15 @@ from ldm.checkpoint.io import sha256_file
 from ldm.editing.editor import (
     EXAMPLE_PARTS,
     Editor,
-    as_hole,
     checkpoint_file,
     is_out_of_memory,
-    prepare_exemplar,
-    save_png,
 )
+from ldm.editing.hole_masks import as_hole
+from ldm.editing.request import prepare_exemplar
 from ldm.editing.safety import OPEN_NSFW, ContentFilter, unsafe_reasons
 from ldm.editing.watermark import add_watermark, check_watermark
 from ldm.files import UserError
-from ldm.images import open_image, tensor_to_pil
+from ldm.images import open_image, save_png, tensor_to_pil
 from ldm.samplers import SAMPLERS
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # of uploads, told by their content
@@ -488,7 +487,7 @@ class EditService:
         if is_prepared:
             given[2] = f"prepare_exemplar({given[2]}, {', '.join(f'{k}={v!r}' for k, v in look(options).items())})"
         python = ("" if dtype == torch.float32 else "import torch\n\n") + "from ldm import Editor\n"
-        python += "from ldm.editing.editor import prepare_exemplar\n" if is_prepared else ""
+        python += "from ldm.editing.request import prepare_exemplar\n" if is_prepared else ""
         python += "from ldm.editing.watermark import add_watermark\n\n" if self.watermark else "\n"
         mark = f"add_watermark({{}}, {self.watermark!r})" if self.watermark else "{}"
         python += f"editor = Editor.from_pretrained({', '.join(arguments)})\n"

@@ -16,6 +16,7 @@ from PIL import Image
 
 import inference
 from ldm.editing.batch import match_folders, read_jobs
+from ldm.editing.settings import EditSettings
 from ldm.files import UserError
 
 ROWS = 7
@@ -107,7 +108,7 @@ def test_a_row_that_fails_leaves_the_others(
     (folder / "scenes" / "2.png").write_bytes(b"no picture")
     rows = list(csv.DictReader((folder / "jobs.csv").read_text().splitlines()))
     rows[1]["box"] = "500,500,600,600"
-    rows[4]["sampler"] = "magic"
+    rows[4]["num_steps"] = "5000"  # more than the model has timesteps
     write_table(folder / "jobs.csv", [dict(row) for row in rows])
     assert run(tiny_folder, folder, "out") == 1
     failed = {name for name, status in report(folder / "out").items() if status == "failed"}
@@ -164,10 +165,10 @@ def test_folders_are_matched_by_name(tiny_folder: Path, folder: Path, capsys: py
     words += ["--checkpoint", str(tiny_folder), "--outdir", str(folder / "out"), "--reference"]
     assert inference.main([*words, str(folder / "exemplars")]) == 0
     assert set(pictures(folder / "out")) == {str(i) for i in range(ROWS)}
-    assert [job.reference for job in match_folders(*(folder / p for p in ("scenes", "masks")), folder / "jobs.csv", {})]
+    assert [job.reference for job in match_folders(*(folder / p for p in ("scenes", "masks")), folder / "jobs.csv")]
     (folder / "masks" / "4.png").unlink()
     assert inference.main([*words, str(folder / "exemplars")]) == 2
-    assert "masks: holds 0 pictures called 4" in capsys.readouterr().err
+    assert "masks: holds 0 images called 4" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -187,7 +188,9 @@ def test_two_processes_share_the_rows(tiny_folder: Path, folder: Path) -> None:
     [
         ("jobs.csv", "scene,reference,colour\na.png,b.png,red\n", "row 1: got colour, expected some of"),
         ("jobs.csv", "scene,seed\na.png,3\n", "row 1: lacks reference or prompt"),
-        ("jobs.csv", "scene,reference,seed\na.png,b.png,many\n", "row 1: seed: got 'many', expected int"),
+        ("jobs.csv", "scene,reference,seed\na.png,b.png,many\n", "row 1: seed: got 'many'"),
+        ("jobs.csv", "scene,reference,sampler\na.png,b.png,magic\n", "row 1: sampler: got 'magic'"),
+        ("jobs.csv", "scene,reference,n_samples\na.png,b.png,2\n", "row 1: several samples"),
         ("jobs.csv", "name,scene,reference\nx,a.png,b.png\nx,a.png,b.png\n", "'x' is there twice"),
         ("jobs.csv", "name,scene,reference\n../x,a.png,b.png\n", "is no file name"),
         ("jobs.csv", "scene,reference\n", "holds no rows"),
@@ -198,7 +201,7 @@ def test_two_processes_share_the_rows(tiny_folder: Path, folder: Path) -> None:
 def test_tables_that_are_none(name: str, text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        read_jobs(tmp_path / name, {})
+        read_jobs(tmp_path / name)
 
 
 def test_boxes_and_outlines_as_lists(tiny_folder: Path, folder: Path) -> None:
@@ -217,18 +220,19 @@ def test_json_lines_and_defaults(tmp_path: Path) -> None:
         {"scene": "a.png", "reference": "b.png", "seed": 4, "feather": 2},
     ]
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = read_jobs(tmp_path / "jobs.jsonl", {"seed": 9, "match_colors": False})
+    first, second = read_jobs(tmp_path / "jobs.jsonl", EditSettings(seed=9, match_colors=False))
     assert (first.name, first.scene, first.reference) == ("000001_a", str(tmp_path / "a.png"), "/b.png")
-    assert (first.seed, second.seed, first.feather, second.feather) == (9, 4, None, 2)
-    assert not first.match_colors
+    assert first.settings == EditSettings(seed=9, match_colors=False)
+    assert second.settings == EditSettings(seed=4, match_colors=False, feather=2)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--image", "a.png"], "names all files itself"),
-        (["--n-samples", "2"], "several seeds: not for many edits"),
-        (["--rank", "--separate"], "--rank, --separate: not for many"),
+        (["--n-samples", "2"], "--n-samples: not for many"),
+        (["--seed", "1", "2"], "--seed: not for many"),
+        (["--rank", "--separate"], "--sort-by-similarity, --per-component: not for many"),
         (["--batch-size", "0"], "expected 1 or more"),
     ],
 )

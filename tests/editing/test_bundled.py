@@ -13,7 +13,7 @@ from PIL import Image
 from ldm import Editor
 from ldm.checkpoint.io import sha256_file
 from ldm.config import load_config
-from ldm.editing.editor import fit_scene
+from ldm.editing.geometry import fit_scene
 from ldm.evaluation.cocoee import Bench
 from ldm.evaluation.features import SQUASH, View, extract, load_network
 from ldm.evaluation.metrics import cosine_scores, hole_box, identification

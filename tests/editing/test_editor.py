@@ -13,7 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.diffusion import draw_noise
-from ldm.editing.editor import Editor, Window, fit_scene, fit_window, given_hole, prepare_exemplar
+from ldm.editing.editor import Editor, is_out_of_memory
+from ldm.editing.geometry import fit_scene
+from ldm.editing.hole_masks import make_hole
+from ldm.editing.request import prepare_exemplar
 from ldm.files import UserError
 from ldm.images import CLIP_MEAN, CLIP_STD, MID_GREY
 
@@ -91,44 +94,11 @@ def pixels(image: object) -> np.ndarray:
 RED = Image.new("RGB", (20, 30), (220, 30, 40))
 
 
-# ---- the window ----
-
-
 @st.composite
 def scenes(draw: st.DrawFn) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
     width, height = draw(st.integers(1, 400)), draw(st.integers(1, 400))
     x0, y0 = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
     return (x0, y0, draw(st.integers(x0 + 1, width)), draw(st.integers(y0 + 1, height))), (width, height)
-
-
-@given(scenes(), st.floats(0, 3), st.integers(1, 100), st.booleans())
-def test_window_contains_the_hole_and_stays_inside_where_it_can(
-    scene: tuple[tuple[int, int, int, int], tuple[int, int]], margin: float, min_side: int, whole: bool
-) -> None:
-    (x0, y0, x1, y1), size = scene
-    window = fit_window((x0, y0, x1, y1), size, crop_margin=margin, min_side=min_side, whole_image=whole)
-    assert 1 <= window.side <= max(size)
-    for start, (low, high), length in zip((window.left, window.top), ((x0, x1), (y0, y1)), size, strict=True):
-        assert start <= low and high <= start + window.side
-        if window.side <= length:
-            assert start >= 0 and start + window.side <= length
-        else:  # the border is reflected evenly on both sides
-            assert abs((0 - start) - (start + window.side - length)) <= 1
-    if whole:
-        assert window.side == max(size)
-
-
-def test_window_margins() -> None:
-    # Room enough: half the longer side of the hole all around, centred.
-    assert fit_window((400, 300, 500, 350), (1000, 800)) == Window(350, 225, 200)
-    # At a corner it is moved inside.
-    assert fit_window((0, 0, 100, 100), (1000, 800)) == Window(0, 0, 200)
-    # A margin that does not fit shrinks to the short side …
-    assert fit_window((200, 0, 320, 120), (1000, 200)).side == 200
-    # … but only to half of itself: then the window reaches over the border.
-    assert fit_window((200, 0, 380, 180), (1000, 200)) == Window(155, -35, 270)
-    # A tiny hole is not enlarged without bound.
-    assert fit_window((50, 50, 51, 51), (1000, 800), min_side=128).side == 128
 
 
 # ---- the edit ----
@@ -222,7 +192,7 @@ def test_each_part_of_a_hole_is_an_edit_of_its_own(editor: Editor, painter: Mean
     assert np.array_equal(result[outside], np.asarray(scene)[outside])
     several = editor.edit(scene, mask, [RED], n_samples=2)
     assert isinstance(several, list) and len(several) == 2
-    with pytest.raises(UserError, match="got 3 exemplars for a hole of 2 separate parts"):
+    with pytest.raises(UserError, match=r"3 .* 2"):
         editor.edit(scene, mask, [RED, RED, RED])
 
 
@@ -245,10 +215,10 @@ def test_nothing_is_left_of_transparency(editor: Editor) -> None:
     alpha.paste(0, (30, 20, 60, 44))
     scene.putalpha(alpha)
     scene.paste((0, 255, 0, 90), (70, 10, 80, 20))
-    hole = given_hole(scene, scene.size)
+    hole = make_hole(scene)
     assert hole.getpixel((28, 18)) == 255 and hole.getpixel((75, 15)) == 255
-    for separate in (False, True):
-        result = pixels(editor.edit(scene, hole, RED, feather=6, separate=separate))
+    for per_component in (False, True):
+        result = pixels(editor.edit(scene, hole, RED, feather=6, per_component=per_component))
         # The painter's noise has a standard deviation of 4 levels; with grey the edge would be 80 away.
         assert np.abs(result.astype(int) - (220, 30, 40)).max() <= 20
 
@@ -267,12 +237,12 @@ def test_exemplars_are_cut_out() -> None:
     picture.putalpha(mask)
     assert prepare_exemplar(picture).size == (20, 10)
     assert prepare_exemplar(Image.new("RGB", (7, 5))).size == (7, 5)
-    with pytest.raises(UserError, match=r"mask is 4x4, the exemplar 7x5"):
+    with pytest.raises(UserError, match=r"4x4.*7x5"):
         prepare_exemplar(Image.new("RGB", (7, 5)), Image.new("L", (4, 4), 255))
     picture.putalpha(100)
-    with pytest.raises(UserError, match="the exemplar is transparent everywhere"):
+    with pytest.raises(UserError, match="transparent"):
         prepare_exemplar(picture)
-    with pytest.raises(UserError, match="expected keep or grey"):
+    with pytest.raises(UserError, match="crop"):
         prepare_exemplar(picture, fit="crop")
 
 
@@ -282,9 +252,12 @@ def test_what_is_transparent_of_an_exemplar_is_not_shown(editor: Editor) -> None
     picture.paste((200, 0, 0), (10, 5, 30, 15))
     cut_out = picture.copy()
     cut_out.putalpha(box_mask((40, 20), (10, 5, 30, 15)))
-    red = editor.exemplar_tensor(Image.new("RGB", (20, 10), (200, 0, 0)))
-    assert torch.equal(editor.exemplar_tensor(cut_out), red)
-    assert not torch.equal(editor.exemplar_tensor(picture), red)
+    scene, mask = photo(40, 40), box_mask((40, 40), (8, 8, 20, 20))
+    red, alone, whole = (
+        pixels(editor.edit(scene, mask, exemplar))
+        for exemplar in (Image.new("RGB", (20, 10), (200, 0, 0)), cut_out, picture)
+    )
+    assert np.array_equal(alone, red) and not np.array_equal(whole, red)
 
 
 # ---- seeds ----
@@ -381,7 +354,7 @@ def test_full_tiny_and_empty_masks(editor: Editor) -> None:
     assert pixels(editor.edit(scene, Image.new("L", scene.size, 255), RED)).shape == (50, 70, 3)
     result = pixels(editor.edit(scene, box_mask(scene.size, (69, 49, 70, 50)), RED))
     assert (result != np.asarray(scene)).any(-1).sum() == 1
-    with pytest.raises(UserError, match=r"the mask: empty.*127.*white \(255\)"):
+    with pytest.raises(UserError, match="127"):
         editor.edit(scene, Image.new("L", scene.size, 127), RED)
 
 
@@ -395,12 +368,8 @@ def test_smallest_pictures(editor: Editor) -> None:
     ("options", "message"),
     [
         ({"n_samples": 0}, "n_samples"),
-        ({"seed": [1, 2], "n_samples": 3}, "2 seeds for 3 samples"),
-        ({"seed": []}, "0 seeds"),
-        ({"feather": -1}, "feather=-1"),
-        ({"crop_margin": -0.1}, "crop_margin=-0.1"),
-        ({"crop_margin": float("nan")}, "crop_margin=nan"),
-        ({"seed": 2**63}, "expected less than"),
+        ({"feather": -1}, "feather"),
+        ({"colour": "red"}, "colour"),
     ],
 )
 def test_settings_out_of_range(editor: Editor, options: dict[str, Any], message: str) -> None:
@@ -439,5 +408,11 @@ def test_device_names() -> None:
 
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(UserError, match="expected auto"):
+    with pytest.raises(UserError, match="xpu"):
         pick_device("xpu")
+
+
+def test_memory_errors_are_told_from_others() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError()) and is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: out of memory"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from ldm.editing.hole_masks import MOST_PARTS, box_hole, depth, drawn_hole, grown, parts, reshaped
+from ldm.editing.hole_masks import (
+    MAX_COMPONENTS,
+    apply_shape,
+    as_hole,
+    box_hole,
+    connected_components,
+    dilate,
+    distance_transform,
+    draw_polygon,
+    make_hole,
+)
 from ldm.files import UserError
 
 SIZE = (40, 30)
@@ -55,7 +65,7 @@ def flooded(hole: np.ndarray) -> list[np.ndarray]:
 @given(blotches())
 def test_parts_are_the_connected_ones_in_reading_order(hole: Image.Image) -> None:
     expected = flooded(pixels(hole))
-    found = [pixels(part) for part in parts(hole)]
+    found = [pixels(part) for part in connected_components(hole)]
     assert len(found) == len(expected)
     assert all((a == b).all() for a, b in zip(found, expected, strict=True))
 
@@ -63,7 +73,7 @@ def test_parts_are_the_connected_ones_in_reading_order(hole: Image.Image) -> Non
 @settings(max_examples=40, deadline=None)
 @given(blotches(), st.integers(0, 6))
 def test_growing_reaches_so_many_pixels(hole: Image.Image, reach: int) -> None:
-    before, after = pixels(hole), pixels(grown(hole, reach))
+    before, after = pixels(hole), pixels(dilate(hole, reach))
     ys, xs = np.nonzero(before)
     y, x = np.mgrid[: before.shape[0], : before.shape[1]]
     distance = np.min(np.maximum(np.abs(y[..., None] - ys), np.abs(x[..., None] - xs)), axis=-1)
@@ -77,18 +87,18 @@ def test_depth_is_how_often_a_hole_can_be_shrunk(hole: Image.Image) -> None:
     for _ in range(max(hole.size)):
         times += pixels(shrunk)
         shrunk = shrunk.filter(ImageFilter.MinFilter(3))
-    assert (np.minimum(depth(hole), max(hole.size)) == times).all()
+    assert (np.minimum(distance_transform(hole), max(hole.size)) == times).all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(blotches(), st.integers(0, 5))
 def test_other_shapes_cover_the_hole(hole: Image.Image, seed: int) -> None:
     given_pixels = pixels(hole)
-    assert reshaped(hole, "given") is hole
-    boxes, arbitrary = pixels(reshaped(hole, "box")), pixels(reshaped(hole, "arbitrary", seed))
+    assert apply_shape(hole, "given") is hole
+    boxes, arbitrary = pixels(apply_shape(hole, "box")), pixels(apply_shape(hole, "arbitrary", seed))
     assert boxes[given_pixels].all() and arbitrary[boxes].all()
-    assert (arbitrary == pixels(reshaped(hole, "arbitrary", seed))).all()
-    for part in parts(hole):
+    assert (arbitrary == pixels(apply_shape(hole, "arbitrary", seed))).all()
+    for part in connected_components(hole):
         x0, y0, x1, y1 = part.getbbox() or ()
         assert boxes[y0:y1, x0:x1].all()
 
@@ -96,24 +106,42 @@ def test_other_shapes_cover_the_hole(hole: Image.Image, seed: int) -> None:
 def test_boxes_and_outlines() -> None:
     assert pixels(box_hole(SIZE, (4, 5, 10, 9))).sum() == 6 * 4
     assert pixels(box_hole(SIZE, (-4, 25, 10, 90))).sum() == 10 * 5  # what lies within the scene
-    triangle = pixels(drawn_hole(SIZE, [5, 5, 25, 5, 5, 25]))
+    triangle = pixels(draw_polygon(SIZE, [5, 5, 25, 5, 5, 25]))
     assert triangle[6, 6] and not triangle[24, 24] and 180 < triangle.sum() < 240  # half of 20 x 20 and its outline
 
 
 @pytest.mark.parametrize("box", [(10, 5, 4, 9), (5, 5, 5, 9), (50, 5, 60, 9), (-9, 5, -2, 9), (4, 5, float("inf"), 9)])
 def test_boxes_that_are_none(box: tuple[int, int, int, int]) -> None:
-    with pytest.raises(UserError, match="expected left,top,right,bottom"):
+    with pytest.raises(UserError, match=r"^box: got"):
         box_hole(SIZE, box)
 
 
 def test_holes_that_are_none() -> None:
-    with pytest.raises(UserError, match="got 4 numbers"):
-        drawn_hole(SIZE, [0, 0, 5, 5])
-    with pytest.raises(UserError, match="none of it lies in the scene of 40x30"):
-        drawn_hole(SIZE, [100, 100, 120, 100, 110, 120])
-    with pytest.raises(UserError, match="shape: got 'round'"):
-        reshaped(box_hole(SIZE, (4, 5, 10, 9)), "round")
+    with pytest.raises(UserError, match=r"^polygon: got 4"):
+        draw_polygon(SIZE, [0, 0, 5, 5])
+    with pytest.raises(UserError, match=r"^polygon: .* 40x30"):
+        draw_polygon(SIZE, [100, 100, 120, 100, 110, 120])
+    with pytest.raises(UserError, match="round"):
+        apply_shape(box_hole(SIZE, (4, 5, 10, 9)), "round")
     specks = np.zeros((40, 40), np.uint8)
     specks[::3, ::3] = 255
-    with pytest.raises(UserError, match=f"expected at most {MOST_PARTS}"):
-        parts(Image.fromarray(specks))
+    with pytest.raises(UserError, match=str(MAX_COMPONENTS)):
+        connected_components(Image.fromarray(specks))
+
+
+def test_holes_of_a_scene() -> None:
+    """From a mask, boxes and outlines together, or the transparent part; never from nothing."""
+    scene = Image.new("RGBA", SIZE, (9, 9, 9, 255))
+    with pytest.raises(UserError, match="transparent"):
+        make_hole(scene)
+    scene.putpixel((3, 4), (9, 9, 9, 254))
+    assert make_hole(scene).getbbox() == (3, 4, 4, 5)
+    drawn = pixels(make_hole(scene, boxes=[(0, 0, 2, 2)], polygons=[(10, 10, 20, 10, 10, 20)]))
+    assert drawn[:2, :2].all() and drawn[12, 12] and not drawn[4, 3]
+    levels = Image.new("L", SIZE, 127)
+    levels.putpixel((5, 6), 128)
+    assert make_hole(scene, mask=levels).getbbox() == (5, 6, 6, 7)
+    with pytest.raises(UserError, match="127"):
+        as_hole(Image.new("L", SIZE, 127))
+    with pytest.raises(UserError, match="mask"):
+        make_hole(scene, mask=levels, boxes=[(0, 0, 2, 2)])

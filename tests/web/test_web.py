@@ -27,7 +27,7 @@ from ldm.editing.editor import Editor
 from ldm.files import UserError
 from ldm.web import page as web_page
 from ldm.web.page import data_url, serving
-from ldm.web.service import EXEMPLAR_LOOK, HOLE_PREFIX, Edited, EditService, Limits, Progress
+from ldm.web.service import HOLE_PREFIX, Edited, EditService, Limits, Progress
 from scripts import web_demo
 
 REPOSITORY = Path(web_demo.__file__).parent.parent
@@ -142,14 +142,12 @@ def test_settings_out_of_bounds(service: EditService, name: str, value: Any, mes
 
 
 def test_settings_are_those_of_the_editor_and_the_command_line(service: EditService) -> None:
-    import inspect
+    from ldm.editing.cli import build_parser
+    from ldm.editing.settings import COLUMNS
 
-    import inference
-
-    keywords = inspect.signature(Editor.edit).parameters
-    options = inference.build_parser()._option_string_actions
+    options = build_parser("")._option_string_actions
     for setting in service.settings.values():
-        assert setting.name in keywords or setting.name in EXEMPLAR_LOOK
+        assert setting.name in COLUMNS
         assert setting.option in options
         assert setting.check(setting.default) == setting.default
     assert service.settings["crop_margin"].default == service.editor.model.config.crop_margin

@@ -1,0 +1,255 @@
+"""Geometry of an edit: the square that the model sees, and putting the painted square back into the scene.
+
+Dimension key: B images · C channels · S the model's image side, pixels · H, W image size, pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm.editing.hole_masks import distance_transform
+from ldm.files import UserError
+from ldm.images import Box, mask_to_tensor, pad_box, pil_to_tensor, tensor_to_pil
+
+MAX_ENLARGEMENT = 4  # a scene pixel covers at most this many model pixels per side
+FEATHER_SHARE = 1 / 50  # default feather, as a share of the hole's longer side
+# Largest correction of `match_boundary_colors` in [-1, 1]. Decoders err by less; a larger difference means that the
+# painted object reaches over the hole's edge.
+MAX_CORRECTION = 0.2
+
+
+@dataclass(frozen=True)
+class Window:
+    """The square of the scene that the model sees; it may reach beyond the scene's borders."""
+
+    left: int
+    top: int
+    side: int
+
+    def clipped(self, size: tuple[int, int]) -> Box:
+        """Return the part inside an image of `size` (W, H)."""
+        return Box(self.left, self.top, self.left + self.side, self.top + self.side).clipped(*size)
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """Crop an image to the window; beyond the borders the image is continued by reflection."""
+        box = self.clipped(image.size)
+        inside = image.crop(box)
+        left, top = box.left - self.left, box.top - self.top
+        right, bottom = self.side - left - inside.width, self.side - top - inside.height
+        if not (left or top or right or bottom):
+            return inside
+        pixels = np.asarray(inside)
+        channels = [(0, 0)] * (pixels.ndim - 2)
+        return Image.fromarray(np.pad(pixels, [(top, bottom), (left, right), *channels], mode="reflect"))
+
+
+def fit_window(
+    hole: tuple[int, int, int, int],
+    size: tuple[int, int],
+    *,
+    crop_margin: float = 0.5,
+    min_side: int = 1,
+    whole_image: bool = False,
+) -> Window:
+    """Choose the square that shows the hole with its surroundings.
+
+    The square's side is the hole's longer side plus `crop_margin` of it on both sides. Where that
+    is more than the scene's short side, the margin shrinks to fit, down to half; beyond that the
+    square reaches over the border. It is never larger than the scene's long side, is centred on the
+    hole, and is moved inside the scene on every axis on which it fits.
+
+    Args:
+        hole: bounding box of the hole: left, top, right, bottom in pixels, right and bottom exclusive.
+        size: (W, H) of the scene.
+        crop_margin: surroundings on each side as a share of the hole's longer side, at least 0.
+        min_side: least side in pixels, as far as the scene is that large.
+        whole_image: take the smallest square that holds the whole scene.
+    """
+    x0, y0, x1, y1 = hole
+    width, height = size
+    if whole_image:
+        side = max(size)
+    else:
+        longest = max(x1 - x0, y1 - y0)
+        wanted = max(round(longest * (1 + 2 * crop_margin)), min_side)
+        least = round(longest * (1 + crop_margin))
+        side = min(wanted, max(min(size), least), max(size))
+    return Window(_place(x0, x1, width, side), _place(y0, y1, height, side), side)
+
+
+def _place(start: int, stop: int, length: int, side: int) -> int:
+    """Left end of an interval of `side`: around [start, stop) inside [0, length) if it fits, else centred there."""
+    if side > length:
+        return -((side - length) // 2)
+    return min(max((start + stop - side) // 2, 0), length - side)
+
+
+@dataclass(frozen=True)
+class FittedScene:
+    """A scene, and the square of it in the model's size.
+
+    Attributes:
+        scene: the whole scene, RGB.
+        hole: its hole mask, mode L, 0 or 255.
+        window: the square's place in the scene.
+        image: (1, 3, S, S) in [-1, 1], the square's pixels.
+        keep_mask: (1, 1, S, S), 0 in the hole, 1 elsewhere.
+    """
+
+    scene: Image.Image
+    hole: Image.Image
+    window: Window
+    image: Tensor
+    keep_mask: Tensor
+
+    def same_square(self, image: Image.Image, image_size: int) -> Tensor:
+        """Cut the same square from another image of the scene, RGB: (1, 3, S, S) in [0, 1].
+
+        Raises:
+            UserError: the image's aspect differs from the scene's.
+        """
+        width, height = self.scene.size
+        if abs(image.width * height - image.height * width) > sum((*image.size, width, height)):  # beyond rounding
+            raise UserError(
+                f"the control image is {image.width}x{image.height}, the scene {width}x{height}; give one of its size"
+            )
+        square = self.window.cut(image.resize(self.scene.size, Image.Resampling.BICUBIC))
+        square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        return (pil_to_tensor(square)[None] + 1) / 2
+
+    def put_back(
+        self, painted: Tensor, *, feather: int | None = 0, match_colors: bool = True, whole: bool = False
+    ) -> Image.Image:
+        """Paste the painted square into the scene.
+
+        Args:
+            painted: (3, S, S) in [-1, 1].
+            feather: pixels over which the hole's edge fades; None is a fiftieth of the hole's longer side.
+            match_colors: apply `match_boundary_colors` first.
+            whole: paste the whole square unchanged, not the hole alone.
+        """
+        if match_colors and not whole:
+            painted = match_boundary_colors(painted[None], self.image, self.keep_mask)[0]
+        box, side = self.window.clipped(self.scene.size), self.window.side
+        square = tensor_to_pil(painted)
+        if square.size != (side, side):
+            square = square.resize((side, side), Image.Resampling.BICUBIC)
+        left, top = self.window.left, self.window.top
+        inside = square.crop((box.left - left, box.top - top, box.right - left, box.bottom - top))
+        result = self.scene.copy()
+        # Blending is exact at both ends: weight 255 takes the painted pixel, 0 leaves the scene's.
+        result.paste(inside, box[:2], None if whole else self._weights(feather).crop(box))
+        return result
+
+    def _weights(self, feather: int | None) -> Image.Image:
+        """Weights of the painted pixels, mode L: 0 outside the hole, 255 from feather + 1 pixels inside its edge on."""
+        if feather is None:
+            left, top, right, bottom = hole_box(self.hole)
+            feather = round(max(right - left, bottom - top) * FEATHER_SHARE)
+        if feather == 0:
+            return self.hole
+        share = np.minimum(self._depth, feather + 1, dtype=np.float32) / (feather + 1)
+        weights = Image.new("L", self.hole.size)
+        weights.paste(Image.fromarray(np.rint(255 * share).astype(np.uint8)), with_rim(self.hole))
+        return weights
+
+    @cached_property
+    def _depth(self) -> np.ndarray:
+        return distance_transform(self.hole.crop(with_rim(self.hole)))
+
+
+def fit_scene(
+    scene: Image.Image,
+    hole: Image.Image,
+    image_size: int,
+    *,
+    crop_margin: float = 0.5,
+    whole_image: bool = False,
+) -> FittedScene:
+    """Crop the hole and its surroundings square and resize them to the model's size.
+
+    At the model's size a pixel is part of the hole when any scene pixel in it is, so that nothing of
+    what is to be replaced is shown to the model as something to keep.
+
+    Args:
+        scene: RGB.
+        hole: mode L, of the scene's size, 0 or 255, not empty.
+        image_size: S.
+        crop_margin, whole_image: as for `fit_window`.
+    """
+    window = fit_window(
+        hole_box(hole),
+        scene.size,
+        crop_margin=crop_margin,
+        min_side=-(-image_size // MAX_ENLARGEMENT),
+        whole_image=whole_image,
+    )
+    # Beyond the border the hole is reflected with the scene, so that the mirror image of the hole's content is hidden
+    # from the model, too.
+    square, square_hole = window.cut(scene), window.cut(hole)
+    if window.side != image_size:
+        square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        share = square_hole.convert("F").resize((image_size, image_size), Image.Resampling.BOX)
+        square_hole = Image.fromarray(np.uint8(255) * (np.asarray(share) > 0))
+    return FittedScene(scene, hole, window, pil_to_tensor(square)[None], mask_to_tensor(square_hole)[None])
+
+
+def hole_box(hole: Image.Image) -> Box:
+    """Return the bounding box of a hole that is not empty."""
+    bounds = hole.getbbox()
+    assert bounds is not None
+    return Box(*bounds)
+
+
+def with_rim(hole: Image.Image) -> Box:
+    """Return the bounding box of a hole and of the pixels right beside it."""
+    return pad_box(hole_box(hole), hole.size, 1)
+
+
+def match_boundary_colors(painted: Tensor, image: Tensor, keep_mask: Tensor) -> Tensor:
+    """Correct a painted region by the decoder's colour error along its edge, continued smoothly into it.
+
+    Decoding changes colours a little, differently from place to place, so that a pasted region shows its outline.
+    Just outside the hole's edge both the scene and the decoder's rendering of it are known, and so is the error there.
+
+    Args:
+        painted: (B, 3, H, W), the decoded image, hole and surroundings.
+        image: (B, 3, H, W), the true pixels; those in the hole are not used.
+        keep_mask: (B, 1, H, W), 0 in the hole, 1 elsewhere.
+
+    Returns:
+        (B, 3, H, W). A hole without surroundings is returned unchanged.
+
+    Source: Pérez et al. 2003, Eq. 5 to 7 (the correction is a membrane over the hole, here interpolated from coarse to
+        fine as in Gortler et al. 1996, section 3.4, instead of solved for).
+    """
+    kept = (keep_mask > 0.5).to(painted.dtype)
+    ring = F.max_pool2d(1 - kept, 3, stride=1, padding=1) * kept  # kept pixels that touch the hole
+    error = (image - painted).clamp(-MAX_CORRECTION, MAX_CORRECTION)
+    return painted + pull_push_fill(error * ring, ring)
+
+
+def pull_push_fill(values: Tensor, known: Tensor) -> Tensor:
+    """Continue values smoothly to where they are unknown.
+
+    Args:
+        values: (B, C, H, W); where they are unknown they are ignored.
+        known: (B, 1, H, W), 1 where the values are known, else 0.
+
+    Source: Gortler et al. 1996, section 3.4 (pull: average to half the size; push: fill the gaps from there).
+    """
+    if min(values.shape[2:]) == 1:
+        mean = (values * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp(min=1)
+        return mean.expand_as(values)
+    share = F.avg_pool2d(known, 2, ceil_mode=True)
+    half = F.avg_pool2d(values * known, 2, ceil_mode=True) / share.clamp(min=1e-6)
+    coarse = pull_push_fill(half, (share > 0).to(values.dtype))
+    up = F.interpolate(coarse, size=values.shape[2:], mode="bilinear", align_corners=False)
+    return torch.where(known > 0, values, up)

@@ -1,0 +1,171 @@
+"""The inputs of an edit, normalised once: every way in makes an `EditRequest`, and the editor reads nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image, ImageChops, ImageOps
+
+from ldm import images
+from ldm.editing.geometry import pull_push_fill, with_rim
+from ldm.editing.hole_masks import (
+    TO_BINARY,
+    apply_shape,
+    as_hole,
+    connected_components,
+    dilate,
+    make_hole,
+    transparent_part,
+)
+from ldm.editing.settings import EditSettings
+from ldm.files import UserError
+from ldm.images import MID_GREY, flatten, mask_to_tensor, open_upright, pil_to_tensor, tensor_to_pil
+
+Picture = Image.Image | str | Path
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A scene with its hole, exemplars and settings.
+
+    Attributes:
+        scene: RGB, upright. Transparent parts are mid-grey, but inside the hole a continuation of their surroundings.
+        hole: hole mask, mode L, 0 or 255, of the scene's size, not empty.
+        exemplars: RGB, cropped to the object; None is the null token. One, or one for each component of the hole.
+        settings: how to edit.
+    """
+
+    scene: Image.Image
+    hole: Image.Image
+    exemplars: tuple[Image.Image | None, ...]
+    settings: EditSettings
+
+    def components(self) -> list[tuple[Image.Image, Image.Image | None]]:
+        """Return the parts of the hole that are edited one after the other, each with its exemplar.
+
+        Raises:
+            UserError: the numbers of components and exemplars differ.
+        """
+        holes = connected_components(self.hole) if self.settings.per_component else [self.hole]
+        if len(self.exemplars) not in (1, len(holes)):
+            raise UserError(
+                f"got {len(self.exemplars)} exemplars for a hole of {len(holes)} separate parts, expected one or "
+                f"{len(holes)}, from top to bottom"
+            )
+        return [(hole, self.exemplars[i % len(self.exemplars)]) for i, hole in enumerate(holes)]
+
+
+def make_request(
+    scene: Picture,
+    exemplar: Picture | Sequence[Picture | None] | None = None,
+    settings: EditSettings | None = None,
+    *,
+    mask: Picture | None = None,
+    boxes: Sequence[Sequence[float]] = (),
+    polygons: Sequence[Sequence[float]] = (),
+    reference_mask: Picture | None = None,
+) -> EditRequest:
+    """Read and normalise the inputs of an edit.
+
+    Args:
+        scene: image or path, any size, aspect and mode. A colour profile stays with the result.
+        exemplar: image or path; None uses the null token. A list edits each connected component of the hole by itself:
+            one exemplar for each, from top to bottom, or one for all.
+        settings: None takes the defaults.
+        mask, boxes, polygons: the hole, see `make_hole`.
+        reference_mask: white where the object of the exemplar is, see `prepare_exemplar`.
+
+    Raises:
+        UserError: the hole or an exemplar is empty, or a mask has the wrong size.
+        OSError, ValueError: a file cannot be read.
+    """
+    settings = settings or EditSettings()
+    upright_scene = upright(scene)
+    hole = make_hole(upright_scene, mask=mask, boxes=boxes, polygons=polygons)
+    hole = apply_shape(dilate(hole, settings.dilate), settings.mask_shape, settings.seeds[0])
+    if exemplar is None or isinstance(exemplar, (Image.Image, str, Path)):
+        exemplars = (exemplar,)
+    else:
+        exemplars, settings = tuple(exemplar), replace(settings, per_component=True)
+    prepared = tuple(
+        image
+        if image is None
+        else prepare_exemplar(
+            image, reference_mask, background=settings.reference_background, fit=settings.reference_fit
+        )
+        for image in exemplars
+    )
+    return EditRequest(fill_transparent(upright_scene, hole), hole, prepared, settings)
+
+
+def fill_transparent(scene: Image.Image, hole: Image.Image) -> Image.Image:
+    """Return an upright scene as RGB, transparent parts over mid-grey.
+
+    Inside the hole transparent parts are continued from their surroundings: the feather fades into them, and would
+    show the grey.
+    """
+    result = flatten(scene, MID_GREY)
+    if scene.mode == "RGBA":
+        box = with_rim(hole)
+        unknown = ImageChops.multiply(transparent_part(scene.crop(box)), hole.crop(box))
+        colours = pil_to_tensor(result.crop(box))[None]
+        filled = pull_push_fill(colours, mask_to_tensor(unknown)[None])[0]
+        result.paste(tensor_to_pil(filled), box, unknown)
+    return result
+
+
+def prepare_exemplar(
+    exemplar: Picture, mask: Picture | None = None, *, background: str = "keep", fit: str = "squash"
+) -> Image.Image:
+    """Cut out an exemplar.
+
+    Args:
+        exemplar: image or path, any size and mode.
+        mask: white (>= 128) where the object is, of the exemplar's size; None takes the exemplar's alpha channel, if
+            it has one. The exemplar is cropped to it.
+        background: keep, or replace by grey, which the model knows as "nothing".
+        fit: squash, as the paper does when the encoder's square is filled; or pad to a square with grey.
+
+    Returns:
+        RGB.
+
+    Raises:
+        UserError: the mask is empty or of another size, or an option is unknown.
+    """
+    if background not in ("keep", "grey") or fit not in ("squash", "pad"):
+        raise UserError(f"got background={background!r}, fit={fit!r}, expected keep or grey, and squash or pad")
+    image = upright(exemplar)
+    if mask is not None:
+        shape = as_hole(mask)
+    elif image.mode == "RGBA":
+        shape = image.getchannel("A").point(TO_BINARY)
+    else:
+        shape = Image.new("L", image.size, 255)
+    bounds = shape.getbbox()
+    if bounds is None:
+        raise UserError("the exemplar is transparent everywhere; give an opaque image, or its mask")
+    image = flatten(image, MID_GREY)
+    if shape.size != image.size:
+        raise UserError(
+            f"the exemplar's mask is {shape.width}x{shape.height}, the exemplar {image.width}x{image.height}; "
+            "give a mask of its size"
+        )
+    if background == "grey":
+        image = Image.composite(image, Image.new("RGB", image.size, MID_GREY), shape)
+    image = image.crop(bounds)
+    if fit == "squash":
+        return image
+    side = max(image.size)
+    return ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, MID_GREY)
+
+
+def upright(image: Picture) -> Image.Image:
+    """Return an image or file as upright 8-bit RGB, or RGBA where it has transparency."""
+    return images.upright(image) if isinstance(image, Image.Image) else open_upright(image)
+
+
+def as_rgb(image: Picture) -> Image.Image:
+    """Return an image or file as upright 8-bit RGB, transparent parts over mid-grey."""
+    return flatten(upright(image), MID_GREY)

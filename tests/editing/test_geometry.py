@@ -1,0 +1,105 @@
+"""The window around a hole, and the colour correction at its edge."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm.editing.geometry import MAX_CORRECTION, Window, fit_window, match_boundary_colors
+
+
+def keep_mask(height: int, width: int, box: tuple[int, int, int, int]) -> torch.Tensor:
+    mask = torch.ones(1, 1, height, width)
+    mask[:, :, box[0] : box[1], box[2] : box[3]] = 0
+    return mask
+
+
+@st.composite
+def holes(draw: st.DrawFn) -> torch.Tensor:
+    height, width = draw(st.integers(4, 70)), draw(st.integers(4, 70))
+    top, left = draw(st.integers(0, height - 2)), draw(st.integers(1, width - 2))  # something is left to the left
+    return keep_mask(height, width, (top, draw(st.integers(top + 1, height)), left, draw(st.integers(left + 1, width))))
+
+
+@settings(max_examples=40, deadline=None)
+@given(holes(), st.integers(0, 1000))
+def test_a_constant_cast_is_removed_whatever_the_hole(mask: torch.Tensor, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(1, 3, *mask.shape[2:], generator=generator)
+    cast = torch.tensor([0.15, -0.1, 0.05]).view(1, 3, 1, 1)
+    corrected = match_boundary_colors(image + cast, image, mask)
+    hole = (mask == 0).expand_as(image)
+    torch.testing.assert_close(corrected[hole], image[hole], atol=1e-5, rtol=0)
+
+
+def test_a_cast_that_changes_slowly_is_mostly_removed() -> None:
+    mask = keep_mask(64, 64, (16, 48, 20, 52))
+    image = torch.zeros(1, 3, 64, 64)
+    cast = torch.linspace(-0.2, 0.2, 64).expand_as(image)
+    left = match_boundary_colors(image + cast, image, mask)[(mask == 0).expand_as(image)]
+    assert left.abs().mean() < 0.2 * cast[(mask == 0).expand_as(image)].abs().mean()
+
+
+def test_what_is_painted_keeps_its_detail() -> None:
+    """Only the surroundings decide: detail in the hole neither counts nor is touched."""
+    mask = keep_mask(32, 32, (8, 24, 8, 24))
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    painted = image.clone()
+    painted[:, :, 10:20, 10:20] = 1.0
+    assert torch.equal(match_boundary_colors(painted, image, mask), painted)
+
+
+def test_what_reaches_over_the_edge_is_no_cast() -> None:
+    """Painted over the edge, in colours that no decoder mistakes: corrected by the limit at most."""
+    mask, image = keep_mask(32, 32, (8, 24, 8, 24)), torch.zeros(1, 3, 32, 32)
+    painted = image + 1.0
+    torch.testing.assert_close(
+        match_boundary_colors(painted, image, mask)[(mask == 0).expand_as(image)],
+        torch.tensor(1 - MAX_CORRECTION).expand(3 * 256),
+    )
+
+
+def test_a_hole_without_surroundings_is_left_alone() -> None:
+    painted = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(match_boundary_colors(painted, torch.zeros(2, 3, 16, 16), torch.zeros(2, 1, 16, 16)), painted)
+
+
+# ---- the window ----
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    width, height = draw(st.integers(1, 400)), draw(st.integers(1, 400))
+    x0, y0 = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    return (x0, y0, draw(st.integers(x0 + 1, width)), draw(st.integers(y0 + 1, height))), (width, height)
+
+
+@given(scenes(), st.floats(0, 3), st.integers(1, 100), st.booleans())
+def test_window_contains_the_hole_and_stays_inside_where_it_can(
+    scene: tuple[tuple[int, int, int, int], tuple[int, int]], margin: float, min_side: int, whole: bool
+) -> None:
+    (x0, y0, x1, y1), size = scene
+    window = fit_window((x0, y0, x1, y1), size, crop_margin=margin, min_side=min_side, whole_image=whole)
+    assert 1 <= window.side <= max(size)
+    for start, (low, high), length in zip((window.left, window.top), ((x0, x1), (y0, y1)), size, strict=True):
+        assert start <= low and high <= start + window.side
+        if window.side <= length:
+            assert start >= 0 and start + window.side <= length
+        else:  # the border is reflected evenly on both sides
+            assert abs((0 - start) - (start + window.side - length)) <= 1
+    if whole:
+        assert window.side == max(size)
+
+
+def test_window_margins() -> None:
+    # Room enough: half the longer side of the hole all around, centred.
+    assert fit_window((400, 300, 500, 350), (1000, 800)) == Window(350, 225, 200)
+    # At a corner it is moved inside.
+    assert fit_window((0, 0, 100, 100), (1000, 800)) == Window(0, 0, 200)
+    # A margin that does not fit shrinks to the short side …
+    assert fit_window((200, 0, 320, 120), (1000, 200)).side == 200
+    # … but only to half of itself: then the window reaches over the border.
+    assert fit_window((200, 0, 380, 180), (1000, 200)) == Window(155, -35, 270)
+    # A tiny hole is not enlarged without bound.
+    assert fit_window((50, 50, 51, 51), (1000, 800), min_side=128).side == 128
