@@ -3,11 +3,10 @@
     python benchmarks/checkpoints.py FOLDER              # float32: FOLDER needs 22 GB
     python benchmarks/checkpoints.py FOLDER --dtype float16
 
-Makes Stable Diffusion v1-4, and of it a custom model, an inpainting model and an IC-Light offset, in FOLDER, and runs
-each command line in a process of its own. What is reported is the peak of RssAnon, the memory that a process cannot
-give back: sampled 100 times a second from /proc, so of Linux alone. Pages of mapped files are left out: the system
-drops them when it needs room.
-Outputs are removed at once, inputs at the end.
+Writes Stable Diffusion v1-4 and three models derived from it (custom, inpainting, IC-Light offset) to FOLDER, and runs
+each command line in its own process. The reported peak is that of RssAnon, the memory that a process cannot give back,
+sampled 100 times a second from /proc (Linux only). Pages of mapped files do not count: the system drops them when it
+needs room. Outputs are removed at once, inputs at the end.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def make_inputs(folder: Path, dtype: torch.dtype) -> None:
 
 
 def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak of RssAnon in MiB of a command line.
+    """Run a command line; return its seconds and the peak of its RssAnon in MiB.
 
     Raises:
         SystemExit: it failed.
@@ -88,7 +87,7 @@ def measured(command: list[str]) -> tuple[float, float]:
 
 
 def size(path: Path) -> float:
-    """Of a file, or all files of a folder, in GB."""
+    """Return the size of a file, or of all files in a folder, in GB."""
     files: Iterable[Path] = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file()) / 1e9
 

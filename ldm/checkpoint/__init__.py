@@ -1,1 +1,1 @@
-"""Checkpoints as files: safe reading, atomic writing, key maps, surgery. Strings and tensors only, no modules."""
+"""Checkpoint files: safe reading, atomic writing, names, merging, conversion. Strings and tensors only, no modules."""
