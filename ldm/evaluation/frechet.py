@@ -1,12 +1,11 @@
-"""Distances between two sets of pictures, taken between the features of one network.
+"""Distances between two sets of images, computed from the features of one network.
 
-The Fréchet distance ("FID", whatever the network: the name of the network belongs to the figure)
-looks at mean and covariance alone, so a set is kept as its `Statistics`, which are collected in one
-pass and constant memory. The kernel distance (KID) needs the features themselves, but has no bias
-that grows as the set shrinks. Precision and recall tell apart what both mix: pictures unlike any
-real one, and real ones that no picture is like.
+The Fréchet distance ("FID", whatever the network: its name belongs to the figure) compares mean and covariance, so a
+set is kept as its `Statistics`, which are collected in one pass and constant memory. The kernel distance (KID) needs
+the features themselves, but has no bias that grows as the set shrinks. Precision and recall separate what both mix:
+images unlike any real one, and real images that no generated one resembles.
 
-Dimension key: N, M items · D feature channels · B items of a chunk.
+Dimensions: N, M items · D feature channels · B items of a chunk. Features are finite: `iter_features` checks them.
 """
 
 from __future__ import annotations
@@ -24,23 +23,12 @@ from ldm.files import UserError, atomic_write
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean and covariance of the features of `n` pictures."""
+    """Mean and covariance of the features of `n` images."""
 
     n: int
     mean: np.ndarray  # (D,) float64
     cov: np.ndarray  # (D, D) float64, unbiased (divided by n - 1)
     network: str = ""  # exact name of the feature network; "" = not recorded, then it is not compared
-
-    def __post_init__(self) -> None:
-        d = self.mean.size
-        if self.mean.shape != (d,) or self.cov.shape != (d, d) or d == 0:
-            raise UserError(f"got a mean of shape {self.mean.shape} and a covariance of shape {self.cov.shape}")
-        if self.n < 2:
-            raise UserError(f"got {self.n} picture(s), expected at least 2: fewer have no covariance")
-        if not (np.isfinite(self.mean).all() and np.isfinite(self.cov).all()):
-            raise UserError("the mean or the covariance is not finite; compute the features again")
-        if not np.allclose(self.cov, self.cov.T, rtol=1e-6, atol=1e-6 * float(np.abs(self.cov).max())):
-            raise UserError("the covariance is not symmetric; compute the statistics again")
 
     def save(self, path: str | Path) -> None:
         """Write an `.npz` with `mu`, `sigma`, `n` and `network`, atomically.
@@ -53,16 +41,16 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` wrote; a file with `mu`, `sigma` and `n` but no name of a network is taken too.
+        """Read a file of `save`, or one with `mu`, `sigma` and `n` but no network's name.
 
         Raises:
-            UserError: the file is missing, damaged, or lacks one of the three.
+            UserError: the file is missing or damaged, lacks one of the three, or holds no mean and covariance.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file; compute the statistics of the real pictures first") from None
+            raise UserError(f"{path}: no such file; compute the statistics of the real images first") from None
         except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{path}: not a readable .npz of statistics, or damaged ({error}); compute it again"
@@ -70,20 +58,24 @@ class Statistics:
         if missing := [name for name in ("mu", "sigma", "n") if name not in arrays]:
             layout = " (the layout of pytorch-fid, whose features are of another network)" if missing == ["n"] else ""
             raise UserError(
-                f"{path}: holds no {' and no '.join(missing)}{layout}; compute the statistics from the pictures instead"
+                f"{path}: holds no {' and no '.join(missing)}{layout}; compute the statistics from the images instead"
             )
-        try:
-            mean, cov = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
-            return cls(int(arrays["n"]), mean, cov, str(arrays.get("network", "")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: {error}") from error
+        mean, cov = arrays["mu"], arrays["sigma"]
+        shapes_fit = mean.ndim == 1 and cov.shape == (mean.size, mean.size) and arrays["n"].ndim == 0
+        if not shapes_fit or arrays["n"] < 2 or not np.isfinite(mean).all() or not np.allclose(cov, cov.T, rtol=1e-6):
+            raise UserError(
+                f"{path}: got mu {mean.shape}, sigma {cov.shape} and n {arrays['n']}, expected a finite mean and a "
+                "symmetric covariance of at least 2 images; compute it again"
+            )
+        network = str(arrays.get("network", ""))
+        return cls(int(arrays["n"]), mean.astype(np.float64), cov.astype(np.float64), network)
 
 
 class RunningStatistics:
-    """Statistics of features that arrive in chunks; memory is that of one chunk and one covariance.
+    """Statistics of features that arrive in chunks; needs memory for one chunk and one covariance.
 
-    Each chunk is centred by its own mean and merged (Chan, Golub and LeVeque 1983): sums of raw
-    squares would lose the small variances beside large means.
+    Each chunk is centred by its own mean and merged (Chan, Golub and LeVeque 1983): sums of raw squares would lose
+    small variances beside large means.
     """
 
     def __init__(self, network: str = "") -> None:
@@ -93,22 +85,17 @@ class RunningStatistics:
         self._scatter: np.ndarray | None = None  # (D, D), sum of the outer products of deviations
 
     def add(self, features: np.ndarray) -> None:
-        """Take in a chunk (B, D), B >= 0.
-
-        Raises:
-            UserError: not of two dimensions, of another D than the chunks before, or not finite.
-        """
-        chunk = _checked(features)
-        if not len(chunk):
+        """Add a chunk (B, D), B >= 0."""
+        if not len(features):
             return
+        chunk = features.astype(np.float64)
         mean = chunk.mean(0)
         centred = chunk - mean
         scatter = centred.T @ centred
         if self._mean is None or self._scatter is None:
             self.n, self._mean, self._scatter = len(chunk), mean, scatter
             return
-        if mean.shape != self._mean.shape:
-            raise UserError(f"got features of {mean.size} channels after some of {self._mean.size}")
+        # S = S_a + S_b + (m_b - m_a)(m_b - m_a)ᵀ n_a n_b / (n_a + n_b)
         total = self.n + len(chunk)
         shift = mean - self._mean
         scatter += np.outer(shift, shift) * (self.n * len(chunk) / total)
@@ -117,22 +104,24 @@ class RunningStatistics:
         self.n = total
 
     def result(self) -> Statistics:
-        """What was collected.
+        """Return the statistics of all chunks.
 
         Raises:
             UserError: fewer than two items.
         """
         if self._mean is None or self._scatter is None or self.n < 2:
-            raise UserError(f"got {self.n} picture(s), expected at least 2: fewer have no covariance")
+            raise UserError(f"got {self.n} image(s), expected at least 2: fewer have no covariance")
         return Statistics(self.n, self._mean.copy(), self._scatter / (self.n - 1), self.network)
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Fréchet distance of two normal distributions, |mean_a - mean_b|² + tr(A + B - 2 (A^½ B A^½)^½).
+    """Compute the Fréchet distance of two normal distributions, |mean_a - mean_b|² + tr(A + B - 2 (A^½ B A^½)^½).
 
     The last trace is the sum of the singular values of F_aᵀ F_b, where A = F_a F_aᵀ: their squares are the
-    eigenvalues of the symmetric product A^½ B A^½. The factors hold only directions in which there is
-    variance beyond rounding, so that covariances of fewer items than channels make no noise.
+    eigenvalues of the symmetric product A^½ B A^½. The factors hold only directions with variance beyond
+    rounding, so that covariances of fewer items than channels add no noise.
+
+    Source: Dowson and Landau 1982; Heusel et al. 2017 (FID).
 
     Returns:
         The distance, >= 0; 0 up to rounding for equal statistics.
@@ -144,6 +133,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         raise UserError(f"got features of {a.mean.size} and of {b.mean.size} channels; use one network for both")
     if a.network and b.network and a.network != b.network:
         raise UserError(f'got features of "{a.network}" and of "{b.network}"; compute both with the same network')
+    # tr (A^½ B A^½)^½ = sum of the singular values of F_aᵀ F_b
     cross = np.linalg.svd(_factor(a.cov).T @ _factor(b.cov), compute_uv=False).sum()
     shift = a.mean - b.mean
     return max(0.0, float(shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * cross))
@@ -152,17 +142,16 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def frechet_interval(
     features: np.ndarray, real: Statistics, *, num_resamples: int = 200, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of the Fréchet distance of N items to fixed statistics, by a bootstrap over the items.
+    """Compute the 95 % interval of the Fréchet distance of N items to fixed statistics by a bootstrap over the items.
 
-    A resample holds fewer distinct items than the set, so its distance is larger on average, as the set's own is
-    larger than that of infinitely many items. The quantiles are shifted by the resamples' mean excess over the
-    measured distance: the interval is where the distance would fall for other N items of the same kind, and is
-    not about the distance at another N. Where N is not much larger than D it is wider than it need be (in
-    simulations it covers 98 to 99 % of the time at N <= 4 D, 95 % at N = 60 D).
+    A resample holds fewer distinct items than the set, so its distance is larger on average, just as the distance of N
+    items exceeds that of infinitely many. The quantiles are shifted by the resamples' mean excess over the measured
+    distance. The interval predicts the distance of other N items of the same kind, not the distance at another N. For
+    small N it is conservative (in simulations it covers 98 to 99 % at N <= 4 D, 95 % at N = 60 D).
 
     Args:
         features: (N, D).
-        real: of the same network.
+        real: from the same network.
         num_resamples: a few hundred; each costs one eigenvalue problem of side min(N, D).
         seed: of the bootstrap.
 
@@ -172,7 +161,7 @@ def frechet_interval(
     Raises:
         UserError: the dimensions differ, or N < 2.
     """
-    x = _checked(features)
+    x = features.astype(np.float64)
     n = len(x)
     measured = RunningStatistics(real.network)
     measured.add(x)
@@ -186,9 +175,9 @@ def frechet_interval(
         mean = drawn.mean(0)
         centred = drawn - mean
         shift = mean - real.mean
-        # tr (R^½ C R^½)^½ of the resample's covariance C: singular values of its items seen through R's factor.
-        seen = centred @ factor
-        gram = seen @ seen.T if n < seen.shape[1] else seen.T @ seen
+        # tr (R^½ C R^½)^½ with the resample's covariance C = XᵀX / (n - 1): singular values of X F / √(n - 1)
+        projected = centred @ factor
+        gram = projected @ projected.T if n < projected.shape[1] else projected.T @ projected
         cross = np.sqrt(_cleaned(np.linalg.eigvalsh(gram)) / (n - 1)).sum()
         distances[k] = shift @ shift + np.square(centred).sum() / (n - 1) + real_trace - 2 * cross
     low, high = np.quantile(distances, [0.025, 0.975]) - (distances.mean() - value)
@@ -196,7 +185,7 @@ def frechet_interval(
 
 
 def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """Squared maximum mean discrepancy under the kernel (x·y / D + 1)³, unbiased, hence possibly negative.
+    """Compute the squared maximum mean discrepancy under the kernel (x·y / D + 1)³, unbiased, hence possibly negative.
 
     Source: Bińkowski et al. 2018, "Demystifying MMD GANs", Eq. 4.
     """
@@ -215,18 +204,17 @@ def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def kid(
     x: np.ndarray, y: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Kernel distance: the mean of `polynomial_mmd` over random subsets of both sets.
+    """Compute the kernel distance: the mean of `polynomial_mmd` over random subsets of both sets.
 
-    Subsets hold at most half of the smaller set: its estimate is unbiased at any size, and subsets that are
-    the whole set would not vary. The standard error is that of the delete-d jackknife, spread of the subsets x
-    sqrt(size / (N - size)) with N of the smaller set, which is what the figure would vary by with other items of the
-    same kind (somewhat too large where the other set is larger); the mere spread, which is often printed, depends on
-    the subset size instead.
+    Subsets hold at most half of the smaller set: the estimate is unbiased at any size, and subsets that are the whole
+    set would not vary. The standard error is the delete-d jackknife's, spread x sqrt(size / (N - size)) with N of the
+    smaller set: the standard deviation over other items of the same kind (somewhat too large if the other set is
+    larger). The spread of the subsets alone, which is often printed, depends on the subset size.
 
     Args:
         x: (N, D) features.
         y: (M, D) features of the same network.
-        subsets: how many are drawn, at least 2.
+        subsets: number of subsets, at least 2.
         subset_size: items of a subset, from each set.
         seed: of the draw.
 
@@ -234,9 +222,8 @@ def kid(
         The distance and its standard error; often printed x 1000.
 
     Raises:
-        UserError: the dimensions differ, or a set has fewer than 4 items.
+        UserError: a set has fewer than 4 items.
     """
-    x, y = _checked_pair(x, y)
     n = min(len(x), len(y))
     if n < 4 or subsets < 2:
         raise UserError(f"got {n} items and {subsets} subsets, expected at least 4 items and 2 subsets")
@@ -248,36 +235,36 @@ def kid(
             for _ in tqdm(range(subsets), desc="KID", unit="subset", delay=3, leave=False)
         ]
     )
-    variance = values.var(ddof=1)  # its share 1 / subsets is that of drawing only so many subsets
+    variance = values.var(ddof=1)  # the share 1 / subsets stems from the finite number of subsets
     return float(values.mean()), float(np.sqrt(variance * (size / (n - size) + 1 / subsets)))
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Share of fakes that lie among the real items, and of real items that lie among the fakes; see `neighbours`."""
+    """Compute the shares of fakes among the real items and of real items among the fakes; see `neighbours`."""
     fakes, reals = neighbours(real, fake, k)
     return float(fakes.mean()), float(reals.mean())
 
 
 def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Which fakes lie among the real items, and which real items lie among the fakes.
+    """Find the fakes that lie among the real items, and the real items that lie among the fakes.
 
-    An item lies among a set when it is no further from one of the set's items than that one's k-th neighbour in the
-    set. Distances are computed in blocks, so that memory does not grow with N x M.
+    An item lies among a set if some member of the set is at least as close to it as to that member's own k-th
+    neighbour. Distances are computed in blocks, so that memory does not grow with N x M.
 
     Source: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models".
 
     Args:
         real: (N, D) features.
         fake: (M, D) features of the same network.
-        k: which neighbour sets the radius.
+        k: the neighbour whose distance is the radius.
 
     Returns:
         (M,) and (N,) bool; their means are precision and recall.
 
     Raises:
-        UserError: the dimensions differ, or a set has no more than k items.
+        UserError: a set has no more than k items.
     """
-    real, fake = _checked_pair(real, fake)
+    real, fake = real.astype(np.float64), fake.astype(np.float64)
     if min(len(real), len(fake)) <= k:
         raise UserError(f"got {len(real)} and {len(fake)} items, expected more than k = {k} of each")
     centre = real.mean(0)  # distances are differences of squares: small vectors lose less
@@ -288,32 +275,14 @@ def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarr
 # --- parts -----------------------------------------------------------------------------------------
 
 
-def _checked(features: np.ndarray) -> np.ndarray:
-    """(N, D) float64."""
-    if features.ndim != 2 or features.shape[1] == 0:
-        raise UserError(f"got features of shape {features.shape}, expected (N, D)")
-    features = features.astype(np.float64)
-    if not np.isfinite(features).all():
-        bad = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
-        raise UserError(f"features of item {bad} are not finite; compute them again")
-    return features
-
-
-def _checked_pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    x, y = _checked(x), _checked(y)
-    if x.shape[1] != y.shape[1]:
-        raise UserError(f"got features of {x.shape[1]} and of {y.shape[1]} channels; use one network for both")
-    return x, y
-
-
 def _cleaned(eigenvalues: np.ndarray) -> np.ndarray:
-    """Eigenvalues with those that are zero but for rounding set to zero; the square root would blow them up."""
+    """Set eigenvalues that are zero up to rounding to zero; the square root would magnify them."""
     noise = eigenvalues.size * np.finfo(np.float64).eps * max(float(eigenvalues.max(initial=0.0)), 0.0)
     return np.where(eigenvalues > noise, eigenvalues, 0.0)
 
 
 def _factor(cov: np.ndarray) -> np.ndarray:
-    """F (D, rank) with F Fᵀ = cov."""
+    """Compute F (D, rank) with F Fᵀ = cov."""
     eigenvalues, vectors = np.linalg.eigh(cov)
     eigenvalues = _cleaned(eigenvalues)
     kept = eigenvalues > 0
@@ -326,7 +295,7 @@ def _blocks(x: np.ndarray, size: int = 256) -> Iterator[np.ndarray]:
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(len(a), len(b)); distances below 1e-6 of the vectors' length, float32's rounding, count as zero."""
+    """Compute |a|² + |b|² - 2 a·b (len(a), len(b)); distances below 1e-6 of the vectors' length count as zero."""
     norms = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None, :]
     squared = norms - 2 * (a @ b.T)
     squared[squared < 1e-12 * norms] = 0.0
@@ -334,8 +303,8 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _among(items: np.ndarray, members: np.ndarray, k: int) -> np.ndarray:
-    """Which `items` are within the k-th neighbour's distance of at least one of `members`."""
-    # The k-th other member: position k once the distance to itself, 0, is counted in.
+    """Find the `items` within the k-th neighbour's distance of at least one of `members`."""
+    # Position k of the sorted distances: position 0 is the member itself.
     nearest = (np.partition(_squared_distances(block, members), k, axis=1)[:, k] for block in _blocks(members))
     radii = np.concatenate([radius.copy() for radius in nearest])  # copies: a view would keep its block
     among = [(_squared_distances(block, members) <= radii).any(1) for block in _blocks(items)]
