@@ -1,11 +1,11 @@
-"""Geometry of a sample: growing the box, drawing the hole, choosing the crop. Pure; no pixels are read here.
+"""Geometry of a sample: grow the box, draw the hole, choose the crop. Pure functions that read no pixels.
 
 Boxes are in pixels of the source image, right and bottom exclusive. Every random number comes from the
 `numpy.random.Generator` that is passed in, in the order of the original code, so its recorded draws can be replayed.
 
-Lengths that the recipe states in pixels (±5 px jitter, 10 px exemplar padding) were chosen for photographs of
-Open Images' size, which the model sees at 512 px. On a smaller image they would eat the object, so callers
-multiply them by `pixel_scale`.
+Lengths that the recipe states in pixels (±5 px jitter, 10 px exemplar padding) suit photographs of Open Images' size,
+which are resized to 512 px. On a smaller image they would be large beside the object. Callers therefore multiply them
+by `pixel_scale`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _CURVE_T = np.arange(1, 20)[:, None] * 0.05  # the original stops at 0.90, which
 
 
 def pixel_scale(size: tuple[int, int]) -> float:
-    """Factor in (0, 1] for lengths in pixels on an image of `size` (width, height): short side / 512, at most 1."""
+    """Return the factor for lengths in pixels on an image of `size` (width, height): min(1, short side / 512)."""
     return min(1.0, min(size) / REFERENCE_SIDE)
 
 
 def clip_box(x_min: float, y_min: float, x_max: float, y_max: float, size: tuple[int, int]) -> Box:
-    """The box truncated to whole pixels, inside the image and at least 1 px wide and high.
+    """Truncate a box to whole pixels inside the image, at least 1 px wide and high.
 
     Args:
         x_min, y_min, x_max, y_max: corners in pixels, possibly fractional or outside the image.
@@ -56,24 +56,24 @@ def grow_box(box: Box, within: Box, rng: np.random.Generator) -> Box:
 
 
 def rectangle_hole(size: tuple[int, int], grown: Box) -> Image.Image:
-    """Hole mask (mode L, white = hole) that is the grown box itself."""
+    """Draw the grown box as hole mask (mode L, white = hole)."""
     hole = Image.new("L", size, 0)
     hole.paste(255, grown)
     return hole
 
 
 def polygon_hole(size: tuple[int, int], polygon: np.ndarray) -> Image.Image:
-    """Hole mask (mode L, white = hole) of a closed polygon (n, 2) of x, y."""
+    """Draw a closed polygon, (n, 2) of x, y, as hole mask (mode L, white = hole)."""
     hole = Image.new("L", size, 0)
     ImageDraw.Draw(hole).polygon([(float(x), float(y)) for x, y in polygon], fill=255)
     return hole
 
 
 def outline_curves(box: Box, grown: Box) -> np.ndarray:
-    """Points on the four quadratic Bezier curves of an arbitrary shape, before jitter.
+    """Return points on the four quadratic Bezier curves of an arbitrary shape, before jitter.
 
-    A curve joins two neighbouring corners of the box; its control point is above the middle of that side, on the edge
-    of the grown box, so the curve reaches half of the way there.
+    A curve joins two neighbouring corners of the box. Its control point lies above the middle of that side, on the edge
+    of the grown box; the curve reaches half of the way to it: B(t) = (1 - t)^2 P0 + 2 t (1 - t) P1 + t^2 P2.
 
     Returns:
         (4, 19, 2) float64 x, y at t = 0.05 … 0.95: top, right, bottom, left; clockwise from the top left corner.
@@ -89,11 +89,11 @@ def outline_curves(box: Box, grown: Box) -> np.ndarray:
 
 
 def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: int = JITTER) -> np.ndarray:
-    """Outline of an arbitrary hole: the jittered curves between the corners of the box.
+    """Draw the outline of an arbitrary hole: the jittered curves between the corners of the box.
 
-    The original's jitter cuts into the object and ties the outline in knots where points are close. Here a
-    jittered point never gets inside the box, and the points of a side stay in order along it. Each side is then a
-    graph over its edge of the box, so the polygon is simple and contains the box.
+    The original's jitter cuts into the object, and makes the outline cross itself where points are close. Here a
+    jittered point never gets inside the box, and the points of a side keep their order along it. Each side is then a
+    graph over its edge of the box; the polygon is therefore simple and contains the box.
 
     Args:
         jitter: largest shift of a point per axis, whole pixels.
@@ -116,10 +116,10 @@ def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: in
 
 
 def irregular_hole(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """A large hole anywhere (mode L, white = hole): thick broken lines in one half of the cases, else rectangles.
+    """Draw a large hole anywhere (mode L, white = hole): thick polylines with probability 0.5, else rectangles.
 
-    Up to five lines of up to five segments, each as long as 4 % to 80 % of the short side and as wide as 2 % to 40 %;
-    or up to four rectangles with sides of 12 % to 60 % of it.
+    Lengths are relative to the short side: up to five polylines of up to five segments, each 4 % to 80 % long and 2 %
+    to 40 % wide; or up to four rectangles with sides of 12 % to 60 %.
 
     Source: Suvorov et al. 2022 (LaMa), section 2.3; the shares are those of its masks for 256 px, in any direction.
     """
@@ -145,13 +145,13 @@ def irregular_hole(size: tuple[int, int], rng: np.random.Generator) -> Image.Ima
 
 
 def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> Box:
-    """Square window that holds the grown box, at a random place and zoom.
+    """Draw a square window that holds the grown box, at a random place and zoom.
 
-    A square image is taken whole (as in the recipe). Otherwise the window starts as a square of the short side,
-    anywhere along the long side where it holds the grown box, and loses up to 60 % of the least free space around
-    the box on all sides. When the grown box is longer than the short side, no such square exists; the original then
-    squashes the image (and also when the box touches an end of the long side). Here the window is as long as the
-    image, zoomed by the same rule, and overhangs the short side evenly on both sides: the caller pads.
+    A square image is used whole (as in the recipe). Otherwise the window starts as a square of the short side, anywhere
+    along the long side where it holds the grown box, and then loses up to 60 % of the smallest free space around the
+    box on all sides. If the grown box is longer than the short side, no such square exists, and the original squashes
+    the image (also if the box touches an end of the long side). Here the window is as long as the image, zoomed by the
+    same rule, and extends evenly beyond both edges of the short side: the caller pads.
 
     Two draws (place, zoom); none for a square image, one (zoom) for an overhanging window.
 
@@ -182,10 +182,10 @@ def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> 
 def crop_around_box(
     size: tuple[int, int], box: Box, margins: tuple[float, float], min_side: int, rng: np.random.Generator
 ) -> Box:
-    """Square window around the box, as editing crops one around a hole: the box with some context.
+    """Draw a square window around the box with some margin, as editing crops around a hole.
 
-    The side is the box's longer side plus a margin, a share of it, on both; at least `min_side`, so that no picture
-    is enlarged, and at most the image's short side. A box longer than that gets what `crop_window` makes of it.
+    Its side is the longer side of the box plus a margin on both sides, which is a fraction of it; at least `min_side`,
+    so that no image is enlarged, and at most the short side of the image. Longer boxes are left to `crop_window`.
 
     Three draws: margin (log-uniform), left, top.
 
