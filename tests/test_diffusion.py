@@ -48,8 +48,8 @@ def test_buffers_are_the_published_ones() -> None:
 def test_q_sample_and_its_inverse_reproduce_the_golden_data() -> None:
     x_0, eps, t, x_t, x_0_back = golden("q/x0", "q/noise", "q/t", "q/out", "q/predict_start")
     ac = make_schedule(ScheduleConfig()).buffers()["alphas_cumprod"]
-    # 1e-6 and what float32 rounding of alphas_cumprod[0] = 0.99915 makes of sigma_0 = 0.029: 4e-7, times |eps| < 4
-    torch.testing.assert_close(q_sample(x_0, t, eps, ac), x_t, rtol=0, atol=2e-6)
+    # float32 rounding of alphas_cumprod[0] = 0.99915 moves sigma_0 = 0.029 by 4e-7, times |eps| < 4; measured: 1.1e-6
+    torch.testing.assert_close(q_sample(x_0, t, eps, ac), x_t, rtol=0, atol=4e-6)
     # the reference's x_0 for this noise: at t = 0 the division by sigma = 0.029 enlarges the last bits of x_t
     torch.testing.assert_close(to_eps(x_0_back, x_t, t, "x0", ac), eps, rtol=0, atol=5e-5)
 

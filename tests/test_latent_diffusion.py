@@ -145,15 +145,13 @@ def test_training_step_with_the_references_draws(
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_trajectory(golden: dict[str, Tensor], tiny_model: LatentDiffusion, run: Run) -> None:
     got, expected = trajectory(tiny_model, golden, run), expected_trajectory(golden, run)
-    if run.guidance_scale == 1:
-        tolerance_x = tolerance_x_0 = 2e-5
-    else:
-        # Guidance 5 weighs the rounding of two evaluations (2e-6 each) with 5 and 4, x_0 divides it by alpha (0.07 at
-        # first), and this network, whose weights mean nothing, drives x to 68. The reference itself is then up to 7e-5
-        # (x) and 4e-4 (x_0) away from the same calculation in float64 (docs/parity.md), so that no float32
-        # implementation can be within 2e-5 of it but by chance. Hence relative to the largest value: measured on
-        # three instruction sets, 1.8e-6 (x) and 8.7e-6 (x_0); allowed about twice as much.
-        tolerance_x, tolerance_x_0 = 4e-6 * expected.x.abs().max().item(), 2e-5 * expected.x_0.abs().max().item()
+    # Relative to the largest value of x (34 to 68) and x_0: the random network lets them grow, and float32 rounds in
+    # proportion. Guidance 5 weighs the rounding of two evaluations with 5 and 4, and x_0 divides it by alpha (0.07 at
+    # first); the reference itself is then up to 7e-5 (x) and 4e-4 (x_0) away from float64 (docs/parity.md). Measured
+    # on three instruction sets: 6.5e-7 without guidance, 1.8e-6 (x) and 8.7e-6 (x_0) with it. Allowed: twice that.
+    relative_x, relative_x_0 = (2e-6, 2e-6) if run.guidance_scale == 1 else (4e-6, 2e-5)
+    tolerance_x = relative_x * expected.x.abs().max().item()
+    tolerance_x_0 = relative_x_0 * expected.x_0.abs().max().item()
     torch.testing.assert_close(got.x, expected.x, rtol=0, atol=tolerance_x)
     torch.testing.assert_close(got.x_0, expected.x_0, rtol=0, atol=tolerance_x_0)
     torch.testing.assert_close(got.x[-1], golden[f"sample/{run.name}/final"], rtol=0, atol=tolerance_x)
@@ -204,8 +202,8 @@ def test_the_originals_script_from_its_seed(
         close(script_model.null_context(), expected["uncond"])
     c_concat = script_model.c_concat(z_masked, keep_mask)
     samples = script_model.sample(c_concat, context, num_steps=10, x_T=x_T, generator=generator, **settings)
-    # relative to the largest value, as in test_trajectory
-    tolerance = max(2e-5, 4e-6 * expected["samples"].abs().max().item())
+    # relative to the largest value, as in test_trajectory; measured with AVX2: 2.5e-6
+    tolerance = max(2e-5, 8e-6 * expected["samples"].abs().max().item())
     torch.testing.assert_close(samples, expected["samples"], rtol=0, atol=tolerance)
     decoded = script_model.decode_latents(samples)
     torch.testing.assert_close(decoded, expected["decoded"], rtol=0, atol=tolerance)

@@ -71,8 +71,8 @@ def test_ddim_steps_are_the_official_ones(num_steps: int, eta: int) -> None:
     assert [step.t for step in steps] == golden["t"]
     assert [step.ac_t for step in steps] == golden["ac_t"]
     assert [step.ac_prev for step in steps] == golden["ac_prev"]
-    # the original divides the float32 alphas in float32, here it is float64
-    assert [step.sigma for step in steps] == pytest.approx(golden["sigma"], rel=0, abs=3e-8)
+    # the original divides the float32 alphas in float32, here it is float64; measured: 1.8e-8
+    assert [step.sigma for step in steps] == pytest.approx(golden["sigma"], rel=0, abs=6e-8)
 
 
 @pytest.mark.parametrize(

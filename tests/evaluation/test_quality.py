@@ -53,11 +53,11 @@ def test_golden(name: str) -> None:
 
     # The real pictures were scored in float64.
     assert np.allclose(gmm.log_density(features["feat_gt"]), arrays[f"{name}/score_gt"], rtol=1e-12, atol=0)
-    # The generated ones in float32, by scikit-learn: its rounding, up to 0.0015 here, is what remains.
+    # scikit-learn scored the generated images in float32; the stored scores are rounded by 7.6e-5 and their mean by 8e-7
     density = gmm.log_density(features["feat_gen"])
-    assert np.allclose(density, arrays[f"{name}/score_gen"], rtol=1e-4, atol=0)
+    assert np.allclose(density, arrays[f"{name}/score_gen"], rtol=2e-4, atol=0)
     scores = quality_scores(density)
-    assert scores.mean() == pytest.approx(expected["all60_qs"], rel=1e-6)
+    assert scores.mean() == pytest.approx(expected["all60_qs"], rel=2e-6)
     kept = np.delete(scores, LEFT_OUT)
     assert len(kept) == expected["n_scored"]
     # The script computed the features again: float32 rounding of the network on top.

@@ -96,7 +96,7 @@ print(peak, sum(p.numel() for p in model.parameters()))
 @pytest.mark.parametrize("part", FULL_PARTS)
 def test_numbers_are_the_references(part: str) -> None:
     for quantity, ours, reference, _ in compare_full(part):
-        # 2e-5 where two implementations of the same float32 network differ by up to 6e-6
+        # values up to 6.7; measured: 7.5e-6, with AVX2 1.5e-5
         torch.testing.assert_close(
-            ours, reference, rtol=0, atol=2e-5, msg=lambda text, quantity=quantity: f"{quantity}: {text}"
+            ours, reference, rtol=0, atol=4e-5, msg=lambda text, quantity=quantity: f"{quantity}: {text}"
         )

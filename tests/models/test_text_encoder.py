@@ -199,7 +199,7 @@ def test_the_same_image_as_diffusers_at_full_size(tmp_path: Path) -> None:
     hole.paste(255, (29, 34, 101, 99))
     got, expected = both_images(Editor(model), scene, hole, "ddim", 2)
     print(f"\nlargest difference {(got - expected).abs().max():.1e}")
-    torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)  # measured: 1e-5, of sums a hundred times as long
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)  # measured: 1e-5, with AVX2 3.9e-5
 
 
 def paint(editor: Editor, scene: Image.Image, hole: Image.Image, **options: Any) -> Tensor:
