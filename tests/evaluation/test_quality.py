@@ -53,7 +53,7 @@ def test_golden(name: str) -> None:
 
     # The real pictures were scored in float64.
     assert np.allclose(gmm.log_density(features["feat_gt"]), arrays[f"{name}/score_gt"], rtol=1e-12, atol=0)
-    # scikit-learn scored the generated images in float32; the stored scores are rounded by 7.6e-5 and their mean by 8e-7
+    # scikit-learn scored the generated images in float32: its scores are off by 7.6e-5, their mean by 8e-7
     density = gmm.log_density(features["feat_gen"])
     assert np.allclose(density, arrays[f"{name}/score_gen"], rtol=2e-4, atol=0)
     scores = quality_scores(density)
