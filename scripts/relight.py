@@ -10,13 +10,15 @@ docs/relight.md describes the models and all settings.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-SAMPLER_NAMES = ("dpm_solver_pp", "plms", "ddim", "unipc", "ddpm")
-DEFAULT_STEPS = {"dpm_solver_pp": 20, "unipc": 20, "plms": 50, "ddim": 50, "ddpm": 250}
+from ldm.editing.cli import load_editor, model_metadata, number, numbers, save_results
+from ldm.editing.settings import EditSettings, add_options, given_options
+from ldm.files import UserError
+
+LIGHT_OPTIONS = ("light", "size", "strength", "highres_scale", "highres_strength")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,17 +34,16 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--outdir", type=Path, default=Path("results"), metavar="DIR", help="default: %(default)s")
     files.add_argument("--overwrite", action="store_true", help="replace results of the same name; else number them")
     light = parser.add_argument_group("light")
-    light.add_argument("--prompt", default="", metavar="TEXT", help="subject and light")
-    light.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid; default: common faults")
+    add_options(light, "prompt", "negative_prompt", prompt="subject and light", negative_prompt="what to avoid")
     light.add_argument(
         "--light",
         default="none",
         choices=("none", "left", "right", "top", "bottom"),
         help="direction the light comes from; default: %(default)s",
     )
-    light.add_argument("--size", type=size, metavar="W,H", help="size of the first pass; default: about the model's")
+    light.add_argument("--size", type=numbers, metavar="W,H", help="size of the first pass; default: about the model's")
     light.add_argument(
-        "--strength", type=number, default=0.9, help="noise added to the initial light, 0 to 1; default: %(default)s"
+        "--strength", type=number, default=0.9, help="noise added to the initial image, 0 to 1; default: %(default)s"
     )
     light.add_argument(
         "--highres-scale", type=number, default=1.5, metavar="X", help="enlargement of the result; default: %(default)s"
@@ -60,19 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     model.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the weights")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sampler", default="dpm_solver_pp", choices=SAMPLER_NAMES, help="default: %(default)s")
-    steps = ", ".join(f"{name} {count}" for name, count in DEFAULT_STEPS.items())
-    sampling.add_argument("--steps", type=int, help=f"steps of each pass; default: {steps}")
-    sampling.add_argument("--guidance-scale", type=number, help="default: 2 without a background model, 7 with one")
-    sampling.add_argument("--seed", type=int, nargs="+", default=[0], help="seed of the first sample, or of each")
-    sampling.add_argument("--n-samples", type=int, default=1, help="default: %(default)s")
+    add_options(sampling, "sampler", "num_steps", "eta", "seed", "n_samples")
+    add_options(sampling, "guidance_scale", guidance_scale="default: 2, or 7 for models that read a background")
     shown = parser.add_argument_group("safety and provenance")
     shown.add_argument(
         "--safety",
         nargs="?",
         const="open-nsfw",
         metavar="FOLDER",
-        help="drop results that a content filter flags: the folder of Stable Diffusion's safety checker, or %(const)s",
+        help="withhold what a content filter flags: the folder of Stable Diffusion's safety checker, or %(const)s",
     )
     shown.add_argument(
         "--watermark", nargs="?", const="StableDiffusionV1", metavar="TEXT", help="mark results invisibly"
@@ -80,32 +77,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def number(text: str) -> float:
-    """Parse a finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number")
-    return value
-
-
-def size(text: str) -> tuple[int, int]:
-    """Parse `W,H` as two positive numbers of pixels."""
-    sides = [round(number(word)) for word in text.replace(",", " ").split()]
-    if len(sides) != 2 or min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected two numbers of pixels: W,H")
-    return sides[0], sides[1]
-
-
 def main(argv: list[str] | None = None) -> int:
+    """Relight, and return the exit status: 0, 1 if results are withheld, 2 on errors."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    args.steps = DEFAULT_STEPS[args.sampler] if args.steps is None else args.steps
-    if min(args.n_samples, args.steps) < 1:
-        parser.error("--n-samples and --steps: expected 1 or more")
-    if len(args.seed) > 1 and args.n_samples not in (1, len(args.seed)):
-        parser.error(f"got {len(args.seed)} seeds for {args.n_samples} samples, expected one for each")
+    args = parser.parse_args(argv, argparse.Namespace(decoder=None))
+    if args.size is not None and (len(args.size) != 2 or min(args.size) < 1):
+        parser.error(f"--size: got {args.size}, expected two numbers of pixels: W,H")
     try:
-        return relight(args)
+        # The number of steps is the sampler's own, as for inference.py.
+        sampling: dict[str, Any] = {"num_steps": None} | given_options(args)
+        EditSettings(**sampling)  # checks them
+    except UserError as error:
+        parser.error(str(error))
+    try:
+        return relight(args, sampling)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -121,16 +106,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def relight(args: argparse.Namespace) -> int:
-    """Relight a foreground, write the results and return the exit status: 1 if a filter dropped some of them."""
+def relight(args: argparse.Namespace, sampling: dict[str, Any]) -> int:
+    """Relight a foreground, write the results and return the exit status: 1 if a filter withheld some of them."""
     from concurrent.futures import ThreadPoolExecutor
 
     from PIL import Image
     from tqdm import tqdm
 
     from ldm.checkpoint.io import sha256_file
-    from ldm.editing.cli import save_results
-    from ldm.editing.editor import Editor, checkpoint_file, pick_device, pick_dtype
+    from ldm.editing.editor import checkpoint_file, pick_device, pick_dtype
     from ldm.editing.relight import Relighter, on_grey
     from ldm.editing.request import as_rgb
     from ldm.editing.safety import drop_unsafe, load_filter
@@ -143,64 +127,43 @@ def relight(args: argparse.Namespace) -> int:
     dtype = pick_dtype(args.precision, device)
     args.outdir.mkdir(parents=True, exist_ok=True)
     content_filter = load_filter(args.safety, device) if args.safety else None
-    settings: dict[str, Any] = {
-        "prompt": args.prompt,
-        "light": args.light,
-        "sampler": args.sampler,
-        "num_steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "strength": args.strength,
-        "highres_scale": args.highres_scale,
-        "highres_strength": args.highres_strength,
-        "size": args.size,
-    }
-    if args.negative_prompt is not None:
-        settings["negative_prompt"] = args.negative_prompt
-    seeds = args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.n_samples)]
-    passes = 2 if args.highres_strength else 1
-    with ThreadPoolExecutor(1) as beside, tqdm(total=passes * args.steps, desc="loading the model", unit="step") as bar:
-        relighter = Relighter(
-            Editor.from_pretrained(args.checkpoint, config=args.config, device=device, dtype=dtype).model
-        )
-        # Several seconds for a large file, while the device computes.
-        digest = beside.submit(sha256_file, checkpoint_file(args.checkpoint))
+    light = {name: getattr(args, name) for name in LIGHT_OPTIONS}
+    settings = EditSettings(**sampling)
+    steps = settings.steps * (2 if args.highres_strength else 1)
+    with ThreadPoolExecutor(1) as hashing, tqdm(total=steps, desc="loading the model", unit="step") as bar:
+        relighter = Relighter(load_editor(args, device, dtype).model)
+        # Hashing a large file takes several seconds; meanwhile the device paints.
+        digest = hashing.submit(sha256_file, checkpoint_file(args.checkpoint))
+
+        def on_step(*_: object) -> None:
+            bar.update()
+
         bar.set_description("painting")
-        results = relighter.relight(
-            foreground, background=background, seed=seeds, on_step=lambda *_: bar.update(), **settings
-        )
+        keywords: dict[str, Any] = light | sampling | {"seed": settings.seeds}
+        results = relighter.relight(foreground, background=background, on_step=on_step, **keywords)
     assert isinstance(results, list)
-    num_made = len(results)
-    seeds, results = drop_unsafe(content_filter, seeds, results, Image.new("L", results[0].size, 255))
-    if args.watermark:
-        results = [add_watermark(result, args.watermark) for result in results]
-    record = settings | {
+    record = model_metadata(args, dtype, digest.result()) | {
         "mode": "relight",
-        "image": str(args.image),
-        "mask": args.mask and str(args.mask),
-        "background": args.background and str(args.background),
-        **common_record(args, device.type, str(dtype).removeprefix("torch."), digest.result()),
-    }
-    named = {
-        f"{args.image.stem}_relit_{seed}": (result, {"seed": seed}) for seed, result in zip(seeds, results, strict=True)
-    }
-    save_results(args.outdir, named, record, overwrite=args.overwrite)
-    return 1 if len(results) < num_made else 0
-
-
-def common_record(args: argparse.Namespace, device: str, precision: str, digest: str) -> dict[str, Any]:
-    """Return the part of an image's metadata that names version, model, filter and precision."""
-    from ldm import __version__
-
-    return {
-        "version": __version__,
+        "device": device.type,
+        "guidance_scale": None,  # the model's
+        **sampling,
+        "sampler": settings.sampler,
+        "num_steps": settings.steps,
+        **light,
+        **{name: (value := getattr(args, name)) and str(value) for name in ("image", "mask", "background")},
         "checkpoint": str(args.checkpoint),
-        "checkpoint_sha256": digest,
         "config": str(args.config or "beside the checkpoint"),
         "safety": args.safety,
         "watermark": args.watermark,
-        "device": device,
-        "precision": precision,
     }
+    seeds, safe = drop_unsafe(content_filter, settings.seeds, results, Image.new("L", results[0].size, 255))
+    if args.watermark:
+        safe = [add_watermark(result, args.watermark) for result in safe]
+    named = {
+        f"{args.image.stem}_relit_{seed}": (result, {"seed": seed}) for seed, result in zip(seeds, safe, strict=True)
+    }
+    save_results(args.outdir, named, record, overwrite=args.overwrite)
+    return 1 if len(safe) < len(results) else 0
 
 
 if __name__ == "__main__":

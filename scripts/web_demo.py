@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Paint by Example in the browser: paint the hole, show an exemplar, run.
+"""Serve Paint by Example as a web page: paint the hole, show an exemplar, run.
 
     python scripts/web_demo.py                                     # the bundled model, for this machine only
     python scripts/web_demo.py --config configs/v1.yaml --checkpoint model.ckpt --device cuda --precision bf16
@@ -23,10 +23,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model", "the bundled small one unless named")
+    model = parser.add_argument_group("model", "the bundled small one by default")
     model.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
     model.add_argument("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
-    model.add_argument("--decoder", type=Path, metavar="PATH", help="of the first stage, as for inference.py")
+    model.add_argument("--decoder", type=Path, metavar="PATH", help="first-stage decoder, as for inference.py")
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     model.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: %(default)s")
     shown = parser.add_argument_group("safety and provenance", "as for inference.py")
@@ -35,19 +35,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--watermark", nargs="?", const="StableDiffusionV1", metavar="TEXT", help="mark results invisibly"
     )
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 is for everyone; default: %(default)s")
+    server.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 serves everyone; default: %(default)s")
     server.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     server.add_argument(
-        "--auth", default=os.environ.get("WEB_DEMO_AUTH"), metavar="USER:PASSWORD",
-        help="ask for it; better put into the environment variable WEB_DEMO_AUTH, which others do not see",
-    )  # fmt: skip
+        "--auth",
+        default=os.environ.get("WEB_DEMO_AUTH"),
+        metavar="USER:PASSWORD",
+        help="password of the page; safer in the environment variable WEB_DEMO_AUTH, which other users do not see",
+    )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-megapixels", type=float, default=30, metavar="N", help="of a picture; %(default)s")
-    limits.add_argument("--max-megabytes", type=int, default=40, metavar="N", help="of a file; default: %(default)s")
-    limits.add_argument("--max-seconds", type=float, default=300, metavar="N", help="of painting; default: %(default)s")
-    limits.add_argument("--max-samples", type=int, default=8, metavar="N", help="of an edit; default: %(default)s")
-    limits.add_argument("--max-waiting", type=int, default=16, metavar="N", help="requests; default: %(default)s")
-    limits.add_argument("--keep-minutes", type=float, default=90, metavar="N", help="files; default: %(default)s")
+    for option, kind, default, what in (
+        ("--max-megapixels", float, 30, "pixels of an image"),
+        ("--max-megabytes", int, 40, "size of a file"),
+        ("--max-seconds", float, 300, "time of painting"),
+        ("--max-samples", int, 8, "candidates of an edit"),
+        ("--max-waiting", int, 16, "waiting requests"),
+        ("--keep-minutes", float, 90, "time that unused files are kept"),
+    ):
+        limits.add_argument(option, type=kind, default=default, metavar="N", help=f"{what}; default: %(default)s")
     return parser
 
 

@@ -10,8 +10,7 @@ Imposing Consistent Light Transport" (IC-Light). The steps and numbers are those
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,54 +30,21 @@ from ldm.samplers import OnStep
 LIGHTS = ("none", "left", "right", "top", "bottom")
 GREY = (127, 127, 127)  # the level that `encode` maps to exactly 0
 SIDE = 64  # widths and heights are multiples of this
+NEGATIVE_PROMPT = "lowres, bad anatomy, bad hands, cropped, worst quality"
 INITIAL_LIGHT = (255, 0)  # grey levels of the initial image, from the lit side to the dark side
 BACKGROUND_LIGHT = (224, 32)  # the same for a generated background
 AMBIENT = (64, 64)  # the background without a direction of light
 GUIDANCE = {False: 2.0, True: 7.0}  # default scale by whether the model reads a background
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelightSettings:
-    """Settings of one relighting.
-
-    Attributes:
-        prompt: text about subject and light; `best quality` helps.
-        negative_prompt: text that guidance leads away from.
-        light: the direction the light comes from, one of LIGHTS. A model without background channels starts from a
-            gradient with this direction; a model with them takes the gradient as its background.
-        size: (W, H) of the first pass, rounded to multiples of 64. None chooses the foreground's aspect ratio and about
-            as many pixels as the model was trained on.
-        sampler: name of the sampler, as for `Editor.edit`.
-        num_steps: denoising steps of each pass.
-        guidance_scale: None means 2 for a model without background channels and 7 for one with them, as published.
-        strength: share of the schedule, in [0, 1], by which the initial gradient is noised.
-        highres_scale: factor, at least 1, from the size of the first pass to that of the result. The second pass
-            enlarges the first result, adds noise and denoises it again.
-        highres_strength: share of the schedule, in [0, 1], by which the second pass adds noise; 0 leaves out that pass.
-
-    Raises:
-        UserError: a setting is out of range.
-    """
-
-    prompt: str = ""
-    negative_prompt: str = "lowres, bad anatomy, bad hands, cropped, worst quality"
-    light: str = "none"
-    size: tuple[int, int] | None = None
-    sampler: str = "dpm_solver_pp"
-    num_steps: int = 25
-    guidance_scale: float | None = None
-    strength: float = 0.9
-    highres_scale: float = 1.5
-    highres_strength: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.light not in LIGHTS:
-            raise UserError(f"light: got {self.light!r}, expected one of {', '.join(LIGHTS)}")
-        if not 0 <= self.highres_strength <= 1 or self.highres_scale < 1:
-            raise UserError(
-                f"got highres_strength={self.highres_strength}, highres_scale={self.highres_scale}, "
-                "expected 0 to 1, and 1 or more"
-            )
+SAMPLING = (
+    "negative_prompt",
+    "sampler",
+    "num_steps",
+    "guidance_scale",
+    "guidance_interval",
+    "eta",
+    "seed",
+    "n_samples",
+)
 
 
 class Relighter:
@@ -108,51 +74,69 @@ class Relighter:
         *,
         mask: Picture | None = None,
         background: Picture | None = None,
-        seed: int | Sequence[int] = 0,
-        n_samples: int = 1,
+        light: str = "none",
+        size: tuple[int, int] | None = None,
+        strength: float = 0.9,
+        highres_scale: float = 1.5,
+        highres_strength: float = 0.5,
         on_step: OnStep | None = None,
-        **settings: Any,
+        **sampling: Any,
     ) -> Image.Image | list[Image.Image]:
         """Paint the foreground in another light, on a background that is given or that the model invents.
 
         Args:
-            foreground: image or path; the model invents what is transparent in it.
-            prompt: see `RelightSettings`.
-            mask: white where the foreground is, of the foreground's size, soft edges allowed. None takes the
-                foreground's alpha channel.
-            background: image or path for a model with background channels; cropped to the size of the result.
-                None means a gradient with the direction of the light, or dark grey without one.
-            seed, n_samples, on_step: as for `Editor.edit`.
-            **settings: further fields of `RelightSettings`.
+            foreground, mask: see `on_grey`; the model invents what is transparent.
+            prompt: text about subject and light; `best quality` helps.
+            background: for a model that reads one, cropped to the result's size; None is a gradient, or dark grey.
+            light: its direction, one of LIGHTS: in the initial image, or in the background if the model reads one.
+            size: (W, H) of the first pass, rounded to multiples of 64; None is about the model's in pixels.
+            strength: share of the schedule, in (0, 1], by which the initial image is noised.
+            highres_scale: factor, at least 1, by which the second pass enlarges the first result to repaint it.
+            highres_strength: share of the schedule, in [0, 1], by which the second pass adds noise; 0 leaves it out.
+            on_step: as for `Editor.edit`.
+            **sampling: SAMPLING of `EditSettings`; by default NEGATIVE_PROMPT, 25 steps a pass and GUIDANCE.
 
         Returns:
             An RGB image; a list of them if n_samples > 1 or `seed` is a list.
 
         Raises:
-            UserError: a setting is out of range, or the model does not read a background.
+            UserError: a setting is unknown or out of range, or the model does not read a background.
             OSError, ValueError: a file cannot be read.
         """
-        chosen = RelightSettings(prompt=prompt, **settings)
-        if background is not None and not self.reads_background:
-            raise UserError("got a background for a model that reads none; give a light, or use a model for both")
-        if background is not None and chosen.light != "none":
-            raise UserError(f"got a background and light={chosen.light!r}; give one of them")
-        samples = EditSettings(seed=seed, n_samples=n_samples)  # checks them
-        seeds = samples.seeds
+        self._check(background, light, highres_scale, highres_strength, sampling)
+        defaults = {
+            "negative_prompt": NEGATIVE_PROMPT,
+            "num_steps": 25,
+            "guidance_scale": GUIDANCE[self.reads_background],
+        }
+        settings = EditSettings(prompt=prompt, **defaults | sampling)
         image = on_grey(foreground, mask)
-        size = _multiples(chosen.size) if chosen.size else working_size(image.size, self.model.config.image_size)
-        generators = [torch.Generator().manual_seed(one) for one in seeds]
-        paint = partial(self._paint, image, background and as_rgb(background), chosen, generators, on_step)
+        behind = as_rgb(background) if background is not None else None
+        size = _multiples(size) if size else working_size(image.size, self.model.config.image_size)
+        generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+        paint = partial(self._paint, image, behind, light, settings, generators, on_step)
 
         z_0 = None
-        if chosen.light != "none" and not self.reads_background:
-            z_0 = self.encode([gradient(size, chosen.light, INITIAL_LIGHT)] * len(seeds))
-        results = paint(size, z_0, chosen.strength)
-        if chosen.highres_strength > 0:
-            size = _multiples((size[0] * chosen.highres_scale, size[1] * chosen.highres_scale))
+        if light != "none" and not self.reads_background:
+            z_0 = self.encode([gradient(size, light, INITIAL_LIGHT)] * len(generators))
+        results = paint(size, z_0, strength)
+        if highres_strength > 0:
+            size = _multiples((size[0] * highres_scale, size[1] * highres_scale))
             z_0 = self.encode([result.resize(size, Image.Resampling.LANCZOS) for result in results])
-            results = paint(size, z_0, chosen.highres_strength)
-        return results[0] if samples.is_single else results
+            results = paint(size, z_0, highres_strength)
+        return results[0] if settings.is_single else results
+
+    def _check(self, background: object, light: str, scale: float, strength: float, sampling: Collection[str]) -> None:
+        if unknown := set(sampling) - set(SAMPLING):
+            raise UserError(f"got the setting {min(unknown)}, expected one of {', '.join(SAMPLING)}")
+        if light not in LIGHTS:
+            raise UserError(f"light: got {light!r}, expected one of {', '.join(LIGHTS)}")
+        if background is not None and not self.reads_background:
+            raise UserError("got a background for a model that reads none; give a light, or use a model for both")
+        if background is not None and light != "none":
+            raise UserError(f"got a background and light={light!r}; give one of them")
+        if not 0 <= strength <= 1 or scale < 1:
+            raise UserError(f"got highres_strength={strength}, highres_scale={scale}, expected 0 to 1, and 1 or more")
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
@@ -168,7 +152,8 @@ class Relighter:
         self,
         foreground: Image.Image,
         background: Image.Image | None,
-        settings: RelightSettings,
+        light: str,
+        settings: EditSettings,
         generators: list[torch.Generator],
         on_step: OnStep | None,
         size: tuple[int, int],
@@ -181,21 +166,18 @@ class Relighter:
         if background is not None:
             read.append(ImageOps.fit(background, size, Image.Resampling.LANCZOS))
         elif self.reads_background:
-            read.append(gradient(size, settings.light, BACKGROUND_LIGHT if settings.light != "none" else AMBIENT))
+            read.append(gradient(size, light, BACKGROUND_LIGHT if light != "none" else AMBIENT))
         c_concat = torch.cat([self.encode([image]) for image in read], dim=1)
-        context, null_context = model.context(None, [settings.prompt]), model.null_context(settings.negative_prompt)
-        scale = settings.guidance_scale
+        sampling = settings.sampling
         z = model.sample(
             c_concat.expand(count, -1, -1, -1),
-            context.expand(count, -1, -1),
-            null_context=null_context,
+            model.context(None, [settings.prompt or ""]).expand(count, -1, -1),
+            null_context=model.null_context(sampling.pop("negative_prompt")),
             generator=generators,
-            sampler=settings.sampler,
-            num_steps=settings.num_steps,
-            guidance_scale=GUIDANCE[self.reads_background] if scale is None else scale,
             z_0=z_0,
             strength=strength,
             on_step=on_step,
+            **sampling,
         )
         return [tensor_to_pil(pixels) for pixels in model.decode_latents(z)]
 

@@ -101,7 +101,7 @@ class SafetyChecker:
             tower: Any = CLIPVisionModelWithProjection(sizes)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{config}: not the config of a safety checker ({error!r}); download it again") from None
-        self.image_size = sizes.image_size
+        self.image_size: Any = sizes.image_size
         # Older files repeat one level of the names and hold the positions' numbers.
         state = {
             name.replace("vision_model.vision_model.", "vision_model."): tensor.float()

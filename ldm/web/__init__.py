@@ -1,1 +1,1 @@
-"""The web page: `edits` checks a request and carries it out, `page` shows it in a browser with Gradio."""
+"""The web page: `service` checks requests and carries them out, `page` shows them in a browser with Gradio."""

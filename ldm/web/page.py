@@ -1,6 +1,6 @@
-"""The page in a browser and the API beside it: a layout over `edits` with Gradio, which is imported when it is built.
+"""The page in a browser and the API beside it: a layout over `service` with Gradio.
 
-Gradio looks at the types of an event's parameters, so annotations here are values and not put off to be strings.
+Gradio reads the annotations of event handlers, so they are evaluated here and not postponed.
 """
 
 import base64
@@ -13,39 +13,31 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import gradio as gr
+from gradio.components import Component
+from gradio.components.api_component import Api
+from gradio.themes import Default
+from gradio_client.utils import is_file_obj_with_meta
 from PIL import Image, ImageOps
 
 from ldm.editing.editor import EXAMPLE_PARTS, bundled_examples
 from ldm.editing.hole_masks import as_hole
 from ldm.images import open_image
-from ldm.web.service import Edited, EditService, Progress, Setting
-
-if TYPE_CHECKING:
-    import gradio
-    from gradio.components import Component
+from ldm.web.service import LONGEST_PROMPT, Edited, EditService, OfferedSetting, Progress
 
 HERE = Path(__file__).parent
 INTRODUCTION = """# Paint by Example
-Paint over a part of the scene, {say} what is to be there instead, and run. Nothing outside the hole changes."""
-DISPLAY_SIDE = 1280  # pixels, longest, of the copies that the browser shows
-PAINT = (255, 61, 127)  # of a hole
-HINT = "Paint the hole, {say}, run."
-SWEEP_SECONDS = 60.0  # between two looks for files that are old
-STYLE = """
-.gradio-container { max-width: 1240px !important; margin: auto; }
-#scene .html-container, #exemplar .html-container, #status .html-container { padding: 0; }
-#upload-scene, #upload-exemplar, footer .divider { display: none; }
-#examples .grid-wrap, #candidates .grid-wrap { min-height: 0; height: auto; max-height: none; }
-#examples .thumbnail-lg, #candidates .thumbnail-lg { aspect-ratio: 3 / 2; }
-#candidates img { object-fit: contain; }
-#settings .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); }
-.progress { display: flex; flex-direction: column; gap: 0.5rem; align-items: center; }
-.progress .bar { width: 100%; height: 0.5rem; border-radius: 1rem; background: var(--background-fill-secondary); }
-.progress .bar div { height: 100%; border-radius: 1rem; background: var(--color-accent); }
-.progress img { width: 100%; max-height: 14rem; object-fit: contain; margin: 0; }
-"""
+Paint over a part of the scene, {condition} what is to be there instead, and run. Nothing outside the hole changes."""
+HINT = "Paint the hole, {condition}, run."
+DISPLAY_SIDE = 1280  # longest side of the copies that the browser shows, pixels
+PAINT = (255, 61, 127)  # colour of a hole
+SWEEP_SECONDS = 60.0  # time between two searches for old files
+PRIVATE: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
+AT_ONCE: dict[str, Any] = dict(queue=False, **PRIVATE)
+ON_MODEL: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
+THUMBNAILS: dict[str, Any] = dict(allow_preview=False, interactive=False, show_label=False, buttons=[])
 
 
 @contextmanager
@@ -56,11 +48,11 @@ def serving(
     port: int | None = None,
     auth: tuple[str, str] | None = None,
 ) -> Iterator[str]:
-    """Serve the page inside the block; its temporary files are gone afterwards.
+    """Serve the page inside the block; its temporary files are removed afterwards.
 
     Args:
-        make_service: makes the service, given a folder for its files.
-        host: the address to listen at.
+        make_service: makes the service from a folder for its files.
+        host: address to listen at.
         port: None takes the first free one from 7860 on.
         auth: user and password to ask for; None asks for none.
 
@@ -68,201 +60,220 @@ def serving(
         The page's address.
 
     Raises:
-        OSError: the address cannot be had.
-        ModuleNotFoundError: Gradio is not installed.
+        OSError: the address is taken or not this machine's.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also of Gradio's own parts, which do not see the page's setting
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also for Gradio's parts that do not know the page's setting
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio looks for new versions of itself at each start
     with tempfile.TemporaryDirectory(prefix="paint-by-example-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        from gradio.themes import Default
+        with closing(make_service(Path(folder))) as service:
+            page = Page(service).blocks
+            page.queue(max_size=service.limits.waiting, api_open=False)
+            url = launch(page, host, port, auth=auth, max_file_size=service.limits.megabytes * 2**20)
+            stopped = threading.Event()
+            spared = set(service.folder.rglob("*"))  # the page's own images stay
 
-        service = make_service(Path(folder))
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio looks whether it is there, at each start
-        page = build_page(service)
-        spared, stopped = set(service.folder.rglob("*")), threading.Event()  # the page's own pictures stay
+            def sweep() -> None:
+                while not stopped.wait(SWEEP_SECONDS):
+                    service.sweep(spared)
 
-        def sweep() -> None:
-            while not stopped.wait(SWEEP_SECONDS):
-                service.sweep(spared)
-
-        page.queue(max_size=service.limits.waiting, api_open=False)
-        try:
-            _, url, _ = page.launch(
-                server_name=host,
-                server_port=port,
-                auth=auth,
-                max_file_size=service.limits.megabytes * 2**20,
-                theme=Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-                css=STYLE,
-                footer_links=["api"],
-                share=False,
-                ssr_mode=False,
-                mcp_server=False,
-                run_history=False,
-                enable_monitoring=False,
-                prevent_thread_lock=True,
-                quiet=True,
-            )
-        except OSError:
-            raise OSError(
-                f"{host}:{port or '7860 to 7959'}: taken, or not an address of this machine; see --port"
-            ) from None
-        threading.Thread(target=sweep, name="sweep", daemon=True).start()
-        try:
-            yield url
-        finally:
-            stopped.set()
-            page.close(verbose=False)
+            threading.Thread(target=sweep, name="sweep", daemon=True).start()
+            try:
+                yield url
+            finally:
+                stopped.set()
+                page.close(verbose=False)
 
 
-def build_page(service: EditService) -> "gradio.Blocks":
-    """The page and the API endpoint `/edit` of a service."""
-    import gradio as gr
+def launch(page: gr.Blocks, host: str, port: int | None, **options: Any) -> str:
+    """Start the server of a page and return its address."""
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            theme=Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+            css=(HERE / "page.css").read_text(encoding="utf-8"),
+            footer_links=["api"],
+            share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            run_history=False,
+            enable_monitoring=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            **options,
+        )
+    except OSError:
+        raise OSError(
+            f"{host}:{port or '7860 to 7959'}: taken, or not an address of this machine; see --port"
+        ) from None
+    return url
 
-    examples = bundled_examples()
-    private: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
-    thumbnails: dict[str, Any] = dict(allow_preview=False, interactive=False, show_label=False, buttons=[])
-    model: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
-    shows, writes = service.editor.model.reads_exemplars, service.editor.model.reads_text
-    texts = [setting for setting in service.settings.values() if setting.is_text]
 
-    with gr.Blocks(title="Paint by Example", analytics_enabled=False) as page:
-        gr.Markdown(INTRODUCTION.format(say=" and ".join(["show"] * shows + ["say"] * writes)))
-        files = {part: gr.State() for part in ("scene", "exemplar")}
-        results = gr.State()  # the scene that was edited and the candidates
-        with gr.Row():
-            with gr.Column(scale=3):
-                gr.Markdown("### Scene")
-                scene = picture("scene", service.limits.megabytes, painted=True)
-                with gr.Row(visible=bool(texts)):
-                    written = {setting.name: control(setting) for setting in texts}
-                with gr.Row():
-                    with gr.Column(visible=shows):
-                        gr.Markdown("### Exemplar")
-                        exemplar = picture("exemplar", service.limits.megabytes, painted=False)
-                    with gr.Column(visible=bool(examples)):
-                        gr.Markdown("### Examples")
-                        gallery_of_examples = gr.Gallery(
-                            [example_tile(folder) for folder in examples], columns=2, height="auto", elem_id="examples",
-                            format="jpeg", **thumbnails,
-                        )  # fmt: skip
-            with gr.Column(scale=2):
-                with gr.Row():
-                    run = gr.Button("Run", variant="primary", elem_id="run")
-                    cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
-                say = " and ".join(["choose an exemplar"] * shows + ["write a prompt"] * writes)
-                status = gr.HTML(HINT.format(say=say), elem_id="status")
-                slider = gr.ImageSlider(label="Before and after", format="png", interactive=False, elem_id="slider")
-                gallery = gr.Gallery(columns=4, height="auto", elem_id="candidates", visible=False, **thumbnails)
-                with gr.Row():
-                    download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
-                    hole_mask = gr.DownloadButton("Download the mask", visible=False, elem_id="download-mask")
-        with gr.Accordion("Settings"), gr.Row(elem_id="settings"):
-            settings = [written.get(name) or control(setting) for name, setting in service.settings.items()]
-        with gr.Accordion("The same call in Python and shell", open=False, elem_id="calls"):
-            gr.Markdown(
-                "To be run in a folder that holds the pictures under the names given here, the mask among them."
-            )
+class Page:
+    """The page and the API endpoint `/edit` of a service.
+
+    Attributes:
+        blocks: Gradio's description of both.
+    """
+
+    def __init__(self, service: EditService) -> None:
+        self.service = service
+        self.examples = bundled_examples()
+        model = service.editor.model
+        self.reads_exemplars, self.reads_text = model.reads_exemplars, model.reads_text
+        with gr.Blocks(title="Paint by Example", analytics_enabled=False) as self.blocks:
+            condition = " and ".join(["show"] * self.reads_exemplars + ["say"] * self.reads_text)
+            gr.Markdown(INTRODUCTION.format(condition=condition))
             with gr.Row():
-                code: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
-                python = gr.Code(label="Python", language="python", elem_id="python", **code)
-                shell = gr.Code(label="Shell", language="shell", elem_id="shell", **code)
+                with gr.Column(scale=3):
+                    self.add_inputs()
+                with gr.Column(scale=2):
+                    self.add_outputs()
+            with gr.Accordion("Settings"), gr.Row(elem_id="settings"):
+                others = {name: control(setting) for name, setting in service.settings.items() if not setting.is_text}
+            self.controls = [{**self.texts, **others}[name] for name in service.settings]
+            self.add_calls()
+            self.connect_inputs()
+            self.connect_run()
+            add_api(service)
 
-        def show_example(event: gr.SelectData) -> tuple[str, str | None, Any, Any]:
-            paths = {part: examples[event.index] / f"{part}.png" for part in EXAMPLE_PARTS}
-            hole = display_copy(as_hole(paths["mask"]))
-            return (
-                str(paths["scene"]),
-                str(paths["exemplar"]) if shows else None,
-                gr.HTML(picture=data_url(display_copy(open_image(paths["scene"]))), value=data_url(hole)),
-                gr.HTML(picture=data_url(display_copy(open_image(paths["exemplar"]))), value=None),
-            )
+    def add_inputs(self) -> None:
+        """Add the places for scene, prompts, exemplar and examples."""
+        megabytes = self.service.limits.megabytes
+        self.files = {part: gr.State() for part in ("scene", "exemplar")}
+        gr.Markdown("### Scene")
+        self.scene = image_field("scene", megabytes, painted=True)
+        with gr.Row(visible=self.reads_text):
+            settings = self.service.settings.items()
+            self.texts = {name: control(setting) for name, setting in settings if setting.is_text}
+        with gr.Row():
+            with gr.Column(visible=self.reads_exemplars):
+                gr.Markdown("### Exemplar")
+                self.exemplar = image_field("exemplar", megabytes, painted=False)
+            with gr.Column(visible=bool(self.examples)):
+                gr.Markdown("### Examples")
+                tiles = [example_tile(folder) for folder in self.examples]
+                self.gallery_of_examples = gr.Gallery(
+                    tiles, columns=2, height="auto", elem_id="examples", format="jpeg", **THUMBNAILS
+                )
 
-        def take_upload(path: str) -> tuple[str, Any]:
-            with plain_errors():
-                copy = display_copy(service.open_upload(path))
-            return path, gr.HTML(picture=data_url(copy), value=None)
+    def add_outputs(self) -> None:
+        """Add buttons, progress, comparison, candidates and downloads."""
+        self.results = gr.State()  # the scene that was edited and the candidates
+        with gr.Row():
+            self.run = gr.Button("Run", variant="primary", elem_id="run")
+            self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
+        condition = ["choose an exemplar"] * self.reads_exemplars + ["write a prompt"] * self.reads_text
+        self.status = gr.HTML(HINT.format(condition=" and ".join(condition)), elem_id="status")
+        self.slider = gr.ImageSlider(label="Before and after", format="png", interactive=False, elem_id="slider")
+        self.gallery = gr.Gallery(columns=4, height="auto", elem_id="candidates", visible=False, **THUMBNAILS)
+        with gr.Row():
+            self.download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
+            self.hole_mask = gr.DownloadButton("Download the mask", visible=False, elem_id="download-mask")
 
-        def begin(*uploads: str | None) -> tuple[Any, Any]:
-            service.touch(uploads)  # they may have to wait
-            return buttons(True)
+    def add_calls(self) -> None:
+        """Add the calls that repeat the edit."""
+        code: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
+        with gr.Accordion("The same call in Python and shell", open=False, elem_id="calls"):
+            gr.Markdown("Run it in a folder that holds the images and the mask under the names used here.")
+            with gr.Row():
+                self.python = gr.Code(label="Python", language="python", elem_id="python", **code)
+                self.shell = gr.Code(label="Shell", language="shell", elem_id="shell", **code)
 
-        def buttons(is_running: bool) -> tuple[Any, Any]:
-            return gr.Button(interactive=not is_running), gr.Button(interactive=is_running)
-
-        def stopped() -> tuple[Any, Any, str]:
-            return *buttons(False), "Stopped."
-
-        def paint(scene_file: str | None, hole: Any, exemplar_file: str | None, *values: Any) -> Iterator[dict]:
-            """A run from the page: what changes on it, step by step."""
-            with plain_errors():
-                if not scene_file or not (exemplar_file or writes):
-                    needed = "two pictures are needed; drop a scene and an exemplar" if shows else "drop a scene"
-                    raise ValueError(f"{needed}, or pick an example")
-                exemplar_path = Path(exemplar_file) if exemplar_file else None
-                files = Path(scene_file), service.save_hole(hole), exemplar_path
-                with closing(service.edit(*files, named(service, values))) as work:
-                    for event in work:
-                        is_done = isinstance(event, Edited)
-                        yield finished(event, scene_file) if is_done else {status: progress_bar(event)}
-
-        def finished(edited: Edited, scene_file: str) -> dict:
-            written = [str(path) for path in edited.files]
-            return {
-                status: f"Done; {edited.num_withheld} withheld by the content filter."
-                if edited.num_withheld
-                else "Done.",
-                results: [scene_file, *written],
-                gallery: gr.Gallery(written, visible=len(written) > 1, selected_index=0),
-                hole_mask: gr.DownloadButton(value=str(edited.hole_mask), visible=True),
-                python: edited.python,
-                shell: edited.shell,
-                **chosen(scene_file, written[0]),
-            }
-
-        def chosen(scene_file: str, result: str) -> dict:
-            before, after = (display_copy(service.open_upload(path)) for path in (scene_file, result))
-            return {
-                slider: (before, after),
-                download: gr.DownloadButton(value=result, visible=True),
-            }
-
-        def choose(event: gr.SelectData, edited: list[str]) -> dict:
-            with plain_errors():
-                return chosen(edited[0], edited[1 + event.index])
-
-        for part, shown in (("scene", scene), ("exemplar", exemplar)):
+    def connect_inputs(self) -> None:
+        """Connect uploads and examples with the places that show them."""
+        for part, shown in (("scene", self.scene), ("exemplar", self.exemplar)):
             with gr.Column(elem_id=f"upload-{part}"):
                 upload = gr.UploadButton()
-            upload.upload(take_upload, upload, [files[part], shown], **private)
-        gallery_of_examples.select(show_example, None, [*files.values(), scene, exemplar], **private)
-        gallery.select(choose, results, [slider, download], **private)
-        changed = [status, results, gallery, slider, download, hole_mask, python, shell]
-        at_once: dict[str, Any] = dict(queue=False, **private)
+            upload.upload(self.take_upload, upload, [self.files[part], shown], **PRIVATE)
+        shown = [*self.files.values(), self.scene, self.exemplar]
+        self.gallery_of_examples.select(self.show_example, None, shown, **PRIVATE)
+
+    def connect_run(self) -> None:
+        """Connect the buttons with the edit and its results."""
         # One after the other: an edit that fails at once must not be overtaken by the buttons' first change.
-        painting = run.click(begin, [*files.values()], [run, cancel], **at_once).then(
-            paint, [files["scene"], scene, files["exemplar"], *settings], changed,
-            api_visibility="private", show_progress="minimal", show_progress_on=status, **model,
-        )  # fmt: skip
-        painting.success(lambda: buttons(False), None, [run, cancel], **at_once)
-        painting.failure(stopped, None, [run, cancel, status], **at_once)
-        cancel.click(stopped, None, [run, cancel, status], cancels=[painting], **at_once)
-        add_api(service, model)
-    return page
+        buttons = [self.run, self.cancel]
+        inputs = [self.files["scene"], self.scene, self.files["exemplar"], *self.controls]
+        outputs = [self.status, self.results, self.gallery, self.slider, self.download, self.hole_mask]
+        painting = self.run.click(self.begin, [*self.files.values()], buttons, **AT_ONCE).then(
+            self.paint,
+            inputs,
+            [*outputs, self.python, self.shell],
+            api_visibility="private",
+            show_progress="minimal",
+            show_progress_on=self.status,
+            **ON_MODEL,
+        )
+        painting.success(lambda: switch_buttons(False), None, buttons, **AT_ONCE)
+        painting.failure(self.stop, None, [*buttons, self.status], **AT_ONCE)
+        self.cancel.click(self.stop, None, [*buttons, self.status], cancels=[painting], **AT_ONCE)
+        self.gallery.select(self.choose, self.results, [self.slider, self.download], **PRIVATE)
+
+    def take_upload(self, path: str) -> tuple[str, Any]:
+        with plain_errors():
+            copy = display_copy(self.service.open_upload(path))
+        return path, gr.HTML(picture=data_url(copy), value=None)
+
+    def show_example(self, event: gr.SelectData) -> tuple[str, str | None, Any, Any]:
+        scene, mask, exemplar = (self.examples[event.index] / f"{part}.png" for part in EXAMPLE_PARTS)
+        return (
+            str(scene),
+            str(exemplar) if self.reads_exemplars else None,
+            gr.HTML(picture=data_url(display_copy(open_image(scene))), value=data_url(display_copy(as_hole(mask)))),
+            gr.HTML(picture=data_url(display_copy(open_image(exemplar))), value=None),
+        )
+
+    def begin(self, *uploads: str | None) -> tuple[Any, Any]:
+        self.service.touch(uploads)  # they may have to wait
+        return switch_buttons(True)
+
+    def stop(self) -> tuple[Any, Any, str]:
+        return *switch_buttons(False), "Stopped."
+
+    def paint(self, scene: str | None, hole: Any, exemplar: str | None, *values: Any) -> Iterator[dict]:
+        """Run an edit and yield the changes on the page, step by step."""
+        with plain_errors():
+            if not scene or not (exemplar or self.reads_text):
+                needed = (
+                    "two images are needed; drop a scene and an exemplar" if self.reads_exemplars else "drop a scene"
+                )
+                raise ValueError(f"{needed}, or pick an example")
+            files = Path(scene), self.service.save_hole(hole), Path(exemplar) if exemplar else None
+            settings = dict(zip(self.service.settings, values, strict=True))
+            with closing(self.service.edit(*files, settings)) as work:
+                for event in work:
+                    yield self.finish(event, scene) if isinstance(event, Edited) else {self.status: progress_bar(event)}
+
+    def finish(self, edited: Edited, scene: str) -> dict:
+        files = [str(path) for path in edited.files]
+        unsafe = f"; {edited.num_unsafe} withheld by the content filter" if edited.num_unsafe else ""
+        return {
+            self.status: f"Done{unsafe}.",
+            self.results: [scene, *files],
+            self.gallery: gr.Gallery(files, visible=len(files) > 1, selected_index=0),
+            self.hole_mask: gr.DownloadButton(value=str(edited.hole_mask), visible=True),
+            self.python: edited.python,
+            self.shell: edited.shell,
+            **self.show_result(scene, files[0]),
+        }
+
+    def show_result(self, scene: str, result: str) -> dict:
+        before, after = (display_copy(self.service.open_upload(path)) for path in (scene, result))
+        return {self.slider: (before, after), self.download: gr.DownloadButton(value=result, visible=True)}
+
+    def choose(self, event: gr.SelectData, results: list[str]) -> dict:
+        with plain_errors():
+            return self.show_result(results[0], results[1 + event.index])
 
 
-def add_api(service: EditService, model: dict[str, Any]) -> None:
-    """The endpoint `/edit`, with the page's settings as keywords."""
-    import gradio as gr
-
-    # What is sent comes as it is, for our own checks: the page's components would fail on wrong types.
-    from gradio.components.api_component import Api
-    from gradio_client.utils import is_file_obj_with_meta
-
+def add_api(service: EditService) -> None:
+    """Add the endpoint `/edit`, with the page's settings as keywords."""
     reads = service.editor.model
     names = ("scene", "hole_mask", *(("exemplar",) if reads.reads_exemplars else ()))
+    # `Api` passes on what is sent as it is, for our own checks: the page's components would fail on wrong types.
     inputs = [Api(None, gr.File(render=False).api_info(), name) for name in names]
-    inputs += [Api(setting.default, api_type(setting), setting.label) for setting in service.settings.values()]
+    inputs += [Api(setting.default, setting.schema, setting.option.label) for setting in service.settings.values()]
     outputs = [
         gr.File(visible=False, file_count="multiple", label="results"),
         gr.Textbox(visible=False, label="python"),
@@ -270,19 +281,19 @@ def add_api(service: EditService, model: dict[str, Any]) -> None:
     ]
 
     def file(name: str, sent: Any) -> Path | None:
-        if is_file_obj_with_meta(sent):  # an upload: Gradio has looked whether it is
+        if is_file_obj_with_meta(sent):  # an upload: Gradio has checked that it is one
             return Path(sent["path"])
         if sent is None and name == "exemplar" and reads.reads_text:
             return None
-        raise ValueError(f"{name}: got {'nothing' if sent is None else f'{sent!r:.80}'}; send a picture file")
+        raise ValueError(f"{name}: got {'nothing' if sent is None else f'{sent!r:.80}'}; send an image file")
 
-    def edit(*given: Any) -> tuple[list[str], str, str]:
+    def edit(*sent: Any) -> tuple[list[str], str, str]:
         with plain_errors():
-            files = {name: file(name, sent) for name, sent in zip(names, given, strict=False)}
+            files = {name: file(name, value) for name, value in zip(names, sent, strict=False)}
             scene, hole_mask = files["scene"], files["hole_mask"]
             assert scene and hole_mask
-            values = named(service, given[len(names) :])
-            *_, edited = service.edit(scene, hole_mask, files.get("exemplar"), values)
+            settings = dict(zip(service.settings, sent[len(names) :], strict=True))
+            *_, edited = service.edit(scene, hole_mask, files.get("exemplar"), settings)
         assert isinstance(edited, Edited)
         return [str(path) for path in edited.files], edited.python, edited.shell
 
@@ -290,58 +301,45 @@ def add_api(service: EditService, model: dict[str, Any]) -> None:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in (*names, *service.settings)]
     edit.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    trigger = gr.Button(visible=False)
-    trigger.click(edit, inputs, outputs, api_name="edit", show_progress="hidden", **model)
+    gr.Button(visible=False).click(edit, inputs, outputs, api_name="edit", show_progress="hidden", **ON_MODEL)
 
 
-def named(service: EditService, values: tuple[Any, ...]) -> dict[str, Any]:
-    """The settings' values by name."""
-    return dict(zip(service.settings, values, strict=True))
-
-
-def picture(part: str, megabytes: int, *, painted: bool) -> "gradio.HTML":
-    """A place for a picture, to be painted on if `painted`; its value is the hole as PNG data URL, or None."""
-    import gradio as gr
-
+def image_field(part: str, megabytes: int, *, painted: bool) -> gr.HTML:
+    """A place for an image, to be painted on if `painted`; its value is the hole as PNG data URL, or None."""
     html, css, js = ((HERE / f"picture.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js"))
+    properties: dict[str, Any] = dict(picture=None, painted=painted, upload=f"upload-{part}", megabytes=megabytes)
     return gr.HTML(
-        None, html_template=html, css_template=css, js_on_load=js, apply_default_css=False, elem_id=part,
-        picture=None, painted=painted, upload=f"upload-{part}", megabytes=megabytes,
-    )  # fmt: skip
+        None, html_template=html, css_template=css, js_on_load=js, apply_default_css=False, elem_id=part, **properties
+    )
 
 
-def control(setting: Setting) -> "Component":
-    """The control of a setting."""
-    import gradio as gr
-
+def control(setting: OfferedSetting) -> Component:
+    """Make the control of a setting."""
     common: dict[str, Any] = dict(
-        value=setting.default, label=setting.label, info=setting.info or None, elem_id=setting.name, min_width=240
+        value=setting.default,
+        label=setting.option.label,
+        info=setting.schema["description"],
+        elem_id=setting.name,
+        min_width=240,
     )
     if isinstance(setting.default, bool):
         return gr.Checkbox(**common)
     if setting.is_text:
-        return gr.Textbox(max_length=round(setting.high), **common)
+        return gr.Textbox(max_length=LONGEST_PROMPT, **common)
     if isinstance(setting.default, str):
-        return gr.Dropdown(list(setting.choices), **common)
+        return gr.Dropdown(list(setting.option.choices), **common)
     if setting.step:
         return gr.Slider(setting.low, setting.high, step=setting.step, **common)
     return gr.Number(minimum=setting.low, maximum=setting.high, **common)
 
 
-def api_type(setting: Setting) -> dict[str, Any]:
-    """JSON schema of a setting, for the API's documentation."""
-    if isinstance(setting.default, bool):
-        return {"type": "boolean"}
-    if isinstance(setting.default, str):
-        return {"type": "string", "enum": list(setting.choices)} if setting.choices else {"type": "string"}
-    return {"type": "integer" if isinstance(setting.default, int) else "number"}
+def switch_buttons(is_running: bool) -> tuple[Any, Any]:
+    return gr.Button(interactive=not is_running), gr.Button(interactive=is_running)
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Errors about a request reach who made it, in one line; others end in the server's log only."""
-    import gradio as gr
-
+    """Show errors about a request to its user, in one line; other errors end in the server's log only."""
     try:
         yield
     except ValueError as error:
@@ -349,28 +347,28 @@ def plain_errors() -> Iterator[None]:
 
 
 def progress_bar(progress: Progress) -> str:
-    """HTML: how far an edit is, and what it looks like by now."""
+    """Return the progress of an edit as HTML, with its preview."""
     bar = f'<div class="bar"><div style="width: {100 * progress.step / progress.num_steps:.1f}%"></div></div>'
     image = f'<img src="{data_url(display_copy(progress.preview), "jpeg")}" alt="preview">' if progress.preview else ""
     return f'<div class="progress">{bar}<span>step {progress.step} of {progress.num_steps}</span>{image}</div>'
 
 
 def display_copy(image: Image.Image) -> Image.Image:
-    """A picture no longer than what the browser shows."""
+    """Return a copy that is no longer than what the browser shows."""
     copy = image.copy()
     copy.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
     return copy
 
 
 def data_url(image: Image.Image, form: str = "png") -> str:
-    """A picture as data URL."""
+    """Encode an image as data URL."""
     content = io.BytesIO()
     image.save(content, form)
     return f"data:image/{form};base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def example_tile(folder: Path) -> Image.Image:
-    """An example at a glance: the scene with its hole painted, the exemplar in the corner."""
+    """Show an example in one image: the scene with its hole painted, the exemplar in the corner."""
     scene, exemplar = (open_image(folder / f"{part}.png") for part in ("scene", "exemplar"))
     scene.paste(PAINT, mask=as_hole(folder / "mask.png").point([level * 3 // 5 for level in range(256)]))
     exemplar.thumbnail((scene.width // 2, scene.height // 2))

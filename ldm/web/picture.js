@@ -1,6 +1,6 @@
-// A picture that is dropped, pasted or chosen, and the hole painted on it. `props.picture` is a copy for the eye as data
-// URL, `props.value` the hole as PNG data URL, white on black, in the copy's size; `props.upload` the id of what
-// holds the upload button that takes the file itself to the server, if it has at most `props.megabytes`.
+// An image that is dropped, pasted or chosen, and the hole painted on it. `props.picture` is a small copy as data URL,
+// `props.value` the hole as PNG data URL, white on black, in the copy's size. `props.upload` is the id of the element
+// with the upload button, which sends the file itself to the server if it has at most `props.megabytes`.
 const PAINT = "#ff3d7f", UNDO_STEPS = 20;
 const [root, drop, stage, img, canvas] = ["", " .drop", " .stage", " img", " canvas"].map((part) => element.querySelector(".picture" + part));
 const [file, size] = element.querySelectorAll("input"), complaint = root.querySelector(".complaint");

@@ -1,6 +1,6 @@
-"""An edit that somebody else asks for: settings within bounds, uploads that are checked, limits, the call as text.
+"""Edits on behalf of remote users: bounded settings, checked uploads, limits, and the same call as text.
 
-Knows nothing of Gradio. Dimension key: B candidates · Z, h, w latents.
+Independent of Gradio. Dimension key: Z, h, w latents.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -29,41 +28,34 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.checkpoint.io import sha256_file
-from ldm.editing.editor import (
-    EXAMPLE_PARTS,
-    Editor,
-    checkpoint_file,
-    is_out_of_memory,
-)
+from ldm.editing.editor import EXAMPLE_PARTS, Editor, checkpoint_file, is_out_of_memory
 from ldm.editing.hole_masks import as_hole
-from ldm.editing.request import prepare_exemplar
+from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import OPEN_NSFW, ContentFilter, unsafe_reasons
+from ldm.editing.settings import DEFAULTS, OPTIONS, EditSettings, Option, check_setting, json_schema
 from ldm.editing.watermark import add_watermark, check_watermark
 from ldm.files import UserError
-from ldm.images import open_image, save_png, tensor_to_pil
-from ldm.samplers import SAMPLERS
+from ldm.images import open_image, open_upright, save_png, tensor_to_pil
 
-FORMATS = ("PNG", "JPEG", "WEBP")  # of uploads, told by their content
+FORMATS = ("PNG", "JPEG", "WEBP")  # formats of uploads, recognised by their content
 HOLE_PREFIX = "data:image/png;base64,"
-LONGEST_PROMPT = 1000  # characters; models read the first 75 or so of its word pieces
-PREVIEW_SHARE = 0.1  # of the time, at most, that goes into decoding unfinished pictures
-AUTOMATIC = -1  # of the feather, for controls that cannot be empty; None everywhere else
-EXEMPLAR_LOOK = {"reference_background": "background", "reference_fit": "fit"}  # keywords of `prepare_exemplar`
-
-Value = str | int | float | bool
+LONGEST_PROMPT = 1000  # characters; models read about the first 75 tokens
+PREVIEW_SHARE = 0.1  # largest share of the time that goes into decoding previews
+PROMPTS = ("prompt", "negative_prompt")
+EXEMPLAR_OPTIONS = ("reference_background", "reference_fit")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may cost.
+    """Limits of one request.
 
     Attributes:
-        pixels: of an uploaded picture.
-        megabytes: of an uploaded file.
-        seconds: from the model's beginning to its last step; looked at after each step.
-        samples: candidates of one edit.
-        waiting: requests in the queue; further ones are turned away.
-        keep_seconds: how long files that nobody uses stay on the server; more than the longest wait.
+        pixels: most pixels of an uploaded image.
+        megabytes: largest uploaded file.
+        seconds: most time from the model's beginning to its last step; checked after each step.
+        samples: most candidates of one edit.
+        waiting: most requests in the queue; further ones are turned away.
+        keep_seconds: how long files stay on the server after their last use; longer than the longest wait.
     """
 
     pixels: int = 30_000_000
@@ -73,134 +65,83 @@ class Limits:
     waiting: int = 16
     keep_seconds: int = 5400
 
+    @property
+    def longest_side(self) -> int:
+        """Longest side of an image, pixels: the square around a hole may be as long on both sides."""
+        return int(2 * self.pixels**0.5)
+
 
 @dataclass(frozen=True)
-class Setting:
-    """A setting of an edit: page, API, checks, metadata and the call as text all come from this line.
+class OfferedSetting:
+    """A setting of `EditSettings` as page and API offer it: with a definite default and narrower bounds.
 
     Attributes:
-        name: the keyword of `Editor.edit`; for EXEMPLAR_LOOK, of the API alone.
-        option: the option of inference.py; of one that is true or false, --no-… says the contrary of what is usual.
-        label: on the page.
-        default: its type is the setting's.
-        choices: the words allowed; none: any text of up to `high` characters.
-        low, high: bounds of a number, both included.
-        step: between two values of a slider; 0 shows a field instead.
-        info: a few words of help.
+        name: name of the setting.
+        option: how `EditSettings` describes it.
+        default: value before the user changes it; its type is the control's.
+        low, high: inclusive bounds of a number. A `low` below the setting's own bound stands for None, the automatic
+            value, because sliders cannot be empty.
+        step: distance between two values of a slider; 0 asks for a number field.
     """
 
     name: str
-    option: str
-    label: str
-    default: Value
-    choices: tuple[str, ...] = ()
-    low: float = 0
-    high: float = 0
-    step: float = 0
-    info: str = ""
+    option: Option
+    default: str | int | float | bool
+    low: float
+    high: float
+    step: float
 
     @property
     def is_text(self) -> bool:
-        """Whether it is to be written, not chosen."""
-        return isinstance(self.default, str) and not self.choices
+        return isinstance(self.default, str) and not self.option.choices
 
-    def check(self, value: Any) -> Value:
-        """The value in the setting's type.
+    @property
+    def schema(self) -> dict[str, Any]:
+        """JSON schema: type, choices, bounds and description."""
+        automatic = f"; {self.low:g}: {self.option.default_text}" if self.low < self.option.low else ""
+        bounds = {"minimum": self.low, "maximum": self.high} if self.high else {}
+        return json_schema(self.name) | bounds | {"description": self.option.help + automatic}
+
+    def check(self, value: Any) -> Any:
+        """Return the value in the type that `EditSettings` takes.
 
         Raises:
-            UserError: it is of another type or out of bounds.
+            UserError: it has another type or is out of bounds.
         """
-        if isinstance(self.default, bool):
-            if isinstance(value, bool):
-                return value
-            raise UserError(f"{self.name}: got {value!r:.80}, expected true or false")
-        if self.is_text:
-            if isinstance(value, str) and len(value) <= self.high:
-                return value
-            got = f"{len(value)} characters" if isinstance(value, str) else f"{value!r:.80}"
-            raise UserError(f"{self.name}: got {got}, expected a text of at most {self.high:g}")
-        if isinstance(self.default, str):
-            if isinstance(value, str) and value in self.choices:
-                return value
-            raise UserError(f"{self.name}: got {value!r:.80}, expected one of {', '.join(self.choices)}")
-        kind = type(self.default)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and self.low <= value <= self.high and kind(value) == value:
-            return kind(value)
-        what = "a whole number" if kind is int else "a number"
-        raise UserError(f"{self.name}: got {value!r:.80}, expected {what} from {self.low:g} to {self.high:g}")
+        if value == self.low < self.option.low:
+            return None
+        checked = check_setting(self.name, value)
+        if self.is_text and len(checked or "") > LONGEST_PROMPT:
+            raise UserError(f"{self.name}: got {len(checked)} characters, expected at most {LONGEST_PROMPT}")
+        if isinstance(checked, tuple) or (self.high and checked is not None and not self.low <= checked <= self.high):
+            raise UserError(f"{self.name}: got {value!r:.80}, expected a number from {self.low:g} to {self.high:g}")
+        return checked
 
 
-def offered_settings(
-    crop_margin: float, samples: int, *, with_text: bool = False, with_exemplars: bool = True
-) -> dict[str, Setting]:
-    """The settings of an edit by name, in the page's order.
-
-    Args:
-        crop_margin: the model's own, the default.
-        samples: most candidates of one edit.
-        with_text: whether the model reads prompts; with_exemplars: whether it reads exemplars.
-    """
-    steps, largest = "more is slower and finer", 2**31 - 1
-    texts = (
-        Setting("prompt", "--prompt", "Prompt", "", high=LONGEST_PROMPT, info="what to paint"),
-        Setting("negative_prompt", "--negative-prompt", "Negative prompt", "", high=LONGEST_PROMPT, info="what not"),
-    )
-    looks = (
-        Setting("reference_background", "--reference-background", "Exemplar's background", "keep",
-                choices=("keep", "grey"), info="of a cut-out"),
-        Setting("reference_fit", "--reference-fit", "Exemplar's fit", "squash", choices=("squash", "pad"),
-                info="to the square that the model reads"),
-    )  # fmt: skip
-    settings = (
-        *(texts if with_text else ()),
-        Setting("n_samples", "--n-samples", "Candidates", min(2, samples), low=1, high=samples, step=1),
-        Setting("seed", "--seed", "Seed", 0, low=0, high=largest, info="of the first candidate; the next adds 1"),
-        Setting("num_steps", "--steps", "Steps", 20, low=1, high=250, step=1, info=steps),
-        Setting("guidance_scale", "--guidance-scale", "Guidance scale", 5.0, low=1, high=15, step=0.5),
-        Setting("sampler", "--sampler", "Sampler", "dpm_solver_pp", choices=tuple(SAMPLERS)),
-        Setting("feather", "--feather", "Feather", AUTOMATIC, low=AUTOMATIC, high=64, step=1,
-                info=f"pixels the edge fades over; {AUTOMATIC}: automatic"),
-        Setting("match_colors", "--match-colors", "Colour agreement", True, info="at the hole's edge"),
-        Setting("crop_margin", "--crop-margin", "Context margin", float(crop_margin), low=0, high=4, step=0.05,
-                info="surroundings shown, times the hole's size"),
-        Setting("whole_image", "--whole-image", "Whole image", False, info="show the model all of the scene"),
-        Setting("separate", "--separate", "Separate parts", False, info="each part of the hole by itself"),
-        *(looks if with_exemplars else ()),
-    )  # fmt: skip
-    return {setting.name: setting for setting in settings}
-
-
-def edit_keywords(options: Mapping[str, Value | None]) -> dict[str, Any]:
-    """Of every setting, those that are keywords of `Editor.edit`; what is automatic is left out."""
-    return {name: value for name, value in options.items() if name not in EXEMPLAR_LOOK and value is not None}
-
-
-def look(options: Mapping[str, Value | None]) -> dict[str, Any]:
-    """Of every setting, those that are keywords of `prepare_exemplar`."""
-    return {keyword: options[name] for name, keyword in EXEMPLAR_LOOK.items()}
-
-
-def call_names(scene: Path, hole_mask: Path, exemplar: Path | None) -> tuple[str, str, str | None]:
-    """The names under which the calls know the files: their own, or the parts' where two have the same.
-
-    Browsers call every picture that is pasted image.png. A name that begins with a hyphen would be taken for an option.
-    """
-    files = (scene, hole_mask, exemplar)
-    given = {file for file in files if file}
-    own = {file.name.casefold() for file in given}
-    is_unclear = len(own) < len(given) or any(name.startswith("-") for name in own)
-    image, mask, reference = (
-        file and (f"{part}{file.suffix}" if is_unclear else file.name)
-        for part, file in zip(EXAMPLE_PARTS, files, strict=True)
-    )
-    assert image and mask
-    return image, mask, reference
+def offered_settings(editor: Editor, samples: int) -> dict[str, OfferedSetting]:
+    """Return the settings that a model can use by name, in the page's order; at most `samples` candidates."""
+    model = editor.model
+    defaults = DEFAULTS | {
+        "prompt": "",
+        "negative_prompt": "",
+        "n_samples": min(2, samples),
+        "num_steps": EditSettings().steps,
+        "crop_margin": float(model.config.crop_margin),
+    }
+    unused = (() if model.reads_text else PROMPTS) + (() if model.reads_exemplars else EXEMPLAR_OPTIONS)
+    offered = {}
+    for name, option in OPTIONS.items():
+        if option.label and name not in unused:
+            low, high, step = option.slider
+            default = low if defaults[name] is None else defaults[name]
+            high = samples if name == "n_samples" else high
+            offered[name] = OfferedSetting(name, option, default, low, high, step)
+    return offered
 
 
 @dataclass(frozen=True)
 class Progress:
-    """An unfinished edit: so many of its steps, and the crops around the hole, in a row, when last decoded."""
+    """State of a running edit: steps taken, and the crops around the hole, side by side, when last decoded."""
 
     step: int
     num_steps: int
@@ -209,34 +150,38 @@ class Progress:
 
 @dataclass(frozen=True)
 class Edited:
-    """A finished edit: PNG files with their settings inside, the hole in the scene's size, the calls that repeat it.
+    """A finished edit.
 
-    Candidates that the content filter flags have no file; there are `num_withheld` of them.
+    Attributes:
+        files: PNG files with their settings inside, one for each candidate that the content filter did not flag.
+        hole_mask: file of the hole mask in the scene's size.
+        python, shell: the calls that repeat the edit.
+        num_unsafe: number of candidates that the content filter flagged.
     """
 
     files: list[Path]
     hole_mask: Path
     python: str
     shell: str
-    num_withheld: int = 0
+    num_unsafe: int = 0
 
 
 class Cancelled(Exception):
-    """Nobody waits for the edit any more."""
+    """The edit was abandoned by its user."""
 
 
 class EditService:
-    """One model for all who ask; one edit at a time.
+    """One model for all users; one edit at a time.
 
     Args:
-        editor: with the model.
-        folder: for files of its own and uploads; who made it removes it.
-        limits: of each request.
-        checkpoint, config, decoder: where the model came from, for the calls as text; None is the bundled one, the
+        editor: editor with the model.
+        folder: folder for uploads and results; whoever made it removes it.
+        limits: limits of each request.
+        checkpoint, config, decoder: where the model came from, for the calls as text; None is the bundled model, the
             config beside it, its own decoder.
-        safety: name of the filter, for the calls as text; content_filter: what it flags is shown to nobody, and neither
-            is any unfinished picture.
-        watermark: text that results are marked with; None leaves them as they are.
+        safety: name of the content filter, for the calls as text.
+        content_filter: nobody sees the candidates that it flags, nor any preview.
+        watermark: text to mark results with; None leaves them unmarked.
 
     Raises:
         UserError: the model does not inpaint.
@@ -262,72 +207,23 @@ class EditService:
         self.limits = limits or Limits()
         self.checkpoint, self.config, self.decoder = checkpoint, config, decoder
         self.safety, self.content_filter, self.watermark = safety, content_filter, watermark
-        self.settings = offered_settings(
-            editor.model.config.crop_margin,
-            self.limits.samples,
-            with_text=editor.model.reads_text,
-            with_exemplars=editor.model.reads_exemplars,
-        )
-        # One worker: an edit that was cancelled ends its step before the next one begins.
+        self.settings = offered_settings(editor, self.limits.samples)
+        # One worker: a cancelled edit ends its step before the next one begins.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
-        # Beside the first edit: it takes seconds for a large file.
-        self._digest = ThreadPoolExecutor(1).submit(lambda: sha256_file(checkpoint_file(checkpoint)))
+        # Beside the first edit, because it takes seconds for a large file.
+        beside = ThreadPoolExecutor(1)
+        self._digest = beside.submit(sha256_file, checkpoint_file(checkpoint))
+        beside.shutdown(wait=False)
 
-    def open_upload(self, path: str | Path, reader: Callable[[Path], Image.Image] = open_image) -> Image.Image:
-        """Read an uploaded picture; what it is, its content says and not its name.
-
-        Raises:
-            UserError: not a PNG, JPEG or WebP picture, too many pixels, damaged, or gone. Names the file
-                without its folder.
-        """
-        path = Path(path)
-        if not path.is_file():
-            kept = f"{self.limits.keep_seconds // 60} minutes"
-            raise UserError(f"{path.name}: no longer here, files are kept for {kept}; upload or make it again")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-                with Image.open(path, formats=FORMATS) as header:  # reads no pixels
-                    width, height = header.size
-        except Image.DecompressionBombError:
-            raise UserError(f"{path.name}: far too many pixels; reduce its size first") from None
-        except (OSError, ValueError, SyntaxError, EOFError):
-            raise UserError(f"{path.name}: not a picture that can be read here; save it as PNG or JPEG") from None
-        # The square around a hole can be as long as the scene on both sides: a long strip would cost its square.
-        if max(width * height, max(width, height) ** 2 // 4) > self.limits.pixels:
-            most = f"{self.limits.pixels / 1e6:g} million pixels, and the long side at most {self.longest_side}"
-            raise UserError(f"{path.name}: {width} x {height}, expected at most {most}; reduce its size first")
-        try:
-            return reader(path)
-        except ValueError as error:
-            raise UserError(str(error).replace(str(path), path.name)) from None
-
-    @property
-    def longest_side(self) -> int:
-        """Longest side of a picture in pixels."""
-        return int(2 * self.limits.pixels**0.5)
-
-    def touch(self, files: Iterable[str | Path | None]) -> None:
-        """Let the age of uploads begin anew: somebody waits for what is made of them."""
-        for file in files:
-            if file and Path(file).is_relative_to(self.folder):
-                with suppress(OSError):  # gone; opening it says so
-                    os.utime(file)
-
-    def sweep(self, spared: Collection[Path] = ()) -> None:
-        """Remove the files that nobody used for long, and folders that have been empty for as long."""
-        oldest = time.time() - self.limits.keep_seconds
-        for parent, folders, files in os.walk(self.folder, topdown=False):
-            for path in (Path(parent, name) for name in (*files, *folders)):
-                with suppress(OSError):  # a folder that is not empty, or gone meanwhile
-                    if path not in spared and path.stat().st_mtime < oldest:
-                        path.rmdir() if path.is_dir() else path.unlink()
+    def close(self) -> None:
+        """Cancel what waits, and wait for the running step."""
+        self._worker.shutdown(cancel_futures=True)
 
     def save_hole(self, drawn: Any) -> Path:
         """Write the hole that a browser drew, a PNG as data URL, to a file.
 
         Raises:
-            UserError: it is not one, or nothing is painted.
+            UserError: it is not a PNG as data URL, or nothing is painted.
         """
         if not isinstance(drawn, str) or not drawn.startswith(HOLE_PREFIX):
             raise UserError("no hole yet; paint over what is to be replaced, or drag a box around it")
@@ -347,44 +243,22 @@ class EditService:
         """Edit, step by step; closing the generator ends the edit.
 
         Args:
-            scene, hole_mask, exemplar: uploaded files; only models that read text do without an exemplar.
-            values: settings by name; those left out have their defaults.
+            scene, hole_mask, exemplar: uploads. The mask may be smaller than the scene, with the same aspect ratio.
+                The exemplar may be None with a model that reads text.
+            values: settings by name; the page's defaults stand for those left out.
 
         Yields:
-            The progress after each step, and at last the results.
+            The progress after each step; at last the result.
 
         Raises:
-            UserError: a setting is out of bounds, the hole is empty, the exemplar is missing or not for the model,
-                it took too long, or all of it is withheld.
-            UserError: the scene is too small to be marked.
-            UserError: see `open_upload`.
+            UserError: an input cannot be used, the limit of time is reached, memory runs out, or the content filter
+                flags all candidates.
         """
-        unknown = values.keys() - self.settings.keys()
-        if unknown:
-            raise UserError(f"got the setting {min(unknown)}, expected {', '.join(self.settings)}")
-        options: dict[str, Value | None] = {
-            name: setting.check(values.get(name, setting.default)) for name, setting in self.settings.items()
-        }
-        if options["feather"] == AUTOMATIC:
-            options["feather"] = None
-        if exemplar is None and not self.editor.model.reads_text:
-            raise UserError("no exemplar yet; this model needs one")
-        if exemplar is not None and not self.editor.model.reads_exemplars:
-            raise UserError("got an exemplar, and this model reads text only; leave it out")
-        self.touch((scene, hole_mask, exemplar))
-        picture = self.open_upload(scene)
-        shown = None if exemplar is None else self.open_upload(exemplar, partial(prepare_exemplar, **look(options)))
-        hole = self.open_upload(hole_mask, reader=as_hole)
-        if abs(hole.width * picture.height - hole.height * picture.width) > sum(picture.size):  # beyond rounding
-            sizes = f"{hole.width} x {hole.height}, the scene {picture.width} x {picture.height}"
-            raise UserError(f"the mask is {sizes}; give a mask of the scene's size")
-        if hole.size != picture.size:  # drawn on a smaller copy of a large scene
-            hole = hole.resize(picture.size, Image.Resampling.NEAREST)
-
+        request = self._request(scene, hole_mask, exemplar, self._check(values))
         if self.watermark:
-            check_watermark(picture.size, self.watermark)
+            check_watermark(request.scene.size, self.watermark)
         steps, cancelled = SimpleQueue[Progress | None](), threading.Event()
-        work = self._worker.submit(self._paint, picture, hole, shown, options, steps, cancelled)
+        work = self._worker.submit(self._paint, request, steps, cancelled)
         work.add_done_callback(lambda _: steps.put(None))
         try:
             while progress := steps.get():
@@ -397,16 +271,68 @@ class EditService:
         finally:
             cancelled.set()
             work.cancel()
-        yield self._save(results, hole, (scene, hole_mask, exemplar), options)
+        yield self._save(results, request, (scene, hole_mask, exemplar))
+
+    def _check(self, values: Mapping[str, Any]) -> EditSettings:
+        if unknown := values.keys() - self.settings.keys():
+            raise UserError(f"got the setting {min(unknown)}, expected one of {', '.join(self.settings)}")
+        given = {name: values.get(name, setting.default) for name, setting in self.settings.items()}
+        return EditSettings(**{name: self.settings[name].check(value) for name, value in given.items()})
+
+    def _request(self, scene: Path, hole_mask: Path, exemplar: Path | None, settings: EditSettings) -> EditRequest:
+        if exemplar is None and not self.editor.model.reads_text:
+            raise UserError("no exemplar yet; this model needs one")
+        if exemplar is not None and not self.editor.model.reads_exemplars:
+            raise UserError("got an exemplar, and this model reads text only; leave it out")
+        self.touch((scene, hole_mask, exemplar))
+        image = self.open_upload(scene, open_upright)
+        reference = exemplar and self.open_upload(exemplar, open_upright)
+        hole = self.open_upload(hole_mask, as_hole)
+        if abs(hole.width * image.height - hole.height * image.width) > sum(image.size):  # beyond rounding
+            sizes = f"{hole.width} x {hole.height}, the scene {image.width} x {image.height}"
+            raise UserError(f"the mask is {sizes}; give a mask of the scene's size")
+        if hole.size != image.size:  # drawn on a smaller copy of a large scene
+            hole = hole.resize(image.size, Image.Resampling.NEAREST)
+        return make_request(image, reference, settings, mask=hole)
+
+    def touch(self, files: Iterable[str | Path | None]) -> None:
+        """Restart the age of uploads that a request waits for."""
+        for file in files:
+            if file and Path(file).is_relative_to(self.folder):
+                with suppress(OSError):  # gone; opening it says so
+                    os.utime(file)
+
+    def open_upload(self, path: str | Path, reader: Callable[[Path], Image.Image] = open_image) -> Image.Image:
+        """Read an uploaded image, whose format is recognised by its content.
+
+        Raises:
+            UserError: the file is not a PNG, JPEG or WebP image, has too many pixels, is damaged, or is gone. The
+                message names the file without its folder.
+        """
+        path = Path(path)
+        if not path.is_file():
+            kept = f"{self.limits.keep_seconds // 60} minutes"
+            raise UserError(f"{path.name}: no longer here, files are kept for {kept}; upload or make it again")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+                with Image.open(path, formats=FORMATS) as header:  # reads no pixels
+                    width, height = header.size
+        except Image.DecompressionBombError:
+            raise UserError(f"{path.name}: far too many pixels; reduce its size first") from None
+        except (OSError, ValueError, SyntaxError, EOFError):  # what Pillow's readers raise for damaged headers
+            raise UserError(f"{path.name}: not an image that can be read here; save it as PNG or JPEG") from None
+        longest = self.limits.longest_side
+        if width * height > self.limits.pixels or max(width, height) > longest:
+            most = f"{self.limits.pixels / 1e6:g} million pixels, and the long side at most {longest}"
+            raise UserError(f"{path.name}: {width} x {height}, expected at most {most}; reduce its size first")
+        try:
+            return reader(path)
+        except ValueError as error:
+            raise UserError(str(error).replace(str(path), path.name)) from None
 
     def _paint(
-        self,
-        scene: Image.Image,
-        hole: Image.Image,
-        exemplar: Image.Image | None,
-        options: Mapping[str, Any],
-        steps: SimpleQueue[Progress | None],
-        cancelled: threading.Event,
+        self, request: EditRequest, steps: SimpleQueue[Progress | None], cancelled: threading.Event
     ) -> list[Image.Image]:
         began = time.monotonic()
         next_preview, preview = began, None
@@ -427,25 +353,18 @@ class EditService:
                 next_preview = done + (done - now) * (1 / PREVIEW_SHARE - 1)
             steps.put(Progress(step, num_steps, preview))
 
-        edited = self.editor.edit(scene, hole, exemplar, on_step=on_step, **edit_keywords(options))
-        return edited if isinstance(edited, list) else [edited]
+        return self.editor.edit_request(request, on_step=on_step)
 
-    def _save(
-        self,
-        results: list[Image.Image],
-        hole: Image.Image,
-        files: tuple[Path, Path, Path | None],
-        options: dict[str, Any],
-    ) -> Edited:
-        made = list(enumerate(results, start=options["seed"]))
+    def _save(self, results: list[Image.Image], request: EditRequest, files: tuple[Path, Path, Path | None]) -> Edited:
+        made = list(zip(request.settings.seeds, results, strict=True))
         if self.content_filter is not None:
-            reasons = unsafe_reasons(self.content_filter, results, hole)
+            reasons = unsafe_reasons(self.content_filter, results, request.hole)
             made = [item for item, reason in zip(made, reasons, strict=True) if reason is None]
             if not made:
                 raise UserError(f"withheld: {reasons[0]}; another seed or exemplar may pass")
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         names = image, mask, reference = call_names(*files)
-        record = options | {
+        record = request.settings.record() | {
             "version": __version__,
             "image": image,
             "mask": mask,
@@ -461,58 +380,85 @@ class EditService:
         }
         written = []
         for seed, result in made:
-            result = add_watermark(result, self.watermark) if self.watermark else result
+            marked = add_watermark(result, self.watermark) if self.watermark else result
             written.append(folder / f"{Path(image).stem}_{seed}.png")
-            save_png(result, written[-1], {"parameters": json.dumps(record | {"seed": seed})})
-        save_png(hole, folder / "mask.png")
-        python, shell = self.calls(names, options)
+            save_png(marked, written[-1], {"parameters": json.dumps(record | {"seed": seed})})
+        save_png(request.hole, folder / "mask.png")
+        python, shell = self._python_call(names, request.settings), self._shell_call(names, request.settings)
         return Edited(written, folder / "mask.png", python, shell, len(results) - len(made))
 
-    def calls(self, files: tuple[str, str, str | None], options: Mapping[str, Value | None]) -> tuple[str, str]:
-        """The edit as a Python program and as a shell command, for a folder with the files under these names.
-
-        Args:
-            files: names of scene, mask and exemplar, where there is one; `call_names`.
-            options: every setting, checked.
-        """
-        arguments = [repr(str(self.checkpoint)) if self.checkpoint else "None"]
-        arguments += [f"config={str(self.config)!r}"] if self.config else []
-        arguments += [f"decoder={str(self.decoder)!r}"] if self.decoder else []
+    def _python_call(self, files: tuple[str, str, str | None], settings: EditSettings) -> str:
+        """Return the edit as a Python program, for a folder with the files under these names (`call_names`)."""
         device, dtype = self.editor.device.type, self.editor.model.weight_dtype
-        arguments += [] if device == "cpu" else [f"device={device!r}"]
-        arguments += [] if dtype == torch.float32 else [f"dtype={dtype}"]
-        keywords = "".join(f"    {name}={value!r},\n" for name, value in edit_keywords(options).items())
-        given = [repr(file) for file in files if file]
-        is_prepared = bool(files[2]) and any(options[name] != self.settings[name].default for name in EXEMPLAR_LOOK)
-        if is_prepared:
-            given[2] = f"prepare_exemplar({given[2]}, {', '.join(f'{k}={v!r}' for k, v in look(options).items())})"
-        python = ("" if dtype == torch.float32 else "import torch\n\n") + "from ldm import Editor\n"
-        python += "from ldm.editing.request import prepare_exemplar\n" if is_prepared else ""
-        python += "from ldm.editing.watermark import add_watermark\n\n" if self.watermark else "\n"
-        mark = f"add_watermark({{}}, {self.watermark!r})" if self.watermark else "{}"
-        python += f"editor = Editor.from_pretrained({', '.join(arguments)})\n"
-        python += f"edited = editor.edit(\n    {', '.join(given)},\n{keywords})\n"
-        if options["n_samples"] == 1:
-            python += f'{mark.format("edited")}.save("result_{options["seed"]}.png")\n'
-        else:
-            python += f"for seed, picture in enumerate(edited, start={options['seed']}):\n"
-            python += f'    {mark.format("picture")}.save(f"result_{{seed}}.png")\n'
+        source = {"config": self.config, "decoder": self.decoder, "device": device if device != "cpu" else None}
+        arguments = [repr(str(self.checkpoint)) if self.checkpoint else "None"]
+        arguments += [f"{name}={str(value)!r}" for name, value in source.items() if value]
+        imports = ["from ldm import Editor"]
+        if dtype != torch.float32:
+            arguments.append(f"dtype={dtype}")
+            imports = ["import torch", "", *imports]
+        image = "image"
+        if self.watermark:
+            imports.append("from ldm.editing.watermark import add_watermark")
+            image = f"add_watermark(image, {self.watermark!r})"
+        keywords = settings.changed() | {"seed": settings.seeds}  # a list of seeds makes a list of results
+        lines = [
+            *imports,
+            "",
+            f"editor = Editor.from_pretrained({', '.join(arguments)})",
+            "images = editor.edit(",
+            f"    {', '.join(repr(file) for file in files if file)},",
+            *(f"    {name}={value!r}," for name, value in keywords.items() if name != "n_samples"),
+            ")",
+            f"for seed, image in zip({settings.seeds}, images):",
+            f'    {image}.save(f"result_{{seed}}.png")',
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _shell_call(self, files: tuple[str, str, str | None], settings: EditSettings) -> str:
+        """Return the edit as a shell command, for a folder with the files under these names (`call_names`)."""
+        dtype = self.editor.model.weight_dtype
+        precision = {torch.float32: None, torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        image, mask, reference = files
+        options = {
+            "--image": image,
+            "--mask": mask,
+            "--reference": reference,
+            "--checkpoint": self.checkpoint,
+            "--config": self.config,
+            "--decoder": self.decoder,
+            "--device": self.editor.device.type,
+            "--precision": precision,
+            "--watermark": self.watermark,
+        }
         words = ["python", "inference.py"]
-        named = zip(("--image", "--mask", "--reference"), files, strict=True)
-        words += [word for option, file in named if file for word in (option, file)]
-        words += ["--checkpoint", str(self.checkpoint)] if self.checkpoint else []
-        words += ["--config", str(self.config)] if self.config else []
-        words += ["--decoder", str(self.decoder)] if self.decoder else []
-        words += ["--device", device]
-        words += ["--precision", "bf16" if dtype == torch.bfloat16 else "fp16"] if dtype != torch.float32 else []
-        words += ["--safety"] + ([self.safety] if self.safety != OPEN_NSFW else []) if self.safety else []
-        words += ["--watermark", self.watermark] if self.watermark else []
-        for name, value in options.items():
-            option = self.settings[name].option
-            if self.settings[name].is_text:
-                words.append(f"{option}={value}")  # in one word: it may begin with a hyphen
-            elif not isinstance(value, bool):
-                words += [] if value is None else [option, str(value)]
-            elif value is not self.settings[name].default:
-                words += [option] if value else [option.replace("--", "--no-", 1)]
-        return python, shlex.join(words)
+        words += [str(word) for option, value in options.items() if value for word in (option, value)]
+        if self.safety:
+            words += ["--safety"] if self.safety == OPEN_NSFW else ["--safety", self.safety]
+        return shlex.join(words + settings.cli_words())
+
+    def sweep(self, spared: Collection[Path] = ()) -> None:
+        """Remove files that were not used for `keep_seconds`, and folders that have been empty for as long."""
+        oldest = time.time() - self.limits.keep_seconds
+        for parent, folders, files in os.walk(self.folder, topdown=False):
+            for path in (Path(parent, name) for name in (*files, *folders)):
+                with suppress(OSError):  # a folder that is not empty, or gone meanwhile
+                    if path not in spared and path.stat().st_mtime < oldest:
+                        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def call_names(scene: Path, hole_mask: Path, exemplar: Path | None) -> tuple[str, str, str | None]:
+    """Return the file names in the calls as text: the uploads' own, or scene, mask and exemplar if they clash.
+
+    Browsers call every pasted image image.png. A name that begins with a hyphen would be taken for an option.
+    """
+    files = (scene, hole_mask, exemplar)
+    given = {file for file in files if file}
+    own = {file.name.casefold() for file in given}
+    is_unclear = len(own) < len(given) or any(name.startswith("-") for name in own)
+    image, mask, reference = (
+        file and (f"{part}{file.suffix}" if is_unclear else file.name)
+        for part, file in zip(EXAMPLE_PARTS, files, strict=True)
+    )
+    assert image and mask
+    return image, mask, reference

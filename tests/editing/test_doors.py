@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ldm import Editor
 from ldm.editing import cli
 from ldm.evaluation.benchmark import PROTOCOLS, BenchmarkConfig, edit_bench
 from ldm.evaluation.cocoee import Bench
+from ldm.web.service import Edited, EditService
 
 SIZE = (96, 64)
 ID = "000000000001"
@@ -74,7 +76,14 @@ def by_benchmark(model: Path, folder: Path, out: Path) -> Path:
     return out / "results" / f"{ID}.png"
 
 
-@pytest.mark.parametrize("door", [by_command_line, by_table, by_benchmark])
+def by_page(model: Path, folder: Path, out: Path) -> Path:
+    with closing(EditService(Editor.from_pretrained(model), out, checkpoint=model)) as service:
+        *_, edited = service.edit(*files(folder), {"n_samples": 1})
+    assert isinstance(edited, Edited)
+    return edited.files[0]
+
+
+@pytest.mark.parametrize("door", [by_command_line, by_table, by_benchmark, by_page])
 def test_all_doors_lead_to_the_same_image(
     door: Callable[[Path, Path, Path], Path], tiny_folder: Path, folder: Path, tmp_path: Path
 ) -> None:

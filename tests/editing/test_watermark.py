@@ -59,5 +59,5 @@ def test_the_package_reads_ours() -> None:
 
 @pytest.mark.parametrize(("size", "text"), [((255, 256), "a"), ((256, 256), ""), ((256, 256), "a" * 33)])
 def test_what_cannot_be_marked(size: tuple[int, int], text: str) -> None:
-    with pytest.raises(UserError, match=f"{len(text)} bytes for a picture of {size[0]} x 256"):
+    with pytest.raises(UserError, match=f"{len(text)} bytes for an image of {size[0]} x 256"):
         add_watermark(Image.new("RGB", size), text)

@@ -1,0 +1,92 @@
+"""What the tests of service and page share: small uploads, a tiny editor, pixels."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.editing.editor import Editor
+from ldm.web.service import Edited, EditService, Limits
+
+REPOSITORY = Path(__file__).parents[2]
+HOLE = (30, 20, 55, 45)
+QUICK = {"num_steps": 2, "n_samples": 1}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A scene of 90 x 60, its mask and an exemplar."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    paths = {name: folder / f"{name}.png" for name in ("scene", "mask", "exemplar")}
+    Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(paths["scene"])
+    mask = Image.new("L", (90, 60))
+    mask.paste(255, HOLE)
+    mask.save(paths["mask"])
+    Image.fromarray(rng.integers(0, 256, (20, 10, 3), dtype=np.uint8)).save(paths["exemplar"])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def editor(tiny_folder: Path) -> Editor:
+    return Editor.from_pretrained(tiny_folder)
+
+
+class SlowEditor(Editor):
+    """Takes its time for each step, so that there is one to cancel or wait for, and counts them."""
+
+    steps = 0
+
+    def paint(self, *args: Any, on_step: Callable, **sampling: Any) -> Any:
+        def slow(*step: Any) -> None:
+            self.steps += 1
+            time.sleep(0.02)
+            on_step(*step)
+
+        return super().paint(*args, on_step=slow, **sampling)
+
+
+@contextlib.contextmanager
+def running(editor: Editor, checkpoint: Path, limits: Limits | None = None, **options: Any) -> Iterator[str]:
+    """Serve the page of an editor and give its address."""
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    from ldm.web.page import serving
+
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+            patch.setenv(variable, "")  # put back to what it was
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            options["port"] = free.getsockname()[1]
+        with serving(lambda folder: EditService(editor, folder, limits, checkpoint=checkpoint), **options) as url:
+            yield url
+
+
+def pixels(path: Path | str) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def changed(before: Path | str, after: Path | str) -> np.ndarray:
+    return (pixels(before) != pixels(after)).any(-1)
+
+
+def run_calls(edited: Edited, folder: Path) -> None:
+    """Run both texts of an edit where its files are."""
+    (folder / "inference.py").symlink_to(REPOSITORY / "inference.py")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = f"{REPOSITORY}:{environment.get('PYTHONPATH', '')}"
+    for command in (["python", "-c", edited.python], ["bash", "-c", edited.shell]):
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
