@@ -55,6 +55,16 @@ class GaussianMixture:
         if not np.isfinite(means).all() or not np.isfinite(self.log_density(means)).all():
             raise UserError("means, covariances or precisions are nan or infinite")
 
+    @property
+    def weights(self) -> np.ndarray:
+        """The components' weights (K,)."""
+        return self.estimator.weights_
+
+    @property
+    def covariance_type(self) -> str:
+        """The form of the covariances: full, tied, diag or spherical."""
+        return self.estimator.covariance_type
+
     def log_density(self, x: np.ndarray) -> np.ndarray:
         """Compute the natural logarithm of the density at features (N, D): (N,) float64.
 
