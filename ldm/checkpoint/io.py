@@ -261,7 +261,7 @@ def _safe_unpickler() -> Any:
         def load_build(self) -> None:
             self.stack.pop()  # attributes are of no interest, and none may be set on torch's own functions and classes
 
-        dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+        dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in _BUILDERS:
