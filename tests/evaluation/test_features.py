@@ -431,6 +431,14 @@ def test_a_broken_picture_is_named(tmp_path: Path, pictures: list[Path]) -> None
         extract(network, [View(pictures[0], "squash", (0, 0, 61, 5))])
 
 
+def test_features_that_are_not_finite_are_refused(pictures: list[Path]) -> None:
+    network, tower = counting_network()
+    with torch.no_grad():
+        tower.scale[2] = torch.nan
+    with pytest.raises(UserError, match=str(pictures[1])):
+        extract(network, [View(pictures[1], "squash")])
+
+
 # ---- EfficientNet-Lite0 ----
 
 
