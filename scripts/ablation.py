@@ -24,9 +24,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.config import ConfigError, load_config
-from ldm.files import write_text
-from scripts.pipeline import ROOT, Step, StepError, carry_out, newest, script, words
+from ldm.config import load_config
+from ldm.files import UserError, write_text
+from scripts.pipeline import ROOT, Step, cli_args, in_newest_run, run_pipeline, script_path
 
 OVERLAYS = ROOT / "configs" / "ablation"
 ROWS = {
@@ -56,14 +56,31 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
     add("--dry-run", action="store_true", help="print the commands and stop")
     training = parser.add_argument_group("training").add_argument
-    training("--base", nargs="+", default=["configs/mini.yaml"], metavar="YAML",
-             help="the recipe that the rows change (default: configs/mini.yaml)")  # fmt: skip
-    training("--pretrained-model", default="pretrained_models/mini/model.safetensors", metavar="FILE",
-             help="holds the frozen parts (default: %(default)s)")  # fmt: skip
-    training("--prior", metavar="FILE",
-             help="start of rows 2 to 5; default: that of --pretrained-model, with fresh conditioning")  # fmt: skip
-    training("--scenes", type=Path, default=Path("dataset/mini"), metavar="DIR",
-             help="images and boxes, where the recipe wants cached latents (default: %(default)s)")  # fmt: skip
+    training(
+        "--base",
+        nargs="+",
+        default=["configs/mini.yaml"],
+        metavar="YAML",
+        help="the recipe that the rows change (default: configs/mini.yaml)",
+    )
+    training(
+        "--pretrained-model",
+        default="pretrained_models/mini/model.safetensors",
+        metavar="FILE",
+        help="holds the frozen parts (default: %(default)s)",
+    )
+    training(
+        "--prior",
+        metavar="FILE",
+        help="start of rows 2 to 5; default: that of --pretrained-model, with fresh conditioning",
+    )
+    training(
+        "--scenes",
+        type=Path,
+        default=Path("dataset/mini"),
+        metavar="DIR",
+        help="images and boxes, where the recipe wants cached latents (default: %(default)s)",
+    )
     training(
         "--draws", type=int, metavar="N", help="variants of every scene in a cache; default: that of cache_latents.py"
     )
@@ -74,8 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     measuring("--protocol", default="paper", choices=("paper", "ours"), help="default: %(default)s")
     measuring("--limit", type=int, metavar="N", help="only the first N items of the bench")
     measuring("--batch-size", type=int, default=16, metavar="B", help="of sampling; default: %(default)s")
-    measuring("--metrics", nargs="+", default=["fid", "clip", "identification", "copying"], metavar="NAME",
-              help="of evaluate.py; default: fid clip identification copying")  # fmt: skip
+    measuring(
+        "--metrics",
+        nargs="+",
+        default=["fid", "clip", "identification", "copying"],
+        metavar="NAME",
+        help="of evaluate.py; default: fid clip identification copying",
+    )
     measuring("--features", default="efficientnet-lite0", metavar="SPEC", help="default: %(default)s")
     measuring("--gmm", type=Path, metavar="FILE", help="for qs")
     measuring(
@@ -88,10 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        carry_out(plan(args), args.out / "steps", dry_run=args.dry_run)
+        run_pipeline(plan(args), args.out / "steps", dry_run=args.dry_run)
         if not args.dry_run:
             tabulate(args.out, args.rows)
-    except (StepError, ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -108,14 +130,14 @@ def plan(args: argparse.Namespace) -> list[Step]:
     # Latents are cached with everything that is drawn: once without augmentation, once with it.
     drawn_by = {name: "augmentation" if configs[name].data.augment_exemplar else "baseline" for name in configs}
     cached = [name for name in configs if configs[name].data.kind == "cached"]
-    device = words(device=args.device)
+    device = cli_args(device=args.device)
 
     steps = []
     for drawer in dict.fromkeys(drawn_by[name] for name in cached):
         places = {"checkpoint": args.pretrained_model, "root": args.scenes, "out": args.out / "cache" / drawer}
-        options = words(**places, draws=args.draws)
+        options = cli_args(**places, draws=args.draws)
         base = ("--config", *args.base, str(overlay(drawer)))
-        steps.append(Step(f"cache-{drawer}", (script("cache_latents"), *base, *options, *device)))
+        steps.append(Step(f"cache-{drawer}", (script_path("cache_latents"), *base, *options, *device)))
     for name in configs:
         runs = args.out / name / "train"
         with_prior = configs[name].training.use_prior
@@ -123,21 +145,21 @@ def plan(args: argparse.Namespace) -> list[Step]:
         fresh = ["training.fresh_conditioning=true"] if with_prior and not args.prior else []
         command = (str(ROOT / "main.py"), "--base", *args.base, str(overlay(name)))
         data = [f"data.root={args.out / 'cache' / drawn_by[name]}"] if name in cached else []
-        options = words(logdir=runs, name=name, pretrained_model=start)
+        options = cli_args(logdir=runs, name=name, pretrained_model=start)
         steps.append(Step(f"train-{name}", (*command, *options, *fresh, *overrides, *data), runs))
         samples = args.out / name / "samples"
-        options = words(
+        options = cli_args(
             outdir=samples,
-            checkpoint=newest(runs, "checkpoints/last.ckpt"),
-            config=newest(runs, "config.yaml"),
+            checkpoint=in_newest_run(runs, "checkpoints/last.ckpt"),
+            config=in_newest_run(runs, "config.yaml"),
             protocol=args.protocol,
             guidance_scale=f"{configs[name].logging.guidance_scale:g}",
             batch_size=args.batch_size,
             limit=args.limit,
         )
-        steps.append(Step(f"sample-{name}", (script("inference_test_bench"), str(args.bench), *options, *device)))
-        options = words(features=args.features, gmm=args.gmm, real=args.real, json=figures_path(args.out, name))
-        command = (script("evaluate"), str(args.bench), f"{name}={samples}", "--metrics", *args.metrics)
+        steps.append(Step(f"sample-{name}", (script_path("inference_test_bench"), str(args.bench), *options, *device)))
+        options = cli_args(features=args.features, gmm=args.gmm, real=args.real, json=figures_path(args.out, name))
+        command = (script_path("evaluate"), str(args.bench), f"{name}={samples}", "--metrics", *args.metrics)
         steps.append(Step(f"evaluate-{name}", (*command, *options, *device)))
     return steps
 
@@ -157,13 +179,13 @@ def read_figures(path: Path, row: str) -> dict[str, dict[str, Any]]:
     """The figures of a row by metric, as scripts/evaluate.py wrote them: `name`, `value`, `low`, `high` and more.
 
     Raises:
-        StepError: the file holds no figures.
+        UserError: the file holds no figures.
     """
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))["runs"][row]["figures"]
         return {key: figure for key, figure in figures.items() if isinstance(figure["value"], int | float)}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StepError(f"{path}: no figures of scripts/evaluate.py ({error!r}); evaluate the row again") from None
+        raise UserError(f"{path}: no figures of scripts/evaluate.py ({error!r}); evaluate the row again") from None
 
 
 def tabulate(out: Path, rows: Iterable[str]) -> None:

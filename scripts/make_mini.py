@@ -20,8 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.config import ConfigError, load_config
-from scripts.pipeline import ROOT, Step, StepError, carry_out, newest, script, words
+from ldm.config import load_config
+from ldm.files import UserError
+from scripts.pipeline import ROOT, Step, cli_args, in_newest_run, run_pipeline, script_path
 
 PROTOCOLS = {"mini": "paper", "mini-ours": "ours"}  # runs of the model by their protocol
 BASELINES = ("null-token", "copy-paste", "seamless-clone", "opencv-inpaint")
@@ -35,20 +36,44 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="gets everything that is made")
     add("--dry-run", action="store_true", help="print the commands and stop")
     scenes = parser.add_argument_group("scenes").add_argument
-    scenes("--material", type=Path, metavar="DIR",
-           help="folder with cutouts/, extras/ and backgrounds/ (default: fetched from Debian packages)")  # fmt: skip
+    scenes(
+        "--material",
+        type=Path,
+        metavar="DIR",
+        help="folder with cutouts/, extras/ and backgrounds/ (default: fetched from Debian packages)",
+    )
     scenes("--count", type=int, default=20_000, help="training scenes (default: %(default)s)")
     scenes("--bench", type=int, default=200, metavar="M", help="items of the bench (default: %(default)s)")
-    scenes("--extra-share", type=float, default=0.3, metavar="P",
-           help="of objects that are drawings or emoji (default: %(default)s)")  # fmt: skip
-    scenes("--patch-share", type=float, default=0.25, metavar="P",
-           help="of objects that are pieces of photographs (default: %(default)s)")  # fmt: skip
+    scenes(
+        "--extra-share",
+        type=float,
+        default=0.3,
+        metavar="P",
+        help="of objects that are drawings or emoji (default: %(default)s)",
+    )
+    scenes(
+        "--patch-share",
+        type=float,
+        default=0.25,
+        metavar="P",
+        help="of objects that are pieces of photographs (default: %(default)s)",
+    )
     scenes("--workers", type=int, default=2, help="processes that compose and read (default: %(default)s)")
     training = parser.add_argument_group("training").add_argument
-    training("--first-stage", nargs="+", default=["configs/mini-autoencoder.yaml"], metavar="YAML",
-             help="configs, merged from left to right (default: configs/mini-autoencoder.yaml)")  # fmt: skip
-    training("--base", nargs="+", default=["configs/mini.yaml"], metavar="YAML",
-             help="likewise, of the diffusion model (default: configs/mini.yaml)")  # fmt: skip
+    training(
+        "--first-stage",
+        nargs="+",
+        default=["configs/mini-autoencoder.yaml"],
+        metavar="YAML",
+        help="configs, merged from left to right (default: configs/mini-autoencoder.yaml)",
+    )
+    training(
+        "--base",
+        nargs="+",
+        default=["configs/mini.yaml"],
+        metavar="YAML",
+        help="likewise, of the diffusion model (default: configs/mini.yaml)",
+    )
     training("--draws", type=int, default=2, help="cached variants of every scene (default: %(default)s)")
     training("--set-first-stage", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides of main.py")
     training("--set", nargs="+", default=[], metavar="KEY=VALUE", help="likewise, of the diffusion model")
@@ -59,8 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        carry_out(plan(args), args.out / "steps", dry_run=args.dry_run)
-    except (ConfigError, StepError, OSError) as error:
+        run_pipeline(plan(args), args.out / "steps", dry_run=args.dry_run)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not args.dry_run:
@@ -74,21 +99,21 @@ def plan(args: argparse.Namespace) -> list[Step]:
     Raises:
         ConfigError: a config or an override cannot be used.
     """
-    out, device = args.out, words(device=args.device)
+    out, device = args.out, cli_args(device=args.device)
     scenes, cache, bench = out / "scenes", out / "cache", out / "scenes" / "bench"
     load_config(*args.first_stage, overrides=args.set_first_stage)
     config = load_config(*args.base, overrides=args.set)
     size = config.model.image_size
 
     if args.material is None:
-        material = words(from_debian=out / "material")
+        material = cli_args(from_debian=out / "material")
     else:
-        material = words(
+        material = cli_args(
             cutouts=args.material / "cutouts",
             backgrounds=args.material / "backgrounds",
             extra_cutouts=args.material / "extras",  # looked at where --extra-share is not 0
         )
-    composing = words(
+    composing = cli_args(
         out=scenes,
         count=args.count,
         size=2 * size if config.data.crop_margin_range else size,  # close crops need scenes with more detail
@@ -100,23 +125,23 @@ def plan(args: argparse.Namespace) -> list[Step]:
         patch_share=args.patch_share,
         workers=args.workers,
     )
-    encoder, model = (newest(out / run, "checkpoints/last.ckpt") for run in ("first-stage", "train"))
+    encoder, model = (in_newest_run(out / run, "checkpoints/last.ckpt") for run in ("first-stage", "train"))
     train, weights = str(ROOT / "main.py"), out / "model" / "model.safetensors"
-    caching = words(checkpoint=encoder, root=scenes, out=cache, draws=args.draws, workers=args.workers)
-    start = words(pretrained_model=encoder, logdir=out / "train", name="mini")
+    caching = cli_args(checkpoint=encoder, root=scenes, out=cache, draws=args.draws, workers=args.workers)
+    start = cli_args(pretrained_model=encoder, logdir=out / "train", name="mini")
     steps = [
-        Step("compose", (script("scenes/compose"), *material, *composing)),
-        Step("boxes", (script("read_bbox"), *words(root=scenes))),
+        Step("compose", (script_path("scenes/compose"), *material, *composing)),
+        Step("boxes", (script_path("read_bbox"), *cli_args(root=scenes))),
         Step(
             "first-stage",
             (
                 *(train, "--base", *args.first_stage),
-                *words(logdir=out / "first-stage", name="first-stage"),
+                *cli_args(logdir=out / "first-stage", name="first-stage"),
                 *(*args.set_first_stage, f"data.root={scenes}"),
             ),
             out / "first-stage",
         ),
-        Step("cache", (script("cache_latents"), "--config", *args.base, *caching, *device)),
+        Step("cache", (script_path("cache_latents"), "--config", *args.base, *caching, *device)),
         Step(
             "train",
             (
@@ -125,19 +150,25 @@ def plan(args: argparse.Namespace) -> list[Step]:
             ),
             out / "train",
         ),
-        Step("export", (script("export_checkpoint"), model, str(weights), "--overwrite")),
+        Step("export", (script_path("export_checkpoint"), model, str(weights), "--overwrite")),
     ]
-    runs = {name: words(checkpoint=weights, protocol=protocol) for name, protocol in PROTOCOLS.items()}
-    runs |= {name: words(method=name, checkpoint=weights if name == "null-token" else None) for name in BASELINES}
+    runs = {name: cli_args(checkpoint=weights, protocol=protocol) for name, protocol in PROTOCOLS.items()}
+    runs |= {name: cli_args(method=name, checkpoint=weights if name == "null-token" else None) for name in BASELINES}
     for name, options in runs.items():
-        command = (script("inference_test_bench"), str(bench), *words(outdir=out / "results" / name), *options, *device)
+        command = (
+            script_path("inference_test_bench"),
+            str(bench),
+            *cli_args(outdir=out / "results" / name),
+            *options,
+            *device,
+        )
         steps.append(Step(f"sample-{name}", command))
-    figures = words(json=out / "metrics.json")
+    figures = cli_args(json=out / "metrics.json")
     metrics = ("--metrics", "fid", "clip", "identification", "background", "foreground-fid")
     results = [str(out / "results" / name) for name in runs]
     steps += [
-        Step("evaluate", (script("evaluate"), str(bench), *results, *metrics, *figures, *device)),
-        Step("report", (script("report"), str(out / "metrics.json"), *words(out=out / "report"))),
+        Step("evaluate", (script_path("evaluate"), str(bench), *results, *metrics, *figures, *device)),
+        Step("report", (script_path("report"), str(out / "metrics.json"), *cli_args(out=out / "report"))),
     ]
     return steps
 

@@ -1,6 +1,6 @@
-"""A long piece of work as commands of this project: each is run once, and a stopped one goes on.
+"""A pipeline of commands of this project: each runs once, and a stopped pipeline continues.
 
-A step is remembered in a file by its name when it begins and when it is finished, with its command.
+A file per step, in the pipeline's state folder, records its command and whether it is finished.
 """
 
 from __future__ import annotations
@@ -14,14 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.files import write_text
+from ldm.files import UserError, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 NEWEST = "*"  # in a command: the newest run of a folder of runs
-
-
-class StepError(ValueError):
-    """Work that cannot go on; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +25,9 @@ class Step:
     """One command.
 
     Attributes:
-        name: unique; names the file that remembers it.
+        name: unique; also the name of its state file.
         words: script and arguments; `FOLDER/*/FILE` is FILE of the newest run in FOLDER.
-        runs: of a training, the folder of its runs, where an unfinished one is looked for.
+        runs: for a training step, the folder with its runs; an unfinished one there is resumed.
     """
 
     name: str
@@ -43,75 +39,78 @@ class Step:
         return f"{shlex.quote(sys.executable)} {' '.join(words)}"
 
 
-def script(name: str) -> str:
+def script_path(name: str) -> str:
+    """Return the path of a script, for `Step.words`."""
     return str(ROOT / "scripts" / f"{name}.py")
 
 
-def newest(runs: Path, file: str) -> str:
+def in_newest_run(runs: Path, file: str) -> str:
+    """Return the argument for a file of a run that an earlier step makes; see `Step.words`."""
     return f"{runs}/{NEWEST}/{file}"
 
 
-def words(**options: object) -> tuple[str, ...]:
-    """Options of a command line; those that are None are left out."""
+def cli_args(**options: object) -> tuple[str, ...]:
+    """Return the options as command-line arguments; those that are None are left out."""
     given = {f"--{key.replace('_', '-')}": str(value) for key, value in options.items() if value is not None}
     return tuple(word for pair in given.items() for word in pair)
 
 
-def carry_out(steps: Sequence[Step], memory: Path, *, dry_run: bool = False) -> None:
-    """Perform steps in their order; a dry run prints their commands instead."""
+def run_pipeline(steps: Sequence[Step], memory: Path, *, dry_run: bool = False) -> None:
+    """Run steps in their order; a dry run prints their commands instead."""
     if dry_run:
         print("\n".join(f"# {step.name}\n{step}" for step in steps))
         return
     for step in steps:
-        perform(step, memory)
+        run_step(step, memory)
 
 
-def perform(step: Step, memory: Path) -> None:
+def run_step(step: Step, memory: Path) -> None:
     """Run a step unless it is finished; an unfinished training is resumed.
 
     Args:
-        memory: folder where commands are remembered that were begun.
+        memory: folder of the state files.
 
     Raises:
-        StepError: the step fails, or was begun with another command.
+        UserError: the step fails, or was started with another command.
     """
     path = memory / f"{step.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     if before and before["command"] != list(step.words):
-        raise StepError(
-            f"{path}: {step.name} was begun as `{shlex.join(before['command'])}`, now it is "
+        raise UserError(
+            f"{path}: {step.name} was started as `{shlex.join(before['command'])}`, now it is "
             f"`{shlex.join(step.words)}`; choose another --out, or remove that file and the step's results"
         )
     if before.get("finished"):
         print(f"{step.name}: there already", flush=True)
         return
-    remember(path, step, finished=False)
+    save_state(path, step, finished=False)
     run = newest_run(step.runs) if step.runs else None
-    command = [step.words[0], "--resume", str(run)] if run else [resolved(word) for word in step.words]
+    command = [step.words[0], "--resume", str(run)] if run else [resolve(word) for word in step.words]
     print(f"{step.name}: {shlex.join(command)}", flush=True)
     status = execute(command)
     if status != 0:
-        raise StepError(f"{step.name}: ended with status {status}; the same command goes on from there")
-    remember(path, step, finished=True)
+        raise UserError(f"{step.name}: ended with status {status}; the same command goes on from there")
+    save_state(path, step, finished=True)
 
 
-def remember(path: Path, step: Step, *, finished: bool) -> None:
+def save_state(path: Path, step: Step, *, finished: bool) -> None:
     write_text(path, json.dumps({"command": step.words, "finished": finished}, indent=2) + "\n")
 
 
 def newest_run(runs: Path) -> Path | None:
-    """The newest run directory that can be resumed."""
+    """Return the newest run directory that can be resumed."""
     checkpoints = sorted(runs.glob("*/checkpoints/last.ckpt"))  # names of runs begin with their date
     return checkpoints[-1].parents[1] if checkpoints else None
 
 
-def resolved(word: str) -> str:
+def resolve(word: str) -> str:
+    """Replace the newest run's placeholder in an argument by its directory."""
     runs, star, file = word.partition(f"/{NEWEST}/")
     if not star:
         return word
     run = newest_run(Path(runs))
     if run is None:
-        raise StepError(f"{runs}: no run with a checkpoint there; remove the step's file in steps/ to train again")
+        raise UserError(f"{runs}: no run with a checkpoint there; remove the step's file in steps/ to train again")
     return str(run / file)
 
 

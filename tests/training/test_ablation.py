@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from PIL import Image
 from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import FIRST_STAGE, NEW_PARTS, TOWER
 from ldm.config import Config, load_config
+from ldm.files import UserError
 from ldm.training import cli as train
 from ldm.training.run import Run
 from scripts import ablation, pipeline
@@ -244,7 +246,7 @@ class TestCommand:
     def test_unusable_figures(self, text: str, tmp_path: Path) -> None:
         path = tmp_path / "metrics.json"
         path.write_text(text)
-        with pytest.raises(pipeline.StepError, match="evaluate the row again"):
+        with pytest.raises(UserError, match=re.escape(str(path))):
             ablation.read_figures(path, "prior")
 
 

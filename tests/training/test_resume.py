@@ -83,8 +83,12 @@ class SignalAt(Callback):
 
 
 BY_EPOCHS = ("trainer.max_epochs=3",)
-BY_STEPS = ("trainer.max_epochs=null", "trainer.max_steps=10", "trainer.val_check_interval=3",
-            "trainer.check_val_every_n_epoch=null")  # fmt: skip
+BY_STEPS = (
+    "trainer.max_epochs=null",
+    "trainer.max_steps=10",
+    "trainer.val_check_interval=3",
+    "trainer.check_val_every_n_epoch=null",
+)
 ACCUMULATED = ("trainer.max_epochs=3", "trainer.accumulate_grad_batches=2", "data.batch_size=2")
 WORKERS = ("trainer.max_epochs=3", "data.num_workers=2", "model.unet.dropout=0.2")
 
@@ -274,8 +278,19 @@ def stopped_by(config_file: Path, pretrained: Path, tmp_path: Path) -> Callable[
     """Starts `main.py` as a process group, signals all of it after three steps, gives run directory and exit code."""
 
     def run(number: int) -> tuple[Path, int]:
-        command = [sys.executable, "main.py", "-b", str(config_file), "-l", str(tmp_path), "-n", "stopped",
-                   "--pretrained-model", str(pretrained), *ENDLESS]  # fmt: skip
+        command = [
+            sys.executable,
+            "main.py",
+            "-b",
+            str(config_file),
+            "-l",
+            str(tmp_path),
+            "-n",
+            "stopped",
+            "--pretrained-model",
+            str(pretrained),
+            *ENDLESS,
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
@@ -300,11 +315,30 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bits(
 ) -> None:
     """The real thing: SIGKILL to other processes at random moments of a shuffled, augmented run with workers,
     accumulation and an average, each time started again by the same command."""
-    overrides = ["trainer.max_epochs=null", "trainer.max_steps=90", "trainer.accumulate_grad_batches=2",
-                 "data.batch_size=2", "data.num_workers=2", "model.unet.dropout=0.1",
-                 "logging.checkpoint_every=3"]  # fmt: skip
-    command = [sys.executable, "main.py", "-b", str(config_file), "-l", str(tmp_path), "-n", "job", "--resume", "auto",
-               "--pretrained-model", str(pretrained), *overrides]  # fmt: skip
+    overrides = [
+        "trainer.max_epochs=null",
+        "trainer.max_steps=90",
+        "trainer.accumulate_grad_batches=2",
+        "data.batch_size=2",
+        "data.num_workers=2",
+        "model.unet.dropout=0.1",
+        "logging.checkpoint_every=3",
+    ]
+    command = [
+        sys.executable,
+        "main.py",
+        "-b",
+        str(config_file),
+        "-l",
+        str(tmp_path),
+        "-n",
+        "job",
+        "--resume",
+        "auto",
+        "--pretrained-model",
+        str(pretrained),
+        *overrides,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     rng, last, steps, deadline = random.Random(0), None, [], time.monotonic() + 500
     while not steps or steps[-1] < 90:

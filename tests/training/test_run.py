@@ -435,9 +435,22 @@ def test_two_processes_give_the_gradients_of_one(
 ) -> None:
     """Gloo, DDP, two samples each, against one process with all four."""
     end = ["trainer.max_epochs=null", "trainer.max_steps=1"]
-    command = [sys.executable, "main.py", "-b", str(config_file), "-l", str(tmp_path), "-n", "two",
-               "--pretrained-model", str(pretrained), *end, "data.batch_size=2", "trainer.devices=2",
-               "trainer.strategy=ddp"]  # fmt: skip
+    command = [
+        sys.executable,
+        "main.py",
+        "-b",
+        str(config_file),
+        "-l",
+        str(tmp_path),
+        "-n",
+        "two",
+        "--pretrained-model",
+        str(pretrained),
+        *end,
+        "data.batch_size=2",
+        "trainer.devices=2",
+        "trainer.strategy=ddp",
+    ]
     # Processes without a network: rendezvous and rings stay on the loopback device.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
