@@ -257,7 +257,7 @@ class LatentDiffusion(nn.Module):
         steering: Steering | None = None,
         on_step: samplers.OnStep | None = None,
     ) -> Tensor:
-        """Turn noise into scaled latents.
+        """Turn noise into scaled latents (B, Z, h, w), float32.
 
         Args:
             c_concat: (B, C - Z, h, w), the UNet's channels behind x_t.
@@ -275,9 +275,6 @@ class LatentDiffusion(nn.Module):
             generator: source of all noise, one for the batch or one per sample.
             steering: control networks with their hint images.
             on_step: called after each step as `on_step(step, num_steps, x_t, x_0)`.
-
-        Returns:
-            (B, Z, h, w) float32.
 
         Raises:
             ValueError: unknown sampler, or a step count, scale, interval, eta or strength out of range.
