@@ -249,16 +249,7 @@ def edit_many(
         return None if _is_done(outdir, job, metadata) else _prepare(editor, job)
 
     def finish(item: _Item, painted: Tensor | Image.Image) -> None:
-        result = painted
-        if not isinstance(result, Image.Image):
-            assert item.fitted is not None
-            result = put_back(item.fitted, result, item.job.settings)
-        if content_filter is not None:
-            (reason,) = unsafe_reasons(content_filter, [result], item.request.hole)
-            if reason:
-                raise UserError(f"withheld: {reason}")
-        if watermark:
-            result = add_watermark(result, watermark)
+        result = _finish(item, painted, content_filter, watermark)
         if on_result is not None:
             on_result(item.job, result)
         # Last: its presence says that the job is done.
@@ -351,6 +342,20 @@ def _paint(editor: Editor | Baseline, batch: Sequence[_Item]) -> Sequence[Tensor
         **batch[0].job.settings.sampling,
     )
     return list(painted)
+
+
+def _finish(
+    item: _Item, painted: Tensor | Image.Image, content_filter: ContentFilter | None, watermark: str | None
+) -> Image.Image:
+    result = painted
+    if not isinstance(result, Image.Image):
+        assert item.fitted is not None
+        result = put_back(item.fitted, result, item.job.settings)
+    if content_filter is not None:
+        (reason,) = unsafe_reasons(content_filter, [result], item.request.hole)
+        if reason:
+            raise UserError(f"withheld: {reason}")
+    return add_watermark(result, watermark) if watermark else result
 
 
 def _collect(job: Job, writing: Future[None], report: Report) -> None:

