@@ -155,7 +155,8 @@ def _job(row: Any, where: str, number: int, folder: Path, base: EditSettings | N
         raise UserError(f"{where}: {error}") from None
     if "scene" not in files or ("reference" not in files and settings.prompt is None):
         raise UserError(f"{where}: lacks {'reference or prompt' if 'scene' in files else 'scene'}")
-    return Job(name=name, settings=settings, **files, **outlines)
+    box, polygon = (outlines.get(key, ()) for key in OUTLINES)
+    return Job(name=name, settings=settings, box=box, polygon=polygon, **files)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ import argparse
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ldm.files import UserError
@@ -277,12 +277,16 @@ def _one_of(choices: Collection[str]) -> str:
 
 
 def _check_number(name: str, option: Option, value: Any, expected: type) -> int | float:
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    is_whole = is_number and (isinstance(value, Integral) or float(value).is_integer())
+    is_number = _is_finite(value)
+    is_whole = is_number and value % 1 == 0
     if not (is_whole if expected is int else is_number) or not option.low <= value <= option.high:
         what = "a whole number" if expected is int else "a finite number"
         raise UserError(f"{name}: got {value!r:.80}, expected {what}{_bounds(option)}")
     return expected(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _bounds(option: Option) -> str:

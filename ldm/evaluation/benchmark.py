@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing
 from PIL import Image
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from ldm.checkpoint.io import sha256_file
 from ldm.editing.batch import Baseline, Job, edit_many, process_rank
 from ldm.editing.editor import Editor, checkpoint_file, pick_device, pick_dtype
+from ldm.editing.request import EditRequest
 from ldm.editing.settings import EditSettings
 from ldm.evaluation.cocoee import Bench, copy_paste, opencv_inpaint, seamless_clone
 from ldm.files import UserError, write_text
@@ -30,9 +31,18 @@ PROTOCOLS = {
     "paper": EditSettings(sampler="plms", num_steps=50, guidance_scale=5.0, whole_image=True, paste_back=False),
     "ours": EditSettings(),
 }
+
+
+def only_exemplar(request: EditRequest) -> Image.Image:
+    """Return the exemplar of a request that has one."""
+    (exemplar,) = request.exemplars
+    assert exemplar is not None
+    return exemplar
+
+
 BASELINES: dict[str, Baseline] = {
-    "copy-paste": lambda request: copy_paste(request.scene, request.hole, *request.exemplars),
-    "seamless-clone": lambda request: seamless_clone(request.scene, request.hole, *request.exemplars),
+    "copy-paste": lambda request: copy_paste(request.scene, request.hole, only_exemplar(request)),
+    "seamless-clone": lambda request: seamless_clone(request.scene, request.hole, only_exemplar(request)),
     "opencv-inpaint": lambda request: opencv_inpaint(request.scene, request.hole),
 }
 METHODS = ("model", "null-token", "other-exemplar", *BASELINES)
@@ -175,8 +185,8 @@ def edit_bench(
         run.edit_share()
     else:
         try:
-            torch.multiprocessing.spawn(_start, (run, devices), nprocs=devices)
-        except torch.multiprocessing.ProcessRaisedException as error:
+            spawn(_start, (run, devices), nprocs=devices)
+        except ProcessRaisedException as error:
             reason = str(error).strip().splitlines()[-1]
             raise (UserError(reason) if UserError.__name__ in reason else error) from None
     return len(bench.ids[:limit])
