@@ -201,7 +201,7 @@ class MetricsFile(Logger):
         run_dir: folder of the file.
     """
 
-    name, version = "", ""
+    name = version = ""  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]: one file, no folders
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__()

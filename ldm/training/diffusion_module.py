@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from ldm.checkpoint.keys import NEW_PARTS
-from ldm.config import Config, LoggingConfig
+from ldm.config import Config, LoggingConfig, TrainingConfig
 from ldm.diffusion import min_snr_weight
 from ldm.images import exemplar_to_pixels
 from ldm.latent_diffusion import LatentDiffusion
@@ -36,7 +36,7 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.model)
-        self.options = config.training
+        self.options: TrainingConfig = config.training
         loss_aware = config.training.timesteps == "loss_aware"
         self.timesteps = LossAwareTimesteps(config.model.schedule.num_timesteps) if loss_aware else None
         self._freeze()
@@ -168,8 +168,10 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         t, eps, u = (torch.stack(column) for column in zip(*draws, strict=True))
         if self.options.null_drop == "per_batch":
             u = u[:1].expand_as(u)
-        drawn = t, eps, u < self.options.p_uncond
-        return tuple(x.pin_memory() for x in drawn) if self.device.type == "cuda" else drawn
+        dropped = u < self.options.p_uncond
+        if self.device.type == "cuda":  # pinned memory is copied without waiting for the GPU
+            return t.pin_memory(), eps.pin_memory(), dropped.pin_memory()
+        return t, eps, dropped
 
     def _draw_timestep(self, generator: torch.Generator) -> Tensor:
         """Draw from logit_normal as Esser et al. 2024 (Stable Diffusion 3), Eq. 19 with location 0 and scale 1."""

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ldm.config import Config, LoggingConfig
+from ldm.config import Config, FirstStageTrainingConfig, LoggingConfig
 from ldm.data.masks import irregular_hole
 from ldm.images import mask_to_tensor
 from ldm.models.autoencoder import AsymmetricAutoencoderKL, build_autoencoder
@@ -40,7 +40,7 @@ class FirstStageTraining(TrainingModule):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.options = config.first_stage_training
+        self.options: FirstStageTrainingConfig = config.first_stage_training
         self.first_stage_model = model = build_autoencoder(config.model.first_stage)
         self.frozen_encoder = isinstance(model, AsymmetricAutoencoderKL)
         if self.frozen_encoder:

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from ldm.config import ConfigError, FirstStageTrainingConfig, TrainingConfig
+from ldm.config import ConfigError
 
 
 class NonFiniteError(RuntimeError):
@@ -28,7 +28,7 @@ class NonFiniteError(RuntimeError):
 class TrainingModule(pl.LightningModule):
     """A Lightning module whose samples carry a `key`, the seed of all their random draws."""
 
-    options: TrainingConfig | FirstStageTrainingConfig
+    options: Any  # TrainingConfig or FirstStageTrainingConfig, as the subclasses declare
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Copy a batch to the device, except the keys: they seed generators on the CPU."""

@@ -390,7 +390,9 @@ class StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_end(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, trainer: pl.Trainer, *args: Any
+    ) -> None:
         trainer.should_stop = trainer.global_step >= self.step
 
 
