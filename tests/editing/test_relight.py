@@ -244,7 +244,9 @@ def test_pictures() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"light": "above"}, "light: got 'above', expected one of none, left"),
+        ({"light": "above"}, "light: got 'above'"),
+        ({"feather": 3}, "the setting feather"),
+        ({"num_steps": 0}, "num_steps: got 0"),
         ({"background": Image.new("RGB", (9, 9))}, "a model that reads none"),
         ({"highres_scale": 0.5}, "highres_scale=0.5, expected"),
         ({"highres_strength": 2}, "highres_strength=2"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm.checkpoint.io import CheckpointError, write_torch
-from ldm.editing.safety import OPEN_NSFW, SafetyChecker, load_filter, unsafe_reasons
+from ldm.editing.safety import OPEN_NSFW, SafetyChecker, drop_unsafe, load_filter, unsafe_reasons
 from ldm.files import UserError
 
 SIZES = {
@@ -116,3 +118,31 @@ def test_a_filter_sees_the_hole_closer() -> None:
 
     assert much_red([scene]) == [None]
     assert unsafe_reasons(much_red, [scene, Image.new("RGB", scene.size)], hole) == ["red", None]
+
+
+def test_unsafe_results_are_dropped_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def dark(images: Sequence[Image.Image]) -> list[str | None]:
+        return ["too dark" if not np.asarray(image).any() else None for image in images]
+
+    results = [Image.new("RGB", (8, 8), level) for level in ((0, 0, 0), (9, 9, 9))]
+    hole = Image.new("L", (8, 8), 255)
+    assert drop_unsafe(dark, [4, 7], results, hole) == ([7], results[1:])
+    assert "seed 4: too dark" in capsys.readouterr().err
+    assert drop_unsafe(None, [4, 7], results, hole) == ([4, 7], results)
+
+
+def test_a_filter_runs_in_one_thread_at_a_time() -> None:
+    running, most = 0, 0
+
+    def counting(images: Sequence[Image.Image]) -> list[str | None]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.01)
+        running -= 1
+        return [None] * len(images)
+
+    image, hole = Image.new("RGB", (8, 8)), Image.new("L", (8, 8), 255)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: unsafe_reasons(counting, [image], hole), range(8)))
+    assert most == 1
