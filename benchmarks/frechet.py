@@ -56,12 +56,12 @@ def pictures(count: int) -> float:
     import torch
     from PIL import Image
 
-    from ldm.evaluation.features import FeatureNetwork, Normalised, View, iter_features
+    from ldm.evaluation.features import FeatureNetwork, View, iter_features, normalised_square
     from ldm.evaluation.frechet import RunningStatistics, frechet_distance
 
     torch.manual_seed(0)
     tower = torch.nn.Linear(3 * 16 * 16, DIM)
-    preprocess = Normalised(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), short_side=None)
+    preprocess = normalised_square(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     network = FeatureNetwork("benchmark", tower, lambda x: tower(x.flatten(1)), DIM, preprocess)
     rng, running = np.random.default_rng(0), RunningStatistics("benchmark")
     with tempfile.TemporaryDirectory() as folder:

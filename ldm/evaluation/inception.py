@@ -10,7 +10,6 @@ Dimensions: N images · B batch.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint.io import read_checkpoint
-from ldm.evaluation.features import SQUASH, WHOLE, Box, FeatureNetwork, cropped
+from ldm.evaluation.features import SQUASH, WHOLE, FeatureNetwork, Preprocess
 from ldm.files import UserError
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -72,20 +71,13 @@ def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = 0) -> t
     return float(np.mean(scores)), float(np.std(scores))
 
 
-@dataclass(frozen=True)
-class Bytes:
-    """Preprocessing for a network that resizes images itself: their bytes unchanged."""
+def _to_bytes(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    @property
-    def phrases(self) -> dict[str, str]:
-        squash = "squashed to 299 px (bilinear, not antialiased, TensorFlow 1's grid)"
-        return {WHOLE: squash, SQUASH: squash}
 
-    def __call__(self, image: Image.Image, resize_mode: str, box: Box | None = None) -> Tensor:
-        """Convert an image, or a box of it, to (3, H, W) uint8."""
-        if resize_mode not in self.phrases:
-            raise ValueError(f"got the resize mode {resize_mode!r}, expected {' or '.join(map(repr, self.phrases))}")
-        return torch.from_numpy(np.array(cropped(image.convert("RGB"), box))).permute(2, 0, 1)
+# The network resizes images itself: it takes their bytes, (3, H, W) uint8.
+_SQUASHED = ("squashed to 299 px (bilinear, not antialiased, TensorFlow 1's grid)", _to_bytes)
+PREPROCESS = Preprocess({WHOLE: _SQUASHED, SQUASH: _SQUASHED})
 
 
 def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> FeatureNetwork:
@@ -130,5 +122,5 @@ def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> F
         pooled, logits = tower(x)
         return torch.cat([pooled, spatial.pop(), logits], dim=1)
 
-    network = FeatureNetwork("Inception-v3 (2015, FID)", tower, embed, _POOLED + _SPATIAL + _LOGITS, Bytes())
+    network = FeatureNetwork("Inception-v3 (2015, FID)", tower, embed, _POOLED + _SPATIAL + _LOGITS, PREPROCESS)
     return network.to(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +25,11 @@ from torch import Tensor, nn
 from ldm.evaluation.cache import FeatureCache
 from ldm.evaluation.features import (
     FeatureNetwork,
-    Normalised,
     View,
     extract,
     iter_features,
     load_network,
+    normalised_square,
     openai_to_transformers,
 )
 from ldm.evaluation.metrics import cosine_scores, paper_box
@@ -164,13 +165,13 @@ def test_files_that_hold_no_openai_tower(tiny_clip: Path, tmp_path: Path) -> Non
     state = load_file(tiny_clip)
     path = tmp_path / "other.safetensors"
     problems = {
-        "conv1": {"vision_model.post_layernorm.weight": torch.zeros(3)},
-        "conv1.weight": {name: t for name, t in state.items() if name != "visual.conv1.weight"},
+        "conv1.weight": {"vision_model.post_layernorm.weight": torch.zeros(3)},
+        "'conv1.weight'": {name: t for name, t in state.items() if name != "visual.conv1.weight"},
         "vision_model.encoder.layers.1.mlp.fc2.bias": {
             n: t for n, t in state.items() if not n.endswith("1.mlp.c_proj.bias")
         },
-        r"layer4\.0\.bn1\.weight": {**state, "visual.layer4.0.bn1.weight": torch.zeros(3)},
-        r"conv1\.weight": {"token_embedding.weight": torch.zeros(3)},
+        "layer4.0.bn1.weight": {**state, "visual.layer4.0.bn1.weight": torch.zeros(3)},
+        "attn_pool.probe": {**state, "visual.attn_pool.probe": torch.zeros(3)},
     }
     for message, tensors in problems.items():
         save_file(tensors, path)
@@ -240,14 +241,14 @@ def test_a_folder_with_another_model_is_refused(tmp_path: Path) -> None:
     Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "a"
     )
-    with pytest.raises(UserError, match=f"clip:{tmp_path / 'a'}: holds a model of the type dinov2, expected one like"):
+    with pytest.raises(UserError, match=f"clip:{tmp_path / 'a'}: .*dinov2"):
         load_network(f"clip:{tmp_path / 'a'}")
     # Without the projection: transformers would fill it with random numbers.
     CLIPVisionModel(tiny_clip_config().vision_config).save_pretrained(tmp_path / "b")
-    with pytest.raises(UserError, match="1 weights of CLIPVisionModelWithProjection are missing, visual_projection"):
+    with pytest.raises(UserError, match=r"visual_projection\.weight"):
         load_network(f"clip:{tmp_path / 'b'}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"cannot be loaded .*config\.json") as error:
+    with pytest.raises(UserError, match=f"clip:{tmp_path / 'empty'}: ") as error:
         load_network(f"clip:{tmp_path / 'empty'}")
     assert "\n" not in str(error.value)
 
@@ -265,10 +266,9 @@ def test_without_a_network_one_line_says_what_to_do(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as error:
         load_network(spec)
-    message = str(error.value)
-    kind = spec.partition(":")[0]
-    assert message.startswith(f"{kind}:{name}: neither a file or folder here")
-    assert message.endswith(f"do `hf download {name} --local-dir FOLDER`, bring FOLDER here and name it {kind}:FOLDER")
+    kind, message = spec.partition(":")[0], str(error.value)
+    assert message.startswith(f"{kind}:{name}: ")
+    assert f"name it {kind}:FOLDER" in message
     assert "\n" not in message
 
 
@@ -276,13 +276,13 @@ def test_without_a_network_one_line_says_what_to_do(
     "spec", ["vgg", "", "efficientnet-lite0:x", "clip:/no/such/file.pt", "clip:./folder", "clip:a/b/c"]
 )
 def test_what_names_no_network(spec: str) -> None:
-    with pytest.raises(UserError, match=r"expected efficientnet-lite0, clip|no such file or folder; check the path"):
+    with pytest.raises(UserError, match=re.escape(repr(spec) if ":" not in spec else spec)):
         load_network(spec)
 
 
 # ---- preprocessing ----
 
-CLIP_224 = Normalised(224, CLIP_MEAN, CLIP_STD, short_side=224)
+CLIP_224 = normalised_square(224, CLIP_MEAN, CLIP_STD, short_side=224)
 
 
 def pixels_of(x: Tensor) -> np.ndarray:
@@ -333,11 +333,11 @@ def test_the_papers_region_is_not_antialiased() -> None:
 
 
 @pytest.mark.parametrize("box", [(0, 0, 0, 5), (5, 5, 3, 9), (-1, 0, 5, 5), (0, 0, 61, 5), (0, 0, 5, 51)])
-def test_bad_boxes_and_rules_are_refused(box: tuple[int, int, int, int]) -> None:
+def test_bad_boxes_and_resize_modes_are_refused(box: tuple[int, int, int, int]) -> None:
     picture = Image.new("RGB", (60, 50))
-    with pytest.raises(ValueError, match="60x50"):
+    with pytest.raises(UserError, match="60x50"):
         CLIP_224(picture, "squash", box)
-    with pytest.raises(ValueError, match="'crop'"):
+    with pytest.raises(UserError, match="'crop'"):
         CLIP_224(picture, "crop")
 
 
@@ -359,7 +359,7 @@ class Counting(nn.Module):
 
 def counting_network(name: str = "counting") -> tuple[FeatureNetwork, Counting]:
     tower = Counting()
-    return FeatureNetwork(name, tower, tower.embed, 6, Normalised(32, CLIP_MEAN, CLIP_STD, short_side=32)), tower
+    return FeatureNetwork(name, tower, tower.embed, 6, normalised_square(32, CLIP_MEAN, CLIP_STD, short_side=32)), tower
 
 
 def views_of(pictures: Sequence[Path]) -> list[View]:
@@ -416,7 +416,7 @@ def test_the_key_tells_networks_apart() -> None:
     weights, _ = counting_network()
     with torch.no_grad():
         weights.tower.scale[3] = 1.0000001
-    sizes = FeatureNetwork("counting", tower, tower.embed, 6, Normalised(33, CLIP_MEAN, CLIP_STD, short_side=32))
+    sizes = FeatureNetwork("counting", tower, tower.embed, 6, normalised_square(33, CLIP_MEAN, CLIP_STD, short_side=32))
     assert len({network.key, weights.key, sizes.key}) == 3
 
 
@@ -427,16 +427,16 @@ def test_a_broken_picture_is_named(tmp_path: Path, pictures: list[Path]) -> None
     for workers in (0, 2):
         with pytest.raises(UserError, match=f"{broken}: damaged"):
             extract(network, [View(pictures[0], "whole"), View(broken, "whole")], num_workers=workers)
-    with pytest.raises(ValueError, match=f"{pictures[0]}: got the box"):
+    with pytest.raises(UserError, match=f"{pictures[0]}: .*61"):
         extract(network, [View(pictures[0], "squash", (0, 0, 61, 5))])
 
 
-def test_features_that_are_not_finite_are_refused(pictures: list[Path]) -> None:
+def test_features_that_are_not_finite_are_refused_with_the_file(pictures: list[Path]) -> None:
     network, tower = counting_network()
     with torch.no_grad():
-        tower.scale[2] = torch.nan
-    with pytest.raises(UserError, match=str(pictures[1])):
-        extract(network, [View(pictures[1], "squash")])
+        tower.scale[2] = float("nan")
+    with pytest.raises(UserError, match=f"{pictures[0]}: .*counting"):
+        extract(network, [View(pictures[0], "whole")])
 
 
 # ---- EfficientNet-Lite0 ----
