@@ -211,7 +211,7 @@ def mean_interval(
 
 def corner_colors(image: Image.Image) -> np.ndarray:
     """Return (4, 3), the mean colours of the corners, grey levels 0 to 255; a corner is 1/8 of each side long."""
-    cells = np.array(image.convert("RGB").resize((CORNER_CELLS,) * 2, Image.Resampling.BOX), dtype=np.float64)
+    cells = np.array(image.convert("RGB").resize((CORNER_CELLS, CORNER_CELLS), Image.Resampling.BOX), dtype=np.float64)
     return cells[[0, 0, -1, -1], [0, -1, 0, -1]]
 
 

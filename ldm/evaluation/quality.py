@@ -170,8 +170,8 @@ def _is_pickle(path: Path) -> bool:
 
 def _from_safetensors(path: Path) -> GaussianMixture:
     metadata, tensors = read_metadata(path), read_checkpoint(path)
-    arrays = (tensors[name].numpy() for name in _ARRAYS)
-    return mixture_of(*arrays, metadata["covariance_type"], json.loads(metadata["provenance"]))
+    weights, means, covariances = (tensors[name].numpy() for name in _ARRAYS)
+    return mixture_of(weights, means, covariances, metadata["covariance_type"], json.loads(metadata["provenance"]))
 
 
 def _from_pickle(path: Path) -> GaussianMixture:
