@@ -185,7 +185,8 @@ class LatentDiffusion(nn.Module):
         if any(p.requires_grad for p in parameters):
             return self.encode_text([""])
         first, device = parameters[0], self.betas.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = torch.get_autocast_dtype(device) if has_autocast else None
         # loading weights replaces parameters or writes into them, which counts their version up
         key = id(first), first._version, first.dtype, first.device, autocast
         if self._empty_prompt_cache is None or self._empty_prompt_cache[0] != key:

@@ -90,6 +90,7 @@ def test_outline_and_filling_are_the_original_s(record: dict[str, Any]) -> None:
     assert 1 - hole.mean() == pytest.approx(record["mask_full_mean"], abs=1e-6)  # recorded in float32
 
 
+@pytest.mark.slow
 def test_arbitrary_shapes_are_distributed_like_the_original_s() -> None:
     """Area over the box's area, and reach beyond the box per side, averaged over the recorded shapes.
 

@@ -106,6 +106,7 @@ def test_processes_and_workers_share_an_epoch(packed: Path, world_size: int, wor
     assert len(set(seen)) == len(seen)  # a further draw of an image is another sample
 
 
+@pytest.mark.slow
 def test_fewer_shards_than_readers(images: Path, tmp_path: Path) -> None:
     root = pack(images, tmp_path / "one", max_bytes=10**9)
     assert len(listed_shards(str(root), "train")) == 1
@@ -137,6 +138,7 @@ def damage(root: Path) -> None:
     second.write_bytes(second.read_bytes()[:3000])
 
 
+@pytest.mark.slow
 def test_damaged_members_are_skipped(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = pack(images, tmp_path / "damaged")
     damage(root)
@@ -152,6 +154,7 @@ def test_validation_starts_its_shards_again_without_a_buffer(packed: Path) -> No
     assert len({*keys(read(reader, count=2 * N))}) == 2 * N, "the second lap draws other samples"
 
 
+@pytest.mark.slow
 def test_nothing_readable(images: Path, tmp_path: Path) -> None:
     root = pack(images, tmp_path / "gone")
     for path in root.glob("*.tar"):
@@ -162,6 +165,7 @@ def test_nothing_readable(images: Path, tmp_path: Path) -> None:
         Shards(str(root), "validation", RECIPE)
 
 
+@pytest.mark.slow
 def test_writing_goes_on_and_repeats_itself(images: Path, packed: Path, tmp_path: Path) -> None:
     out = pack(images, tmp_path / "out")
     files = {path.name: path.read_bytes() for path in packed.iterdir() if path.suffix}

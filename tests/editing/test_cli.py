@@ -160,7 +160,7 @@ def test_a_scene_too_small_for_a_mark_is_told_before_painting(
     tiny_folder: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tiny_folder, files, tmp_path / "out", "--watermark") == 2
-    assert "for a picture of 90 x 60, expected" in capsys.readouterr().err
+    assert "90 x 60" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -59,6 +59,7 @@ def test_numbers_of_parameters(model: LatentDiffusion) -> None:
     assert model.downsampling == 8
 
 
+@pytest.mark.slow
 def test_loading_makes_no_second_copy(published: Layout, tmp_path: Path) -> None:
     """A checkpoint of 5.2 GB, a sparse file of zeros, is mapped, not read: nothing has touched its pages yet."""
     header, end = {}, 0

@@ -409,7 +409,7 @@ def test_a_prompt_on_the_command_line(
         (["--prompt", "a dog"], "got some of --image, --mask, --reference (or --prompt)"),
         (
             ["--image", "{scene}", "--box", "2,2,9,9", "--prompt", "a dog", "--rank"],
-            "--rank: compares with an exemplar",
+            "--sort-by-similarity",
         ),
         (
             ["--image", "{scene}", "--box", "2,2,9,9", "--reference", "{scene}"],

@@ -24,6 +24,8 @@ from ldm.training import cli as train
 from ldm.training.run import Run
 from scripts import ablation, pipeline
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Every row adds one technique: prior, augmentation (two keys), bottleneck, guidance (two keys).
 SWITCHES = {

@@ -17,6 +17,8 @@ from ldm.latent_diffusion import LatentDiffusion
 from scripts import make_mini
 from scripts.pipeline import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:

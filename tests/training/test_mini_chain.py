@@ -17,6 +17,8 @@ from ldm.models.efficientnet import EfficientNetTower
 from ldm.training import cli as train
 from scripts import cache_latents, export_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def test_cache_train_export_load(
     tmp_path: Path, dataset: Path, config_file: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]

@@ -24,6 +24,8 @@ from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.run import Run
 from scripts import make_shards
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 Fit = Callable[..., tuple[Run, int]]

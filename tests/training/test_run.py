@@ -432,6 +432,7 @@ def test_accumulated_batches_are_one_step(fit: Fit, make_config: MakeConfig, tmp
     assert_gradients_close(*moments)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(
     fit: Fit, make_config: MakeConfig, config_file: Path, pretrained: Path, tmp_path: Path
 ) -> None:

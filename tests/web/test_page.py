@@ -21,6 +21,8 @@ from ldm.editing.editor import Editor
 from ldm.web.service import Limits
 from tests.web.conftest import HOLE, QUICK, REPOSITORY, SlowEditor, changed, pixels, running
 
+pytestmark = pytest.mark.slow
+
 web_page = pytest.importorskip("ldm.web.page", reason="the extra demo is not installed", exc_type=ImportError)
 
 # ---- the API ----

@@ -324,6 +324,7 @@ def test_flagged_candidates_are_withheld(editor: Editor, tmp_path: Path, files: 
 FURTHER = {"feather": 3, "per_component": True, "reference_background": "grey", "reference_fit": "pad"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [{}, FURTHER | {"n_samples": 2, "seed": 5, "sampler": "ddim", "whole_image": True}])
 def test_the_calls_repeat_the_edit(
     service: EditService, tmp_path: Path, values: dict[str, Any], files: dict[str, Path]
@@ -362,6 +363,7 @@ def test_the_calls_tell_the_files_apart(
     )
 
 
+@pytest.mark.slow
 def test_text_in_place_of_an_exemplar(text_folder: Path, tmp_path: Path, files: dict[str, Path]) -> None:
     """With a model that reads text only, and a prompt that starts like an option."""
     service = make_service(Editor.from_pretrained(text_folder), tmp_path / "edits", checkpoint=text_folder)
