@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +330,13 @@ def test_cancel(page: Any, slow_editor: SlowEditor, files: dict[str, Path]) -> N
     page.wait_for_selector("#status:has-text('Stopped.')")
     assert slow_editor.steps - before < 250
     page.wait_for_selector("#run:not([disabled])")
-    run(page)  # the model is free again
+    # The model is free again. Gradio may drop a click while it still cancels the run before, so a second one is allowed.
+    page.wait_for_timeout(500)
+    run(page)
+    with suppress(pytest.importorskip("playwright.sync_api").TimeoutError):
+        page.wait_for_selector("#status:has-text('Done.')", timeout=20_000)
+        return
+    run(page)
     wait_until_done(page)
 
 
