@@ -330,7 +330,7 @@ def test_cancel(page: Any, slow_editor: SlowEditor, files: dict[str, Path]) -> N
     page.wait_for_selector("#status:has-text('Stopped.')")
     assert slow_editor.steps - before < 250
     page.wait_for_selector("#run:not([disabled])")
-    # The model is free again. Gradio may drop a click while it still cancels the run before, so a second one is allowed.
+    # The model is free again. Gradio may drop a click while it still cancels the run before: a second is allowed.
     page.wait_for_timeout(500)
     run(page)
     with suppress(pytest.importorskip("playwright.sync_api").TimeoutError):
