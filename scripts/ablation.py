@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The ablation table: train, sample and evaluate its five rows, and print them beside the paper's.
+"""Train, sample and evaluate the five rows of the ablation table, and print them beside the paper's figures.
 
     python scripts/ablation.py --out results/ablation
     python scripts/ablation.py --out results/ablation --dry-run
@@ -8,9 +8,9 @@
         --prior pretrained_models/sd-v1-4-modified-9channel.ckpt \\
         --metrics fid qs clip --features clip --gmm GMM --real COCO_TEST2017
 
-Every row is a config of configs/ablation merged after --base. Without options it is the mini model's table, from the
-scenes of docs/mini.md and the bundled weights. Started again, the command goes on where it stopped: finished steps are
-skipped, a training run resumes from its last checkpoint. docs/ablation.md says what the rows are.
+Each row is a config in configs/ablation, merged after --base. Without options, the command makes the table of the mini
+model from the scenes of docs/mini.md and the bundled weights. It can be interrupted: started again, it skips finished
+steps and resumes a training run from its last checkpoint. docs/ablation.md explains the rows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROWS = {
     "bottleneck": "+ Bottleneck",
     "guidance": "+ Classifier-free guidance",
 }
-# Yang et al. 2023, Table 3, as far as copies of it agree; what they do not give shows a dash.
+# Yang et al. 2023, Table 3. Missing figures are printed as a dash.
 PAPER = {
     "baseline": {"FID": 3.61},
     "prior": {"FID": 3.40, "CLIP score": 88.79},
@@ -52,8 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="gets runs, samples, figures and the table")
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for runs, samples, figures and the table")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="rows to make (default: all)")
     add("--dry-run", action="store_true", help="print the commands and stop")
     training = parser.add_argument_group("training").add_argument
     training(
@@ -61,49 +61,60 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["configs/mini.yaml"],
         metavar="YAML",
-        help="the recipe that the rows change (default: configs/mini.yaml)",
+        help="configs that the rows modify (default: configs/mini.yaml)",
     )
     training(
         "--pretrained-model",
         default="pretrained_models/mini/model.safetensors",
         metavar="FILE",
-        help="holds the frozen parts (default: %(default)s)",
+        help="checkpoint with the frozen parts (default: %(default)s)",
     )
     training(
         "--prior",
         metavar="FILE",
-        help="start of rows 2 to 5; default: that of --pretrained-model, with fresh conditioning",
+        help="initial weights of rows 2 to 5 (default: --pretrained-model with fresh conditioning)",
     )
     training(
         "--scenes",
         type=Path,
         default=Path("dataset/mini"),
         metavar="DIR",
-        help="images and boxes, where the recipe wants cached latents (default: %(default)s)",
+        help="images and boxes, if the base config trains on cached latents (default: %(default)s)",
     )
-    training(
-        "--draws", type=int, metavar="N", help="variants of every scene in a cache; default: that of cache_latents.py"
-    )
-    training("--max-steps", type=int, metavar="N", help="train each model so long instead of the recipe's steps")
-    training("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides of main.py")
+    training("--draws", type=int, metavar="N", help="cached variants of each scene (default: that of cache_latents.py)")
+    training("--max-steps", type=int, metavar="N", help="training steps per row (default: trainer.max_steps of --base)")
+    training("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides for main.py")
     measuring = parser.add_argument_group("sampling and evaluation").add_argument
-    measuring("--bench", type=Path, default=Path("dataset/mini/bench"), metavar="DIR", help="default: %(default)s")
+    measuring(
+        "--bench",
+        type=Path,
+        default=Path("dataset/mini/bench"),
+        metavar="DIR",
+        help="benchmark folder (default: %(default)s)",
+    )
     measuring("--protocol", default="paper", choices=("paper", "ours"), help="default: %(default)s")
     measuring("--limit", type=int, metavar="N", help="only the first N items of the bench")
-    measuring("--batch-size", type=int, default=16, metavar="B", help="of sampling; default: %(default)s")
+    measuring("--batch-size", type=int, default=16, metavar="B", help="batch size of sampling (default: %(default)s)")
     measuring(
         "--metrics",
         nargs="+",
         default=["fid", "clip", "identification", "copying"],
         metavar="NAME",
-        help="of evaluate.py; default: fid clip identification copying",
+        help="metrics of evaluate.py (default: fid clip identification copying)",
     )
     measuring("--features", default="efficientnet-lite0", metavar="SPEC", help="default: %(default)s")
-    measuring("--gmm", type=Path, metavar="FILE", help="for qs")
+    measuring("--gmm", type=Path, metavar="FILE", help="mixture for the metric qs")
     measuring(
-        "--real", type=Path, metavar="PATH", help="for fid: real pictures, or their statistics; default: the bench's"
+        "--real",
+        type=Path,
+        metavar="PATH",
+        help="real images or their statistics, for the metric fid (default: those of --bench)",
     )
-    measuring("--device", metavar="NAME", help="of caching, sampling and evaluation (training: --set trainer.…)")
+    measuring(
+        "--device",
+        metavar="NAME",
+        help="device for caching, sampling and evaluation (for training: --set trainer.accelerator=NAME)",
+    )
     return parser
 
 
@@ -120,14 +131,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace) -> list[Step]:
-    """The commands of the table, in order.
+    """Return the commands in order.
 
     Raises:
         ConfigError: a config or an override cannot be used.
     """
     overrides = [*args.set, *([f"trainer.max_steps={args.max_steps}"] if args.max_steps else [])]
     configs = {name: load_config(*args.base, overlay(name), overrides=overrides) for name in args.rows}
-    # Latents are cached with everything that is drawn: once without augmentation, once with it.
+    # A cache holds the random draws of the data pipeline: one cache without augmentation, one with it.
     drawn_by = {name: "augmentation" if configs[name].data.augment_exemplar else "baseline" for name in configs}
     cached = [name for name in configs if configs[name].data.kind == "cached"]
     device = cli_args(device=args.device)
@@ -176,10 +187,10 @@ def figures_path(out: Path, row: str) -> Path:
 
 
 def read_figures(path: Path, row: str) -> dict[str, dict[str, Any]]:
-    """The figures of a row by metric, as scripts/evaluate.py wrote them: `name`, `value`, `low`, `high` and more.
+    """Read the figures of a row that scripts/evaluate.py wrote: metric key => `name`, `value`, `low`, `high`, …
 
     Raises:
-        UserError: the file holds no figures.
+        UserError: the file does not hold figures of this row.
     """
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))["runs"][row]["figures"]
@@ -207,7 +218,7 @@ def tabulate(out: Path, rows: Iterable[str]) -> None:
         table.add_row(*(text.replace(" [", "\n[") for text in line))
     Console(markup=False).print(table)
     notes = [f"- {key}: {name}" for key, name in metrics.items()]
-    notes.append("- in brackets 95 % intervals; the paper's figures are of COCOEE and the full-size model")
+    notes.append("- brackets: 95 % intervals; the figures of the paper belong to the full-size model on COCOEE")
     print("\n".join(notes))
     markdown = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
     text = "".join(f"| {' | '.join(line)} |\n" for line in markdown)
@@ -217,7 +228,7 @@ def tabulate(out: Path, rows: Iterable[str]) -> None:
 
 
 def cell(figure: Mapping[str, Any] | None) -> str:
-    """`value [low, high]`, or what of it there is."""
+    """Format a figure as `value [low, high]`; without an interval as `value`."""
     if figure is None:
         return "–"
     value = f"{figure['value']:.4g}"

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Compute the latents of training samples beforehand, so that a training step is the UNet alone.
+"""Cache the latents of training samples, so that a training step runs the UNet alone.
 
 Draws several (crop, hole, augmentation) variants of every image, encodes image and masked image with the first stage
-and, where the image tower is frozen, the exemplar with that. Writes OUT/train.safetensors and
-OUT/validation.safetensors for `data.kind: cached`, and OUT/latents.yaml, a config with the latents' scale.
+and, if the image tower is frozen, the exemplar with the tower. Writes OUT/train.safetensors and
+OUT/validation.safetensors for `data.kind: cached`, and OUT/latents.yaml, a config with the scale of the latents.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from ldm.models.exemplar_encoder import ExemplarEncoder
 LATENTS_CONFIG = "latents.yaml"
 
 
-def load_part(module: nn.Module, given: dict[str, Tensor], prefix: str, source: Path) -> None:
-    """Give a module its tensors of a checkpoint that may hold more."""
-    own = {name.removeprefix(prefix): x.float() for name, x in given.items() if name.startswith(prefix)}
+def load_part(module: nn.Module, state: dict[str, Tensor], prefix: str, source: Path) -> None:
+    """Load the tensors under `prefix` of a checkpoint into a module, strictly."""
+    own = {name.removeprefix(prefix): x.float() for name, x in state.items() if name.startswith(prefix)}
     check_keys({name: x.shape for name, x in module.state_dict().items()}, own, source=source)
     module.load_state_dict(own)
 
 
 def load_encoders(config: Config, checkpoint: Path, device: str) -> tuple[AutoencoderKL, ExemplarEncoder | None]:
-    """First stage and, where its tower is frozen, exemplar encoder; the latter's mapper is not loaded, nor used."""
-    given = to_module_keys(read_checkpoint(checkpoint))
+    """Load the first stage and, if its tower is frozen, the exemplar encoder without its mapper."""
+    state = to_module_keys(read_checkpoint(checkpoint))
     first_stage = build_autoencoder(config.model.first_stage)
-    load_part(first_stage, given, FIRST_STAGE, checkpoint)
+    load_part(first_stage, state, FIRST_STAGE, checkpoint)
     exemplar_encoder = None
     if not config.training.train_tower:
         exemplar_encoder = ExemplarEncoder(config.model.exemplar_encoder)
-        load_part(exemplar_encoder.transformer, add_imagenet_tower(given, exemplar_encoder), TOWER, checkpoint)
+        load_part(exemplar_encoder.transformer, add_imagenet_tower(state, exemplar_encoder), TOWER, checkpoint)
     for module in filter(None, (first_stage, exemplar_encoder)):
         module.eval().requires_grad_(False).to(device)
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -62,7 +62,7 @@ def encoded(
     loader: DataLoader[dict[str, torch.Tensor]],
     device: str,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of samples as the arrays of `ldm.data.cached`."""
+    """Yield batches of samples as the arrays that `ldm.data.cached` stores."""
     for batch in loader:
         pixels = torch.cat([batch["image"], batch["masked_image"]]).to(device)
         posterior = first_stage.encode(pixels)
@@ -86,12 +86,15 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--config", nargs="+", default=["configs/mini.yaml"], metavar="YAML",
         help="configs, merged from left to right (default: configs/mini.yaml)")  # fmt: skip
-    add("--checkpoint", type=Path, required=True, help="file with a trained first stage")
+    add("--checkpoint", type=Path, required=True, help="checkpoint with a trained first stage")
     add("--root", type=Path, default=Path("dataset/mini"), help="images and boxes (default: dataset/mini)")
     add(
-        "--out", type=Path, default=Path("dataset/mini-cache"), help="where the caches go (default: dataset/mini-cache)"
+        "--out",
+        type=Path,
+        default=Path("dataset/mini-cache"),
+        help="folder for the caches (default: dataset/mini-cache)",
     )
-    add("--draws", type=int, default=3, help="variants of every training image (default: 3)")
+    add("--draws", type=int, default=3, help="variants of each training image (default: 3)")
     add("--batch-size", type=int, default=64)
     add("--workers", type=int, default=2)
     add("--seed", type=int, default=23)
@@ -122,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def latent_scale(path: Path) -> float:
-    """1 / standard deviation of the cached latents of images, the scale at which a diffusion model expects them."""
+    """Return 1 / standard deviation of the cached image latents: the scale factor of the diffusion model."""
     from safetensors.numpy import load_file
 
     mean, logvar = np.split(load_file(path)["image_moments"].astype(np.float64), 2, axis=1)

@@ -1,8 +1,8 @@
-"""Make the real pictures of FID: short side to 512, centre cut to 512 x 512, as PNG.
+"""Make the real images for FID: resize the short side to 512, crop the centre to 512 x 512, save as PNG.
 
     python scripts/create_square_gt_for_fid.py dataset/coco/test2017 dataset/coco/test2017_square
 
-Pictures keep their place and name below the target folder. A run that was stopped goes on where it stopped.
+Images keep their relative path below the target folder. An interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("source", type=Path, metavar="FOLDER", help="pictures, also in subfolders")
-    parser.add_argument("target", type=Path, metavar="TARGET")
+    parser.add_argument("source", type=Path, metavar="FOLDER", help="folder with images, also in subfolders")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="folder for the results")
     parser.add_argument("--size", type=int, default=512, help="pixels; default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="threads; default: %(default)s")
     return parser
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def create(source: Path, target: Path, size: int, workers: int) -> None:
-    """Convert what is not there yet."""
+    """Convert all images of `source` that have no result in `target` yet."""
     from tqdm import tqdm
 
     from ldm.images import find_images
@@ -48,7 +48,7 @@ def create(source: Path, target: Path, size: int, workers: int) -> None:
         raise ValueError("--size and --workers: expected 1 or more")
     jobs = {path: (target / path.relative_to(source)).with_suffix(".png") for path in find_images(source)}
     if len(set(jobs.values())) < len(jobs):
-        raise ValueError(f"{source}: two pictures differ in their extension alone; rename one")
+        raise ValueError(f"{source}: two images differ only in their extension; rename one")
     todo = [(path, result, size) for path, result in jobs.items() if not result.exists()]
     for folder in {result.parent for _, result, _ in todo}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,18 +58,18 @@ def create(source: Path, target: Path, size: int, workers: int) -> None:
     ):
         for _ in pool.map(convert, *zip(*todo, strict=True)) if todo else ():
             bar.update()
-    print(f"{len(jobs)} pictures in {target}")
+    print(f"{len(jobs)} images in {target}")
 
 
 def convert(path: Path, result: Path, size: int) -> None:
-    """One picture, from file to file."""
+    """Convert one file."""
     from ldm.images import open_image, save_png
 
     save_png(square(open_image(path), size), result)
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` (bilinear, antialiased; the long side rounds down), then the centre, as torchvision does."""
+    """Resize the short side to `size` (bilinear, antialiased; the long side is rounded down) and crop the centre."""
     from PIL import Image
 
     short = min(image.size)

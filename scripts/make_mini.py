@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A small model from material to figures: scenes, first stage, latents, training, file to share, bench, report.
+"""Make a small model from scratch: compose scenes, train the first stage, cache latents, train, export, evaluate.
 
     python scripts/make_mini.py --out results/mini
     python scripts/make_mini.py --out results/mini --dry-run
@@ -7,9 +7,9 @@
         --first-stage configs/mini-autoencoder.yaml configs/mini-128-autoencoder.yaml \\
         --count 40000 --draws 3 --workers 14 --device cuda
 
-Without options this is how the bundled model is made, on a CPU; docs/mini.md says what to expect of it. Started again,
-the command goes on where it stopped: finished steps are skipped, a training run resumes from its last checkpoint.
-OUT/model gets the weights and their config, OUT/metrics.json the figures, OUT/report a page of them with the pictures.
+Without options, this command makes the bundled model on a CPU (docs/mini.md). It can be interrupted: started again, it
+skips finished steps and resumes a training run from its last checkpoint. It writes the weights and their config to
+OUT/model, the figures to OUT/metrics.json, and a page with figures and images to OUT/report.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ldm.config import load_config
 from ldm.files import UserError
 from scripts.pipeline import ROOT, Step, cli_args, in_newest_run, run_pipeline, script_path
 
-PROTOCOLS = {"mini": "paper", "mini-ours": "ours"}  # runs of the model by their protocol
+PROTOCOLS = {"mini": "paper", "mini-ours": "ours"}  # sampling runs of the model and their protocols
 BASELINES = ("null-token", "copy-paste", "seamless-clone", "opencv-inpaint")
 
 
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="gets everything that is made")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for all outputs")
     add("--dry-run", action="store_true", help="print the commands and stop")
     scenes = parser.add_argument_group("scenes").add_argument
     scenes(
@@ -49,35 +49,41 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.3,
         metavar="P",
-        help="of objects that are drawings or emoji (default: %(default)s)",
+        help="share of objects that are drawings or emoji (default: %(default)s)",
     )
     scenes(
         "--patch-share",
         type=float,
         default=0.25,
         metavar="P",
-        help="of objects that are pieces of photographs (default: %(default)s)",
+        help="share of objects that are patches of photographs (default: %(default)s)",
     )
-    scenes("--workers", type=int, default=2, help="processes that compose and read (default: %(default)s)")
+    scenes("--workers", type=int, default=2, help="processes for composing and reading (default: %(default)s)")
     training = parser.add_argument_group("training").add_argument
     training(
         "--first-stage",
         nargs="+",
         default=["configs/mini-autoencoder.yaml"],
         metavar="YAML",
-        help="configs, merged from left to right (default: configs/mini-autoencoder.yaml)",
+        help="configs of the first stage, merged from left to right (default: configs/mini-autoencoder.yaml)",
     )
     training(
         "--base",
         nargs="+",
         default=["configs/mini.yaml"],
         metavar="YAML",
-        help="likewise, of the diffusion model (default: configs/mini.yaml)",
+        help="configs of the diffusion model, merged likewise (default: configs/mini.yaml)",
     )
     training("--draws", type=int, default=2, help="cached variants of every scene (default: %(default)s)")
-    training("--set-first-stage", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides of main.py")
-    training("--set", nargs="+", default=[], metavar="KEY=VALUE", help="likewise, of the diffusion model")
-    training("--device", metavar="NAME", help="of caching, sampling and evaluation (training: trainer.accelerator)")
+    training(
+        "--set-first-stage", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides for the first stage"
+    )
+    training("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides for the diffusion model")
+    training(
+        "--device",
+        metavar="NAME",
+        help="device for caching, sampling and evaluation (for training: trainer.accelerator)",
+    )
     return parser
 
 
@@ -89,12 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not args.dry_run:
-        print(f"{args.out / 'model'}: the weights; {args.out / 'report' / 'report.html'}: what they are worth")
+        print(f"weights: {args.out / 'model'}; figures and images: {args.out / 'report' / 'report.html'}")
     return 0
 
 
 def plan(args: argparse.Namespace) -> list[Step]:
-    """The commands, in order.
+    """Return the commands in order.
 
     Raises:
         ConfigError: a config or an override cannot be used.
@@ -111,7 +117,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
         material = cli_args(
             cutouts=args.material / "cutouts",
             backgrounds=args.material / "backgrounds",
-            extra_cutouts=args.material / "extras",  # looked at where --extra-share is not 0
+            extra_cutouts=args.material / "extras",  # read only if --extra-share is not 0
         )
     composing = cli_args(
         out=scenes,

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Pack images and boxes into WebDataset tars, for training from storage that prefers few large files.
+"""Pack images and boxes into WebDataset tars, for training from storage that favours few large files.
 
     python scripts/make_shards.py --base configs/v1.yaml --out /scratch/open-images
     python main.py --base configs/v1.yaml data.kind=shards data.root=/scratch/open-images
 
-An interrupted run is continued: finished shards are kept. The images are packed as they are; the settings of training
-apply when they are read, as for image files. The root may also be an address: `https://host/folder`,
+An interrupted run continues: finished shards are kept. Images are packed unchanged; the training settings apply when
+they are read. `data.root` may also be an address: `https://host/folder`,
 `s3://bucket/folder`, or `pipe:any command that writes {}`.
 """
 

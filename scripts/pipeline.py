@@ -1,6 +1,6 @@
-"""A pipeline of commands of this project: each runs once, and a stopped pipeline continues.
+"""Run the scripts of this project one after another; a stopped pipeline continues where it stopped.
 
-A file per step, in the pipeline's state folder, records its command and whether it is finished.
+One file per step, in the pipeline's state folder, records the command and whether it has finished.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ NEWEST = "*"  # in a command: the newest run of a folder of runs
 
 @dataclass(frozen=True)
 class Step:
-    """One command.
+    """Describe one command.
 
     Attributes:
-        name: unique; also the name of its state file.
-        words: script and arguments; `FOLDER/*/FILE` is FILE of the newest run in FOLDER.
-        runs: for a training step, the folder with its runs; an unfinished one there is resumed.
+        name: unique name, also of the state file.
+        words: script and arguments; `FOLDER/*/FILE` stands for FILE of the newest run in FOLDER.
+        runs: for a training step, the folder of its runs; the newest unfinished run is resumed.
     """
 
     name: str
@@ -45,18 +45,18 @@ def script_path(name: str) -> str:
 
 
 def in_newest_run(runs: Path, file: str) -> str:
-    """Return the argument for a file of a run that an earlier step makes; see `Step.words`."""
+    """Return the argument that names a file of the newest run in `runs`; see `Step.words`."""
     return f"{runs}/{NEWEST}/{file}"
 
 
 def cli_args(**options: object) -> tuple[str, ...]:
-    """Return the options as command-line arguments; those that are None are left out."""
-    given = {f"--{key.replace('_', '-')}": str(value) for key, value in options.items() if value is not None}
-    return tuple(word for pair in given.items() for word in pair)
+    """Return the options as command-line arguments; None leaves an option out."""
+    words = {f"--{key.replace('_', '-')}": str(value) for key, value in options.items() if value is not None}
+    return tuple(word for pair in words.items() for word in pair)
 
 
 def run_pipeline(steps: Sequence[Step], memory: Path, *, dry_run: bool = False) -> None:
-    """Run steps in their order; a dry run prints their commands instead."""
+    """Run the steps in order, or print their commands if `dry_run`."""
     if dry_run:
         print("\n".join(f"# {step.name}\n{step}" for step in steps))
         return
@@ -65,23 +65,23 @@ def run_pipeline(steps: Sequence[Step], memory: Path, *, dry_run: bool = False) 
 
 
 def run_step(step: Step, memory: Path) -> None:
-    """Run a step unless it is finished; an unfinished training is resumed.
+    """Run a step unless it has finished; resume an unfinished training run.
 
     Args:
         memory: folder of the state files.
 
     Raises:
-        UserError: the step fails, or was started with another command.
+        UserError: the step failed, or was started with a different command.
     """
     path = memory / f"{step.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     if before and before["command"] != list(step.words):
         raise UserError(
-            f"{path}: {step.name} was started as `{shlex.join(before['command'])}`, now it is "
-            f"`{shlex.join(step.words)}`; choose another --out, or remove that file and the step's results"
+            f"{path}: {step.name} was started as `{shlex.join(before['command'])}`, not as `{shlex.join(step.words)}`; "
+            "choose another --out, or remove this file and the results of the step"
         )
     if before.get("finished"):
-        print(f"{step.name}: there already", flush=True)
+        print(f"{step.name}: already finished", flush=True)
         return
     save_state(path, step, finished=False)
     run = newest_run(step.runs) if step.runs else None
@@ -89,7 +89,7 @@ def run_step(step: Step, memory: Path) -> None:
     print(f"{step.name}: {shlex.join(command)}", flush=True)
     status = execute(command)
     if status != 0:
-        raise UserError(f"{step.name}: ended with status {status}; the same command goes on from there")
+        raise UserError(f"{step.name}: ended with status {status}; run the same command again to continue from there")
     save_state(path, step, finished=True)
 
 
@@ -98,26 +98,28 @@ def save_state(path: Path, step: Step, *, finished: bool) -> None:
 
 
 def newest_run(runs: Path) -> Path | None:
-    """Return the newest run directory that can be resumed."""
-    checkpoints = sorted(runs.glob("*/checkpoints/last.ckpt"))  # names of runs begin with their date
+    """Return the newest run directory that holds a checkpoint."""
+    checkpoints = sorted(runs.glob("*/checkpoints/last.ckpt"))  # names of runs start with their date
     return checkpoints[-1].parents[1] if checkpoints else None
 
 
 def resolve(word: str) -> str:
-    """Replace the newest run's placeholder in an argument by its directory."""
+    """Replace the placeholder of the newest run by its directory."""
     runs, star, file = word.partition(f"/{NEWEST}/")
     if not star:
         return word
     run = newest_run(Path(runs))
     if run is None:
-        raise UserError(f"{runs}: no run with a checkpoint there; remove the step's file in steps/ to train again")
+        raise UserError(
+            f"{runs}: holds no run with a checkpoint; remove the state file of the training step to train again"
+        )
     return str(run / file)
 
 
 def execute(command: list[str]) -> int:
-    """Run a script of this project and return its exit status; a signal to stop is left to the script."""
+    """Run a script of this project and return its exit status; SIGINT and SIGTERM are left to the script."""
     process = subprocess.Popen([sys.executable, *command])
-    # Ctrl-C reaches the script as well, and what only this process gets is handed on: training saves before it ends.
+    # Ctrl-C reaches both processes, SIGTERM only this one. Training saves a checkpoint before it ends.
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
