@@ -38,19 +38,10 @@ class NoiseSchedule:
     betas: Tensor
     alphas_cumprod: Tensor
 
-    @property
-    def num_timesteps(self) -> int:
-        """T."""
-        return len(self.betas)
-
-    @property
-    def alphas_cumprod_prev(self) -> Tensor:
-        """(T,) alphas_cumprod of the step before; 1, which means no noise, before step 0."""
-        return torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])
-
     def buffers(self) -> dict[str, Tensor]:
         """Compute the 12 schedule buffers of a checkpoint, (T,) float32 each, by their names in the file."""
-        ac, ac_prev = self.alphas_cumprod, self.alphas_cumprod_prev
+        ac = self.alphas_cumprod
+        ac_prev = torch.cat([ac.new_ones(1), ac[:-1]])  # 1, which means no noise, before step 0
         coef_x_0, coef_x_t, variance = posterior_coefficients(ac, ac_prev)
         buffers = {
             "betas": self.betas,
@@ -71,7 +62,7 @@ class NoiseSchedule:
 
 
 def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
-    """Build the noise schedule that a config names.
+    """Build the noise schedule of a config.
 
     `linear`: betas evenly spaced (DDPM, section 4). `scaled_linear`: their square roots evenly spaced (Stable
     Diffusion). `cosine`: alphas_cumprod follows a squared cosine, betas at most 0.999 (iDDPM, Eq. 17).
@@ -96,7 +87,7 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
 
     Otherwise a model learns that even x_T contains the mean of x_0, and samples from noise have medium brightness.
 
-    Source: Lin et al. 2024 (Common Diffusion Noise Schedules and Sample Steps are Flawed), algorithm 1.
+    Source: Lin et al. 2024 (arXiv:2305.08891), algorithm 1.
     """
     alpha = schedule.alphas_cumprod.sqrt()
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])  # shift the end to 0, scale back to alpha_0
@@ -105,21 +96,18 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
 
 
 def posterior_coefficients(ac_t: Tensor, ac_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute q(x_prev | x_t, x_0) = N(coef_x_0 * x_0 + coef_x_t * x_t, variance * I).
+    """Compute coef_x_0, coef_x_t, variance of q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, variance I).
 
     Args:
-        ac_t: (S,) float64, alphas_cumprod of x_t, in (0, 1).
-        ac_prev: (S,) float64, alphas_cumprod of x_prev, in [ac_t, 1]; x_prev may lie several timesteps before x_t.
-
-    Returns:
-        coef_x_0, coef_x_t, variance: (S,) each.
+        ac_t, ac_prev: (S,) float64, alphas_cumprod of x_t, in (0, 1), and of x_prev, in [ac_t, 1], which may lie
+            several timesteps before x_t.
 
     Source: DDPM, Eq. 6 and 7.
     """
     alpha = ac_t / ac_prev  # of the step from x_prev to x_t
     beta = 1 - alpha
-    coef_x_0 = ac_prev.sqrt() * beta / (1 - ac_t)
-    coef_x_t = alpha.sqrt() * (1 - ac_prev) / (1 - ac_t)
+    coef_x_0 = ac_prev.sqrt() * beta / (1 - ac_t)  # sqrt(ac_prev) beta / (1 - ac_t)
+    coef_x_t = alpha.sqrt() * (1 - ac_prev) / (1 - ac_t)  # sqrt(alpha) (1 - ac_prev) / (1 - ac_t)
     return coef_x_0, coef_x_t, beta * (1 - ac_prev) / (1 - ac_t)
 
 
@@ -141,7 +129,7 @@ def target(x_0: Tensor, eps: Tensor, t: Tensor, parameterization: str, alphas_cu
     x_0, eps = x_0.float(), eps.float()
     if parameterization == "v":
         alpha_t, sigma_t = _alpha_sigma(alphas_cumprod, t, x_0.ndim)
-        return alpha_t * eps - sigma_t * x_0
+        return alpha_t * eps - sigma_t * x_0  # v
     return {"eps": eps, "x0": x_0}[parameterization]
 
 
@@ -157,14 +145,11 @@ def to_eps(prediction: Tensor, x_t: Tensor, t: Tensor, parameterization: str, al
 
 
 def min_snr_weight(t: Tensor, gamma: float, parameterization: str, alphas_cumprod: Tensor) -> Tensor:
-    """Return weights that turn squared errors at t into errors of x_0 times min(SNR, gamma).
+    """Return weights (B,) that turn squared errors at t into errors of x_0 times min(SNR, gamma).
 
     They reduce the influence of timesteps with little noise, whose targets are hard to learn and of little use.
 
-    Returns:
-        (B,) weights.
-
-    Source: Hang et al. 2023 (Efficient Diffusion Training via Min-SNR Weighting Strategy), section 3.4.
+    Source: Hang et al. 2023, section 3.4.
     """
     ac_t = alphas_cumprod[t].float()
     snr = ac_t / (1 - ac_t)  # alpha_t^2 / sigma_t^2
@@ -195,7 +180,6 @@ def draw_noise(
     every device.
 
     Args:
-        shape: (B, …).
         generator: one generator for the whole batch, or B of them, so that a sample's noise does not depend on its
             neighbours; None takes torch's global one.
 

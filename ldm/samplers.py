@@ -1,7 +1,7 @@
 """Samplers: pure functions from noise x_T to x_0, by a noise prediction eps_fn(x_t, t).
 
 Notation: ac = alphas_cumprod, alpha = sqrt(ac), sigma = sqrt(1 - ac), lambda = log(alpha / sigma). Coefficients are
-Python floats (float64) computed on the CPU, so nothing waits for the device. x is float32, or float64 if x_T is.
+Python floats (float64) from the CPU, so nothing waits for the device. x is float32, or float64 if x_T is.
 
 Two choices of timesteps:
 
@@ -13,15 +13,8 @@ Two choices of timesteps:
   keeps 98 % of it; uniform timesteps keep 85 %, and diffusers' "linspace" and "trailing", which go to x_0 from about
   T / num_steps, 41 %.
 
-Every sampler takes
-
-    eps_fn: the noise prediction, with guidance where wanted; called with t in [0, T).
-    x_T: (B, ...) standard normal.
-    ac: (T,) alphas_cumprod on the CPU.
-    num_steps: number of steps, from 1 to T; another number raises ValueError.
-    on_step: called after every step.
-
-and returns x_0, (B, ...). `sample` picks a sampler by its name.
+Every sampler takes `eps_fn`, x (B, ...) at the first timestep, ac (T,) on the CPU, and its timesteps, the noisiest
+first. It is a generator: each step yields its result x and the x_0 that was predicted. `sample` runs it to the end.
 
 Dimensions: B batch · T diffusion steps · x (B, ...), any further axes.
 
@@ -32,9 +25,10 @@ arXiv:2202.09778); Lu et al. 2022 (DPM-Solver++, arXiv:2211.01095); Zhao et al. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +41,8 @@ Noise = Callable[[], Tensor]
 """Draws a fresh standard normal tensor in the shape of x."""
 OnStep = Callable[[int, int, Tensor, Tensor], None]
 """(step, num_steps, x_t, x_0_pred): step counts from 1 to num_steps, x_t is the result of the step."""
+Steps = Iterator[tuple[Tensor, Tensor]]
+"""(x, x_0_pred) after each step."""
 
 
 def sample(
@@ -60,119 +56,96 @@ def sample(
     noise: Noise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Run the sampler of that name, with `eta` and `noise` if they mean something to it.
+    """Run a sampler from x_T to x_0, (B, ...) both.
+
+    Args:
+        sampler: a name in `SAMPLERS`.
+        eps_fn: the noise prediction, with guidance where wanted; called with t in [0, T).
+        x_T: standard normal.
+        ac: (T,) alphas_cumprod on the CPU.
+        num_steps: from 1 to T.
+        eta: share of DDPM's noise that `ddim` adds along the way, in [0, 1].
+        noise: source of the noise that `ddpm` and `ddim` add; None takes torch's global generator.
+        on_step: called after every step.
 
     Raises:
         ValueError: unknown sampler, an `eta` that it does not have, or a step count out of range.
     """
+    timesteps = choose_timesteps(sampler, len(ac), num_steps)
+    if not 0 <= eta <= (sampler == "ddim"):
+        raise ValueError(f"eta: got {eta} with {sampler}, expected 0, or for ddim up to 1 (as much noise as DDPM)")
+    x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+    noise = noise or partial(torch.randn_like, x)
+    options: dict[str, Any] = {"ddpm": {"noise": noise}, "ddim": {"noise": noise, "eta": eta}}.get(sampler, {})
+    steps = SAMPLERS[sampler](eps_fn, x, ac, timesteps, **options)
+    for step, (x, x_0) in enumerate(steps, start=1):
+        if on_step:
+            on_step(step, len(timesteps), x, x_0)
+    return x
+
+
+# --- Timesteps --------------------------------------------------------------------------------------------------------
+
+
+def choose_timesteps(sampler: str, T: int, num_steps: int) -> list[int]:
+    """Return the timesteps of a sampler, the noisiest first; it starts with the noise of that one.
+
+    Raises:
+        ValueError: unknown sampler, or a step count out of range.
+    """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
-    if eta != 0 and sampler != "ddim":
-        raise ValueError(f"eta: got {eta}, expected 0: only the sampler ddim takes another eta")
-    own = {"ddpm": {"noise": noise}, "ddim": {"eta": eta, "noise": noise}}.get(sampler, {})
-    return SAMPLERS[sampler](eps_fn, x_T, ac, num_steps, on_step=on_step, **own)
+    if not 1 <= num_steps <= T:
+        raise ValueError(f"num_steps: got {num_steps}, expected 1 to {T} (the model's diffusion steps)")
+    return uniform_timesteps(T, num_steps) if sampler in ("ddim", "plms") else quadratic_timesteps(T, num_steps)
 
 
-def first_timestep(sampler: str, ac: Tensor, num_steps: int) -> int:
-    """Return the timestep where a sampler begins: its x_T has the noise of that timestep."""
-    return ddim_steps(ac, num_steps)[0].t if sampler in ("ddim", "plms") else len(ac) - 1
+def uniform_timesteps(T: int, num_steps: int) -> list[int]:
+    """Return timesteps from the noisiest down to 1, as the paper's code chooses them.
+
+    With c = T // num_steps they are 1, 1 + c, 1 + 2c, ... below T: one more than num_steps where c does not fit
+    (30 => 31, 7 => 8). The original fails where 1 + kc = T (333, and all above T / 2); here that one becomes T - 1.
+    """
+    return sorted({min(1 + t, T - 1) for t in range(0, T, T // num_steps)}, reverse=True)
+
+
+def quadratic_timesteps(T: int, num_steps: int) -> list[int]:
+    """Return num_steps distinct timesteps from T - 1 down to 0, about proportional to squares.
+
+    Source: DDIM, appendix D.2 (quadratic selection).
+    """
+    if num_steps == 1:
+        return [T - 1]
+    timesteps = [0]
+    for k in range(1, num_steps):  # t_k = (T - 1) (k / (S - 1))^2, at least one apart
+        timesteps.append(max(timesteps[-1] + 1, round((T - 1) * (k / (num_steps - 1)) ** 2)))
+    return timesteps[::-1]
 
 
 # --- Ancestral sampling and DDIM --------------------------------------------------------------------------------------
 
 
-def ddpm(
-    eps_fn: EpsModel, x_T: Tensor, ac: Tensor, num_steps: int, noise: Noise, on_step: OnStep | None = None
-) -> Tensor:
+def predict_x_0(x: Tensor, eps: Tensor, ac_t: float) -> Tensor:
+    """Predict x_0 = (x_t - sigma_t eps) / alpha_t. Source: DDPM, Eq. 15."""
+    return (x - (1 - ac_t) ** 0.5 * eps.to(x.dtype)) / ac_t**0.5
+
+
+def ddpm(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int], noise: Noise) -> Steps:
     """Sample ancestrally: x_prev ~ q(x_prev | x_t, x_0_pred).
 
     Fewer steps than T skip timesteps; the posterior then spans the gap (iDDPM, section 4).
 
     Source: DDPM, Algorithm 2 with the variance of Eq. 7.
     """
-    timesteps = quadratic_timesteps(len(ac), num_steps)
-    ac_t = ac.double()[timesteps]
-    ac_prev = torch.cat([ac_t[1:], ac_t.new_ones(1)])
-    coefficients = zip(*(c.tolist() for c in (ac_t, *posterior_coefficients(ac_t, ac_prev))), strict=True)
-    x = _at_least_float32(x_T)
-    for step, (t, (ac_t, coef_x_0, coef_x_t, variance)) in enumerate(
-        zip(timesteps, coefficients, strict=True), start=1
-    ):
-        x_0 = _x_0(x, eps_fn(x, t), ac_t)
+    ac_ts = ac.double()[timesteps]
+    ac_prevs = torch.cat([ac_ts[1:], ac_ts.new_ones(1)])  # the last step leads to ac = 1, no noise
+    coefficients = torch.stack([ac_ts, *posterior_coefficients(ac_ts, ac_prevs)], dim=1).tolist()
+    for t, (ac_t, coef_x_0, coef_x_t, variance) in zip(timesteps, coefficients, strict=True):
+        x_0 = predict_x_0(x, eps_fn(x, t), ac_t)
         x = coef_x_0 * x_0 + coef_x_t * x  # mean of q(x_prev | x_t, x_0), Eq. 7
-        if step < num_steps:  # the last variance is 0
+        if t != timesteps[-1]:  # the last variance is 0
             x = x + math.sqrt(variance) * noise()
-        if on_step:
-            on_step(step, num_steps, x, x_0)
-    return x
-
-
-def ddim(
-    eps_fn: EpsModel,
-    x_T: Tensor,
-    ac: Tensor,
-    num_steps: int,
-    *,
-    eta: float = 0.0,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Sample by DDIM; deterministic with eta = 0.
-
-    Args:
-        eta: share of DDPM's noise that is added along the way, in [0, 1].
-        noise: source of that noise, required if eta > 0.
-
-    Raises:
-        ValueError: eta is out of range, or its noise has no source.
-
-    Source: DDIM, Eq. 12 and 16.
-    """
-    if eta > 0 and noise is None:
-        raise ValueError(f"noise: got None, expected a source of noise for eta = {eta}")
-    steps = ddim_steps(ac, num_steps, eta)
-    x = _at_least_float32(x_T)
-    for number, step in enumerate(steps, start=1):
-        x, x_0 = _ddim_step(x, eps_fn(x, step.t), step)
-        if eta > 0 and noise is not None:
-            x = x + step.sigma * noise()  # the last term of Eq. 12
-        if on_step:
-            on_step(number, len(steps), x, x_0)
-    return x
-
-
-def plms(eps_fn: EpsModel, x_T: Tensor, ac: Tensor, num_steps: int, on_step: OnStep | None = None) -> Tensor:
-    """Sample by pseudo linear multistep: DDIM's step with a multistep combination of noise predictions.
-
-    The first step averages the predictions at both of its ends (improved Euler), which costs one prediction more than
-    there are steps.
-
-    Source: PNDM, Eq. 12, with lower-order starts in place of its Runge-Kutta steps.
-    """
-    steps = ddim_steps(ac, num_steps)
-    x = _at_least_float32(x_T)
-    history: list[Tensor] = []  # predictions, newest first
-    for number, step in enumerate(steps, start=1):
-        history = [eps_fn(x, step.t).to(x.dtype), *history[:3]]
-        if number == 1:
-            x_prev, _ = _ddim_step(x, history[0], step)
-            t_prev = steps[min(1, len(steps) - 1)].t
-            eps = (history[0] + eps_fn(x_prev, t_prev).to(x.dtype)) / 2
-        else:
-            weights = _ADAMS_BASHFORTH[len(history)]
-            eps = torch.stack([w * e for w, e in zip(weights, history, strict=True)]).sum(0)
-        x, x_0 = _ddim_step(x, eps, step)
-        if on_step:
-            on_step(number, len(steps), x, x_0)
-    return x
-
-
-# Weights of the newest predictions, by the number of predictions.
-_ADAMS_BASHFORTH = {
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
+        yield x, x_0
 
 
 class DDIMStep(NamedTuple):
@@ -184,33 +157,13 @@ class DDIMStep(NamedTuple):
     sigma: float
 
 
-def ddim_steps(alphas_cumprod: Tensor, num_steps: int, eta: float = 0.0) -> list[DDIMStep]:
-    """Return the steps of `ddim` and `plms`, the noisiest first, as the paper's code chooses them.
-
-    With c = T // num_steps the timesteps are 1, 1 + c, 1 + 2c, ... below T: one more than num_steps where c does not
-    fit (30 => 31, 7 => 8). The original fails where 1 + kc = T (333, and all above T / 2); here that timestep is
-    moved to T - 1.
-
-    Args:
-        alphas_cumprod: (T,) on the CPU.
-        num_steps: from 1 to T.
-        eta: in [0, 1].
-
-    Raises:
-        ValueError: num_steps or eta is out of range.
-
-    Source: DDIM, Eq. 16 (sigma).
-    """
-    ac = alphas_cumprod.tolist()
-    T = len(ac)
-    _check_num_steps(T, num_steps)
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: got {eta}, expected 0 (deterministic) to 1 (as much noise as DDPM)")
-    timesteps = sorted({min(1 + t, T - 1) for t in range(0, T, T // num_steps)}, reverse=True)
-    steps = []
+def ddim_steps(ac: Tensor, timesteps: Sequence[int], eta: float = 0.0) -> list[DDIMStep]:
+    """Return the steps through `timesteps` and from the last one to timestep 0. Source: DDIM, Eq. 16 (sigma)."""
+    steps, acs = [], ac.tolist()
     for t, t_prev in pairwise([*timesteps, 0]):
-        ac_t, ac_prev = ac[t], ac[t_prev]
-        sigma = eta * math.sqrt((1 - ac_prev) / (1 - ac_t) * (1 - ac_t / ac_prev))  # Eq. 16
+        ac_t, ac_prev = acs[t], acs[t_prev]
+        # sigma = eta sqrt((1 - ac_prev) / (1 - ac_t)) sqrt(1 - ac_t / ac_prev)
+        sigma = eta * math.sqrt((1 - ac_prev) / (1 - ac_t) * (1 - ac_t / ac_prev))
         steps.append(DDIMStep(t, ac_t, ac_prev, sigma))
     return steps
 
@@ -218,50 +171,46 @@ def ddim_steps(alphas_cumprod: Tensor, num_steps: int, eta: float = 0.0) -> list
 def _ddim_step(x: Tensor, eps: Tensor, step: DDIMStep) -> tuple[Tensor, Tensor]:
     """Return x_prev without its fresh noise, and the predicted x_0. Source: DDIM, Eq. 12."""
     eps = eps.to(x.dtype)
-    x_0 = _x_0(x, eps, step.ac_t)
+    x_0 = predict_x_0(x, eps, step.ac_t)
     # x_prev = alpha_prev x_0 + sqrt(1 - ac_prev - sigma^2) eps
     return step.ac_prev**0.5 * x_0 + (1 - step.ac_prev - step.sigma**2) ** 0.5 * eps, x_0
 
 
+def ddim(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int], eta: float, noise: Noise) -> Steps:
+    """Sample by DDIM, deterministically if eta = 0. Source: DDIM, Eq. 12 and 16."""
+    for step in ddim_steps(ac, timesteps, eta):
+        x, x_0 = _ddim_step(x, eps_fn(x, step.t), step)
+        if eta > 0:
+            x = x + step.sigma * noise()  # the last term of Eq. 12
+        yield x, x_0
+
+
+# Weights of the newest predictions, by the number of predictions.
+ADAMS_BASHFORTH = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
+def plms(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int]) -> Steps:
+    """Sample by pseudo linear multistep: DDIM's step with a multistep combination of noise predictions.
+
+    The first step averages the predictions at both of its ends (improved Euler): one prediction more than steps.
+
+    Source: PNDM, Eq. 12, with lower-order starts in place of its Runge-Kutta steps.
+    """
+    history: list[Tensor] = []  # predictions, newest first
+    for step in ddim_steps(ac, timesteps):
+        history = [eps_fn(x, step.t).to(x.dtype), *history[:3]]
+        if len(history) == 1:
+            x_prev, _ = _ddim_step(x, history[0], step)
+            t_prev = timesteps[:2][-1]
+            eps = (history[0] + eps_fn(x_prev, t_prev).to(x.dtype)) / 2
+        else:
+            weights = ADAMS_BASHFORTH[len(history)]
+            eps = torch.stack([w * e for w, e in zip(weights, history, strict=True)]).sum(0)
+        x, x_0 = _ddim_step(x, eps, step)
+        yield x, x_0
+
+
 # --- High-order solvers of the probability-flow ODE, in x_0 and lambda ------------------------------------------------
-
-
-def dpm_solver_pp(eps_fn: EpsModel, x_T: Tensor, ac: Tensor, num_steps: int, on_step: OnStep | None = None) -> Tensor:
-    """Sample by DPM-Solver++(2M): second order, one prediction per step; the first and the last step have order 1.
-
-    Source: DPM-Solver++, Algorithm 2.
-    """
-    knots = _knots(ac, num_steps)
-    x = _at_least_float32(x_T)
-    x_0s: list[Tensor] = []  # predictions at the knots
-    for step, (here, there) in enumerate(pairwise(knots), start=1):
-        x_0s = [*x_0s[-1:], _x_0(x, eps_fn(x, here.t), here.ac)]
-        x = _advance(x, here, there, _extrapolate(knots, step - 1, x_0s))
-        if on_step:
-            on_step(step, num_steps, x, x_0s[-1])
-    return x
-
-
-def unipc(eps_fn: EpsModel, x_T: Tensor, ac: Tensor, num_steps: int, on_step: OnStep | None = None) -> Tensor:
-    """Sample by UniPC of order 2, B(h) = e^h - 1 ("bh2"): DPM-Solver++(2M), each step corrected by the next prediction.
-
-    The prediction at the end of a step serves its correction and the next step, so there is one per step.
-
-    Source: UniPC, Algorithms 1 and 2, predicting x_0; the predictor of order 2 is then the step of DPM-Solver++(2M).
-    """
-    knots = _knots(ac, num_steps)
-    x = _at_least_float32(x_T)
-    x_start = x  # where the last step began
-    x_0s: list[Tensor] = []  # predictions at the knots
-    for step, (here, there) in enumerate(pairwise(knots), start=1):
-        x_0s = [*x_0s[-2:], _x_0(x, eps_fn(x, here.t), here.ac)]
-        if step > 1:  # UniC: take the last step again, now that the prediction at its end is known
-            x = _advance(x_start, knots[step - 2], here, _interpolate(knots, step - 2, x_0s))
-        x_start = x
-        x = _advance(x, here, there, _extrapolate(knots, step - 1, x_0s))  # UniP
-        if on_step:
-            on_step(step, num_steps, x, x_0s[-1])
-    return x
 
 
 class _Knot(NamedTuple):
@@ -283,30 +232,43 @@ class _Knot(NamedTuple):
         return math.log(self.alpha / self.sigma) if self.ac < 1 else math.inf
 
 
-def _knots(alphas_cumprod: Tensor, num_steps: int) -> list[_Knot]:
-    """Return the quadratic timesteps and, behind them, the end without noise (whose t is not used)."""
-    ac = alphas_cumprod.tolist()
-    return [*(_Knot(t, ac[t]) for t in quadratic_timesteps(len(ac), num_steps)), _Knot(-1, 1.0)]
+def dpm_solver_pp(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int], corrector: bool = False) -> Steps:
+    """Sample by DPM-Solver++(2M): second order, one prediction per step; the first and the last step have order 1.
+
+    Source: DPM-Solver++, Algorithm 2.
+    """
+    knots = [*(_Knot(t, ac_t) for t, ac_t in zip(timesteps, ac[timesteps].tolist(), strict=True)), _Knot(-1, 1.0)]
+    x_start = x  # where the last step began
+    x_0s: list[Tensor] = []  # predictions at the last three knots
+    for i, (here, there) in enumerate(pairwise(knots)):
+        x_0s = [*x_0s[-2:], predict_x_0(x, eps_fn(x, here.t), here.ac)]
+        if corrector and i > 0:  # UniC: take the last step again, now that the prediction at its end is known
+            x = _advance(x_start, knots[i - 1], here, _interpolate(knots, i - 1, x_0s))
+        x_start = x
+        x = _advance(x, here, there, _extrapolate(knots, i, x_0s))
+        yield x, x_0s[-1]
+
+
+def unipc(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int]) -> Steps:
+    """Sample by UniPC of order 2, B(h) = e^h - 1 ("bh2"): DPM-Solver++(2M), each step corrected by the next prediction.
+
+    The prediction at the end of a step serves its correction and the next step, so there is one per step.
+
+    Source: UniPC, Algorithms 1 and 2, predicting x_0; the predictor of order 2 is then the step of DPM-Solver++(2M).
+    """
+    return dpm_solver_pp(eps_fn, x, ac, timesteps, corrector=True)
 
 
 def _advance(x: Tensor, here: _Knot, there: _Knot, x_0: Tensor) -> Tensor:
-    """Follow the probability-flow ODE from one knot to another, with the predicted x_0 constant between them.
-
-    Source: DPM-Solver++, Eq. 8 (the integral without its x_0); higher orders pass a better mean of x_0.
-    """
+    """Follow the probability-flow ODE from knot to knot with a constant x_0. Source: DPM-Solver++, Eq. 8."""
     h = there.lam - here.lam
     # x_there = sigma_there / sigma_here x_here + alpha_there (1 - e^-h) x_0
     return there.sigma / here.sigma * x - there.alpha * math.expm1(-h) * x_0
 
 
 def _extrapolate(knots: list[_Knot], i: int, x_0s: list[Tensor]) -> Tensor:
-    """Estimate the mean x_0 over the step that begins at knot i from the predictions up to there.
-
-    The first step has one prediction only. The last one leads to lambda = inf, where x_0 itself is the limit.
-
-    Source: DPM-Solver++, Algorithm 2 (D_i).
-    """
-    if i == 0 or i == len(knots) - 2:
+    """Estimate the mean x_0 over the step from knot i by past predictions. Source: DPM-Solver++, Algorithm 2 (D_i)."""
+    if i == 0 or i == len(knots) - 2:  # one prediction only; or lambda = inf ahead, where x_0 itself is the limit
         return x_0s[-1]
     h_last, h = knots[i].lam - knots[i - 1].lam, knots[i + 1].lam - knots[i].lam
     # D_i = x_0(i) + (x_0(i) - x_0(i - 1)) / 2r with r = h_last / h
@@ -314,7 +276,7 @@ def _extrapolate(knots: list[_Knot], i: int, x_0s: list[Tensor]) -> Tensor:
 
 
 def _interpolate(knots: list[_Knot], i: int, x_0s: list[Tensor]) -> Tensor:
-    """Estimate the mean x_0 over the step that begins at knot i from the predictions up to its end, knot i + 1.
+    """Estimate the mean x_0 over the step from knot i by the predictions up to its end, knot i + 1.
 
     Source: UniPC, section 3 (UniC), of order 1 for the first step and 2 thereafter.
     """
@@ -334,42 +296,4 @@ def _interpolate(knots: list[_Knot], i: int, x_0s: list[Tensor]) -> Tensor:
     return x_0s[-2] + w_last / r * (x_0s[-3] - x_0s[-2]) + (b_1 - w_last) * change
 
 
-# --- Shared -----------------------------------------------------------------------------------------------------------
-
-
-def quadratic_timesteps(T: int, num_steps: int) -> list[int]:
-    """Return num_steps distinct timesteps from T - 1 down to 0, about proportional to squares.
-
-    Source: DDIM, appendix D.2 (quadratic selection).
-    """
-    _check_num_steps(T, num_steps)
-    if num_steps == 1:
-        return [T - 1]
-    timesteps = [0]
-    for k in range(1, num_steps):  # t_k = (T - 1) (k / (S - 1))^2, at least one apart
-        timesteps.append(max(timesteps[-1] + 1, round((T - 1) * (k / (num_steps - 1)) ** 2)))
-    return timesteps[::-1]
-
-
-def _x_0(x: Tensor, eps: Tensor, ac_t: float) -> Tensor:
-    """Predict x_0 = (x_t - sigma_t eps) / alpha_t. Source: DDPM, Eq. 15."""
-    return (x - (1 - ac_t) ** 0.5 * eps.to(x.dtype)) / ac_t**0.5
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _check_num_steps(T: int, num_steps: int) -> None:
-    if not 1 <= num_steps <= T:
-        raise ValueError(f"num_steps: got {num_steps}, expected 1 to {T} (the model's diffusion steps)")
-
-
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "plms": plms,
-    "dpm_solver_pp": dpm_solver_pp,
-    "unipc": unipc,
-}
-"""The samplers by name; `sample` calls them."""
+SAMPLERS: dict[str, Callable[..., Steps]] = {f.__name__: f for f in (ddpm, ddim, plms, dpm_solver_pp, unipc)}

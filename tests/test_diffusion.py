@@ -58,7 +58,7 @@ def test_q_sample_and_its_inverse_reproduce_the_golden_data() -> None:
 @pytest.mark.parametrize("num_timesteps", [1, 50, 1000])
 def test_schedules_are_valid(name: str, num_timesteps: int) -> None:
     schedule = make_schedule(ScheduleConfig(name=name, num_timesteps=num_timesteps))
-    assert schedule.num_timesteps == num_timesteps
+    assert len(schedule.betas) == num_timesteps
     assert schedule.betas.dtype == schedule.alphas_cumprod.dtype == torch.float64
     assert ((schedule.betas > 0) & (schedule.betas < 1)).all()
     assert (schedule.alphas_cumprod > 0).all()

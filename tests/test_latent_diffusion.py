@@ -21,7 +21,7 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensor
 from ldm.checkpoint.keys import INPUT_CONV, POSITION_IDS, SCHEDULE_BUFFERS, to_file_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
 from ldm.latent_diffusion import LatentDiffusion, load_model, load_weights
-from ldm.samplers import SAMPLERS, ddim_steps
+from ldm.samplers import SAMPLERS, choose_timesteps
 from tests.procweights import weight
 
 Close = Callable[[Tensor, Tensor], None]
@@ -155,8 +155,9 @@ def test_trajectory(golden: dict[str, Tensor], tiny_model: LatentDiffusion, run:
     torch.testing.assert_close(got.x, expected.x, rtol=0, atol=tolerance_x)
     torch.testing.assert_close(got.x_0, expected.x_0, rtol=0, atol=tolerance_x_0)
     torch.testing.assert_close(got.x[-1], golden[f"sample/{run.name}/final"], rtol=0, atol=tolerance_x)
-    steps = [step.t for step in ddim_steps(tiny_model.schedule.alphas_cumprod, run.num_steps)]
-    assert sorted(steps) == sorted(golden[f"sample/{run.name}/timesteps"].tolist())
+    assert choose_timesteps(run.sampler, 1000, run.num_steps)[::-1] == sorted(
+        golden[f"sample/{run.name}/timesteps"].tolist()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -314,11 +315,10 @@ def test_guidance_acts_within_its_interval(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance_scale": float("nan")}, "guidance_scale: got nan, expected a finite number"),
-        ({"guidance_interval": (0.6, 0.4)}, r"guidance_interval: got 0\.6 to 0\.4, expected 0 <= low <= high <= 1"),
-        ({"sampler": "euler"}, "sampler: got 'euler', expected one of ddpm, ddim, plms, dpm_solver_pp, unipc"),
+        ({"z_0": torch.zeros(2, 4, 8, 8), "strength": 1.5}, r"strength: got 1\.5"),
+        ({"sampler": "euler"}, "sampler: got 'euler'"),
         ({"num_steps": 0}, "num_steps: got 0, expected 1 to 1000"),
-        ({"sampler": "plms", "eta": 0.5}, r"eta: got 0\.5, expected 0"),
+        ({"sampler": "plms", "eta": 0.5}, r"eta: got 0\.5"),
         ({"generator": [torch.Generator()] * 3}, "got 3 generators for a batch of 2"),
     ],
 )
