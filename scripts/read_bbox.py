@@ -21,7 +21,6 @@ from ldm.data.annotations import (
     annotations_state,
     boxes_by_image,
     find_jpegs,
-    index_metadata,
     index_path,
     read_boxes_csv,
     stored_size,
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
                 csv_path = annotations / OPEN_IMAGES_CSV[split]
                 report = read_bbox(csv_path, images, split, out / split, index=index, overwrite=args.overwrite)
                 state = annotations_state("open_images", source, split)
-                index.source |= index_metadata("open_images", images, split, state)
+                index.source |= {"format": "open_images", "split": split, "images": str(images), "state": state}
             print(
                 f"{split}: {report.rows:,} rows, {report.boxes:,} boxes kept; {report.written:,} files written to "
                 f"{out / split}, {report.resumed:,} already there; index in {index.path}"
@@ -113,7 +112,7 @@ def read_bbox(
     boxes, num_rows = read_boxes_csv(csv_path)
     report, problems = Report(num_rows, len(boxes)), []
     partial = out / f".{split}.partial"
-    for id_, corners, labels in tqdm(boxes_by_image(boxes, csv_path.parent), desc=f"{split}: boxes", unit=" images"):
+    for id_, corners, labels in tqdm(boxes_by_image(boxes), desc=f"{split}: boxes", unit=" images"):
         name = paths.get(id_, f"{split}/{id_}.jpg")
         try:
             size = stored_size(f"{images}/{name}", ignore_exif=True)

@@ -1,17 +1,8 @@
 """Read box annotations in common formats, and write the index (`ldm.data.box_index`) that training opens.
 
-    open_images  ROOT/images/{train…,validation,test}/**/ID.jpg with ROOT/bbox/SPLIT/ID.txt (`scripts/read_bbox.py`) or,
-                 where those are missing, the CSVs in ROOT/annotations
-    coco         instances JSON: boxes, polygons as shapes
-    voc          ROOT/Annotations/*.xml, ROOT/JPEGImages, ROOT/ImageSets/Main/{train,val}.txt
-    yolo         …/images/**/NAME.jpg with …/labels/**/NAME.txt: boxes, or polygons as shapes
-    masks        ROOT/images/NAME.* with ROOT/masks/NAME.png, white = object: one box per connected white component
-
-A dataset without training and validation splits is split by a hash of the image names. Images that are added later
-therefore move few of the others.
-
-Open Images' boxes refer to the pixels as stored, so its EXIF orientation is ignored. In the other formats nobody knows
-whether the boxes refer to the image before or after rotation: images that EXIF rotates are left out.
+docs/data.md describes the formats and their folders. Open Images' boxes refer to the pixels as stored, so its EXIF
+orientation is ignored. In the other formats nobody knows whether the boxes refer to the image before or after rotation:
+images that EXIF rotates are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +15,7 @@ import logging
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +24,7 @@ from filelock import FileLock
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from ldm.data.box_index import MAX_AREA, MIN_AREA, BoxIndex, IndexWriter
+from ldm.data.box_index import MAX_AREA, MIN_AREA, Boxes, BoxIndex, IndexWriter, Labels, Shapes, Size
 from ldm.files import UserError
 from ldm.images import IMAGE_SUFFIXES, UNREADABLE
 
@@ -52,13 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class AnnotationSource(NamedTuple):
-    """Where annotations are.
-
-    Attributes:
-        root: folder of the images, or of the whole layout of the format.
-        annotations: file or folder; None is the place that the format has for them below the root.
-        val_annotations: the same for validation.
-    """
+    """Root of a dataset, and files or folders of its annotations (None: the format's own place below the root)."""
 
     root: Path
     annotations: Path | None = None
@@ -66,61 +51,36 @@ class AnnotationSource(NamedTuple):
 
 
 class AnnotatedImage(NamedTuple):
-    """The annotations of one image: the arguments of `IndexWriter.add`.
-
-    The size is None where the annotations lack it. With `relative`, boxes and shapes are fractions of width and
-    height. A `problem` says why the annotations could not be read.
-    """
+    """Arguments of `IndexWriter.add`, with fractions of the size if `relative`; or a `problem` in reading them."""
 
     name: str
-    size: tuple[int, int] | None = None
-    boxes: Sequence[Sequence[float]] = ()
-    shapes: Sequence[Sequence[np.ndarray]] | None = None
+    size: Size | None = None  # unknown
+    boxes: Boxes | np.ndarray = ()
+    shapes: Shapes = None
     mask: str = ""
-    labels: Sequence[str] | None = None
+    labels: Labels = None
     relative: bool = False
     problem: str = ""
 
-    def to_pixels(self, size: tuple[int, int]) -> AnnotatedImage:
-        """Return the same annotations in pixels of an image of `size` (width, height)."""
-        if not self.relative:
-            return self._replace(size=size)
-        w, h = size
-        boxes = [(a * w, b * h, c * w, d * h) for a, b, c, d in self.boxes]
-        shapes = self.shapes and [[outline * size for outline in outlines] for outlines in self.shapes]
-        return self._replace(size=size, boxes=boxes, shapes=shapes, relative=False)
+
+Parser = Callable[[str, Path], AnnotatedImage]  # of an image's name and the path of its annotations
 
 
 class SplitReader(NamedTuple):
-    """The annotations of one split.
-
-    Attributes:
-        images: folder that the names of the images are relative to.
-        items: the annotated images.
-        has_split: whether `items` belong to this split alone. Otherwise they are all images, to be split by hash.
-        ignore_exif: whether boxes are known to refer to the pixels as stored.
-    """
+    """Annotated images, named relative to the folder `images`. Without `has_split` they are those of all splits."""
 
     images: Path
     items: Iterable[AnnotatedImage]
     has_split: bool
-    ignore_exif: bool = False
 
 
-# ---- index ----
-
-
-def open_index(kind: str, source: AnnotationSource, split: str, folder: Path | None = None) -> BoxIndex:
+def open_index(
+    kind: str, source: AnnotationSource, split: str, folder: Path | None = None, *, rebuild: bool = False
+) -> BoxIndex:
     """Open the index of a split; write it first if it is missing or older than the annotations.
 
     Of several processes one writes and the others wait. A change inside an annotation file of a folder goes unnoticed
-    as long as no file is added or removed: `scripts/inspect_dataset.py --rebuild` writes the index again.
-
-    Args:
-        kind: a key of READERS.
-        source: where the annotations are.
-        split: train or validation (open_images: also test).
-        folder: folder of the indexes; None is ROOT/index.
+    as long as no file is added or removed; `rebuild` writes the index in any case. `folder` defaults to ROOT/index.
 
     Raises:
         UserError: the annotations cannot be read, they hold no usable box, or the folder is not writable.
@@ -130,13 +90,11 @@ def open_index(kind: str, source: AnnotationSource, split: str, folder: Path | N
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             state = annotations_state(kind, source, split)
-            if path.is_file() and (index := BoxIndex(path)).metadata.get("state") == state:
+            if not rebuild and path.is_file() and (index := BoxIndex(path)).metadata.get("state") == state:
                 return index
             write_index(path, kind, source, split, state=state)
     except OSError as error:
-        raise UserError(
-            f"{path.parent}: cannot keep an index there ({error.strerror}); name another folder with data.index"
-        ) from None
+        raise UserError(f"{path}: cannot write ({error.strerror}); name another folder with data.index") from None
     return BoxIndex(path)
 
 
@@ -161,64 +119,45 @@ def annotations_state(kind: str, source: AnnotationSource, split: str) -> str:
 
 
 def write_index(path: Path, kind: str, source: AnnotationSource, split: str, *, state: str = "") -> IndexWriter:
-    """Read the annotations of one split and write their index.
-
-    Args:
-        path: of the index.
-        kind: a key of READERS.
-        source: where the annotations are.
-        split: train or validation (open_images: also test).
-        state: stored in the index; tells later whether the index is still valid.
-
-    Returns:
-        The writer, with its counts.
-
-    Raises:
-        UserError: the annotations cannot be read, or hold no usable box.
-    """
+    """Read the annotations of one split and write their index, with `state` to tell later whether it is still valid."""
     if kind not in READERS:
         raise UserError(f"data.kind: got {kind!r}, which holds no annotations; expected one of {', '.join(READERS)}")
-    reader = READERS[kind](source, split)
-    items = reader.items
-    if not reader.has_split:
-        everything = list(items)
-        validation = held_out(item.name for item in everything)
-        items = [item for item in everything if (item.name in validation) == (split == "validation")]
-    with IndexWriter(path, index_metadata(kind, reader.images, split, state)) as writer:
+    images, items, has_split = READERS[kind](source, split)
+    if not has_split:
+        items = list(items)
+        validation = held_out(item.name for item in items)
+        items = [item for item in items if (item.name in validation) == (split == "validation")]
+    with IndexWriter(path, {"format": kind, "split": split, "images": str(images), "state": state}) as writer:
         for item in tqdm(items, desc=f"{split}: {kind}", unit=" images"):
             if item.problem:
                 logger.warning("%s: left out (%s)", item.name, item.problem)
                 writer.dropped["annotations that cannot be read"] += 1
                 continue
             try:
-                size = stored_size(reader.images / item.name, ignore_exif=reader.ignore_exif)
+                size = stored_size(images / item.name, ignore_exif=kind == "open_images")
+                if item.size not in (None, size):
+                    raise UnusableImageError("of another size than annotated")
             except UnusableImageError as error:
                 writer.dropped[f"images {error}"] += 1
                 continue
-            if item.size not in (None, size):
-                writer.dropped["images of another size than annotated"] += 1
-                continue
-            image = item.to_pixels(size)
-            writer.add(image.name, size, image.boxes, image.shapes, image.mask, image.labels)
+            scale = size if item.relative else (1, 1)
+            boxes = (np.reshape(item.boxes, (-1, 4)) * (*scale, *scale)).tolist()
+            shapes = item.shapes and [[outline * scale for outline in outlines] for outlines in item.shapes]
+            writer.add(item.name, size, boxes, shapes, item.mask, item.labels)
     return writer
 
 
-def index_metadata(kind: str, images: Path, split: str, state: str) -> dict[str, str]:
-    """Return the metadata that record the origin of an index."""
-    return {"format": kind, "split": split, "images": str(images), "state": state}
-
-
 def held_out(names: Iterable[str]) -> set[str]:
-    """Choose the validation images of a dataset without splits: 5 %, at least 8, at most a quarter, by name hash."""
+    """Choose the validation images of a dataset without splits: 5 %, at least 8, at most a quarter.
+
+    Their hashed names decide, so images that are added later move few of the others.
+    """
     ordered = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     count = max(round(VALIDATION_SHARE * len(ordered)), MIN_VALIDATION)
     return set(ordered[: min(count, len(ordered) // 4)])
 
 
-# ---- image files ----
-
-
-class UnusableImageError(UserError):
+class UnusableImageError(Exception):
     """An image that training cannot use. The message is the reason in a few words, by which images are counted."""
 
 
@@ -237,15 +176,8 @@ def stored_size(path: str | Path, *, ignore_exif: bool = False) -> tuple[int, in
                 if b"\xff\xd9" not in file.read():
                     raise UnusableImageError("truncated")
             return image.size
-    except FileNotFoundError:
-        raise UnusableImageError("missing") from None
-    except UnusableImageError:
-        raise
-    except UNREADABLE:
-        raise UnusableImageError("unreadable") from None
-
-
-# ---- Open Images ----
+    except UNREADABLE as error:
+        raise UnusableImageError("missing" if isinstance(error, FileNotFoundError) else "unreadable") from None
 
 
 def read_open_images(source: AnnotationSource, split: str) -> SplitReader:
@@ -254,25 +186,20 @@ def read_open_images(source: AnnotationSource, split: str) -> SplitReader:
     csv_path = source.annotations or source.root / "annotations" / OPEN_IMAGES_CSV[split]
     paths = find_jpegs(images, split)
     if texts.is_dir():
-        named = [(paths.get(text.stem, text.stem), text) for text in _files(texts, (".txt",))]
-        items = _parsed(named, lambda name, text: AnnotatedImage(name, boxes=_boxes(text)))
-    elif csv_path.is_file():
-        boxes, _ = read_boxes_csv(csv_path)
-        items = (
-            AnnotatedImage(paths.get(id_, id_), boxes=corners.tolist(), labels=labels, relative=True)
-            for id_, corners, labels in boxes_by_image(boxes, csv_path.parent)
+        named = ((paths.get(text.stem, text.stem), text) for text in _files(texts, (".txt",)))
+        items = _parsed(
+            named, lambda name, text: AnnotatedImage(name, boxes=[(a, b, c, d) for a, b, c, d in _rows(text)])
         )
     else:
-        raise UserError(f"{texts}: no such folder, and no {csv_path}; dataset/README.md says where the CSVs come from")
-    return SplitReader(images, items, has_split=True, ignore_exif=True)
+        items = (
+            AnnotatedImage(paths.get(id_, id_), boxes=corners, labels=labels, relative=True)
+            for id_, corners, labels in boxes_by_image(read_boxes_csv(csv_path)[0])
+        )
+    return SplitReader(images, items, has_split=True)
 
 
 def find_jpegs(images: Path, split: str) -> dict[str, str]:
-    """Find every .jpg below `images/split` and `images/split_*` (Open Images' train_0 … train_f).
-
-    Returns:
-        Path relative to `images` by image id.
-    """
+    """Map image ids to paths relative to `images`, of every .jpg below `images/SPLIT` and `images/SPLIT_*`."""
     paths: dict[str, str] = {}
     for root in sorted([images / split, *images.glob(f"{split}_*")]):
         for folder, _, names in os.walk(root, followlinks=True):
@@ -284,66 +211,44 @@ def find_jpegs(images: Path, split: str) -> dict[str, str]:
 def read_boxes_csv(csv_path: Path) -> tuple[pd.DataFrame, int]:
     """Read the boxes of Open Images' CSV that cover 2 % to 80 % of their image.
 
-    Memory: about 50 bytes per kept box, and 100 per image.
-
     Returns:
-        The boxes, sorted by image, with the columns ImageID, LabelName, XMin, YMin, XMax, YMax in [0, 1]; the boxes of
-        an image keep the order of the CSV. And the number of rows in the CSV.
+        The boxes, sorted by image but otherwise in the order of the CSV, with the columns ImageID (categorical), Class
+        (from the class descriptions beside the CSV; "": unknown), XMin, YMin, XMax, YMax in [0, 1]; and the number of
+        rows in the CSV.
 
     Raises:
         UserError: the CSV is missing or malformed.
     """
     import pandas as pd  # part of the training extra
-    from pandas.api.types import union_categoricals
 
-    kept, num_rows = [], 0
+    types: Any = {"ImageID": "category", **dict.fromkeys(_CORNERS, "float64")}
     try:
-        columns = list(pd.read_csv(csv_path, nrows=0))
-        if missing := {"ImageID", *_CORNERS}.difference(columns):
-            raise UserError(f"{csv_path}: got the columns {', '.join(columns)}; lacks {', '.join(sorted(missing))}")
-        texts = [name for name in ("ImageID", "LabelName") if name in columns]
-        types: Any = dict.fromkeys(texts, "category") | dict.fromkeys(_CORNERS, "float64")
-        with pd.read_csv(csv_path, usecols=list(types), dtype=types, chunksize=2**18) as chunks:
-            for chunk in tqdm(chunks, desc=csv_path.name, unit=f" x {2**18:,} rows"):
-                if chunk.isna().any(axis=None):
-                    raise UserError(f"{csv_path}: row {chunk.isna().any(axis=1).idxmax() + 1} lacks a value")
-                num_rows += len(chunk)
-                area = (chunk.XMax - chunk.XMin) * (chunk.YMax - chunk.YMin)
-                kept.append(chunk[area.between(MIN_AREA, MAX_AREA)])
-    except FileNotFoundError:
-        raise UserError(f"{csv_path}: no such file; dataset/README.md says where the CSVs come from") from None
-    except ValueError as error:  # pandas' errors are ValueErrors
-        raise error if isinstance(error, UserError) else UserError(f"{csv_path}: {error}; download it again") from None
-    if not num_rows:
-        raise UserError(f"{csv_path}: holds no boxes; download it again")
-    boxes = pd.concat([chunk[_CORNERS] for chunk in kept])
-    for name in texts:
-        boxes[name] = union_categoricals([chunk[name] for chunk in kept], sort_categories=True)
-    return boxes.sort_values("ImageID", kind="stable"), num_rows
-
-
-def boxes_by_image(boxes: pd.DataFrame, folder: Path) -> Iterator[tuple[str, np.ndarray, list[str]]]:
-    """Iterate over the images of `read_boxes_csv`: id, (n, 4) corners in [0, 1], class name of each box ("": unknown).
-
-    The names of the classes come from the files of class descriptions in `folder`.
-    """
+        if "LabelName" in pd.read_csv(csv_path, nrows=0):
+            types["LabelName"] = "category"
+        boxes = pd.read_csv(csv_path, usecols=list(types), dtype=types)
+        if boxes.empty or (lacking := boxes.isna().any(axis=1)).any():
+            raise ValueError("no boxes" if boxes.empty else f"row {lacking.idxmax() + 1} lacks a value")
+    except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
+        remedy = "dataset/README.md says where to download it"
+        raise UserError(f"{csv_path}: not a readable CSV of boxes ({error}); {remedy}") from None
     descriptions: dict[str, str] = {}
-    for path in sorted(folder.glob("*class-descriptions*.csv")):
+    for path in sorted(csv_path.parent.glob("*class-descriptions*.csv")):
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
             descriptions |= {row[0]: row[1] for row in csv.reader(file) if len(row) > 1}
-    ids, corners = boxes.ImageID.cat, boxes[_CORNERS].to_numpy()
-    codes = ids.codes.to_numpy()
-    names = np.array([""] * len(boxes), dtype=object)
-    if "LabelName" in boxes:
-        known = [descriptions.get(label, "") for label in boxes.LabelName.cat.categories]
-        names = np.array(known, dtype=object)[boxes.LabelName.cat.codes]
+    labels = boxes.pop("LabelName") if "LabelName" in boxes else pd.Series("", boxes.index)
+    boxes["Class"] = labels.map(lambda label: descriptions.get(label, ""))
+    boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
+    area = (boxes.XMax - boxes.XMin) * (boxes.YMax - boxes.YMin)
+    return boxes[area.between(MIN_AREA, MAX_AREA)].sort_values("ImageID", kind="stable"), len(boxes)
+
+
+def boxes_by_image(boxes: pd.DataFrame) -> Iterator[tuple[str, np.ndarray, list[str]]]:
+    """Iterate over the images of `read_boxes_csv`: id, (n, 4) corners in [0, 1], class name of each box."""
+    codes, corners, names = boxes.ImageID.cat.codes.to_numpy(), boxes[_CORNERS].to_numpy(), boxes.Class.astype(object)
     starts = np.flatnonzero(np.diff(codes, prepend=-1))  # first box of each image
-    present = ids.categories[codes[starts]].tolist()
-    for id_, (start, end) in zip(present, itertools.pairwise([*starts.tolist(), len(boxes)]), strict=True):
-        yield id_, corners[start:end], names[start:end].tolist()
-
-
-# ---- other formats ----
+    ids = boxes.ImageID.cat.categories[codes[starts]].tolist()
+    for id_, (start, end) in zip(ids, itertools.pairwise([*starts.tolist(), len(boxes)]), strict=True):
+        yield id_, corners[start:end], names.to_numpy()[start:end].tolist()
 
 
 def read_coco(source: AnnotationSource, split: str) -> SplitReader:
@@ -351,32 +256,28 @@ def read_coco(source: AnnotationSource, split: str) -> SplitReader:
     path = source.val_annotations if split == "validation" and source.val_annotations else source.annotations
     if path is None:
         raise UserError("data.annotations: format coco needs the path of a JSON file")
-    try:
-        items = list(_coco_images(json.loads(path.read_text(encoding="utf-8"))))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; check data.annotations") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not COCO instances ({error!r}); expected images, annotations, bbox") from None
-    return SplitReader(source.root, items, has_split=source.val_annotations is not None)
-
-
-def _coco_images(content: dict[str, Any]) -> Iterator[AnnotatedImage]:
-    names = {category["id"]: str(category["name"]) for category in content.get("categories", [])}
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for annotation in content["annotations"]:
-        if not annotation.get("iscrowd", 0):
-            by_image[annotation["image_id"]].append(annotation)
-    for image in content["images"]:
-        boxes, shapes, labels = [], [], []
-        for annotation in by_image[image["id"]]:
-            x, y, width, height = map(float, annotation["bbox"])
-            boxes.append((x, y, x + width, y + height))
-            labels.append(names.get(annotation.get("category_id"), ""))
-            polygons = annotation.get("segmentation")
-            polygons = polygons if isinstance(polygons, list) else []  # run lengths: only the box is used
-            shapes.append([np.array(p, dtype=np.float32).reshape(-1, 2) for p in polygons if len(p) >= 6])
-        size = int(image["width"]), int(image["height"])
-        yield AnnotatedImage(image["file_name"], size, boxes, shapes, labels=labels)
+    items = []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = {category["id"]: str(category["name"]) for category in content.get("categories", [])}
+        for annotation in content["annotations"]:
+            if not annotation.get("iscrowd", 0):
+                by_image[annotation["image_id"]].append(annotation)
+        for image in content["images"]:
+            found = by_image[image["id"]]
+            boxes = [(x, y, x + width, y + height) for x, y, width, height in (map(float, a["bbox"]) for a in found)]
+            polygons = [a.get("segmentation") for a in found]  # or run lengths, of which only the box is used
+            shapes = [
+                [np.array(p, dtype=np.float32).reshape(-1, 2) for p in outlines if len(p) >= 6]
+                for outlines in (p if isinstance(p, list) else [] for p in polygons)
+            ]
+            labels = [names.get(a.get("category_id"), "") for a in found]
+            size = int(image["width"]), int(image["height"])
+            items.append(AnnotatedImage(image["file_name"], size, boxes, shapes, labels=labels))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as COCO instances ({error!r}); check data.annotations") from None
+    return SplitReader(source.root, items, has_split=source.val_annotations is not None)
 
 
 def read_voc(source: AnnotationSource, split: str) -> SplitReader:
@@ -394,12 +295,10 @@ def read_voc(source: AnnotationSource, split: str) -> SplitReader:
 def _voc_image(stem: str, path: Path) -> AnnotatedImage:
     root = ElementTree.parse(path).getroot()
     size = int(root.findtext("size/width") or 0), int(root.findtext("size/height") or 0)
-    boxes, labels = [], []
-    for thing in root.iterfind("object"):
-        corners = (thing.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax"))
-        x_min, y_min, x_max, y_max = (float(corner or "nan") for corner in corners)
-        boxes.append((x_min - 1, y_min - 1, x_max, y_max))  # counted from 1, last pixel included
-        labels.append(thing.findtext("name") or "")
+    things = root.findall("object")
+    keys = ("xmin", "ymin", "xmax", "ymax")  # counted from 1, last pixel included
+    corners = [[float(thing.findtext(f"bndbox/{key}") or "nan") for key in keys] for thing in things]
+    boxes, labels = np.reshape(corners, (-1, 4)) - (1, 1, 0, 0), [thing.findtext("name") or "" for thing in things]
     name = root.findtext("filename") or f"{stem}.jpg"
     return AnnotatedImage(name, size if min(size) > 0 else None, boxes, labels=labels)
 
@@ -429,47 +328,29 @@ def _yolo_image(name: str, path: Path) -> AnnotatedImage:
 
 
 def read_masks(source: AnnotationSource, split: str) -> SplitReader:
-    """Read images and their masks (white = object), matched by name."""
+    """Read images and their masks (white = object), matched by name: a box per connected white component."""
     images, folder = source.root / "images", source.annotations or source.root / "masks"
     masks = {path.relative_to(folder).with_suffix(""): path for path in _files(folder, IMAGE_SUFFIXES)}
 
-    def parse(name: str, _: Path) -> AnnotatedImage:
-        mask = masks.get(Path(name).with_suffix(""))
-        if mask is None:
-            return AnnotatedImage(name, problem="no mask of that name")
-        boxes, size = component_boxes(mask)
-        return AnnotatedImage(name, size, boxes, mask=Path(os.path.relpath(mask, images)).as_posix())
+    def parse(name: str, mask: Path) -> AnnotatedImage:
+        import cv2  # part of the training extra
 
-    named = ((path.relative_to(images).as_posix(), path) for path in _files(images, IMAGE_SUFFIXES))
+        with Image.open(mask) as file:
+            white = (np.asarray(file.convert("L")) >= 128).astype(np.uint8)
+        _, _, components, _ = cv2.connectedComponentsWithStats(white, connectivity=8)
+        found = components[1:].tolist()  # the first one is the background
+        boxes = [(x, y, x + w, y + h) for x, y, w, h, area in found if area >= _MIN_COMPONENT]
+        return AnnotatedImage(name, file.size, boxes, mask=Path(os.path.relpath(mask, images)).as_posix())
+
+    names = (path.relative_to(images) for path in _files(images, IMAGE_SUFFIXES))
+    named = ((name.as_posix(), masks.get(name.with_suffix(""), folder / name)) for name in names)
     return SplitReader(images, _parsed(named, parse), has_split=False)
 
 
-def component_boxes(mask: Path) -> tuple[list[tuple[int, int, int, int]], tuple[int, int]]:
-    """Return the box of each connected white component of at least 16 pixels, and (width, height) of the mask."""
-    import cv2  # part of the training extra
-
-    with Image.open(mask) as file:
-        white = (np.asarray(file.convert("L")) >= 128).astype(np.uint8)
-    _, _, components, _ = cv2.connectedComponentsWithStats(white, connectivity=8)
-    found = components[1:].tolist()  # the first one is the background
-    return [(x, y, x + w, y + h) for x, y, w, h, area in found if area >= _MIN_COMPONENT], (white.shape[1], len(white))
+READERS = {"open_images": read_open_images, "coco": read_coco, "voc": read_voc, "yolo": read_yolo, "masks": read_masks}
 
 
-READERS: dict[str, Callable[[AnnotationSource, str], SplitReader]] = {
-    "open_images": read_open_images,
-    "coco": read_coco,
-    "voc": read_voc,
-    "yolo": read_yolo,
-    "masks": read_masks,
-}
-
-
-# ---- files ----
-
-
-def _parsed(
-    named: Iterable[tuple[str, Path]], parse: Callable[[str, Path], AnnotatedImage]
-) -> Iterator[AnnotatedImage]:
+def _parsed(named: Iterable[tuple[str, Path]], parse: Parser) -> Iterator[AnnotatedImage]:
     """Parse the annotations of each (name, path); those that cannot be read become a `problem`."""
     for name, path in named:
         try:
@@ -482,10 +363,6 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check data.root and data.annotations")
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-
-
-def _boxes(path: Path) -> list[tuple[float, float, float, float]]:
-    return [(x_min, y_min, x_max, y_max) for x_min, y_min, x_max, y_max in _rows(path)]
 
 
 def _rows(path: Path) -> list[list[float]]:

@@ -1,15 +1,7 @@
 """The index of a dataset: image files and their boxes in one memory-mapped file, whatever the annotation format.
 
-Listing a folder of 1.7 million text files takes minutes, and their content fills the memory of every worker. This file
-opens at once, and all processes share its pages. It is a safetensors file with these arrays, for N images and M boxes:
-
-    names, name_ends      UTF-8 bytes of all paths, relative to the folder of images; (N,) where each ends
-    sizes                 (N, 2) uint16 width and height in pixels, as stored
-    boxes, box_ends       (M, 4) uint16 left, top, right, bottom in pixels, right and bottom exclusive; (N,)
-    points, polygon_ends  (P, 2) float32 x, y of the corners of all polygons, pixels; (Q,) — where shapes are known
-    shape_ends            (M,) where the polygons of each box end
-    masks, mask_ends      like names: mask files — where masks are known
-    classes, class_ends   like names: class names; box_classes (M,) int32 class of each box — where classes are known
+The file opens at once, and all processes share its pages. It is a safetensors file with the arrays of `_COLUMNS`, for N
+images and M boxes. Texts and lists of varying length lie end to end; `…_ends` says where each ends.
 """
 
 from __future__ import annotations
@@ -20,7 +12,6 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -35,12 +26,12 @@ MIN_AREA, MAX_AREA = 0.02, 0.80  # fraction of the image that a usable box cover
 _VERSION = "1"
 _MAX_SIDE = 65535  # pixels; the range of uint16, and JPEG's limit
 _COLUMNS = {  # type code of `array.array`, and shape
-    "names": ("B", -1), "name_ends": ("q", -1),
-    "sizes": ("H", (-1, 2)),
-    "boxes": ("H", (-1, 4)), "box_ends": ("q", -1),
-    "points": ("f", (-1, 2)), "polygon_ends": ("q", -1), "shape_ends": ("q", -1),
-    "masks": ("B", -1), "mask_ends": ("q", -1),
-    "classes": ("B", -1), "class_ends": ("q", -1), "box_classes": ("i", -1),
+    "names": ("B", -1), "name_ends": ("q", -1),  # (N,) paths relative to the folder of images, UTF-8
+    "sizes": ("H", (-1, 2)),  # (N, 2) width and height in pixels, as stored
+    "boxes": ("H", (-1, 4)), "box_ends": ("q", -1),  # (M, 4) as `Box`; (N,)
+    "points": ("f", (-1, 2)), "polygon_ends": ("q", -1), "shape_ends": ("q", -1),  # x, y of all polygons' corners; (M,)
+    "masks": ("B", -1), "mask_ends": ("q", -1),  # (N,) mask files
+    "classes": ("B", -1), "class_ends": ("q", -1), "box_classes": ("i", -1),  # class names; (M,) class of each box
 }  # fmt: skip
 _OPTIONAL = {  # column that is empty in datasets without this => columns that are then left out
     "points": ("points", "polygon_ends", "shape_ends"),
@@ -48,33 +39,25 @@ _OPTIONAL = {  # column that is empty in datasets without this => columns that a
     "classes": ("classes", "class_ends", "box_classes"),
 }
 _REBUILD = "write it again with scripts/inspect_dataset.py --rebuild"
+Size = tuple[int, int]  # (width, height) in pixels as stored
+Boxes = Sequence[Sequence[float]]  # x_min, y_min, x_max, y_max
+Shapes = Sequence[Sequence[np.ndarray]] | None  # per box the outlines of its object, each (n, 2) x, y
+Labels = Sequence[str] | None  # class name per box, "" if unknown
 
 
 class Entry(NamedTuple):
-    """One image of an index.
+    """One image of an index."""
 
-    Attributes:
-        name: path relative to the folder of images.
-        size: (width, height) in pixels as stored.
-        boxes: at least one, inside the image.
-        shapes: per box the outlines of its object, each (n, 2) float32 x, y; empty where unknown.
-        mask: path of an image in which the objects of the boxes are white, relative to the same folder; "" if none.
-        labels: class name per box ("" if unknown); empty tuple if the dataset has no classes.
-    """
-
-    name: str
-    size: tuple[int, int]
-    boxes: list[Box]
-    shapes: list[list[np.ndarray]]
-    mask: str
-    labels: tuple[str, ...] = ()
+    name: str  # path relative to the folder of images
+    size: Size
+    boxes: list[Box]  # at least one, inside the image
+    shapes: list[list[np.ndarray]]  # per box the outlines of its object, each (n, 2) float32 x, y; empty: unknown
+    mask: str  # path of an image in which the objects are white, relative to the same folder; "" if none
+    labels: tuple[str, ...] = ()  # class name per box ("" if unknown); empty if the dataset has no classes
 
 
 class BoxIndex:
     """Read an index; its items are `Entry` objects.
-
-    Args:
-        path: of the file.
 
     Raises:
         UserError: the file is missing, damaged, or of another version.
@@ -82,8 +65,6 @@ class BoxIndex:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such index; {_REBUILD}")
         try:
             with safe_open(path, framework="pt") as file:  # torch's tensors stay mapped, numpy's would be copied
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
@@ -92,20 +73,12 @@ class BoxIndex:
             raise UserError(f"{path}: {error}; {_REBUILD}") from None
         if self.metadata.get("version") != _VERSION:
             raise UserError(f"{path}: version {self.metadata.get('version')}, expected {_VERSION}; {_REBUILD}")
-        self.has_labels = "box_classes" in self._arrays
+        self.num_boxes, self.has_labels = len(self._arrays["boxes"]), "box_classes" in self._arrays
+        self.has_shapes = "points" in self._arrays or "masks" in self._arrays  # of some image
         self._classes = [self._text("classes", "class_ends", i) for i in range(len(self._arrays.get("class_ends", ())))]
 
     def __len__(self) -> int:
         return len(self._arrays["sizes"])
-
-    @property
-    def num_boxes(self) -> int:
-        return len(self._arrays["boxes"])
-
-    @property
-    def has_shapes(self) -> bool:
-        """Whether outlines or masks are known for some image."""
-        return "points" in self._arrays or "masks" in self._arrays
 
     def __getitem__(self, i: int) -> Entry:
         if not 0 <= i < len(self):
@@ -131,7 +104,7 @@ class BoxIndex:
         return os.fsdecode(self._arrays[name][self._span(ends, i)].tobytes())
 
     def _span(self, ends: str, i: int) -> slice:
-        """The rows of entry `i` in a column of which `ends` says where its entries end."""
+        """Rows of entry `i` in a column of which `ends` says where its entries end."""
         return slice(int(self._arrays[ends][i - 1]) if i else 0, int(self._arrays[ends][i]))
 
 
@@ -140,54 +113,28 @@ class IndexWriter:
 
     Memory: 16 bytes per box, about 30 and the path per image, 8 per corner of an outline.
 
-    Args:
-        path: of the index.
-        source: origin of the annotations; becomes part of `BoxIndex.metadata`.
-
     Attributes:
+        source: origin of the annotations; becomes part of `BoxIndex.metadata`.
         dropped: number of boxes or images left out, by reason.
+        images, boxes: numbers of those kept so far.
     """
 
     def __init__(self, path: str | Path, source: Mapping[str, str] | None = None) -> None:
         self.path, self.source = Path(path), dict(source or {})
         self.dropped: Counter[str] = Counter()
+        self.images = self.boxes = 0
         self._columns = {name: array(typecode) for name, (typecode, _) in _COLUMNS.items()}
         self._classes: dict[str, int] = {}
-
-    @property
-    def images(self) -> int:
-        """Number of images so far."""
-        return len(self._columns["box_ends"])
-
-    @property
-    def boxes(self) -> int:
-        """Number of boxes so far."""
-        return len(self._columns["boxes"]) // 4
 
     def __enter__(self) -> IndexWriter:
         return self
 
     def add(
-        self,
-        name: str,
-        size: tuple[int, int],
-        boxes: Sequence[Sequence[float]],
-        shapes: Sequence[Sequence[np.ndarray]] | None = None,
-        mask: str = "",
-        labels: Sequence[str] | None = None,
+        self, name: str, size: Size, boxes: Boxes, shapes: Shapes = None, mask: str = "", labels: Labels = None
     ) -> bool:
-        """Add an image with those of its boxes that cover 2 % to 80 % of it.
+        """Add an image with those of its boxes that cover 2 % to 80 % of it; return whether there are any.
 
-        Args:
-            name: path relative to the folder of images.
-            size: (width, height) in pixels.
-            boxes: x_min, y_min, x_max, y_max in pixels, possibly fractional or partly outside the image.
-            shapes: per box its outlines, each (n, 2) in pixels.
-            mask: path of an image in which the objects are white.
-            labels: class name per box.
-
-        Returns:
-            Whether a box was usable.
+        The arguments are as in `Entry`, but `boxes` may be fractional or partly outside the image.
         """
         if not all(0 < side <= _MAX_SIDE for side in size):
             self.dropped[f"images of more than {_MAX_SIDE} pixels a side"] += 1
@@ -198,6 +145,7 @@ class IndexWriter:
             if reason := _unusable(x_min, y_min, x_max, y_max, size):
                 self.dropped[reason] += 1
                 continue
+            self.boxes += 1
             columns["boxes"].extend(clip_box(x_min, y_min, x_max, y_max, size))
             for outline in shapes[k] if shapes else ():
                 columns["points"].extend(np.ravel(outline).tolist())
@@ -207,6 +155,7 @@ class IndexWriter:
         if self.boxes == before:
             self.dropped["images without a usable box"] += 1
             return False
+        self.images += 1
         columns["sizes"].extend(size)
         columns["box_ends"].append(self.boxes)
         self._append_text("names", "name_ends", name)
@@ -217,13 +166,9 @@ class IndexWriter:
         self._columns[name].frombytes(os.fsencode(text))
         self._columns[ends].append(len(self._columns[name]))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._write()
-
-    def _write(self) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
         if not self.images:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "no images found"
             raise UserError(f"{self.path}: not one usable box ({reasons}); check the paths and the annotations")

@@ -101,7 +101,7 @@ def test_nothing_is_written_of_nothing_or_after_an_error(tmp_path: Path) -> None
 
 def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "i.safetensors"
-    with pytest.raises(UserError, match="no such index"):
+    with pytest.raises(UserError, match=r"i\.safetensors"):
         BoxIndex(path)
     with IndexWriter(path) as writer:
         writer.add("a.jpg", (100, 100), [(0, 0, 50, 50)])

@@ -11,7 +11,7 @@ import pytest
 
 from ldm.data.annotations import OPEN_IMAGES_CSV
 from ldm.files import UserError
-from scripts.read_bbox import Report, read_bbox
+from scripts.read_bbox import Report, main, read_bbox
 from tests.data.test_annotations import write_jpeg
 
 ROOT = Path(__file__).parents[2]
@@ -138,10 +138,10 @@ def test_unusable_annotations_are_one_clear_line(tmp_path: Path) -> None:
     write_jpeg(tmp_path / "images/validation/a.jpg")
     with pytest.raises(UserError, match=r"bbox\.csv: .*zero"):
         convert(tmp_path, [row("a", 0, 0.5, 0, 0.5), "a,xclick,/m/01,1,zero,0.5,0,0.5"])
-    with pytest.raises(UserError, match=r"bbox\.csv: row 2 "):
+    with pytest.raises(UserError, match=r"bbox\.csv: .*row 2 "):
         convert(tmp_path, [row("a", 0, 0.5, 0, 0.5), "a,xclick"])
     csv_path = write_csv(tmp_path / "other.csv", [], header="id,x,y")
-    with pytest.raises(UserError, match=r"other\.csv: .*id, x, y; lacks ImageID, XMax, XMin, YMax, YMin"):
+    with pytest.raises(UserError, match=r"other\.csv: .*ImageID"):
         read_bbox(csv_path, tmp_path / "images", "validation", tmp_path / "out")
     (tmp_path / "empty.csv").write_text("")
     write_csv(tmp_path / "header.csv", [])
@@ -155,20 +155,15 @@ def test_unusable_annotations_are_one_clear_line(tmp_path: Path) -> None:
 # ---- command line ----
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "scripts/read_bbox.py", *args], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-
-
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jpeg(tmp_path / "images/validation/a.jpg")
     write_csv(tmp_path / "annotations" / OPEN_IMAGES_CSV["validation"], [row(n, 0, 0.5, 0, 0.5) for n in "ab"])
-    done = run("--root", str(tmp_path))
+    command = [sys.executable, "scripts/read_bbox.py", "--root", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 rows, 2 boxes kept; 1 files written" in done.stdout
     assert "1 missing; listed in" in done.stdout
     for args in (["--root", str(tmp_path), "--splits", "train"], ["--root", str(tmp_path / "nowhere")]):
-        failed = run(*args)
-        assert failed.returncode == 2
-        assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+        assert main(args) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
