@@ -1,27 +1,26 @@
 """Configuration: typed schemas, loading, command-line overrides.
 
-A config file is YAML with the sections of `Config` below. The schemas alone give a setting its name, type, default and
-range; `load_config` merges files and overrides into them and refuses every key that they do not declare.
-`docs/config.md` maps the keys of the original `configs/v1.yaml` to these.
+A config file is YAML with the sections of `Config`. The schemas alone give each setting its name, type, default and
+range. `docs/config.md` maps the keys of the original `configs/v1.yaml` to these.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.files import UserError
 
-INPAINTING_CHANNELS = ("z_masked", "keep_mask", "hole_mask")
 RELIGHTING_CHANNELS = ("z_foreground", "z_background")
-INPUT_CHANNELS = ("x_t", *INPAINTING_CHANNELS, *RELIGHTING_CHANNELS)
-RENAMED = {  # keys of earlier versions, read from configs that lie beside checkpoints and in run directories
+INPUT_CHANNELS = ("x_t", "z_masked", "keep_mask", "hole_mask", *RELIGHTING_CHANNELS)
+LR_SCHEDULES = ("constant", "cosine")  # after the warm-up; cosine: down to 5 % of base_lr at the last step
+RENAMED = {  # keys of earlier versions, in configs beside checkpoints and in run directories
     "model": {"context_margin": "crop_margin"},
     "data": {
         "arbitrary_mask_percent": "p_arbitrary_mask",
@@ -30,45 +29,51 @@ RENAMED = {  # keys of earlier versions, read from configs that lie beside check
     },
     "first_stage_training": {"unknown_percent": "p_no_condition"},
 }
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 class ConfigError(UserError):
     """A config file or override that cannot be used; the message names the key and the remedy."""
 
 
-COMPARISONS = {"gt": (operator.gt, ">"), "ge": (operator.ge, ">="), "lt": (operator.lt, "<"), "le": (operator.le, "<=")}
-
-
 def setting(default: Any, **rules: Any) -> Any:
     """Declare a key with the values that it may have: `choices`, or the bounds `gt`, `ge`, `lt`, `le`."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=rules)
     return field(default=default, metadata=rules)
 
 
+@dataclass_transform(field_specifiers=(setting, field))
 class Section:
-    """Checks its values when it is made: every key, or every item of a list, by its rules, then `check_together`."""
+    """Base of the schemas: makes a subclass a dataclass whose values, or the items of lists, obey their rules."""
 
     prefix: ClassVar[str]  # of the section's keys in messages
 
     def __init_subclass__(cls, prefix: str = "") -> None:
         cls.prefix = prefix
+        dataclass(cls)
 
     def __post_init__(self) -> None:
         for key in fields(self):  # pyright: ignore[reportArgumentType]: the subclasses are dataclasses
-            value, name, rules = getattr(self, key.name), self.prefix + key.name, key.metadata
+            value, rules = getattr(self, key.name), key.metadata
+            bounds = {rule: bound for rule, bound in rules.items() if rule in SIGNS}
             for item in value if isinstance(value, list) else [value]:
-                if "choices" in rules and item not in rules["choices"]:
-                    raise ConfigError(f"{name}: got {item!r}, expected one of {', '.join(rules['choices'])}")
-                bounds = [(COMPARISONS[rule], bound) for rule, bound in rules.items() if rule in COMPARISONS]
-                if item is not None and not all(holds(item, bound) for (holds, _), bound in bounds):
-                    expected = " and ".join(f"{sign} {bound}" for (_, sign), bound in bounds)
-                    raise ConfigError(f"{name}: got {item}, expected {expected}")
+                if item not in rules.get("choices", [item]):
+                    raise self.error(key.name, f"one of {', '.join(rules['choices'])}", item)
+                if item is not None and not all(getattr(operator, rule)(item, bounds[rule]) for rule in bounds):
+                    expected = " and ".join(f"{SIGNS[rule]} {bound}" for rule, bound in bounds.items())
+                    raise self.error(key.name, expected, item)
         self.check_together()
 
     def check_together(self) -> None:
         """Check what several keys have to agree on."""
 
+    def error(self, key: str, expected: str, value: Any = None) -> ConfigError:
+        """Return the error for a key whose value, or one of whose items, is not what is expected."""
+        got = getattr(self, key) if value is None else value
+        return ConfigError(f"{self.prefix}{key}: got {got!r}, expected {expected}")
 
-@dataclass
+
 class ScheduleConfig(Section, prefix="model.schedule."):
     """Noise schedule; the defaults are Stable Diffusion's (`linear` in the original's naming)."""
 
@@ -81,23 +86,18 @@ class ScheduleConfig(Section, prefix="model.schedule."):
 
     def check_together(self) -> None:
         if not 0 < self.linear_start <= self.linear_end < 1:
-            raise ConfigError(
-                f"{self.prefix}linear_start, linear_end: got {self.linear_start}, {self.linear_end}, expected "
-                "0 < linear_start <= linear_end < 1"
-            )
+            raise self.error("linear_end", f"0 < linear_start ({self.linear_start}) <= linear_end < 1")
 
 
-@dataclass
 class UNetConfig(Section, prefix="model.unet."):
     """Denoising UNet; the defaults are the paper's (Stable Diffusion v1 with 9 input channels)."""
 
     in_channels: int = setting(9, ge=1)
     out_channels: int = setting(4, ge=1)
     model_channels: int = setting(320, ge=1)
-    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4], metadata={"ge": 1})
+    channel_mult: list[int] = setting([1, 2, 4, 4], ge=1)
     num_res_blocks: int = setting(2, ge=1)
-    # downsampling factors
-    attention_resolutions: list[int] = field(default_factory=lambda: [4, 2, 1], metadata={"ge": 1})
+    attention_resolutions: list[int] = setting([4, 2, 1], ge=1)  # downsampling factors
     num_heads: int = setting(8, ge=1)
     transformer_depth: int = setting(1, ge=1)
     context_dim: int = setting(768, ge=1)
@@ -106,13 +106,12 @@ class UNetConfig(Section, prefix="model.unet."):
     activation_checkpointing: bool = False
 
 
-@dataclass
 class AutoencoderConfig(Section, prefix="model.first_stage."):
     """First stage (KL-regularised autoencoder); the defaults are Stable Diffusion's, f = 8."""
 
     in_channels: int = setting(3, ge=1)
     ch: int = setting(128, ge=1)
-    ch_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4], metadata={"ge": 1})
+    ch_mult: list[int] = setting([1, 2, 4, 4], ge=1)
     num_res_blocks: int = setting(2, ge=1)
     z_channels: int = setting(4, ge=1)
     embed_dim: int = setting(4, ge=1)
@@ -125,13 +124,9 @@ class AutoencoderConfig(Section, prefix="model.first_stage."):
 
     def check_together(self) -> None:
         if self.decoder_width * self.ch % 1:
-            raise ConfigError(
-                f"{self.prefix}decoder_width: got {self.decoder_width:g}, expected a whole number of channels when "
-                f"multiplied by ch ({self.ch})"
-            )
+            raise self.error("decoder_width", f"a whole number of channels when multiplied by ch ({self.ch})")
 
 
-@dataclass
 class ExemplarEncoderConfig(Section, prefix="model.exemplar_encoder."):
     """Image tower and mapper; the defaults are CLIP ViT-L/14 and the paper's five blocks."""
 
@@ -147,7 +142,6 @@ class ExemplarEncoderConfig(Section, prefix="model.exemplar_encoder."):
     tokens: str = setting("pooled", choices=("pooled", "all"))  # outputs of the tower; pooled: the paper's bottleneck
 
 
-@dataclass
 class TextEncoderConfig(Section, prefix="model.text_encoder."):
     """Text tower; the defaults are those of CLIP ViT-L/14, as in Stable Diffusion v1."""
 
@@ -160,7 +154,6 @@ class TextEncoderConfig(Section, prefix="model.text_encoder."):
     num_heads: int = setting(12, ge=1)
 
 
-@dataclass
 class ModelConfig(Section, prefix="model."):
     """The whole model: pixels, latents, tokens."""
 
@@ -171,9 +164,7 @@ class ModelConfig(Section, prefix="model."):
     condition: str = setting("exemplar", choices=("exemplar", "text", "both"))  # both: exemplar token, then text tokens
     # The UNet's input, in this order. keep_mask (1 = keep, resized bilinearly) is Paint by Example's, hole_mask (1 =
     # paint, thresholded at 0.5, nearest) is Stable Diffusion inpainting's; z_foreground, z_background are IC-Light's.
-    input_channels: list[str] = field(
-        default_factory=lambda: ["x_t", "z_masked", "keep_mask"], metadata={"choices": INPUT_CHANNELS}
-    )
+    input_channels: list[str] = setting(["x_t", "z_masked", "keep_mask"], choices=INPUT_CHANNELS)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     first_stage: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -181,21 +172,14 @@ class ModelConfig(Section, prefix="model."):
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
 
     def check_together(self) -> None:
-        if self.condition == "both" and self.exemplar_encoder.tokens != "pooled":
-            raise ConfigError(
-                "model.exemplar_encoder.tokens: got all with condition both, expected pooled: beside text tokens the "
-                "one null token cannot replace several exemplar tokens"
-            )
+        if self.condition == "both" and self.exemplar_encoder.tokens != "pooled":  # there is one null token
+            raise self.exemplar_encoder.error("tokens", "pooled for model.condition both")
         if self.input_channels[:1] != ["x_t"] or len(set(self.input_channels)) < len(self.input_channels):
-            raise ConfigError(f"model.input_channels: got {self.input_channels}, expected x_t first and no name twice")
-        if self.schedule.zero_terminal_snr and self.parameterization == "eps":
-            raise ConfigError(
-                "model.schedule.zero_terminal_snr: got true with parameterization eps, expected v or x0: predicted "
-                "noise does not determine x_0 at a timestep of pure noise"
-            )
+            raise self.error("input_channels", "x_t first and no name twice")
+        if self.schedule.zero_terminal_snr and self.parameterization == "eps":  # pure noise does not determine x_0
+            raise self.schedule.error("zero_terminal_snr", "false for model.parameterization eps, or v or x0 there")
 
 
-@dataclass
 class DataConfig(Section, prefix="data."):
     """Where samples come from and how they are made."""
 
@@ -214,21 +198,15 @@ class DataConfig(Section, prefix="data."):
     augmentation_strength: float = setting(1.0, ge=0)  # multiplies the augmentation's angles and lengths
     augmentation: dict[str, Any] | None = None  # replaces all of that: what `albumentations.to_dict` gives
     grey_background: bool = False  # show the exemplar over mid-grey, where its shape is known
-    # [low, high]: crop as editing does; []: as the paper
-    crop_margin_range: list[float] = field(default_factory=list, metadata={"gt": 0})
+    crop_margin_range: list[float] = setting([], gt=0)  # [low, high]: crop as editing does; []: as the paper
     shuffle_buffer: int = setting(1000, ge=1)  # shards: images that a worker shuffles among
     max_val_samples: int = setting(2000, ge=1)  # validation reads at most this many samples
 
     def check_together(self) -> None:
-        margins = self.crop_margin_range
-        if margins and not (len(margins) == 2 and margins[0] <= margins[1]):
-            raise ConfigError(f"data.crop_margin_range: got {margins}, expected [low, high] with low <= high, or []")
+        if (margins := self.crop_margin_range) and (len(margins) != 2 or margins != sorted(margins)):
+            raise self.error("crop_margin_range", "[low, high] with low <= high, or []")
 
 
-LR_SCHEDULES = ("constant", "cosine")  # after the warm-up; cosine: down to 5 % of base_lr at the last step
-
-
-@dataclass
 class TrainingConfig(Section, prefix="training."):
     """Objective and optimizer of the diffusion model."""
 
@@ -255,18 +233,11 @@ class TrainingConfig(Section, prefix="training."):
 
     def check_together(self) -> None:
         if self.trainable != "all" and (self.lora_rank or self.train_tower):
-            raise ConfigError(
-                f"training.trainable: got {self.trainable} with lora_rank or train_tower, which train other parts; "
-                "choose one of them"
-            )
+            raise self.error("trainable", "all with training.lora_rank or training.train_tower")
 
 
-@dataclass
 class FirstStageTrainingConfig(Section, prefix="first_stage_training."):
-    """Objective of the first stage: L1 + perceptual + KL, with an optional patch discriminator.
-
-    An asymmetric decoder is trained with a frozen encoder and without the KL, which depends on the encoder alone.
-    """
+    """Objective of the first stage: L1 + perceptual + KL, with an optional patch discriminator."""
 
     base_lr: float = setting(4.5e-6, gt=0)
     lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
@@ -281,13 +252,10 @@ class FirstStageTrainingConfig(Section, prefix="first_stage_training."):
     p_no_condition: float = setting(0.5, ge=0, le=1)  # asymmetric decoder: probability of hiding all pixels to keep
 
 
-@dataclass
 class LoggingConfig(Section, prefix="logging."):
     """What a run writes beside its checkpoints."""
 
-    loggers: list[str] = field(
-        default_factory=lambda: ["tensorboard", "csv"], metadata={"choices": ("tensorboard", "csv", "wandb")}
-    )
+    loggers: list[str] = setting(["tensorboard", "csv"], choices=("tensorboard", "csv", "wandb"))
     wandb_project: str = "paint-by-example"
     image_every: int = setting(5000, ge=0)  # steps between image grids; 0: none
     num_images: int = setting(4, ge=1)
@@ -297,7 +265,6 @@ class LoggingConfig(Section, prefix="logging."):
     keep_last: int = setting(2, ge=0)  # periodic checkpoints kept beside `last` and `best`
 
 
-@dataclass
 class Config(Section):
     """A run: one model, one data source, one trainer."""
 
@@ -312,66 +279,45 @@ class Config(Section):
 
 
 def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[str] = ()) -> Config:
-    """Merge config files (later ones win) and dotlist overrides into a validated `Config`.
+    """Merge config files and overrides into a validated `Config`.
 
     Args:
         sources: YAML paths, OmegaConf nodes or `Config` objects, merged from left to right.
         overrides: `section.key=value` strings, applied last.
 
     Raises:
-        ConfigError: a file is missing or is not YAML, a key is unknown, or a value has the wrong type.
+        ConfigError: a file is missing or is not YAML, a key is unknown, or a value is of the wrong type or range.
     """
-    config = OmegaConf.structured(Config)
+    merged: Any = OmegaConf.structured(Config)
     for source in sources:
-        if isinstance(source, (str, Path)):
-            config = _merge(config, _read_yaml(Path(source)), str(source))
-        else:
-            config = _merge(config, OmegaConf.structured(source), "config")
+        is_file = isinstance(source, str | Path)
+        parse = OmegaConf.load if is_file else OmegaConf.structured
+        merged = _merge(merged, str(source) if is_file else "config", parse, source)
     for override in overrides:
-        config = _merge(config, _read_override(override), f"override {override!r}")
+        merged = _merge(merged, f"override {override!r}", OmegaConf.from_dotlist, [override])
     try:
-        loaded = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:  # a value that refers to another one which is not there
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # a value refers to another one that is not there
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}; give it a value") from error
-    assert isinstance(loaded, Config)
-    return loaded
+    assert isinstance(config, Config)
+    return config
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML, every default written out; `load_config` reads it back."""
+    """Return the config as YAML, every default written out; `load_config` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    if not path.exists():
-        raise ConfigError(f"{path}: no such config file; configs/ holds the ones that come with the project")
+def _merge(config: Any, name: str, parse: Callable[[Any], Any], source: Any) -> Any:
+    """Parse one source and merge it into the config; `name` stands for it in messages."""
     try:
-        node = OmegaConf.load(path)
-    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
-        raise ConfigError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping with the sections model, data, training, …")
-    return node
-
-
-def _read_override(override: str) -> DictConfig:
-    if "=" not in override:
-        raise ConfigError(f"override {override!r}: expected section.key=value")
-    try:
-        return OmegaConf.from_dotlist([override])
-    except Exception as error:  # as above
-        raise ConfigError(f"override {override!r}: not a YAML value: {' '.join(str(error).split())}") from error
-
-
-def _merge(config: DictConfig, node: DictConfig, source: str) -> DictConfig:
-    for section, names in RENAMED.items():
-        values = node.get(section)
-        for old in names.keys() & values.keys() if isinstance(values, DictConfig) else ():
-            values[names[old]] = values.pop(old)
-    try:
-        merged = OmegaConf.merge(config, node)
-    except OmegaConfBaseException as error:
-        reason, key = str(error).splitlines()[0], error.full_key or "config"
-        raise ConfigError(f"{source}: {key}: {reason}; see ldm/config.py for the keys") from error
-    assert isinstance(merged, DictConfig)
-    return merged
+        node = parse(source)
+        for section, names in RENAMED.items():
+            values = node.get(section)
+            for old in names.keys() & values.keys() if isinstance(values, DictConfig) else ():
+                values[names[old]] = values.pop(old)
+        return OmegaConf.merge(config, node)
+    except Exception as error:  # PyYAML's, OmegaConf's and Python's errors share no base
+        key = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) and error.full_key else ""
+        reason = " ".join(str(error).split("\n    full_key")[0].split())
+        raise ConfigError(f"{name}: {key}{reason}; see ldm/config.py for the keys and configs/ for examples") from error

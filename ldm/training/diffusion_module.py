@@ -6,21 +6,24 @@ T diffusion steps.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import NEW_PARTS
 from ldm.config import Config, LoggingConfig, TrainingConfig
 from ldm.diffusion import min_snr_weight
 from ldm.images import exemplar_to_pixels
-from ldm.latent_diffusion import LatentDiffusion
+from ldm.latent_diffusion import LatentDiffusion, add_imagenet_tower
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.layers import CrossAttention
 from ldm.training import fsdp
-from ldm.training.module import TrainingModule, adamw, override_optimizer_hparams
+from ldm.training.ema import trained_parameters
+from ldm.training.module import TrainingModule, adamw, override_optimizer_hparams, parts_of
 
 
 class DiffusionTraining(LatentDiffusion, TrainingModule):
@@ -29,15 +32,12 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
     Trained: UNet (`training.trainable`: all of it or some layers), with exemplars also mapper, final norm, projection
     and null token, and the image and text towers if the config asks for it. Frozen: the rest, and parameters without
     effect on a one-token context.
-
-    Args:
-        config: the run.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.model)
         self.options: TrainingConfig = config.training
-        loss_aware = config.training.timesteps == "loss_aware"
+        loss_aware = self.options.timesteps == "loss_aware"
         self.timesteps = LossAwareTimesteps(config.model.schedule.num_timesteps) if loss_aware else None
         self._freeze()
         self.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -56,9 +56,8 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
             for module in self.unet.modules():
                 if isinstance(module, CrossAttention):
                     module.requires_grad_(True)
-        if self.single_token:
-            for parameter in self.unet.single_token_dead_parameters():
-                parameter.requires_grad_(False)
+        for parameter in self.unet.single_token_dead_parameters() if self.single_token else ():
+            parameter.requires_grad_(False)
 
     @property
     def towers(self) -> list[Any]:
@@ -69,9 +68,6 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
     def add_lora(self, seed: int) -> None:
         """If the config asks for LoRA, train low-rank additions to the UNet's attention weights and nothing else.
 
-        Args:
-            seed: of the additions' initial values.
-
         Source: Hu et al. 2022, section 4.1, with alpha = r.
         """
         if not (rank := self.options.lora_rank):
@@ -79,10 +75,8 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         from peft import LoraConfig, inject_adapter_in_model  # seconds of import
 
         self.requires_grad_(False)
-        cross = r"attn2\.to_(q|k|v|out\.0)"
-        if self.single_token:
-            cross = r"attn2\.to_(v|out\.0)"  # the others have no effect
-        targets = rf".*\.(attn1\.to_(q|k|v|out\.0)|{cross})"
+        cross = "v" if self.single_token else "q|k|v"  # queries and keys of one token have no effect
+        targets = rf".*\.(attn1\.to_(q|k|v|out\.0)|attn2\.to_({cross}|out\.0))"
         torch.manual_seed(seed)  # a first import of peft draws numbers, a second one does not
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), self.unet)
 
@@ -90,10 +84,46 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         """Set the mode of the trained parts; frozen parts stay in evaluation mode."""
         super().train(mode)
         self.first_stage_model.eval()
-        if not self.options.train_tower:
-            for tower in self.towers:
-                tower.eval()
+        for tower in () if self.options.train_tower else self.towers:
+            tower.eval()
         return self
+
+    def starting_weights(
+        self, state: dict[str, Tensor], source: str | None, *, from_scratch: bool
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Choose what is loaded from a checkpoint, and note in the config which tokenizer its model reads.
+
+        Missing may be the parts that Paint by Example adds; from scratch, everything that is trained; never a frozen
+        part with an effect, which nothing would ever train.
+        """
+        options = self.options
+        if self.reads_exemplars:
+            state = add_imagenet_tower(state, self.cond_stage_model)
+        unused = set() if options.use_prior else {name for name, _ in trained_parameters(self)}
+        fresh = NEW_PARTS if options.fresh_conditioning else ()
+        state = {name: x for name, x in state.items() if name not in unused and not name.startswith(fresh)}
+        dead = set(self.unet.single_token_dead_parameters()) if self.single_token else set()
+        missing = {name: p for name, p in self.named_parameters() if name not in state}
+        optional = [
+            name
+            for name, p in missing.items()
+            if not options.lora_rank  # trains none of them
+            and (
+                name.startswith(NEW_PARTS)
+                or ((from_scratch or not options.use_prior) and (p.requires_grad or p in dead))
+            )
+        ]
+        if refused := missing.keys() - set(optional):
+            raise CheckpointError(
+                f"{source or 'no checkpoint given'}: {len(refused)} tensors would stay random: {parts_of(refused)}. "
+                "Frozen parts need trained weights: prepare one complete file with scripts/modify_checkpoints.py "
+                "and pass it as --pretrained-model; --train-from-scratch allows trained parts to start from nothing"
+            )
+        if self.reads_text:
+            folder = self.text_encoder.find_tokenizer(Path(source or "").parent)
+            self.text_encoder.tokenize([""])  # fails where captions could not be read
+            self.config.text_encoder.tokenizer = str(folder.resolve())
+        return state, optional
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         torch.manual_seed(int(batch["key"][0]))  # dropout: the only draw that is not made per sample
@@ -120,15 +150,10 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         self.log("val/loss", losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Compute the denoising objective of each sample.
+        """Compute each sample's `LatentDiffusion.loss` (B,), with its timestep (B,) on the CPU.
 
         Every draw comes from the sample's own generator, seeded by its `key`, in the order: posterior noise of image
         and masked image, t, eps, null-drop. A sample's loss does not depend on its neighbours.
-
-        Returns:
-            Mean squared errors (B,) over the latent; their timesteps (B,), on the CPU.
-
-        Source: Yang et al. 2023, Eq. 4 (with Ho et al. 2020, Eq. 14; v: Salimans & Ho 2022).
         """
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         z_0, z_masked = self.latents(batch, generators)  # pixels [-1, 1] => scaled latents (B, Z, h, w)
@@ -153,14 +178,8 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
     def draw(self, shape: torch.Size, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """Draw what the loss is an expectation over, one sample after the other, on the CPU.
 
-        Args:
-            shape: (B, Z, h, w) of the latents.
-            generators: B of them.
-
         Returns:
-            t: (B,) int64 in [0, T).
-            eps: (B, Z, h, w) standard normal noise, with `training.offset_noise` more than that.
-            dropped: (B,) bool, whose condition is dropped.
+            t (B,) int64 in [0, T); eps (B, Z, h, w) in the given shape; dropped (B,), whose condition is dropped.
         """
         draws = [
             (self._draw_timestep(g), self._draw_eps(shape[1:], g), torch.rand((), generator=g)) for g in generators
@@ -170,7 +189,7 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
             u = u[:1].expand_as(u)
         dropped = u < self.options.p_uncond
         if self.device.type == "cuda":  # pinned memory is copied without waiting for the GPU
-            return t.pin_memory(), eps.pin_memory(), dropped.pin_memory()
+            t, eps, dropped = (x.pin_memory() for x in (t, eps, dropped))
         return t, eps, dropped
 
     def _draw_timestep(self, generator: torch.Generator) -> Tensor:
@@ -191,19 +210,16 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
 
     def batch_context(self, batch: dict[str, Any]) -> Tensor:
         """Encode exemplars, or their cached features, and captions as context (B, L, D)."""
-        exemplar = None
-        if self.reads_exemplars:
-            if "exemplar_features" in batch and not self.options.train_tower:
-                exemplar = self.encode_features(batch["exemplar_features"])
-            else:
-                exemplar = self.encode_exemplar(batch["exemplar"])
+        if not self.reads_exemplars:
+            exemplar = None
+        elif "exemplar_features" in batch and not self.options.train_tower:
+            exemplar = self.encode_features(batch["exemplar_features"])
+        else:
+            exemplar = self.encode_exemplar(batch["exemplar"])
         return self.context(exemplar, batch.get("caption"))
 
     def preview(self, batch: dict[str, Any], options: LoggingConfig) -> list[Tensor]:
-        """Return scenes, masked scenes, exemplars if the model reads them, and samples; (B, 3, H, W) in [-1, 1].
-
-        The noise depends on the samples' keys.
-        """
+        """Return scenes, masked scenes, exemplars if the model reads them, and samples; (B, 3, H, W) in [-1, 1]."""
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         z_0, z_masked = self.latents(batch, generators)
         sample = self.sample(
@@ -223,12 +239,11 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
             fsdp.shard(self, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        options = self.options
         tower = {p for module in self.towers for p in module.parameters()}
         trained = [p for p in self.parameters() if p.requires_grad]
         parts = [p for p in trained if p not in tower], [p for p in trained if p in tower]
         groups = [{"params": part, "lr": lr} for part, lr in zip(parts, self._lrs(), strict=True) if part]
-        return self.with_lr_schedule(adamw(options.optimizer)(groups, weight_decay=options.weight_decay))
+        return self.with_lr_schedule(adamw(self.options.optimizer)(groups, weight_decay=self.options.weight_decay))
 
     def _lrs(self) -> tuple[float, float]:
         """Return the learning rates of all other parameters and of the towers."""
@@ -250,9 +265,6 @@ class LossAwareTimesteps:
     Uniform until every timestep has ten losses; afterwards 0.1 % of the draws stay uniform. Multiplied by `weight`,
     losses keep the mean that they have with uniform draws, with less variance.
 
-    Args:
-        num_timesteps: T.
-
     Source: Nichol & Dhariwal 2021, section 3.3 (Eq. 18).
     """
 
@@ -260,9 +272,8 @@ class LossAwareTimesteps:
     UNIFORM = 0.001
 
     def __init__(self, num_timesteps: int) -> None:
-        self.losses = torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64, device="cpu")
-        self.counts = torch.zeros(num_timesteps, dtype=torch.long, device="cpu")
-        self._refresh()
+        losses = torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64, device="cpu")
+        self.load_state_dict({"losses": losses, "counts": torch.zeros(num_timesteps, dtype=torch.long, device="cpu")})
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Draw one timestep, () int64, by inverting the cumulative distribution."""
@@ -296,23 +307,3 @@ class LossAwareTimesteps:
         """Continue from a checkpoint."""
         self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
         self._refresh()
-
-
-def uninitialised(model: DiffusionTraining, given: set[str], *, from_scratch: bool) -> tuple[list[str], list[str]]:
-    """List the parameters that a checkpoint leaves at random initial values, as (acceptable, refused) names.
-
-    Acceptable are the parts that Paint by Example adds; from scratch, everything that is trained. Never acceptable is
-    a frozen part with an effect: nothing would ever train it.
-
-    Args:
-        model: with `requires_grad` set as it will be trained.
-        given: names in the checkpoint.
-        from_scratch: whether every trained part may start from random weights.
-    """
-    harmless = {id(p) for p in model.unet.single_token_dead_parameters()} if model.single_token else set()
-    acceptable, refused = [], []
-    for name, parameter in model.named_parameters():
-        if name not in given:
-            from_nothing = from_scratch and (parameter.requires_grad or id(parameter) in harmless)
-            (acceptable if name.startswith(NEW_PARTS) or from_nothing else refused).append(name)
-    return acceptable, refused

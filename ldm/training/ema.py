@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning import LightningModule as Module
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
@@ -27,16 +28,14 @@ class EMA(Callback):
         self._count = 0  # of updates
         self._step = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         for name, parameter in trained_parameters(pl_module):
             self._average[name] = parameter.detach().to(torch.float32, copy=True)
             if name in self._loaded:
                 self._load(self._average[name], self._loaded[name])
         self._loaded = {}
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step <= self._step:
             return  # between accumulated batches
         weight = 1.0 - min(self.decay, (1.0 + self._count) / (10.0 + self._count)) if self._count else 1.0
@@ -45,21 +44,21 @@ class EMA(Callback):
         torch._foreach_lerp_(list(self._average.values()), current, weight)  # pyright: ignore[reportPrivateImportUsage]
         self._count, self._step = self._count + 1, trainer.global_step
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         self.swap_in(pl_module)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         self.swap_out(pl_module)
 
     @torch.no_grad()
-    def swap_in(self, module: pl.LightningModule) -> None:
+    def swap_in(self, module: torch.nn.Module) -> None:
         """Put the average in the place of the trained weights; no effect before the first step of a run."""
         for name, parameter in trained_parameters(module) if self._average else ():
             self._trained[name] = parameter.detach().clone()
             parameter.copy_(self._average[name])
 
     @torch.no_grad()
-    def swap_out(self, module: pl.LightningModule) -> None:
+    def swap_out(self, module: torch.nn.Module) -> None:
         """Put the trained weights back."""
         for name, parameter in trained_parameters(module) if self._trained else ():
             parameter.copy_(self._trained.pop(name))
@@ -70,20 +69,16 @@ class EMA(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._step = state_dict["latest_update_step"]
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]  # for a sharded model empty except in the first process
         checkpoint["current_model_state"] = {name: state[name] for name in self._average if name in state}
         for name, average in self._average.items():
-            whole = self._whole(average)
+            whole = self._whole(average)  # in all processes
             if name in state:
                 state[name] = whole
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._count)}
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         if "current_model_state" in checkpoint:
             self._loaded = checkpoint["state_dict"]
             self._count = int(checkpoint["averaging_state"]["n_averaged"])

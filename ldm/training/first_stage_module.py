@@ -14,6 +14,9 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ldm.checkpoint.convert import autoencoder_keys
+from ldm.checkpoint.io import CheckpointError
+from ldm.checkpoint.keys import CONDITION_ENCODER, FIRST_STAGE
 from ldm.config import Config, FirstStageTrainingConfig, LoggingConfig
 from ldm.data.masks import irregular_hole
 from ldm.images import mask_to_tensor
@@ -32,9 +35,6 @@ class FirstStageTraining(TrainingModule):
     An asymmetric decoder is trained alone: the encoder, and with it the meaning of latents, is frozen, and there is no
     KL. The decoder reads either all pixels outside an irregular hole or none, so that it works with and without them.
 
-    Args:
-        config: the run.
-
     Source: Rombach et al. 2022, appendix G; Esser et al. 2021, Eq. 6 (hinge game); Zhu et al. 2023, section 3.
     """
 
@@ -47,12 +47,32 @@ class FirstStageTraining(TrainingModule):
             for part in (model.encoder, model.quant_conv, model.post_quant_conv):
                 part.requires_grad_(False)
         # A posterior that starts as wide as the prior drowns colour in noise for the first thousands of steps.
-        bias = model.quant_conv.bias
-        assert bias is not None
-        with torch.no_grad():
-            bias.chunk(2)[1].fill_(-6.0)
+        assert model.quant_conv.bias is not None
+        model.quant_conv.bias.detach().chunk(2)[1].fill_(-6.0)
         self.discriminator = PatchDiscriminator() if self.options.adversarial_weight > 0 else None
         self.perceptual = PerceptualDistance() if self.options.perceptual_weight > 0 else None
+
+    def starting_weights(
+        self, state: dict[str, Tensor], source: str | None, *, from_scratch: bool
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Choose what is loaded from a checkpoint; without one the autoencoder starts from random weights.
+
+        An asymmetric decoder needs an encoder; wider or deeper than the checkpoint's it starts at random itself.
+        """
+        if source is None and self.frozen_encoder:
+            raise CheckpointError("no checkpoint given: pass the model of an asymmetric decoder as --pretrained-model")
+        if source is None:
+            return {}, [FIRST_STAGE]
+        state = {FIRST_STAGE + name: tensor for name, tensor in autoencoder_keys(state).items()}
+        if not self.frozen_encoder:
+            return state, []
+        decoder, branch = FIRST_STAGE + "decoder.", FIRST_STAGE + CONDITION_ENCODER
+        shapes = {
+            n: x.shape for n, x in self.state_dict().items() if n.startswith(decoder) and not n.startswith(branch)
+        }
+        if all(name in state and state[name].shape == shape for name, shape in shapes.items()):
+            return state, [branch]
+        return {name: tensor for name, tensor in state.items() if not name.startswith(decoder)}, [decoder]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, terms = self.losses(batch)
@@ -66,14 +86,11 @@ class FirstStageTraining(TrainingModule):
         self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
 
     def losses(self, batch: dict[str, Tensor], *, adversarial: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss that is minimised and its terms.
+        """Compute the loss that is minimised, and its detached terms by name; `loss` among them is without the game.
 
         Args:
             batch: `image` (B, 3, H, W) in [-1, 1] and `key` (B,), which seeds the posterior noise and the masks.
             adversarial: whether the discriminator takes part, once its step has come.
-
-        Returns:
-            The loss, and its detached terms by name; `loss` among them is the loss without the game.
         """
         image, options = batch["image"], self.options
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
@@ -104,14 +121,12 @@ class FirstStageTraining(TrainingModule):
     def keep_masks(self, batch: dict[str, Tensor]) -> Tensor:
         """Draw from the samples' keys the masks (B, 1, H, W) of pixels that an asymmetric decoder reads, 1 = keep."""
         height, width = batch["image"].shape[2:]
-        masks = []
-        for key in batch["key"].tolist():
+        masks = torch.zeros(len(batch["key"]), 1, height, width)
+        for mask, key in zip(masks, batch["key"].tolist(), strict=True):
             rng = np.random.default_rng(key)
-            hidden = rng.random() < self.options.p_no_condition
-            masks.append(
-                torch.zeros(1, height, width) if hidden else mask_to_tensor(irregular_hole((width, height), rng))
-            )
-        return torch.stack(masks).to(batch["image"])
+            if rng.random() >= self.options.p_no_condition:
+                mask.copy_(mask_to_tensor(irregular_hole((width, height), rng)))
+        return masks.to(batch["image"])
 
     @staticmethod
     def game(discriminator: nn.Module, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,10 +138,7 @@ class FirstStageTraining(TrainingModule):
         return generator, 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
     def preview(self, batch: dict[str, Tensor], options: LoggingConfig) -> list[Tensor]:
-        """Return scenes and reconstructions (B, 3, H, W) in [-1, 1]; of an asymmetric decoder without and with pixels.
-
-        With means: everything outside the batch's hole masks.
-        """
+        """Return scenes and reconstructions, an asymmetric decoder's without and with pixels; (B, 3, H, W)."""
         model, image, keep_mask = self.first_stage_model, batch["image"], batch["keep_mask"]
         z = model.encode(image).mode()
         return [image, model.decode(z), *([model.decode(z, image, keep_mask)] if self.frozen_encoder else [])]

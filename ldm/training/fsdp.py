@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as whole_states
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -29,7 +24,7 @@ from ldm.training.ema import EMA
 if TYPE_CHECKING:
     from ldm.training.diffusion_module import DiffusionTraining
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = whole_states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -39,12 +34,11 @@ class ShardedStrategy(ModelParallelStrategy):
     optimizer's own order, so that any strategy resumes what any other one wrote.
     """
 
+    lightning_module: DiffusionTraining
+    lightning_restore_optimizer = True
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -54,36 +48,31 @@ class ShardedStrategy(ModelParallelStrategy):
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        set_model_state_dict(self.lightning_module, dict(checkpoint["state_dict"]), options=WHOLE)
+        whole_states.set_model_state_dict(self.lightning_module, dict(checkpoint["state_dict"]), options=WHOLE)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        assert self.lightning_module is not None
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Lightning's wrapper
-        state: dict[str, Any] = get_optimizer_state_dict(self.lightning_module, optimizer, options=WHOLE)
+        state: Any = whole_states.get_optimizer_state_dict(self.lightning_module, optimizer, options=WHOLE)
         if not state:
             return state  # in all processes but the first
-        numbers = {name: number for number, name in enumerate(self._names(optimizer))}
-        state = _renamed(state, numbers)
+        state = _renamed(state, {name: number for number, name in enumerate(self._names(optimizer))})
         for group in state["param_groups"]:
             group["params"].sort()
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        assert self.lightning_module is not None
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            state = _renamed(saved, dict(enumerate(self._names(optimizer))))
-            set_optimizer_state_dict(self.lightning_module, optimizer, state, options=WHOLE)
+            state: Any = _renamed(saved, dict(enumerate(self._names(optimizer))))
+            whole_states.set_optimizer_state_dict(self.lightning_module, optimizer, state, options=WHOLE)
 
     def _names(self, optimizer: torch.optim.Optimizer) -> list[str]:
         """Return the names of the optimizer's parameters, in its order."""
-        assert self.lightning_module is not None
         names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
         return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
-    """Return an optimizer's state with its parameters called by other names or numbers."""
+    """Return an optimizer's state with other names or numbers for its parameters."""
     groups = [{**group, "params": [names[p] for p in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[p]: moments for p, moments in state["state"].items()}, "param_groups": groups}
 

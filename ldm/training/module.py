@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,19 +30,38 @@ class TrainingModule(pl.LightningModule):
 
     options: Any  # TrainingConfig or FirstStageTrainingConfig, as the subclasses declare
 
+    def starting_weights(
+        self, state: dict[str, Tensor], source: str | None, *, from_scratch: bool
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Choose what is loaded when training starts.
+
+        Args:
+            state: the checkpoint's tensors under module names, {} without one.
+            source: the checkpoint.
+            from_scratch: whether every trained part may start from random weights.
+
+        Returns:
+            The tensors to load, and prefixes of names that may be missing among them.
+
+        Raises:
+            CheckpointError: a part that nothing would train has no weights.
+            UserError: the model reads captions, and there is no tokenizer.
+        """
+        raise NotImplementedError
+
+    def add_lora(self, seed: int) -> None:
+        """Add trained parameters that no checkpoint to start from has; most modules have none."""
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Copy a batch to the device, except the keys: they seed generators on the CPU."""
         tensors = {name: value for name, value in batch.items() if name != "key"}
         return {**super().transfer_batch_to_device(tensors, device, dataloader_idx), "key": batch["key"]}
 
     def check_finite(self, loss: Tensor, batch_idx: int) -> None:
-        """Stop all processes when the loss of one is NaN or infinite.
+        """Stop all processes with a NonFiniteError when the loss of one is NaN or infinite.
 
         Reading the loss waits for the GPU, so this happens at logged steps only. In between, `Checkpoints` saves no
         weights that are not finite.
-
-        Raises:
-            NonFiniteError: names the step.
         """
         if not logs_step(self.trainer, self.global_step + 1):
             return
@@ -52,11 +71,7 @@ class TrainingModule(pl.LightningModule):
             raise NonFiniteError(f"loss is {value}{process} at step {self.global_step}, batch {batch_idx}")
 
     def with_lr_schedule(self, optimizer: torch.optim.Optimizer) -> OptimizerLRScheduler:
-        """Add the config's learning-rate schedule to an optimizer.
-
-        Raises:
-            ConfigError: a cosine needs a last step, and the run has none.
-        """
+        """Add the config's learning-rate schedule to an optimizer; a cosine needs a run with a last step."""
         total_steps = self.trainer.estimated_stepping_batches  # inf for trainer.max_epochs: -1
         if self.options.lr_schedule == "cosine" and math.isinf(total_steps):
             raise ConfigError("lr_schedule: got cosine for an endless run, expected trainer.max_epochs or max_steps")
@@ -93,29 +108,21 @@ def lr_factor(warmup_steps: int, schedule: str, total_steps: float) -> Callable[
 def adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
     """Return the AdamW that `training.optimizer` names; all compute the same, at different speed and memory.
 
-    Raises:
-        ConfigError: its package is not installed.
-
     Source: Loshchilov and Hutter 2019; adamw_8bit: Dettmers et al. 2022, through bitsandbytes.
     """
-    if name == "adamw_8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise ConfigError(
-                "training.optimizer: adamw_8bit needs bitsandbytes; pip install bitsandbytes, or use adamw_fused"
-            ) from None
-        return AdamW8bit
-    return partial(torch.optim.AdamW, fused=name == "adamw_fused" or None)
+    if name != "adamw_8bit":
+        return partial(torch.optim.AdamW, fused=name == "adamw_fused" or None)
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError("training.optimizer: got adamw_8bit without its package; pip install bitsandbytes") from None
+    return AdamW8bit
 
 
 def override_optimizer_hparams(checkpoint: dict[str, Any], lrs: Sequence[float], **settings: float) -> None:
-    """Replace a checkpoint's optimizer settings by the config's; otherwise they would silently win on resume.
+    """Replace, in place, a checkpoint's base learning rates and other settings of parameter groups by the config's.
 
-    Args:
-        checkpoint: changed in place.
-        lrs: base learning rates of the parameter groups; a checkpoint may have fewer groups.
-        settings: other options of each group.
+    Otherwise they would silently win on resume. A checkpoint may have fewer groups than there are rates.
     """
     for optimizer, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
         factors = [lr / base for lr, base in zip(lrs, scheduler["base_lrs"], strict=False)]
@@ -123,3 +130,8 @@ def override_optimizer_hparams(checkpoint: dict[str, Any], lrs: Sequence[float],
         scheduler["_last_lr"] = [f * last for f, last in zip(factors, scheduler["_last_lr"], strict=True)]
         for group, lr, factor in zip(optimizer["param_groups"], lrs, factors, strict=False):
             group.update(settings, initial_lr=lr, lr=factor * group["lr"])
+
+
+def parts_of(names: Iterable[str]) -> str:
+    """List the parts of the model, such as `model.diffusion_model`, that tensors belong to."""
+    return ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
-import inspect
 import json
 import logging
 import math
@@ -13,9 +12,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -24,19 +21,14 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from ldm.checkpoint.convert import autoencoder_keys
-from ldm.checkpoint.io import CheckpointError, read_checkpoint
-from ldm.checkpoint.keys import CONDITION_ENCODER, FIRST_STAGE, NEW_PARTS, SCHEDULE_BUFFERS, check_keys, to_module_keys
+from ldm.checkpoint.io import read_checkpoint
+from ldm.checkpoint.keys import SCHEDULE_BUFFERS, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, dump_config
 from ldm.data.datamodule import DataModule
 from ldm.files import UserError, write_text
-from ldm.latent_diffusion import add_imagenet_tower
-from ldm.training.callbacks import Interrupted, MetricsFile, SafeCheckpointIO, run_callbacks
-from ldm.training.diffusion_module import DiffusionTraining, uninitialised
-from ldm.training.ema import trained_parameters
-from ldm.training.first_stage_module import FirstStageTraining
+from ldm.training.callbacks import MODULES, Interrupted, MetricsFile, SafeCheckpointIO, run_callbacks
+from ldm.training.module import parts_of
 
 PACKAGES = ("torch", "pytorch-lightning", "numpy", "pillow", "opencv-python-headless", "opencv-python", "transformers")
 EXPECTED_WARNINGS = (
@@ -65,108 +57,40 @@ class Run:
     """
 
     def __init__(self, config: Config, run_dir: Path, *, scale_lr: bool = False) -> None:
-        _silence_expected_warnings()
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        for package in ("pytorch_lightning", "lightning_fabric"):
+            logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)
         pl.seed_everything(config.seed, workers=True, verbose=False)
         self.config, self.run_dir = config, run_dir
         self.data = DataModule(config)
         self.trainer = _trainer(config, run_dir)
         _check_combinations(config, self.trainer.world_size)
         self.global_batch = self.trainer.accumulate_grad_batches * self.trainer.world_size * config.data.batch_size
-        diffusion = config.stage == "diffusion"
-        self.options = config.training if diffusion else config.first_stage_training
-        if scale_lr:  # into the config, so that a resumed run finds it there
-            self.options.base_lr *= self.global_batch
-        self.module = DiffusionTraining(config) if diffusion else FirstStageTraining(config)
+        self.module = MODULES[config.stage](config)
+        if scale_lr:  # in the config, so that a resumed run finds it there
+            self.module.options.base_lr *= self.global_batch
 
     def initialise(self, checkpoint: str | None, *, from_scratch: bool, resuming: bool) -> None:
-        """Load the initial weights and list those that stay random.
+        """Load the initial weights and list the parts that stay random; see `TrainingModule.starting_weights`.
 
         Args:
-            checkpoint: file in the published layout; it may lack the parts that Paint by Example adds.
+            checkpoint: file in the published layout.
             from_scratch: whether every trained part may start from random weights.
             resuming: the trainer will restore a whole state; nothing to load or check.
-
-        Raises:
-            CheckpointError: the file does not fit, or a frozen part would stay random.
-            UserError: the model reads captions, and there is no tokenizer.
         """
         if not resuming:
             state = to_module_keys(read_checkpoint(checkpoint)) if checkpoint else {}
-            if isinstance(self.module, DiffusionTraining):
-                state, optional = self._diffusion_state(self.module, state, checkpoint, from_scratch)
-                self._find_tokenizer(self.module, checkpoint)
-            else:
-                state, optional = self._first_stage_state(self.module, state, checkpoint)
-            if checkpoint or isinstance(self.module, DiffusionTraining):
-                self._load(state, optional, checkpoint or "")
-        if isinstance(self.module, DiffusionTraining):
-            self.module.add_lora(self.config.seed)
-
-    def _diffusion_state(
-        self, module: DiffusionTraining, state: dict[str, Tensor], checkpoint: str | None, from_scratch: bool
-    ) -> tuple[dict[str, Tensor], list[str]]:
-        """Return the tensors to load, and the names that may be missing among them."""
-        options = self.config.training
-        unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config has its own schedule
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
-        if module.reads_exemplars:
-            state = add_imagenet_tower(state, module.cond_stage_model)
-        if not options.use_prior:
-            trained = {name for name, _ in trained_parameters(module)}
-            state = {name: tensor for name, tensor in state.items() if name not in trained}
-        if options.fresh_conditioning:
-            state = {name: tensor for name, tensor in state.items() if not name.startswith(NEW_PARTS)}
-        acceptable, refused = uninitialised(module, set(state), from_scratch=from_scratch or not options.use_prior)
-        if options.lora_rank:  # trains none of them
-            acceptable, refused = [], [*acceptable, *refused]
-        if refused:
-            raise CheckpointError(
-                f"{checkpoint or 'no checkpoint given'}: {len(refused)} tensors would stay random: {_parts(refused)}. "
-                "Frozen parts need trained weights: prepare one complete file with scripts/modify_checkpoints.py "
-                "and pass it as --pretrained-model; --train-from-scratch allows trained parts to start from nothing"
-            )
-        return state, acceptable
-
-    def _find_tokenizer(self, module: DiffusionTraining, checkpoint: str | None) -> None:
-        """Check that captions can be read, and note the tokenizer in the config for those who use the run's model."""
-        if module.reads_text:
-            folder = module.text_encoder.find_tokenizer(Path(checkpoint or "").parent)
-            module.text_encoder.tokenize([""])
-            self.config.model.text_encoder.tokenizer = str(folder.resolve())
-
-    def _first_stage_state(
-        self, module: FirstStageTraining, state: dict[str, Tensor], checkpoint: str | None
-    ) -> tuple[dict[str, Tensor], list[str]]:
-        """As `_diffusion_state`; without a checkpoint the autoencoder starts from random weights."""
-        if checkpoint is None:
-            if module.frozen_encoder:
-                raise CheckpointError(
-                    "no checkpoint given: an asymmetric decoder is trained for an existing encoder; pass the encoder's "
-                    "model as --pretrained-model"
-                )
-            return {}, []
-        state = {FIRST_STAGE + name: tensor for name, tensor in autoencoder_keys(state).items()}
-        if not module.frozen_encoder:
-            return state, []
-        decoder, branch = FIRST_STAGE + "decoder.", FIRST_STAGE + CONDITION_ENCODER
-        shapes = {name: x.shape for name, x in module.state_dict().items() if name.startswith(decoder)}
-        plain = [name for name in shapes if not name.startswith(branch)]
-        if all(name in state and state[name].shape == shapes[name] for name in plain):
-            return state, [branch]
-        # a wider or deeper decoder starts from nothing, as the authors' do
-        return {name: tensor for name, tensor in state.items() if not name.startswith(decoder)}, [decoder]
-
-    def _load(self, state: dict[str, Tensor], optional: list[str], source: str) -> None:
-        prefix = "" if isinstance(self.module, DiffusionTraining) else FIRST_STAGE  # the discriminator starts at random
-        expected = {
-            name: tuple(tensor.shape)
-            for name, tensor in self.module.state_dict().items()
-            if name.startswith(prefix) and name not in SCHEDULE_BUFFERS
-        }
-        missing = check_keys(expected, state, source=source, allow_missing=optional)
-        self.module.load_state_dict(state, strict=False)
-        if missing and self.trainer.is_global_zero:
-            Console().print(f"starting from random weights: {_parts(missing)} ({len(missing)} tensors)")
+            unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config's schedule; a random discriminator
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+            state, optional = self.module.starting_weights(state, checkpoint, from_scratch=from_scratch)
+            tensors = self.module.state_dict()
+            expected = {name: tuple(x.shape) for name, x in tensors.items() if not name.startswith(unused)}
+            missing = check_keys(expected, state, source=checkpoint or "", allow_missing=optional)
+            self.module.load_state_dict(state, strict=False)
+            if missing and self.trainer.is_global_zero:
+                Console().print(f"starting from random weights: {parts_of(missing)} ({len(missing)} tensors)")
+        self.module.add_lora(self.config.seed)
 
     def summary(self) -> str:
         """Return as text: parameters trained and frozen, batch, learning rate and steps per epoch."""
@@ -184,7 +108,7 @@ class Run:
         per_rank = len(self.data.train_set) // self.trainer.world_size // self.config.data.batch_size
         return (
             f"{capture.get()}samples: {len(self.data.train_set):,} train, {len(self.data.val_set):,} validation\n"
-            f"batch: {self.global_batch} samples per step, learning rate {self.options.base_lr:g}\n"
+            f"batch: {self.global_batch} samples per step, learning rate {self.module.options.base_lr:g}\n"
             f"steps per epoch: {math.ceil(per_rank / self.trainer.accumulate_grad_batches):,}"
         )
 
@@ -206,13 +130,10 @@ class Run:
         except Interrupted as stop:
             if not leader:
                 return 0  # Lightning kills the first process as soon as another one reports a failure
-            remedy = (
-                f"saved {stop.saved}; continue with --resume {self.run_dir}" if stop.saved else "nothing to save yet"
-            )
-            print(f"{stop}: {remedy}")
+            saved = f"saved {stop.saved}; continue with --resume {self.run_dir}"
+            print(f"{stop}: {saved if stop.saved else 'nothing to save yet'}")
             return 128 + stop.number
-        except RuntimeError as error:
-            # A peer that is gone shows as NCCL's error type or as a message of Gloo's.
+        except RuntimeError as error:  # a peer that is gone: NCCL's error type or a message of Gloo's
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
             rank, reason = self.trainer.global_rank, str(error).splitlines()[0]
@@ -223,25 +144,13 @@ class Run:
         return 0
 
     def _record(self, checkpoint: Path | None) -> None:
-        """Write the run's config (`config.yaml`) and add this start to its history (`history.json`)."""
-        try:
-            write_text(self.run_dir / "config.yaml", dump_config(self.config))
-            history = self.run_dir / "history.json"
-            before = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
-            write_text(history, json.dumps([*before, self._circumstances(checkpoint)], indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(
-                f"{self.run_dir}: cannot write here ({error.strerror}); choose another --logdir"
-            ) from error
-
-    def _circumstances(self, checkpoint: Path | None) -> dict[str, Any]:
-        """Describe when, how and with which versions this part of the run was started."""
+        """Write the config (`config.yaml`), and when, how and with what this part of the run began (`history.json`)."""
         device = self.trainer.strategy.root_device
         versions = {}
         for name in PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
-        return {
+        start = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
             "resumed_from": checkpoint and str(checkpoint),
@@ -252,11 +161,14 @@ class Run:
             "python": platform.python_version(),
             "versions": versions,
         }
-
-
-def _parts(names: Iterable[str]) -> str:
-    """List the parts of the model, such as `model.diffusion_model`, that tensors belong to."""
-    return ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))
+        history = self.run_dir / "history.json"
+        try:
+            write_text(self.run_dir / "config.yaml", dump_config(self.config))
+            before = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
+            write_text(history, json.dumps([*before, start], indent=2) + "\n")
+        except OSError as error:
+            reason = f"cannot write here ({error.strerror}); choose another --logdir"
+            raise ConfigError(f"{self.run_dir}: {reason}") from error
 
 
 def _commit() -> str | None:
@@ -273,26 +185,19 @@ def _check_combinations(config: Config, processes: int) -> None:
     """Refuse settings of the trainer that this training cannot work with."""
     strategy, precision = config.trainer.get("strategy", "auto"), str(config.trainer.get("precision", "32-true"))
     first_stage, sharded = config.stage == "first_stage", strategy == "fsdp2"
+    if precision in ("bf16-true", "16-true"):  # weights in 16 bits lose the optimizer's small updates
+        raise ConfigError(f"trainer.precision: got {precision}, expected 32-true, bf16-mixed or 16-mixed")
+    if first_stage and sharded:
+        raise ConfigError("trainer.strategy: got fsdp2, expected auto or ddp: the first stage is not sharded")
+    if config.training.compile and sharded:
+        raise ConfigError("training.compile: got true, expected false with trainer.strategy fsdp2")
     adversarial = first_stage and config.first_stage_training.adversarial_weight > 0
-    refusals = {
-        f"trainer.precision: got {precision}, expected 32-true, bf16-mixed or 16-mixed: weights in 16 bits lose the "
-        "optimizer's small updates": precision in ("bf16-true", "16-true"),
-        "trainer.strategy: got fsdp2, expected auto or ddp: the first stage is not sharded": first_stage and sharded,
-        "training.compile: got true with trainer.strategy fsdp2, expected false": config.training.compile and sharded,
-        f"trainer.strategy: got {strategy}, expected ddp_find_unused_parameters_true: before adversarial_start the "
-        "discriminator has no gradients": adversarial and processes > 1 and strategy in ("auto", "ddp"),
-    }
-    for message, refused in refusals.items():
-        if refused:
-            raise ConfigError(message)
+    if adversarial and processes > 1 and strategy in ("auto", "ddp"):
+        # before adversarial_start the discriminator has no gradients
+        raise ConfigError(f"trainer.strategy: got {strategy}, expected ddp_find_unused_parameters_true")
 
 
 def _trainer(config: Config, run_dir: Path) -> pl.Trainer:
-    known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self", "callbacks", "logger", "plugins"}
-    if unknown := set(config.trainer) - known:
-        raise ConfigError(
-            f"trainer.{', trainer.'.join(sorted(unknown))}: unknown; Lightning's Trainer takes {sorted(known)}"
-        )
     try:
         return pl.Trainer(
             **{"enable_model_summary": False, "default_root_dir": run_dir, **config.trainer},
@@ -306,30 +211,13 @@ def _trainer(config: Config, run_dir: Path) -> pl.Trainer:
 
 
 def _logger(name: str, config: Config, run_dir: Path) -> Logger:
-    match name:
-        case "tensorboard":
-            return TensorBoardLogger(run_dir, name="", version="")
-        case "csv":
-            return MetricsFile(run_dir)
+    if name == "tensorboard":
+        return TensorBoardLogger(run_dir, name="", version="")
+    if name == "csv":
+        return MetricsFile(run_dir)
+    values, project = OmegaConf.to_container(OmegaConf.structured(config)), config.logging.wandb_project
+    run_id = run_dir.name  # the same in a resumed run, whose curves go on
     try:
-        # The same id makes a resumed run go on with its curves.
-        return WandbLogger(
-            name=run_dir.name,
-            id=run_dir.name,
-            resume="allow",
-            project=config.logging.wandb_project,
-            save_dir=run_dir,
-            config=OmegaConf.to_container(OmegaConf.structured(config)),
-        )
+        return WandbLogger(run_id, run_dir, id=run_id, resume="allow", project=project, config=values)
     except ModuleNotFoundError:
-        raise ConfigError(
-            "logging.loggers: wandb is not installed; pip install wandb, or use tensorboard or csv"
-        ) from None
-
-
-def _silence_expected_warnings() -> None:
-    """Silence what Lightning says about intended behaviour."""
-    for message in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    for package in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)
+        raise ConfigError("logging.loggers: got wandb, which is not installed; pip install wandb") from None

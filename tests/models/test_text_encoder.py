@@ -309,7 +309,7 @@ def test_exemplar_and_text_together(text_config: Config, tokenizer_folder: Path)
     ]
     pixels = [np.asarray(result) for result in results]
     assert all((a != b).any() for a, b in combinations(pixels, 2))
-    with pytest.raises(ConfigError, match="tokens: got all with condition both"):
+    with pytest.raises(ConfigError, match="tokens: got 'all'"):
         replace(config, exemplar_encoder=replace(exemplar, tokens="all"))
 
 

@@ -65,7 +65,7 @@ def test_dry_run(config_file: Path, pretrained: Path, tmp_path: Path, capsys: py
     [
         (["data.batchsize=3"], "batchsize"),
         (["data.batch_size=many"], "data.batch_size"),
-        (["trainer.gpus=1"], "trainer.gpus: unknown"),
+        (["trainer.gpus=1"], "gpus"),
         (["trainer.precision=7"], "trainer"),
         (["trainer.accelerator=abacus"], "trainer"),
         (["data.root=/nowhere"], "/nowhere"),

@@ -115,7 +115,7 @@ def test_errors_are_one_line(
         ([str(lonely)], "got no tokenizer there"),
         ([str(text_folder / "model.safetensors"), "data.captions=/nowhere.csv"], "/nowhere.csv: not a readable CSV"),
         ([str(text_folder / "model.safetensors"), "data.captions=classes"], "got an index without classes"),
-        ([str(text_folder / "model.safetensors"), "training.lora_rank=2"], "training.trainable: got input_conv with"),
+        ([str(text_folder / "model.safetensors"), "training.lora_rank=2"], "training.trainable: got 'input_conv'"),
         ([str(text_folder / "model.safetensors"), "training.trainable=some"], "expected one of all, input_conv"),
     ):
         assert main([*start, *words]) == 2
