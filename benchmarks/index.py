@@ -30,7 +30,7 @@ from ldm.data.box_index import BoxIndex
 start = time.perf_counter()
 found = 0
 if sys.argv[1:]:
-    dataset = BoxDataset(BoxIndex(sys.argv[1]), ".", SampleRecipe(512, 224))
+    dataset = BoxDataset(BoxIndex(sys.argv[1]), SampleRecipe(512, 224))
     opened = time.perf_counter() - start
     for i in np.random.default_rng(0).integers(0, len(dataset), 10_000).tolist():
         found += len(dataset.index[i].boxes)
@@ -46,7 +46,7 @@ print(json.dumps({"seconds": seconds, "peak": peak, "private": private, "entries
 def write(path: Path, images: int, boxes: int) -> None:
     rng = np.random.default_rng(0)
     counts = rng.multinomial(boxes - images, np.full(images, 1 / images)) + 1
-    with IndexWriter(path) as writer:
+    with IndexWriter(path, {"images": "."}) as writer:
         for i, count in enumerate(tqdm(counts.tolist(), desc="writing", unit=" images")):
             corner = (i * 7919) % 400
             writer.add(

@@ -199,7 +199,7 @@ def main() -> None:
         original = Original(root, args.size, args.exemplar_size)
         index = open_index("open_images", AnnotationSource(root), "validation")
         recipe = SampleRecipe(image_size=args.size, exemplar_size=args.exemplar_size)
-        ours = BoxDataset(index, index.metadata["images"], recipe)
+        ours = BoxDataset(index, recipe)
         ratios = []
         for k in range(3):  # in turns, so that what else the machine does meets both
             theirs = samples_per_second(original.__getitem__, args.images, args.seconds, "the original's way")

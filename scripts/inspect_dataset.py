@@ -19,10 +19,9 @@ import numpy as np
 from PIL import Image
 
 from ldm.config import ConfigError, load_config
-from ldm.data.annotations import index_path
 from ldm.data.box_dataset import BoxDataset
 from ldm.data.box_index import BoxIndex
-from ldm.data.datamodule import annotation_source, box_dataset
+from ldm.data.datamodule import box_dataset
 from ldm.files import UserError
 from ldm.images import exemplar_to_pixels, save_png, tensor_to_pil
 
@@ -51,10 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.data.kind == "cached":
             raise ConfigError("data.kind: got 'cached', whose boxes are gone; inspect what the cache was made from")
         for split in args.splits:
-            if args.rebuild:
-                source, folder = annotation_source(config)
-                index_path(config.data.kind, source, split, folder).unlink(missing_ok=True)
-            dataset = box_dataset(config, split)
+            dataset = box_dataset(config, split, rebuild=args.rebuild)
             print("\n".join(description(split, dataset.index)))
             if captions := dataset.recipe.captions:
                 first = (captions(dataset.index[i], 0) for i in range(min(SAMPLES, len(dataset))))

@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 
 from ldm.config import ConfigError, load_config
-from ldm.data.annotations import open_index
-from ldm.data.datamodule import annotation_source
+from ldm.data.datamodule import config_index
 from ldm.data.shards import write_shards
 from ldm.files import UserError
 
@@ -29,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the shards and their lists")
     add("--splits", nargs="+", default=["train", "validation"], metavar="SPLIT", help="default: train validation")
     add("--megabytes", type=int, default=256, metavar="N", help="largest size of a shard; default: %(default)s")
-    add("--workers", type=int, default=2, metavar="N", help="number of processes; default: %(default)s")
+    add("--workers", type=int, default=2, metavar="N", help="number of threads; default: %(default)s")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="override the configs, as for main.py")
     return parser
 
@@ -43,12 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(*args.base, overrides=args.overrides)
         if config.data.kind in ("cached", "shards"):
             raise ConfigError(f"data.kind: got {config.data.kind!r}, expected images and boxes")
-        source, folder = annotation_source(config)
         for split in args.splits:
-            index = open_index(config.data.kind, source, split, folder)
-            images = Path(index.metadata["images"])
+            index = config_index(config, split)
             size = args.megabytes * 1_000_000
-            shards = write_shards(index, images, args.out, split, max_bytes=size, workers=args.workers)
+            shards = write_shards(index, args.out, split, max_bytes=size, workers=args.workers)
             total = sum(shard.bytes for shard in shards)
             print(f"{split}: {len(index):,} images in {len(shards)} shards, {total / 1e6:,.1f} MB, in {args.out}")
     except (UserError, OSError) as error:

@@ -244,11 +244,12 @@ def read_boxes_csv(csv_path: Path) -> tuple[pd.DataFrame, int]:
 
 def boxes_by_image(boxes: pd.DataFrame) -> Iterator[tuple[str, np.ndarray, list[str]]]:
     """Iterate over the images of `read_boxes_csv`: id, (n, 4) corners in [0, 1], class name of each box."""
-    codes, corners, names = boxes.ImageID.cat.codes.to_numpy(), boxes[_CORNERS].to_numpy(), boxes.Class.astype(object)
+    codes, corners = boxes.ImageID.cat.codes.to_numpy(), boxes[_CORNERS].to_numpy()
+    names = boxes.Class.astype(object).to_numpy()
     starts = np.flatnonzero(np.diff(codes, prepend=-1))  # first box of each image
     ids = boxes.ImageID.cat.categories[codes[starts]].tolist()
     for id_, (start, end) in zip(ids, itertools.pairwise([*starts.tolist(), len(boxes)]), strict=True):
-        yield id_, corners[start:end], names.to_numpy()[start:end].tolist()
+        yield id_, corners[start:end], names[start:end].tolist()
 
 
 def read_coco(source: AnnotationSource, split: str) -> SplitReader:

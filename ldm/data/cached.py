@@ -8,6 +8,7 @@ image; `keep_mask` (N, 1, h, w) uint8, 255 = keep; `exemplar` (N, E, E, 3) uint8
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.io import write_safetensors
+from ldm.data.box_dataset import Sample, sample_key
 from ldm.files import UserError
 from ldm.images import clip_normalise
 
@@ -27,14 +29,17 @@ OPTIONAL_FIELDS = ("exemplar_features",)
 _REMEDY = "write it again with scripts/cache_latents.py"
 
 
-class CachedDataset(Dataset[dict[str, Tensor]]):
+class CachedDataset(Dataset[Sample]):
     """Read `ROOT/{split}.safetensors`; the file is mapped, not read into memory.
+
+    An item (epoch, index) has `image_moments`, `masked_moments` (2Z, h, w), `keep_mask` (1, h, w) in [0, 1], `exemplar`
+    (3, E, E), `exemplar_features` (L, F) if they were cached, and `key`, on which alone the epoch has an effect.
 
     Raises:
         UserError: the file is missing or damaged, or lacks an array.
     """
 
-    def __init__(self, root: str | Path, split: str, *, max_samples: int | None = None) -> None:
+    def __init__(self, root: str | Path, split: str, *, seed: int = 0, max_samples: int | None = None) -> None:
         path = Path(root) / f"{split}.safetensors"
         if not path.is_file():
             raise UserError(f"{path}: no cached samples; write them with scripts/cache_latents.py")
@@ -47,30 +52,23 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         counts = {len(array) for array in self.arrays.values()}
         if len(counts) != 1:
             raise UserError(f"{path}: arrays of {sorted(counts)} samples; {_REMEDY}")
-        count = counts.pop()
-        self.length = count if max_samples is None else min(count, max_samples)
+        self.seed, self.length = seed, min(counts.pop(), max_samples or sys.maxsize)
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
-        """Return a sample; the epoch of an (epoch, index) item has no effect: the draws were made when caching.
-
-        Returns:
-            `image_moments`, `masked_moments` (2Z, h, w), `keep_mask` (1, h, w) in [0, 1], `exemplar` (3, E, E), and
-            `exemplar_features` (L, F) if they were cached.
-        """
-        index = item[1] if isinstance(item, tuple) else item
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        index = item[1]
         sample = {name: array[index].float() for name, array in self.arrays.items() if name != "exemplar"}
         sample["keep_mask"] /= 255.0
-        return sample | {"exemplar": clip_normalise(self.arrays["exemplar"][index].numpy())}
+        exemplar = clip_normalise(self.arrays["exemplar"][index].numpy())
+        return sample | {"exemplar": exemplar, "key": sample_key([self.seed, *item])}
 
 
 def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
     """Write a cache from batches of arrays, one at a time: memory does not grow with the number of samples.
 
     Args:
-        path: of the finished file; until then it has a temporary name.
         num_samples: N, the total of all batches.
         batches: the arrays of `FIELDS` (and `OPTIONAL_FIELDS`), samples first, in the types of the module's docstring.
 

@@ -8,21 +8,24 @@ number of workers nor on the number of processes.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ldm.config import Config, ConfigError
 from ldm.data.annotations import AnnotationSource, open_index
-from ldm.data.box_dataset import BoxDataset, Sample, SampleRecipe, open_captions, sample_key
+from ldm.data.box_dataset import BoxDataset, Sample, SampleRecipe, open_captions
+from ldm.data.box_index import BoxIndex
 from ldm.data.cached import CachedDataset
-from ldm.data.shards import ShardPart, Shards
+from ldm.data.shards import Shards
 from ldm.files import UserError
+
+Data = BoxDataset | CachedDataset | Shards
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -61,24 +64,6 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield self.epoch, int(index)
 
 
-class KeyedDataset(Dataset[Sample]):
-    """Add `key` to the samples of a dataset: the seed of the sample's own draws in training."""
-
-    def __init__(self, dataset: BoxDataset | CachedDataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def first(self, count: int) -> list[Sample]:
-        """Return the first samples of epoch 0."""
-        return [self[i] for i in range(min(count, len(self)))]
-
-    def __getitem__(self, item: int | tuple[int, int]) -> Sample:
-        epoch, index = item if isinstance(item, tuple) else (0, item)
-        return {**self.dataset[epoch, index], "key": sample_key([self.seed, epoch, index])}
-
-
 class DataModule(pl.LightningDataModule):
     """Training and validation batches of a config, resumable in the middle of an epoch.
 
@@ -95,48 +80,35 @@ class DataModule(pl.LightningDataModule):
         self.val_set = _split(config, "validation", self.data.max_val_samples)
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        world_size, rank = self._processes()
-        position, batch_size = self._position, self.data.batch_size
-        start = {"epoch": position["epoch"], "start": position["batch"] * batch_size}
-        if isinstance(self.train_set, Shards):
-            part = self._part(self.train_set, batch_size)
-            return self._loader(part, batch_size, EpochSampler(len(part), seed=None, **start))
-        sampler = EpochSampler(len(self.train_set), seed=self.seed, rank=rank, world_size=world_size, **start)
-        return self._loader(self.train_set, batch_size, sampler)
+        return self._loader(self.train_set, self.data.batch_size, "training")
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        world_size, rank = self._processes()
-        if isinstance(self.val_set, Shards):
-            part = self._part(self.val_set, self.data.val_batch_size)
-            return self._loader(part, self.data.val_batch_size, [(0, place) for place in range(len(part))])
-        share = len(self.val_set) // world_size  # equal for all ranks, who wait for each other
-        return self._loader(self.val_set, self.data.val_batch_size, range(rank, share * world_size, world_size))
+        return self._loader(self.val_set, self.data.val_batch_size, "validation")
 
-    def _processes(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+    def first_val_samples(self, count: int) -> list[Sample]:
+        """Return the first validation samples of epoch 0."""
+        data = replace(self.val_set, batch_size=count) if isinstance(self.val_set, Shards) else self.val_set
+        return [data[0, i] for i in range(min(count, len(data)))]
 
-    def _part(self, shards: Shards, batch_size: int) -> ShardPart:
-        world_size, rank = self._processes()
-        workers = self.data.num_workers
-        return ShardPart(shards, batch_size=batch_size, num_workers=workers, rank=rank, world_size=world_size)
-
-    def _loader(
-        self,
-        dataset: KeyedDataset | ShardPart,
-        batch_size: int,
-        sampler: EpochSampler | Sequence[int] | Sequence[tuple[int, int]],
-    ) -> DataLoader[Sample]:
-        if len(sampler) < batch_size:
-            split = "training" if isinstance(sampler, EpochSampler) else "validation"
+    def _loader(self, data: Data, batch_size: int, purpose: str) -> DataLoader[Sample]:
+        trains, workers = purpose == "training", self.data.num_workers
+        part = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size} if self.trainer else {}
+        if isinstance(data, Shards):
+            data = replace(data, batch_size=batch_size, num_workers=workers, **part)
+            order = EpochSampler(len(data), seed=None)
+        else:
+            order = EpochSampler(len(data), seed=self.seed if trains else None, **part)
+        if trains:
+            order.epoch, order.start = self._position["epoch"], self._position["batch"] * batch_size
+        if len(order) < batch_size:
             raise UserError(
-                f"{self.data.root}: got {len(sampler)} {split} samples for each process, expected at least a batch of "
+                f"{self.data.root}: got {len(order)} {purpose} samples for each process, expected at least a batch of "
                 f"{batch_size}; prepare more data or lower data.batch_size and data.val_batch_size"
             )
-        workers = self.data.num_workers
         return DataLoader(
-            dataset,
+            data,
             batch_size=batch_size,
-            sampler=sampler,  # pyright: ignore[reportArgumentType]: pairs, which the datasets take
+            sampler=order if trains else list(order),  # pyright: ignore[reportArgumentType]: pairs; a list keeps epoch 0
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=set_up_worker if workers > 0 else None,
@@ -167,28 +139,25 @@ def set_up_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # Python also ends workers by SIGTERM: obey, later
 
 
-def annotation_source(config: Config) -> tuple[AnnotationSource, Path | None]:
-    """Return where the annotations of a config are, and the folder for their index, if the config names one."""
+def config_index(config: Config, split: str, *, rebuild: bool = False) -> BoxIndex:
+    """Open the index of a config; see `open_index`."""
     data = config.data
-    annotations, validation, index = (
-        None if path is None else Path(path) for path in (data.annotations, data.val_annotations, data.index)
-    )
-    return AnnotationSource(Path(data.root), annotations, validation), index
+    places = (None if path is None else Path(path) for path in (data.annotations, data.val_annotations))
+    folder = None if data.index is None else Path(data.index)
+    return open_index(data.kind, AnnotationSource(Path(data.root), *places), split, folder, rebuild=rebuild)
 
 
-def box_dataset(config: Config, split: str, *, max_samples: int | None = None) -> BoxDataset:
-    """Open the images and boxes of a config.
+def box_dataset(config: Config, split: str, *, max_samples: int | None = None, rebuild: bool = False) -> BoxDataset:
+    """Open the images and boxes of a config; `rebuild` writes the index again.
 
     Raises:
         UserError: the annotations or captions cannot be used.
     """
-    data = config.data
-    source, folder = annotation_source(config)
-    index = open_index(data.kind, source, split, folder)
-    recipe, count = sample_recipe(config), len(index) if max_samples is None else min(len(index), max_samples)
-    if data.captions is not None:
-        recipe = replace(recipe, captions=open_captions(data.captions, index, count))
-    return BoxDataset(index, index.metadata["images"], recipe, seed=config.seed, max_samples=max_samples)
+    index, recipe = config_index(config, split, rebuild=rebuild), sample_recipe(config)
+    dataset = BoxDataset(index, recipe, seed=config.seed, max_samples=max_samples)
+    if config.data.captions is not None:
+        dataset.recipe = replace(recipe, captions=open_captions(config.data.captions, index, len(dataset)))
+    return dataset
 
 
 def sample_recipe(config: Config) -> SampleRecipe:
@@ -197,32 +166,22 @@ def sample_recipe(config: Config) -> SampleRecipe:
     Raises:
         ConfigError: `data.augmentation` is not a pipeline that can be used.
     """
-    data, margins = config.data, config.data.crop_margin_range
-    recipe = SampleRecipe(
-        image_size=config.model.image_size,
-        exemplar_size=config.model.exemplar_encoder.image_size,
-        p_arbitrary_mask=data.p_arbitrary_mask,
-        p_object_mask=data.p_object_mask,
-        augment_exemplar=data.augment_exemplar,
-        augmentation_strength=data.augmentation_strength,
-        augmentation=data.augmentation,
-        grey_background=data.grey_background,
-        crop_margin_range=(margins[0], margins[1]) if margins else None,
-        hard_edges="hole_mask" in config.model.input_channels,
-    )
-    if data.augmentation is not None:
+    model = config.model
+    hard_edges = "hole_mask" in model.input_channels
+    recipe = SampleRecipe(model.image_size, model.exemplar_encoder.image_size, config.data, hard_edges)
+    if config.data.augmentation is not None:
         _ = recipe.pipeline  # errors show here, not in a worker
     return recipe
 
 
-def _split(config: Config, split: str, max_samples: int | None) -> KeyedDataset | Shards:
+def _split(config: Config, split: str, max_samples: int | None) -> Data:
     data, seed = config.data, config.seed
     if data.kind == "shards":
-        recipe, buffer = sample_recipe(config), data.shuffle_buffer if split == "train" else 0
-        return Shards(data.root, split, recipe, seed=seed, buffer=buffer, max_samples=max_samples)
+        buffer = data.shuffle_buffer if split == "train" else 0
+        return Shards(data.root, split, sample_recipe(config), seed, buffer, max_samples)
     if data.kind == "cached":
-        return KeyedDataset(CachedDataset(data.root, split, max_samples=max_samples), seed)
-    return KeyedDataset(box_dataset(config, split, max_samples=max_samples), seed)
+        return CachedDataset(data.root, split, seed=seed, max_samples=max_samples)
+    return box_dataset(config, split, max_samples=max_samples)
 
 
 def _check_source(config: Config) -> None:
@@ -232,9 +191,7 @@ def _check_source(config: Config) -> None:
         raise ConfigError("data.kind: got cached, expected images and boxes: the first stage is trained on pixels")
     if kind == "cached" and "hole_mask" in config.model.input_channels:
         raise ConfigError("data.kind: got cached, whose masks are for keep_mask in model.input_channels, not hole_mask")
-    if config.stage == "diffusion" and config.model.condition != "exemplar" and captions is None:
+    if captions is None and config.stage == "diffusion" and config.model.condition != "exemplar":
         raise ConfigError("data.captions: got none for a model that reads text, expected classes or a CSV file")
     if captions is not None and kind in ("shards", "cached"):
-        raise ConfigError(
-            f"data.captions: got {captions!r} with data.kind {kind}, which holds none; use the images themselves"
-        )
+        raise ConfigError(f"data.captions: got {captions} with data.kind {kind}, which holds none; use the images")

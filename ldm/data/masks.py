@@ -1,14 +1,12 @@
 """Geometry of a sample: grow the box, draw the hole, choose the crop. Pure functions that read no pixels.
 
-Boxes are in pixels of the source image, right and bottom exclusive. Every random number comes from the
-`numpy.random.Generator` that is passed in, in the order of the original code, so its recorded draws can be replayed.
-
-Lengths that the recipe states in pixels (±5 px jitter, 10 px exemplar padding) suit photographs of Open Images' size,
-which are resized to 512 px. On a smaller image they would be large beside the object. Callers therefore multiply them
-by `pixel_scale`.
+Sizes are (width, height) in pixels. Every random number comes from the `numpy.random.Generator` that is passed in, in
+the order of the original code, so its recorded draws can be replayed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -23,30 +21,19 @@ _CURVE_T = np.arange(1, 20)[:, None] * 0.05  # the original stops at 0.90, which
 
 
 def pixel_scale(size: tuple[int, int]) -> float:
-    """Return the factor for lengths in pixels on an image of `size` (width, height): min(1, short side / 512)."""
+    """Return the factor for the recipe's lengths in pixels, too long on small images: min(1, short side / 512)."""
     return min(1.0, min(size) / REFERENCE_SIDE)
 
 
 def clip_box(x_min: float, y_min: float, x_max: float, y_max: float, size: tuple[int, int]) -> Box:
-    """Truncate a box to whole pixels inside the image, at least 1 px wide and high.
-
-    Args:
-        x_min, y_min, x_max, y_max: corners in pixels, possibly fractional or outside the image.
-        size: (width, height) of the image.
-    """
-    width, height = size
-    left = min(max(int(x_min), 0), width - 1)
-    top = min(max(int(y_min), 0), height - 1)
-    right = min(max(int(x_max), left + 1), width)
-    bottom = min(max(int(y_max), top + 1), height)
+    """Truncate corners, possibly outside the image, to whole pixels inside it: a box at least 1 px wide and high."""
+    left, top = (min(max(int(edge), 0), side - 1) for edge, side in zip((x_min, y_min), size, strict=True))
+    right, bottom = min(max(int(x_max), left + 1), size[0]), min(max(int(y_max), top + 1), size[1])
     return Box(left, top, right, bottom)
 
 
 def grow_box(box: Box, within: Box, rng: np.random.Generator) -> Box:
-    """Move every side outwards by a uniform whole number of pixels, at most 40 % of the free space there.
-
-    Four draws: left, top, right, bottom.
-    """
+    """Move every side outwards by a uniform whole number of pixels, at most 40 % of the free space there."""
     return Box(
         box.left - _up_to(GROWTH * (box.left - within.left), rng),
         box.top - _up_to(GROWTH * (box.top - within.top), rng),
@@ -57,15 +44,16 @@ def grow_box(box: Box, within: Box, rng: np.random.Generator) -> Box:
 
 def rectangle_hole(size: tuple[int, int], grown: Box) -> Image.Image:
     """Draw the grown box as hole mask (mode L, white = hole)."""
-    hole = Image.new("L", size, 0)
+    hole = Image.new("L", size)
     hole.paste(255, grown)
     return hole
 
 
-def polygon_hole(size: tuple[int, int], polygon: np.ndarray) -> Image.Image:
-    """Draw a closed polygon, (n, 2) of x, y, as hole mask (mode L, white = hole)."""
-    hole = Image.new("L", size, 0)
-    ImageDraw.Draw(hole).polygon([(float(x), float(y)) for x, y in polygon], fill=255)
+def polygon_hole(size: tuple[int, int], *polygons: np.ndarray) -> Image.Image:
+    """Draw closed polygons, each (n, 2) of x, y, as hole mask (mode L, white = hole)."""
+    hole = Image.new("L", size)
+    for polygon in polygons:
+        ImageDraw.Draw(hole).polygon([(float(x), float(y)) for x, y in polygon], fill=255)
     return hole
 
 
@@ -73,19 +61,18 @@ def outline_curves(box: Box, grown: Box) -> np.ndarray:
     """Return points on the four quadratic Bezier curves of an arbitrary shape, before jitter.
 
     A curve joins two neighbouring corners of the box. Its control point lies above the middle of that side, on the edge
-    of the grown box; the curve reaches half of the way to it: B(t) = (1 - t)^2 P0 + 2 t (1 - t) P1 + t^2 P2.
+    of the grown box; the curve reaches half of the way to it.
 
     Returns:
         (4, 19, 2) float64 x, y at t = 0.05 … 0.95: top, right, bottom, left; clockwise from the top left corner.
     """
-    corners = _corners(box)
-    middle = (corners + np.roll(corners, -1, axis=0)) / 2
-    control = middle.copy()
+    start = _corners(box)
+    end = np.roll(start, -1, axis=0)
+    control = (start + end) / 2
     control[[0, 2], 1] = grown.top, grown.bottom
     control[[1, 3], 0] = grown.right, grown.left
-    t = _CURVE_T
-    start, end = corners[:, None], np.roll(corners, -1, axis=0)[:, None]
-    return (1 - t) ** 2 * start + 2 * t * (1 - t) * control[:, None] + t**2 * end
+    t = _CURVE_T  # B(t) = (1 - t)^2 P0 + 2 t (1 - t) P1 + t^2 P2
+    return (1 - t) ** 2 * start[:, None] + 2 * t * (1 - t) * control[:, None] + t**2 * end[:, None]
 
 
 def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: int = JITTER) -> np.ndarray:
@@ -95,11 +82,8 @@ def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: in
     jittered point never gets inside the box, and the points of a side keep their order along it. Each side is then a
     graph over its edge of the box; the polygon is therefore simple and contains the box.
 
-    Args:
-        jitter: largest shift of a point per axis, whole pixels.
-
     Returns:
-        (80, 2) float64 x, y, clockwise from the top left corner of the box.
+        (80, 2) float64 x, y, clockwise from the top left corner of the box, each shifted by up to `jitter` per axis.
     """
     curves = outline_curves(box, grown)
     curves += rng.integers(-jitter, jitter, size=curves.shape, endpoint=True)
@@ -118,12 +102,9 @@ def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: in
 def irregular_hole(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     """Draw a large hole anywhere (mode L, white = hole): thick polylines with probability 0.5, else rectangles.
 
-    Lengths are relative to the short side: up to five polylines of up to five segments, each 4 % to 80 % long and 2 %
-    to 40 % wide; or up to four rectangles with sides of 12 % to 60 %.
-
-    Source: Suvorov et al. 2022 (LaMa), section 2.3; the shares are those of its masks for 256 px, in any direction.
+    Source: Suvorov et al. 2022 (LaMa), section 2.3; lengths are those of its masks for 256 px, in any direction.
     """
-    side, hole = min(size), Image.new("L", size)
+    side, hole = min(size), Image.new("L", size)  # lengths are relative to the short side
     draw = ImageDraw.Draw(hole)
     if rng.random() < 0.5:
         for _ in range(rng.integers(1, 4, endpoint=True)):
@@ -152,15 +133,6 @@ def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> 
     box on all sides. If the grown box is longer than the short side, no such square exists, and the original squashes
     the image (also if the box touches an end of the long side). Here the window is as long as the image, zoomed by the
     same rule, and extends evenly beyond both edges of the short side: the caller pads.
-
-    Two draws (place, zoom); none for a square image, one (zoom) for an overhanging window.
-
-    Args:
-        size: (width, height) of the image.
-        grown: box inside the image.
-
-    Returns:
-        A square that contains `grown`; inside the image unless `grown` is longer than the image's short side.
     """
     width, height = size
     if width == height:
@@ -172,7 +144,7 @@ def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> 
         margin = _up_to(ZOOM * min(grown.left, width - grown.right), rng)
         side = width - 2 * margin
         top = (height - side) // 2
-        return Box(margin, top, margin + side, top + side)
+        return Box(margin, top, width - margin, top + side)
     left = int(rng.integers(first, last, endpoint=True))
     free = min(grown.left - left, grown.top, left + height - grown.right, height - grown.bottom)
     margin = _up_to(ZOOM * free, rng)
@@ -180,23 +152,13 @@ def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> 
 
 
 def crop_around_box(
-    size: tuple[int, int], box: Box, margins: tuple[float, float], min_side: int, rng: np.random.Generator
+    size: tuple[int, int], box: Box, margins: Sequence[float], min_side: int, rng: np.random.Generator
 ) -> Box:
     """Draw a square window around the box with some margin, as editing crops around a hole.
 
-    Its side is the longer side of the box plus a margin on both sides, which is a fraction of it; at least `min_side`,
-    so that no image is enlarged, and at most the short side of the image. Longer boxes are left to `crop_window`.
-
-    Three draws: margin (log-uniform), left, top.
-
-    Args:
-        size: (width, height) of the image.
-        box: inside the image.
-        margins: smallest and largest margin, 0 < low <= high.
-        min_side: pixels.
-
-    Returns:
-        A square that contains `box`; inside the image unless `box` is longer than the image's short side.
+    Its side is the longer side of the box plus a margin on both sides, a log-uniform fraction of it between `margins`;
+    at least `min_side`, so that no image is enlarged, and at most the short side of the image. Longer boxes are left to
+    `crop_window`.
     """
     longest = max(box.right - box.left, box.bottom - box.top)
     if longest > min(size):

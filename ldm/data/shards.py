@@ -2,13 +2,9 @@
 
 A shard holds, per image, `NUMBER.json` with its size, boxes and outlines, `NUMBER.jpg` (or png, webp) with the bytes of
 the image file, and `NUMBER.mask.png` if it has a mask; NUMBER is the image's place in the index. `SPLIT.json` beside
-the shards lists them with their number of samples, bytes and SHA-256.
-
-Every process takes the same number of samples per epoch, whatever is damaged: a worker that runs out of images starts
-its shards again. The order is a function of (seed, epoch, processes, workers): shards are dealt in an order shuffled by
-(seed, epoch), and each worker shuffles within a buffer. The draws of a sample depend on (seed, epoch, NUMBER) alone, as
-for image files. WebDataset opens addresses and unpacks tars; its own shuffling cannot be resumed in mid-epoch bit for
-bit, so the order is made here.
+the shards lists them. WebDataset opens addresses and unpacks tars; its own shuffling cannot be resumed in mid-epoch bit
+for bit, so the order is made here: a function of (seed, epoch, processes, workers). The draws of a sample depend on
+(seed, epoch, NUMBER) alone, as for image files.
 """
 
 from __future__ import annotations
@@ -19,10 +15,9 @@ import json
 import logging
 import tarfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from itertools import count, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,153 +45,125 @@ class Shard:
     sha256: str
 
 
-# ---- writing ----
-
-
-def write_shards(
-    index: BoxIndex, images: Path, out: Path, split: str, *, max_bytes: int = 2**28, workers: int = 1
-) -> list[Shard]:
+def write_shards(index: BoxIndex, out: Path, split: str, *, max_bytes: int = 2**28, workers: int = 1) -> list[Shard]:
     """Pack the images of an index. An interrupted run is continued.
 
     Args:
         index: images and boxes.
-        images: folder that the names in the index are relative to.
         out: folder for `SPLIT-000000.tar` and so on, and at the end `SPLIT.json`.
         split: first part of the file names.
         max_bytes: largest sum of image sizes in a shard; one larger image gets a shard of its own.
-        workers: number of processes; the files do not depend on it.
+        workers: number of threads; the files do not depend on it.
 
     Raises:
-        UserError: an image is missing, or `out` holds shards of other images.
-        OSError: the disk is full or not writable; finished shards stay.
+        UserError: `out` holds shards of other images.
+        OSError: an image is missing, or the disk is full or not writable; finished shards stay.
     """
+    images = Path(index.metadata["images"])
     spans = list(_spans(index, images, max_bytes))
     plan = json.dumps({"index": index.path.stat().st_size, "images": str(images), "spans": spans})
     plan_path = out / f".{split}.plan.json"
     if plan_path.is_file() and plan_path.read_text(encoding="utf-8") != plan:
         raise UserError(f"{out}: holds shards of other images or another size; choose another folder or empty it")
     write_text(plan_path, plan)
-    jobs = [(index.path, images, out / f"{split}-{k:06d}.tar", *span) for k, span in enumerate(spans)]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        shards = list(tqdm(pool.map(_write_shard, jobs), total=len(jobs), desc=f"{split}: shards", unit="shard"))
+
+    def write_shard(number: int) -> Shard:
+        """Write a tar whose bytes depend on the images alone. An existing one is complete, and kept."""
+        path, (first, last) = out / f"{split}-{number:06d}.tar", spans[number]
+        if not path.is_file():
+            with atomic_write(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for name, content in (member for i in range(first, last) for member in _members(i, index[i], images)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Shard(path.name, last - first, path.stat().st_size, digest)
+
+    with ThreadPoolExecutor(workers) as pool:
+        written = pool.map(write_shard, range(len(spans)))
+        shards = list(tqdm(written, total=len(spans), desc=f"{split}: shards", unit="shard"))
     write_text(out / f"{split}.json", json.dumps({"shards": [asdict(shard) for shard in shards]}, indent=1) + "\n")
     return shards
 
 
 def _spans(index: BoxIndex, images: Path, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Return the first and last (exclusive) image of each shard."""
+    """Yield the first and last (exclusive) image of each shard."""
     first, total = 0, 0
     for i in tqdm(range(len(index)), desc="sizes", unit=" images", delay=3):
-        path = images / index[i].name
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: missing; write the index again with scripts/inspect_dataset.py --rebuild"
-            ) from None
+        size = (images / index[i].name).stat().st_size
         if total and total + size > max_bytes:
             yield first, i
             first, total = i, 0
         total += size
-    if total:
-        yield first, len(index)
-
-
-def _write_shard(job: tuple[Path, Path, Path, int, int]) -> Shard:
-    """Write a tar whose bytes depend on the images alone. An existing one is complete, and kept."""
-    index_path, images, path, first, last = job
-    index = BoxIndex(index_path)
-    if not path.is_file():
-        with atomic_write(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(first, last):
-                for name, content in _members(i, index[i], images):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(path.name, last - first, path.stat().st_size, digest)
+    yield first, len(index)
 
 
 def _members(i: int, entry: Entry, images: Path) -> Iterator[tuple[str, bytes]]:
-    record = {
-        "name": entry.name,
-        "size": entry.size,
-        "boxes": entry.boxes,
-        "shapes": [[outline.tolist() for outline in outlines] for outlines in entry.shapes],
-    }
+    shapes = [[outline.tolist() for outline in outlines] for outlines in entry.shapes]
+    record = {"name": entry.name, "size": entry.size, "boxes": entry.boxes, "shapes": shapes}
     yield f"{i:09d}.json", json.dumps(record).encode()
     yield f"{i:09d}{Path(entry.name).suffix.lower()}", (images / entry.name).read_bytes()
     if entry.mask:
         yield f"{i:09d}.mask{Path(entry.mask).suffix.lower()}", (images / entry.mask).read_bytes()
 
 
-# ---- reading ----
+def _unpacked(members: Members) -> tuple[Entry, Callable[[str], BinaryIO]]:
+    """Invert `_members`: return the entry of an image, and a function that opens its files by their names in it."""
+    record = json.loads(members["json"])
+    mask = next((name for name in members if name.startswith("mask.")), "")
+    image = next(name for name in members if name not in ("json", mask))
+    shapes = [[np.array(outline, dtype=np.float32) for outline in outlines] for outlines in record["shapes"]]
+    entry = Entry(image, tuple(record["size"]), [Box(*corners) for corners in record["boxes"]], shapes, mask)
+    return entry, lambda name: io.BytesIO(members[name])
 
 
-class Shards:
-    """The shards of a folder or an address.
+@dataclass(eq=False)
+class Shards(Dataset[Sample]):
+    """Samples of shards by (epoch, place in the epoch), with their `key`: the part of one process.
 
-    Args:
+    Every process takes the same number of samples per epoch, whatever is damaged: a worker that runs out of images
+    starts its shards again. A `DataLoader` requests places in order, batch by batch, from its workers in turn: each
+    worker then reads a stream. Any other order gives the same samples, slowly.
+
+    Attributes:
         root: folder, `http(s)://…`, `s3://…` (read by the AWS command line) or `pipe:COMMAND {}`, where `{}` becomes
             the name of a file whose content COMMAND writes to the standard output.
         split: train or validation.
         recipe: makes a sample of an image.
         seed: decides order and draws.
         buffer: number of images that a worker shuffles among; 0 keeps the order.
-        max_samples: largest number of samples per epoch.
+        max_samples: largest number of samples per epoch, of all processes.
+        batch_size, num_workers: settings of the loader.
+        rank, world_size: place of this process among all.
+        shards: read from SPLIT.json if empty.
 
     Raises:
         UserError: the list of shards is missing or damaged.
     """
 
-    def __init__(
-        self,
-        root: str,
-        split: str,
-        recipe: SampleRecipe,
-        *,
-        seed: int = 0,
-        buffer: int = 1000,
-        max_samples: int | None = None,
-    ) -> None:
-        self.root, self.recipe, self.seed, self.buffer = root, recipe, seed, buffer
-        self.shards = listed_shards(root, split)
-        total = sum(shard.samples for shard in self.shards)
-        self.length = total if max_samples is None else min(total, max_samples)
+    root: str
+    split: str
+    recipe: SampleRecipe
+    seed: int = 0
+    buffer: int = 1000
+    max_samples: int | None = None
+    batch_size: int = 1
+    num_workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shards: list[Shard] = field(default_factory=list)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def first(self, count: int) -> list[Sample]:
-        """Return the first samples of epoch 0."""
-        part = ShardPart(self, batch_size=count)
-        return [part[0, k] for k in range(min(count, len(self)))]
-
-
-class ShardPart(Dataset[Sample]):
-    """The samples that one process reads, with their `key`, by (epoch, place in the epoch).
-
-    A `DataLoader` requests places in order, batch by batch, from its workers in turn: each worker then reads a stream.
-    Any other order gives the same samples, slowly.
-
-    Args:
-        shards: the shards of all processes.
-        batch_size, num_workers: settings of the loader.
-        rank, world_size: place of this process among all.
-    """
-
-    def __init__(
-        self, shards: Shards, *, batch_size: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.source, self.batch_size, self.workers = shards, batch_size, max(num_workers, 1)
-        self.rank, self.world_size = rank, world_size
+    def __post_init__(self) -> None:
+        self.shards = self.shards or listed_shards(self.root, self.split)
+        self.workers = max(self.num_workers, 1)
         self._next: tuple[int, int, int] | None = None  # epoch, worker and place of what the stream gives next
         self._stream: Iterator[Sample] = iter(())
 
     def __len__(self) -> int:
         """Number of samples of an epoch in this process; the stream itself is endless."""
-        return len(self.source) // self.world_size
+        total = sum(shard.samples for shard in self.shards)
+        return min(total, self.max_samples or total) // self.world_size
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, place = item
@@ -218,32 +185,29 @@ class ShardPart(Dataset[Sample]):
             try:
                 entry, open_file = _unpacked(members)
                 for more in range(failures, -1, -1):
-                    draw = [self.source.seed, epoch, i, *([lap, more] if lap or more else [])]
-                    sample = self.source.recipe(entry, open_file, np.random.default_rng(draw))
+                    draw = [self.seed, epoch, i, *([lap, more] if lap or more else [])]
+                    sample = self.recipe(entry, open_file, np.random.default_rng(draw))
                     yield {**sample, "key": sample_key(draw)}
+                failures = 0
             except (*UNREADABLE, KeyError, StopIteration) as error:
                 failures += 1
+                logger.warning("%s: image %d skipped (%s)", self.root, i, error)
                 if failures == MAX_ATTEMPTS:
-                    raise UserError(
-                        f"{self.source.root}: {failures} images in a row cannot be read; see the log"
-                    ) from None
-                logger.warning("%s: image %d skipped (%s)", self.source.root, i, error)
-            else:
-                failures = 0
+                    raise UserError(f"{self.root}: {failures} images in a row are damaged; see the log") from None
 
     def _shuffled(self, epoch: int, worker: int) -> Iterator[tuple[int, int, Members]]:
         """Yield (lap, NUMBER, content by extension) of a worker's images, over and over, shuffled within a buffer."""
-        rng = np.random.default_rng([self.source.seed, epoch, self.rank, worker])
+        rng = np.random.default_rng([self.seed, epoch, self.rank, worker])
         for lap in count():
             buffer: list[tuple[int, Members]] = []
             is_empty = True
             for image in self._read(epoch, worker):
                 is_empty = False
                 buffer.append(image)
-                if len(buffer) > self.source.buffer:
+                if len(buffer) > self.buffer:
                     yield lap, *buffer.pop(int(rng.integers(len(buffer))))
             if is_empty:
-                raise UserError(f"{self.source.root}: no image of the shards can be read; see the log")
+                raise UserError(f"{self.root}: no image of the shards can be read; see the log")
             for k in rng.permutation(len(buffer)).tolist():
                 yield lap, *buffer[k]
 
@@ -251,17 +215,17 @@ class ShardPart(Dataset[Sample]):
         """Yield the images of a worker's shards once."""
         from webdataset.tariterators import tarfile_samples
 
-        order = np.random.default_rng([self.source.seed, epoch]).permutation(len(self.source.shards))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
         consumer, consumers = worker * self.world_size + self.rank, self.world_size * self.workers
         # With fewer shards than consumers, those that share a shard take its images in turn.
         mine = order[consumer::consumers] if len(order) >= consumers else order[[consumer % len(order)]]
         sharing = range(consumer % len(order), consumers, len(order)) if len(order) < consumers else range(1)
 
         def skip(error: Exception) -> bool:
-            logger.warning("%s: the rest of a shard skipped (%s)", self.source.root, error)
+            logger.warning("%s: the rest of a shard skipped (%s)", self.root, error)
             return True
 
-        urls = ({"url": _address(self.source.root, self.source.shards[k].name)} for k in mine.tolist())
+        urls = ({"url": _address(self.root, self.shards[k].name)} for k in mine.tolist())
         for place, sample in enumerate(tarfile_samples(urls, handler=skip)):
             if place % len(sharing) == consumer // len(order) % len(sharing):
                 yield int(sample["__key__"]), {k: v for k, v in sample.items() if not k.startswith("__")}
@@ -276,27 +240,16 @@ def listed_shards(root: str, split: str) -> list[Shard]:
     from webdataset.gopen import gopen
 
     address = _address(root, f"{split}.json")
-    remedy = "write the shards with scripts/make_shards.py, or check data.root"
     try:
         with gopen(address) as stream:
             return [Shard(**shard) for shard in json.loads(stream.read())["shards"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
+        remedy = "write the shards with scripts/make_shards.py, or check data.root"
         raise UserError(f"{address}: no list of shards ({error}); {remedy}") from None
 
 
 def _address(root: str, name: str) -> str:
     if root.startswith("pipe:"):
         return root.replace("{}", name)
-    if root.startswith("s3://"):
-        return f"pipe:aws s3 cp {root.rstrip('/')}/{name} -"
-    return f"{root.rstrip('/')}/{name}"
-
-
-def _unpacked(members: Members) -> tuple[Entry, Callable[[str], BinaryIO]]:
-    """Return the entry of an image, and a function that opens its files by their names in it."""
-    record = json.loads(members["json"])
-    mask = next((name for name in members if name.startswith("mask.")), "")
-    image = next(name for name in members if name not in ("json", mask))
-    shapes = [[np.array(outline, dtype=np.float32) for outline in outlines] for outlines in record["shapes"]]
-    entry = Entry(image, tuple(record["size"]), [Box(*corners) for corners in record["boxes"]], shapes, mask)
-    return entry, lambda name: io.BytesIO(members[name])
+    address = f"{root.rstrip('/')}/{name}"
+    return f"pipe:aws s3 cp {address} -" if root.startswith("s3://") else address

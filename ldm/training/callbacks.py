@@ -299,7 +299,7 @@ class ImageGrid(Callback):
 
     @torch.no_grad()
     def _rows(self, trainer: Trainer, module: Any) -> list[Tensor]:
-        samples = trainer.datamodule.val_set.first(self.options.num_images)  # type: ignore[attr-defined]
+        samples = trainer.datamodule.first_val_samples(self.options.num_images)  # type: ignore[attr-defined]
         batch = module.transfer_batch_to_device(default_collate(samples), module.device, 0)
         self.ema.swap_in(module)
         module.eval()

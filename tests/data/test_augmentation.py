@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.config import ConfigError, dump_config, load_config
+from ldm.config import ConfigError, DataConfig, dump_config, load_config
 from ldm.data.augmentation import A, PaperParams, augment, build_pipeline, draw_paper_params
 from ldm.data.box_dataset import SampleRecipe
 from ldm.data.box_index import Entry
@@ -114,7 +114,7 @@ def test_a_pipeline_from_a_config_file(tmp_path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create({"data": {"augmentation": json.loads(json.dumps(PIPELINE))}})))
     config = load_config(path, overrides=["model.image_size=32", "model.exemplar_encoder.image_size=28"])
     assert load_config(OmegaConf.create(dump_config(config))).data.augmentation == config.data.augmentation
-    recipes = sample_recipe(config), SampleRecipe(32, 28, augmentation=PIPELINE), SampleRecipe(32, 28)
+    recipes = sample_recipe(config), SampleRecipe(32, 28, DataConfig(augmentation=PIPELINE)), SampleRecipe(32, 28)
     photo().save(content := BytesIO(), "PNG")
     entry = Entry("a.png", (40, 30), [Box(5, 5, 30, 25)], [[]], "")
     changed = 0

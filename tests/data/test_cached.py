@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from ldm.data.box_dataset import sample_key
 from ldm.data.cached import CachedDataset, write_cache
 from ldm.files import UserError
 from ldm.images import exemplar_to_pixels
@@ -37,7 +38,8 @@ def test_round_trip(cache: Path, arrays: dict[str, np.ndarray]) -> None:
     dataset = CachedDataset(cache, "train")
     assert len(dataset) == 5
     for index in range(5):
-        sample = dataset[3, index]  # the epoch has no effect
+        sample = dataset[3, index]
+        assert sample.pop("key") == sample_key([0, 3, index]) != dataset[0, index]["key"]
         assert {name: tuple(x.shape) for name, x in sample.items()} == {
             "image_moments": (8, 4, 4),
             "masked_moments": (8, 4, 4),

@@ -72,13 +72,13 @@ def test_workers_keep_opencv_to_one_thread() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "key"),
     [
-        (["model.condition=text"], r"data\.captions: got none for a model that reads text"),
-        (["data.captions=classes", "data.kind=shards"], r"data\.captions: got 'classes' with data\.kind shards"),
-        (["model.input_channels=[x_t,hole_mask,z_masked]", "data.kind=cached"], r"data\.kind: got cached, whose masks"),
+        (["model.condition=text"], r"data\.captions"),
+        (["data.captions=classes", "data.kind=shards"], r"data\.captions: .*shards"),
+        (["model.input_channels=[x_t,hole_mask,z_masked]", "data.kind=cached"], r"data\.kind: .*cached"),
     ],
 )
-def test_data_that_a_model_cannot_read(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_data_that_a_model_cannot_read(overrides: list[str], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
         DataModule(load_config(overrides=overrides))

@@ -17,21 +17,22 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ldm.config import DataConfig
 from ldm.data.box_dataset import BoxDataset, SampleRecipe
 from ldm.data.box_index import BoxIndex, IndexWriter
 from ldm.data.datamodule import EpochSampler
-from ldm.data.shards import ShardPart, Shards, listed_shards, write_shards
+from ldm.data.shards import Shards, listed_shards, write_shards
 from ldm.files import UserError
 
 N = 23
-RECIPE = SampleRecipe(image_size=16, exemplar_size=14, p_object_mask=0.3)
+RECIPE = SampleRecipe(16, 14, DataConfig(p_object_mask=0.3))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     outline = np.array([[6, 5], [20, 8], [12, 18]], dtype=np.float32)
-    with IndexWriter(root / "index") as writer:
+    with IndexWriter(root / "index", {"images": str(root)}) as writer:
         for i in range(N):
             name = f"{i % 3}/{i}.{('jpg', 'png')[i % 2]}"
             (root / name).parent.mkdir(exist_ok=True)
@@ -47,7 +48,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pack(images: Path, out: Path, max_bytes: int = 5000) -> Path:
-    write_shards(BoxIndex(images / "index"), images, out, "train", max_bytes=max_bytes)
+    write_shards(BoxIndex(images / "index"), out, "train", max_bytes=max_bytes)
     return out
 
 
@@ -60,12 +61,11 @@ def keys(samples: list[dict[str, torch.Tensor]]) -> list[int]:
     return [int(sample["key"]) for sample in samples]
 
 
-def part(root: Path | str, batch_size: int = 2, **options: int) -> ShardPart:
-    buffer = options.pop("buffer", 5)
-    return ShardPart(Shards(str(root), "train", RECIPE, seed=7, buffer=buffer), batch_size=batch_size, **options)
+def part(root: Path | str, batch_size: int = 2, buffer: int = 5, **options: int) -> Shards:
+    return Shards(str(root), "train", RECIPE, seed=7, buffer=buffer, batch_size=batch_size, **options)
 
 
-def read(reader: ShardPart, epoch: int = 0, start: int = 0, count: int | None = None) -> list[dict[str, torch.Tensor]]:
+def read(reader: Shards, epoch: int = 0, start: int = 0, count: int | None = None) -> list[dict[str, torch.Tensor]]:
     return [reader[epoch, place] for place in range(start, len(reader) if count is None else count)]
 
 
@@ -78,7 +78,7 @@ def test_the_list_says_what_is_there(packed: Path) -> None:
 
 
 def test_samples_are_those_of_loose_files_each_once(packed: Path, images: Path) -> None:
-    loose = BoxDataset(BoxIndex(images / "index"), images, RECIPE, seed=7)
+    loose = BoxDataset(BoxIndex(images / "index"), RECIPE, seed=7)
     for epoch in (0, 3):
         streamed = read(part(packed), epoch)
         assert len({*keys(streamed)}) == N
@@ -106,7 +106,6 @@ def test_processes_and_workers_share_an_epoch(packed: Path, world_size: int, wor
     assert len(set(seen)) == len(seen)  # a further draw of an image is another sample
 
 
-@pytest.mark.slow
 def test_fewer_shards_than_readers(images: Path, tmp_path: Path) -> None:
     root = pack(images, tmp_path / "one", max_bytes=10**9)
     assert len(listed_shards(str(root), "train")) == 1
@@ -138,7 +137,6 @@ def damage(root: Path) -> None:
     second.write_bytes(second.read_bytes()[:3000])
 
 
-@pytest.mark.slow
 def test_damaged_members_are_skipped(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = pack(images, tmp_path / "damaged")
     damage(root)
@@ -154,18 +152,16 @@ def test_validation_starts_its_shards_again_without_a_buffer(packed: Path) -> No
     assert len({*keys(read(reader, count=2 * N))}) == 2 * N, "the second lap draws other samples"
 
 
-@pytest.mark.slow
 def test_nothing_readable(images: Path, tmp_path: Path) -> None:
     root = pack(images, tmp_path / "gone")
     for path in root.glob("*.tar"):
         path.unlink()
-    with pytest.raises(UserError, match="no image of the shards can be read"):
+    with pytest.raises(UserError, match=str(root)):
         read(part(root))
-    with pytest.raises(UserError, match=r"validation\.json: no list of shards"):
+    with pytest.raises(UserError, match=r"validation\.json"):
         Shards(str(root), "validation", RECIPE)
 
 
-@pytest.mark.slow
 def test_writing_goes_on_and_repeats_itself(images: Path, packed: Path, tmp_path: Path) -> None:
     out = pack(images, tmp_path / "out")
     files = {path.name: path.read_bytes() for path in packed.iterdir() if path.suffix}
@@ -177,7 +173,7 @@ def test_writing_goes_on_and_repeats_itself(images: Path, packed: Path, tmp_path
     assert pack(images, out) == out
     assert files == {path.name: path.read_bytes() for path in out.iterdir() if path.suffix}
     assert (out / names[0]).stat().st_mtime_ns == untouched
-    with pytest.raises(UserError, match="choose another folder"):
+    with pytest.raises(UserError, match=str(out)):
         pack(images, out, max_bytes=4000)
 
 
@@ -200,11 +196,11 @@ def test_remote(packed: Path, address: str) -> None:
     assert keys(read(part(address))) == expected
     command = f"{sys.executable} -c 'import sys; sys.stdout.buffer.write(open(sys.argv[1], \"rb\").read())'"
     assert keys(read(part(f"pipe:{command} {packed}/{{}}"))) == expected
-    with pytest.raises(UserError, match=r"no list of shards"):
+    with pytest.raises(UserError, match=f"{address}/nowhere/train"):
         listed_shards(f"{address}/nowhere", "train")
 
 
 def test_a_list_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps({"shards": [{"name": "x"}]}))
-    with pytest.raises(UserError, match="write the shards"):
+    with pytest.raises(UserError, match=r"train\.json"):
         listed_shards(str(tmp_path), "train")
