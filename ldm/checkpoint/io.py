@@ -1,16 +1,10 @@
 """Reading checkpoints without executing anything in them, and writing them whole or not at all.
 
-A `.ckpt` is a pickle, and a pickle is a program that may call any function. `torch.load` reads such files here with an
-unpickler that imports nothing; each name in the pickle falls into one of three classes:
-
-1. Tensors, storages, dtypes and mappings are built by the few functions of `_BUILDERS`.
-2. Functions and processes of the standard library (`os.system`, `builtins.eval`, `subprocess.Popen`, …) have no
-   business among weights: the file is refused. The refusal informs the user; safety rests on 1, a closed list.
-3. Everything else (Lightning's callbacks, OmegaConf nodes, numpy scalars, `int`) becomes an inert placeholder. It
-   accepts whatever a pickle does to objects and is dropped; one log line names what was dropped.
-
-`torch.load(weights_only=True)` would not do: it reads pickle protocol 2 alone, fails on objects that behave like lists
-or dicts, and cannot list the names in files from before torch 1.6.
+A `.ckpt` is a pickle, and a pickle is a program that may call any function. `torch.load` uses an unpickler here that
+imports nothing: the functions of `_BUILDERS` alone build tensors and mappings; anything else, such as Lightning's
+callbacks, becomes an inert placeholder that is dropped and logged. A file that calls what no weights need (`os.system`)
+is refused; that informs the user, safety rests on the closed list. `torch.load(weights_only=True)` would not do: it
+reads pickle protocol 2 alone and fails on objects that behave like lists or dicts.
 """
 
 from __future__ import annotations
@@ -54,33 +48,38 @@ class CheckpointError(UserError):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Read the named tensors of a checkpoint to the CPU.
+    """Read the named tensors of a checkpoint to the CPU, also those nested under `state_dict` or `module`.
 
     The content decides the format, not the extension: safetensors, or what `torch.save` writes (zip or, before torch
     1.6, a bare pickle). Tensors of safetensors and uncompressed zip files are memory-mapped, private copy-on-write.
 
-    Args:
-        path: the file. Weights nested under `state_dict` or `module` are found there.
-
     Raises:
         CheckpointError: the file is missing, empty, truncated, not a checkpoint, without tensors, or tries to run code.
     """
-    path = Path(path)
-    head = _read_head(path)
+    path, head = Path(path), _read_head(path)
     if _is_safetensors(head):
         with _open_safetensors(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if not tensors:
+            if tensors := {name: file.get_tensor(name) for name in file.keys()}:  # noqa: SIM118 (not a mapping)
+                return tensors
             raise CheckpointError(f"{path}: holds no tensors; pass a checkpoint with weights")
-        return tensors
     content, dropped = _unpickle(path, head)
-    return _named_tensors(path, content, dropped)
+    found: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
+    found = next((nested for key in _MAPPING_KEYS if isinstance(nested := found.get(key), Mapping)), found)
+    tensors = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors:
+        what = f"keys {', '.join(map(repr, list(found)[:5]))}" if found else f"a {type(content).__name__}"
+        what += f" and objects of {', '.join(dropped[:5])}" if dropped else ""
+        raise CheckpointError(
+            f"{path}: holds no named tensors, but {what}; save the `state_dict()` of the model instead"
+        )
+    if dropped:
+        log.warning("%s: dropped what is not a tensor: objects of %s", path, ", ".join(dropped))
+    return tensors
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Read the text metadata of a safetensors file, or the provenance that `write_torch` put beside the weights."""
-    path = Path(path)
-    head = _read_head(path)
+    path, head = Path(path), _read_head(path)
     if _is_safetensors(head):
         with _open_safetensors(path) as file:
             return dict(file.metadata() or {})
@@ -98,26 +97,25 @@ def sha256_file(path: str | Path) -> str:
 # --- reading ---------------------------------------------------------------------------------------
 
 
-def _read_head(path: Path) -> bytes:
+def _read_head(path: str | Path) -> bytes:
     """Read the first bytes of a file and refuse those that cannot start a checkpoint."""
     try:
         with open(path, "rb") as file:
             head = file.read(512)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; check the path, or download the checkpoint first") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if not head:
-        raise CheckpointError(f"{path}: the file is empty; download it again")
-    if not any(head):
-        raise CheckpointError(f"{path}: begins with nothing but zeros, an aborted download; download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: a Git LFS pointer, not weights; run `git lfs pull`")
-    if all(byte >= 32 or byte in b"\t\n\r" for byte in head):  # checkpoints begin with a number or a pickle's opcodes
-        text = head.decode("utf-8-sig", errors="replace").strip()
-        if text.lower().startswith(("<!doctype", "<!--", "<html", "<?xml", "<head")):
-            raise CheckpointError(f"{path}: a web page, not weights; open the link in a browser and save the file")
-        raise CheckpointError(f"{path}: text, not weights, beginning {text[:60]!r}; was the download refused?")
+        raise CheckpointError(f"{path}: {str(error.strerror).lower()}; check the path") from error
+    # checkpoints begin with a number or a pickle's opcodes
+    text = head.decode("utf-8-sig", errors="replace").strip() if all(c >= 32 or c in b"\t\n\r" for c in head) else ""
+    page = text.lower().startswith(("<!doctype", "<!--", "<html", "<?xml", "<head"))
+    problems = {
+        "the file is empty; download it again": not head,
+        "begins with nothing but zeros, an aborted download; download it again": not any(head),
+        "a Git LFS pointer, not weights; run `git lfs pull`": text.startswith("version https://git-lfs"),
+        "a web page, not weights; open the link in a browser and save the file": page,
+        f"text, not weights, beginning {text[:60]!r}; was the download refused?": bool(text),
+    }
+    if problem := next((problem for problem, there in problems.items() if there), ""):
+        raise CheckpointError(f"{path}: {problem}")
     return head
 
 
@@ -137,41 +135,31 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 def _unpickle(path: Path, head: bytes) -> tuple[object, list[str]]:
     """Read what torch saved; return it with the names of the classes whose objects became placeholders."""
     try:
-        mapped = head.startswith(_ZIP) and _is_stored(path)
-        if not head.startswith(_ZIP):
-            _check_legacy(path, head)
+        mapped = _is_mappable(path, head)
         unpickler = _safe_unpickler()
         module = SimpleNamespace(
             __name__=__name__, Unpickler=unpickler, load=lambda file, **options: unpickler(file, **options).load()
         )
         with open(path, "rb") as file:
-            content = torch.load(
-                path if mapped else file, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped
-            )
+            source = path if mapped else file
+            content = torch.load(source, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
         return content, sorted(unpickler.dropped)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (OSError, MemoryError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(f"{path}: {_DAMAGED} ({type(error).__name__}: {_first_line(error)})") from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: {_DAMAGED} ({type(error).__name__}: {reason})") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _check_legacy(path: Path, head: bytes) -> None:
-    """Refuse a file that is neither a zip archive nor what torch wrote before 1.6."""
-    if tarfile.is_tarfile(path):  # torch.load would unpack it
-        raise CheckpointError("a tar archive (torch before 0.1.10 wrote such); load and save it with a newer torch")
-    if _LEGACY_MAGIC not in head[:32]:
-        bare = head.startswith(pickle.PROTO)
-        raise CheckpointError("a pickle, but not one of torch; save the weights with torch.save" if bare else _DAMAGED)
-
-
-def _is_stored(path: Path) -> bool:
-    """Check a zip archive; return whether its tensors can be mapped because nothing in it is compressed."""
+def _is_mappable(path: Path, head: bytes) -> bool:
+    """Refuse what `torch.save` does not write; return whether the tensors can be mapped: they are not compressed."""
+    if not head.startswith(_ZIP):
+        if tarfile.is_tarfile(path):  # torch.load would unpack it
+            raise CheckpointError("a tar archive (torch before 0.1.10 wrote such); save it again with a newer torch")
+        if _LEGACY_MAGIC not in head[:32]:
+            bare = head.startswith(pickle.PROTO)
+            raise CheckpointError("a pickle, but not of torch; save the weights with torch.save" if bare else _DAMAGED)
+        return False
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     if not any(member.filename.endswith("data.pkl") for member in members):
@@ -179,28 +167,12 @@ def _is_stored(path: Path) -> bool:
     unpacked, size = sum(member.file_size for member in members), path.stat().st_size
     if unpacked > _LARGEST_EXPANSION * size:
         raise CheckpointError(
-            f"refused: {size:,} bytes that unpack to {unpacked:,}, a zip bomb; torch.save does not compress, get the "
-            "weights elsewhere"
+            f"refused: {size:,} bytes that unpack to {unpacked:,}, a zip bomb; get the weights elsewhere"
         )
     if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():  # torch.load would run it
         raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     return stored and path.suffix != ".safetensors"  # torch.load trusts that name more than the content
-
-
-def _named_tensors(path: Path, content: object, dropped: list[str]) -> dict[str, Tensor]:
-    found: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
-    found = next((nested for key in _MAPPING_KEYS if isinstance(nested := found.get(key), Mapping)), found)
-    tensors = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
-    if not tensors:
-        what = f"keys {', '.join(map(repr, list(found)[:5]))}" if found else f"a {type(content).__name__}"
-        what += f" and objects of {', '.join(dropped[:5])}" if dropped else ""
-        raise CheckpointError(
-            f"{path}: holds no named tensors, but {what}; save the `state_dict()` of the model instead"
-        )
-    if dropped:
-        log.warning("%s: dropped what is not a tensor: objects of %s", path, ", ".join(dropped))
-    return tensors
 
 
 # --- the unpickler ---------------------------------------------------------------------------------
@@ -212,33 +184,22 @@ class _Placeholder:
     def __new__(cls, *_: object, **__: object) -> _Placeholder:
         return super().__new__(cls)
 
-    def __init__(self, *_: object, **__: object) -> None: ...
+    def _ignore(self, *_: object, **__: object) -> None: ...
 
-    def __setitem__(self, _: object, __: object) -> None: ...
-
-    def append(self, _: object) -> None: ...
-
-    def extend(self, _: object) -> None: ...
-
-    def add(self, _: object) -> None: ...
+    __init__ = __setitem__ = append = extend = add = _ignore
 
 
-def _build_from_type(build: Any, _: object, args: tuple[object, ...], __: object) -> object:
-    return build(*args)  # a tensor subclass or one with attributes, as a plain tensor
-
-
-_BUILDERS: dict[tuple[str, str], Any] = {
-    **{
-        ("torch._utils", name): getattr(_utils, name)
-        for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
-    },
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
-    ("torch._tensor", "_rebuild_from_type_v2"): _build_from_type,
-    ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
-    ("torch", "Size"): torch.Size,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("collections", "defaultdict"): lambda *_: OrderedDict(),  # its factory is not wanted
+_BUILDERS: dict[str, Any] = {
+    "torch._utils._rebuild_tensor": _utils._rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _utils._rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _utils._rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._tensor._rebuild_from_type_v2": lambda build, _, args, __: build(*args),  # a subclass, as a plain tensor
+    "torch.storage.UntypedStorage": torch.UntypedStorage,
+    "torch.Size": torch.Size,
+    "collections.OrderedDict": OrderedDict,
+    "collections.defaultdict": lambda *_: OrderedDict(),  # its factory is not wanted
 }
 # Names of the standard library that honest checkpoints hold, for plain data; Python 2's names of builtins among them.
 _DATA_MODULES = {
@@ -264,16 +225,15 @@ def _safe_unpickler() -> Any:
         dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
         def find_class(self, module: str, name: str) -> Any:
-            if (module, name) in _BUILDERS:
-                return _BUILDERS[module, name]
+            full_name = f"{module}.{name}".encode("unicode_escape").decode()  # a terminal obeys some characters
+            if full_name in _BUILDERS:
+                return _BUILDERS[full_name]
             if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
                 return dtype
-            full_name = f"{module}.{name}".encode("unicode_escape").decode()  # a terminal obeys some characters
             plain = module in ("builtins", "__builtin__") and name in _DATA_BUILTINS
             if module.partition(".")[0] in _REFUSED_MODULES and not plain:
                 raise CheckpointError(
-                    f"refused: the pickle wants to call {full_name}, which no weights need; don't use this file, get "
-                    "the weights elsewhere or as safetensors"
+                    f"refused: the pickle wants to call {full_name}, which no weights need; get them elsewhere"
                 )
             if not plain:
                 self.dropped.add(full_name)
@@ -307,13 +267,12 @@ def write_safetensors(
         pieces: (name, tensor) pairs in any order; several of one name are its consecutive rows.
 
     Raises:
-        CheckpointError: the disk is full or the folder is not writable; an existing file stays as it was. A tensor has
-            a type that the format lacks.
+        CheckpointError: the disk is full, the folder not writable, or the format lacks a type; an existing file stays.
     """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # aligns numbers with their size
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts: dict[str, int] = {}
     end = 0
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # aligns numbers with their size
     for name, tensor in ordered:
         if tensor.dtype not in _DTYPE_NAMES:
             raise CheckpointError(f"{path}: {name}: safetensors knows no {tensor.dtype}; write a .ckpt instead")
@@ -336,23 +295,14 @@ def write_safetensors(
             starts[name] += piece.nbytes
             bar.update(piece.nbytes)
             del piece  # before the next is made
-        ends = {name: header[name]["data_offsets"][1] for name in starts}
-        assert starts == ends, "the pieces do not cover the tensors"
+        assert all(starts[name] == header[name]["data_offsets"][1] for name in starts), "pieces are missing"
 
 
 def write_torch(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, str] | None = None) -> None:
     """Write `{"state_dict": tensors, "provenance": …}` as `torch.save` does, atomically.
 
-    Raises:
-        CheckpointError: the disk is full or the folder is not writable; an existing file stays as it was.
+    Contiguous tensors that own their memory are written as they are, others are copied.
     """
-    content = {"state_dict": _independent(tensors), "provenance": dict(provenance or {})}
-    with _atomic_target(path) as partial, open(partial, "wb") as file:
-        torch.save(content, file)
-
-
-def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous CPU tensors that own their memory; copy only those for which that does not hold yet."""
     written: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -362,7 +312,8 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         written[name] = tensor
-    return written
+    with _atomic_target(path) as partial, open(partial, "wb") as file:
+        torch.save({"state_dict": written, "provenance": dict(provenance or {})}, file)
 
 
 @contextmanager

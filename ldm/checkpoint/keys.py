@@ -1,9 +1,7 @@
 """What tensors are called in files and in the modules of this project, and what their names tell about a file.
 
-The published model's names are the file format. Modules use the same names except for the differences declared at the
-top of this file; `to_module_keys` and `to_file_keys` translate in either direction. Files that this project's trainer
-wrote hold module names; `to_module_keys` leaves those as they are. `identify` answers for the loader, the merger, the
-converter and `scripts/inspect_checkpoint.py` alike.
+The published model's names are the file format. Modules use the same names except for `RENAMED`; files that this
+project's trainer wrote hold module names.
 """
 
 from __future__ import annotations
@@ -15,6 +13,11 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.io import CheckpointError
+from ldm.config import ScheduleConfig
+from ldm.diffusion import make_schedule
+
+State = Mapping[str, Tensor]
+Shapes = Mapping[str, Sequence[int]]
 
 UNET = "model.diffusion_model."
 INPUT_CONV = UNET + "input_blocks.0.0.weight"
@@ -41,83 +44,57 @@ EMA_COUNTERS = (EMA + "decay", EMA + "num_updates")
 LORA_BASE = ".base_layer.weight"
 LORA_PARTS = (".lora_A.default.weight", ".lora_B.default.weight")
 
-SCHEDULE_BUFFERS = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-)
+SCHEDULE_BUFFERS = tuple(make_schedule(ScheduleConfig()).buffers())
 
 # In files of 2022 the text tower's names lack the level `text_model`; this one tells them from an image tower's.
 _BARE_TEXT = TOWER + "embeddings.token_embedding.weight"
 
 # What Paint by Example adds to Stable Diffusion and CLIP, hence what starts at random in training.
-NEW_PARTS = (
-    *("cond_stage_model.reduce.", "cond_stage_model.mapper.", "cond_stage_model.final_ln."),
-    *("proj_out.", "learnable_vector"),
-)
+_NEW_MODULES = ("cond_stage_model.reduce.", "cond_stage_model.mapper.", "cond_stage_model.final_ln.")
+NEW_PARTS = (*_NEW_MODULES, "proj_out.", "learnable_vector")
 
 
-def to_module_keys(state: Mapping[str, Tensor], *, use_ema: bool = False) -> dict[str, Tensor]:
-    """Rename a file's tensors to the names that the modules use.
-
-    Args:
-        state: as `read_checkpoint` returns it.
-        use_ema: take the UNet's averaged weights (`model_ema.*`) instead of the last ones; otherwise they are left out.
-
-    Raises:
-        CheckpointError: `use_ema` is set and an averaged weight is missing.
-    """
+def to_module_keys(state: State, *, use_ema: bool = False) -> dict[str, Tensor]:
+    """Rename a file's tensors to the names that the modules use; `use_ema` as in `swap_in_ema`."""
     state = _with_text_level(merge_lora(swap_in_ema(state) if use_ema else state))
     # Averaged weights stay where they are alone, for `check_keys` to tell.
-    averaged = EMA if any(name.startswith(UNET) for name in state) else EMA_COUNTERS
-    unused = (POSITION_IDS, TEXT_POSITION_IDS)
-    kept = {name: tensor for name, tensor in state.items() if name not in unused and not name.startswith(averaged)}
-    return {_renamed(name, RENAMED): tensor for name, tensor in kept.items()}
+    averaged = (EMA,) if _holds(state, UNET) else EMA_COUNTERS
+    unused = (POSITION_IDS, TEXT_POSITION_IDS, *averaged)
+    return {_renamed(name, RENAMED): tensor for name, tensor in state.items() if not name.startswith(unused)}
 
 
-def to_file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_file_keys(state: State) -> dict[str, Tensor]:
     """Rename a module's tensors to the published names and add `position_ids` (1, N) int64."""
-    renames = [(module, file) for file, module in RENAMED]
-    kept = (FILE_TOWER, TEXT_TOWER)
-    state = _with_text_level(state)
-    renamed = {name if name.startswith(kept) else _renamed(name, renames): tensor for name, tensor in state.items()}
+    renames = [*((file, file) for file, _ in RENAMED), *((module, file) for file, module in RENAMED)]
+    renamed = {_renamed(name, renames): tensor for name, tensor in _with_text_level(state).items()}
     for name in (POSITION_IDS, TEXT_POSITION_IDS):
-        table = renamed.get(name.replace("position_ids", "position_embedding.weight"))
-        if table is not None:
+        if (table := renamed.get(name.replace("position_ids", "position_embedding.weight"))) is not None:
             renamed[name] = torch.arange(len(table), device=table.device)[None]
     return renamed
 
 
-def swap_in_ema(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Replace the UNet's last weights by its averaged ones and drop `model_ema.*`.
+def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    """Replace the first prefix that fits."""
+    return next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
 
-    Raises:
-        CheckpointError: an averaged weight is missing.
-    """
+
+def _with_text_level(state: State) -> State:
+    return {_renamed(name, [(TOWER, TEXT_TOWER)]): x for name, x in state.items()} if _BARE_TEXT in state else state
+
+
+def swap_in_ema(state: State) -> dict[str, Tensor]:
+    """Replace the UNet's last weights by its averaged ones and drop `model_ema.*`; refuse if one is missing."""
     swapped = {name: tensor for name, tensor in state.items() if not name.startswith(EMA)}
-    for name in swapped:
-        if name.startswith("model."):
-            ema_name = EMA + name.removeprefix("model.").replace(".", "")
-            if ema_name not in state:
-                raise CheckpointError(f"the checkpoint has no averaged (EMA) weight {ema_name}; load it without EMA")
-            swapped[name] = state[ema_name]
+    for name in [name for name in swapped if name.startswith("model.")]:
+        ema_name = EMA + name.removeprefix("model.").replace(".", "")
+        if ema_name not in state:
+            raise CheckpointError(f"the checkpoint has no averaged (EMA) weight {ema_name}; load it without EMA")
+        swapped[name] = state[ema_name]
     return swapped
 
 
-def merge_lora(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def merge_lora(state: State) -> State:
     """Add low-rank additions (`peft`) to the weights they belong to: W + B A, under the plain names.
-
-    Raises:
-        CheckpointError: an addition is incomplete.
 
     Source: Hu et al. 2022, Eq. 3, with alpha = r.
     """
@@ -135,34 +112,19 @@ def merge_lora(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {name.replace(".base_layer.", "."): tensor for name, tensor in merged.items()}
 
 
-def check_schedule(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], *, source: object) -> None:
-    """Compare the schedule buffers in a checkpoint with the config's.
-
-    Args:
-        expected: as `NoiseSchedule.buffers` returns them.
-        got: the checkpoint's tensors; missing buffers are no fault.
-        source: the file, for the message.
-
-    Raises:
-        CheckpointError: a buffer differs by more than half precision explains.
-    """
+def check_schedule(expected: State, got: State, *, source: object) -> None:
+    """Compare the schedule buffers that a checkpoint holds with the config's (`NoiseSchedule.buffers`)."""
     for name in set(SCHEDULE_BUFFERS) & got.keys():
         rtol = 1e-2 if got[name].dtype == torch.bfloat16 else 1e-3  # files in half precision hold it so, too
-        if got[name].shape != expected[name].shape or not torch.allclose(
-            got[name].float(), expected[name], rtol=rtol, atol=1e-6
-        ):
+        same_shape = got[name].shape == expected[name].shape
+        if not same_shape or not torch.allclose(got[name].float(), expected[name], rtol=rtol, atol=1e-6):
             raise CheckpointError(
-                f"{source}: its noise schedule ({name}) is not the config's; "
-                "set model.schedule to what it was trained with"
+                f"{source}: its noise schedule ({name}) is not the config's; set model.schedule to that of its training"
             )
 
 
 def check_keys(
-    expected: Mapping[str, Sequence[int]],
-    got: Mapping[str, Tensor],
-    *,
-    source: object = "checkpoint",
-    allow_missing: Collection[str] = (),
+    expected: Shapes, got: State, *, source: object = "checkpoint", allow_missing: Collection[str] = ()
 ) -> list[str]:
     """Compare a checkpoint (under module names) with the tensors of a model, both ways.
 
@@ -170,14 +132,10 @@ def check_keys(
         expected: shape of every tensor of the model.
         got: the checkpoint's tensors.
         source: the file, for the message.
-        allow_missing: prefixes of names that may be missing (`NEW_PARTS` when training starts).
-
-    Returns:
-        The missing names that `allow_missing` covers.
+        allow_missing: prefixes of names that may be missing (`NEW_PARTS` when training starts); these are returned.
 
     Raises:
-        CheckpointError: lists the first ten names that are missing, unexpected or of another shape, and says what the
-            file is.
+        CheckpointError: names are missing, unexpected or of another shape; it lists ten and says what the file is.
     """
     missing = [name for name in expected if name not in got]
     tolerated = [name for name in missing if name.startswith(tuple(allow_missing))]
@@ -192,9 +150,9 @@ def check_keys(
         "of another shape": mismatched,
     }
     if any(problems.values()):
-        lines = [f"{source}: does not fit this model"]
-        lines += [listing(what, names) for what, names in problems.items() if names]
-        raise CheckpointError("\n".join([*lines, f"do: {_remedy(expected, got, len(mismatched))}"]))
+        lines = [listing(what, names) for what, names in problems.items() if names]
+        remedy = _remedy(expected, got, len(mismatched))
+        raise CheckpointError("\n".join([f"{source}: does not fit this model", *lines, f"do: {remedy}"]))
     return tolerated
 
 
@@ -204,56 +162,42 @@ def listing(what: str, names: Sequence[str], limit: int = 10) -> str:
     return "\n    ".join([f"  {len(names)} {what}:", *names[:limit], *more])
 
 
-_MODIFY = "python scripts/modify_checkpoints.py IN OUT"
-_REMEDIES = {  # by the beginning of what the file is
-    "IC-Light": "add it to Stable Diffusion with `python scripts/merge_checkpoints.py offset BASE DELTA OUT`",
-    "diffusers component": "convert its folder: `python scripts/convert_checkpoint.py FOLDER OUT --to original`",
-    "CLIP": "pass a complete checkpoint (scripts/modify_checkpoints.py --clip makes one)",
-    "VAE": "pass a checkpoint of the whole model",
-}
-
-
-def _remedy(expected: Mapping[str, Sequence[int]], got: Mapping[str, Tensor], num_mismatched: int) -> str:
+def _remedy(expected: Shapes, got: State, num_mismatched: int) -> str:
     """Say what a file is that does not fit, and what to do about it."""
-    if any(name.startswith(EMA) for name in got):
+    if _holds(got, EMA):
         return f"the UNet's weights are there averaged alone ({EMA}*); pass the file with both kinds"
     for wrapper in ("_orig_mod.", "module."):  # torch.compile's and DistributedDataParallel's
-        if any(name.startswith(wrapper) or f".{wrapper}" in name for name in got):
+        if any(f".{wrapper}" in f".{name}" for name in got):
             return f"its names have the part {wrapper} of a wrapper; save the state_dict() of the module inside"
     kind = identify(to_file_keys(got))
-    remedy = _remedy_of_kind(kind, expected, got) if INPUT_CONV in expected else ""
-    if not remedy and num_mismatched > len(expected) // 10:
-        remedy = "the config describes a model of another size; pass the config that belongs to this checkpoint"
-    known = "" if kind.startswith("unknown") else f"this is {kind}; "
-    return known + (remedy or "pass the checkpoint that belongs to this config")
-
-
-def _remedy_of_kind(kind: str, expected: Mapping[str, Sequence[int]], got: Mapping[str, Tensor]) -> str:
-    text = any(name.startswith((TEXT_MODULE, TEXT_TOWER)) for name in got)
+    what = kind if INPUT_CONV in expected else ""
     channels = got[INPUT_CONV].shape[1] if INPUT_CONV in got else 0
-    stable_diffusion_1 = not kind.startswith(("Stable Diffusion 2", "SDXL"))
-    four_channels = stable_diffusion_1 and channels == 4 != expected[INPUT_CONV][1]
-    if any(name.startswith(TEXT_MODULE) for name in expected):
-        if four_channels:
-            return f"give it the input channels of inpainting with `{_MODIFY} --in-channels 9`, and train those"
-        if kind == "Paint by Example":
-            return "this model reads text; use the file's own config, such as configs/v1.yaml"
-    elif text and stable_diffusion_1 and channels == 9:
-        return "it reads text, so use it with configs/inpaint-text.yaml"
-    elif (text and stable_diffusion_1) or four_channels:
-        return f"make it a starting point for training: `{_MODIFY} --clip openai/clip-vit-large-patch14`"
-    return next((remedy for start, remedy in _REMEDIES.items() if kind.startswith(start)), "")
-
-
-def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
-    for old, new in renames:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
-def _with_text_level(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return {_renamed(name, [(TOWER, TEXT_TOWER)]): x for name, x in state.items()} if _BARE_TEXT in state else state
+    version_1 = what and not what.startswith(("Stable Diffusion 2", "SDXL"))
+    narrow = version_1 and channels == 4 != expected[INPUT_CONV][1]
+    text, reads_text = version_1 and _holds(got, TEXT_MODULE, TEXT_TOWER), _holds(expected, TEXT_MODULE)
+    modify = "python scripts/modify_checkpoints.py IN OUT"
+    remedies = (  # the first that applies counts
+        (narrow and reads_text, f"give it nine input channels with `{modify} --in-channels 9`, and train those"),
+        (
+            what == "Paint by Example" and reads_text,
+            "this model reads text; use the file's own config (configs/v1.yaml)",
+        ),
+        (text and not reads_text and channels == 9, "it reads text, so use it with configs/inpaint-text.yaml"),
+        ((text or narrow) and not reads_text, f"train it further: `{modify} --clip openai/clip-vit-large-patch14`"),
+        (what.startswith("IC-Light"), "add it to a model: `python scripts/merge_checkpoints.py offset BASE DELTA OUT`"),
+        (
+            what.startswith("diffusers"),
+            "convert its folder: `python scripts/convert_checkpoint.py IN OUT --to original`",
+        ),
+        (what.startswith(("CLIP", "VAE")), "pass a checkpoint of the whole model"),
+        (
+            num_mismatched > len(expected) // 10,
+            "the config describes a model of another size; pass the file's own config",
+        ),
+        (True, "pass the checkpoint that belongs to this config"),
+    )
+    remedy = next(remedy for applies, remedy in remedies if applies)
+    return remedy if kind.startswith("unknown") else f"this is {kind}; {remedy}"
 
 
 # --- what a file is --------------------------------------------------------------------------------
@@ -267,6 +211,8 @@ _WIDE = {
     12: "with 12 input channels (IC-Light fbc)",
 }
 _LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te)")
+_IC_LIGHT = {8: "fc", 12: "fbc"}  # by input channels
+_UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.")
 _OUTPUT_CONVS = (UNET + "out.2.weight", "conv_out.weight")  # in either layout
 _LAST_GAINS = (UNET + "out.0.weight", "conv_norm_out.weight")  # of the last norm, in either layout
 _CONDITION_BRANCH = rf"(?:{FIRST_STAGE})?decoder\.(?:encoder|condition_encoder)\."
@@ -288,15 +234,13 @@ _PARTS = (
 )
 
 
-def identify(state: Mapping[str, Tensor]) -> str:
+def identify(state: State) -> str:
     """Say what a checkpoint is in a few words, by names and shapes; `unknown` where they tell nothing."""
-    kind = _kind(state)
-    if any(name.startswith(EMA) and name not in EMA_COUNTERS for name in state):  # pruned files may keep the counters
-        kind += ", training checkpoint with averaged weights (EMA)"
-    return kind
+    averaged = _holds(state.keys() - set(EMA_COUNTERS), EMA)  # pruned files may keep the counters
+    return _kind(state) + (", training checkpoint with averaged weights (EMA)" if averaged else "")
 
 
-def parts(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+def parts(state: State) -> dict[str, tuple[int, int]]:
     """Count a checkpoint's tensors and numbers by part."""
     counts: dict[str, tuple[int, int]] = {}
     for name, tensor in state.items():
@@ -306,17 +250,17 @@ def parts(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def context_width(state: Mapping[str, Tensor]) -> int | None:
+def context_width(state: State) -> int | None:
     """Return the channels of the tokens that the UNet's cross-attention reads; None without such attention."""
     return next((t.shape[1] for name, t in state.items() if name.endswith("attn2.to_k.weight")), None)
 
 
-def latent_channels(state: Mapping[str, Tensor]) -> int:
+def latent_channels(state: State) -> int:
     """Return the channels of the noisy latent, as many as leave the UNet; 4 without its last convolution."""
     return next((state[name].shape[0] for name in _OUTPUT_CONVS if name in state), 4)
 
 
-def family(state: Mapping[str, Tensor]) -> str | None:
+def family(state: State) -> str | None:
     """Return `SDXL` or what the width of the UNet's context tells; None without a UNet with context."""
     if any(name.startswith(("conditioner.embedders.", "add_embedding.", f"{UNET}label_emb.")) for name in state):
         return "SDXL"
@@ -324,63 +268,49 @@ def family(state: Mapping[str, Tensor]) -> str | None:
     return None if width is None else _FAMILIES.get(width, "another UNet")
 
 
-def is_difference(state: Mapping[str, Tensor]) -> bool | None:
-    """Tell whether a UNet is the difference of two: names are the same, but its last norm's gains are about 0, not 1.
+def is_difference(state: State) -> bool | None:
+    """Tell whether a UNet is the difference of two, by the gains of its last norm: about 0, not 1; None without them.
 
     Long training with weight decay makes gains smaller; fine-tuning changes them by hundredths.
-
-    Returns:
-        None without such a norm.
     """
     gains = next((state[name] for name in _LAST_GAINS if name in state), None)
     return None if gains is None else bool(gains.float().abs().mean() < 0.1)
 
 
-def _kind(state: Mapping[str, Tensor]) -> str:
-    def holds(*prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in state)
+def _holds(state: Iterable[str], *prefixes: str) -> bool:
+    return any(name.startswith(prefixes) for name in state)
 
-    if holds(*CONTROL):
-        layout = "diffusers" if holds("controlnet_cond_embedding.") else "CompVis' names"
-        return f"ControlNet, {layout}" + (", with the model that it controls" if holds(UNET) else "")
-    if INPUT_CONV in state or holds(UNET):
-        return _kind_of_model(state)
+
+def _kind(state: State) -> str:
+    if _holds(state, *CONTROL):
+        layout = "diffusers" if _holds(state, "controlnet_cond_embedding.") else "CompVis' names"
+        return f"ControlNet, {layout}" + (", with the model that it controls" if _holds(state, UNET) else "")
+    unet = family(state)
+    if INPUT_CONV in state or _holds(state, UNET):
+        if _holds(state, "cond_stage_model.mapper.", FILE_TOWER, "learnable_vector"):
+            return "Paint by Example"
+        if INPUT_CONV in state:
+            return _with_width(unet or "another UNet", state[INPUT_CONV].shape[1])
+        return unet or "unknown (another architecture)"  # Flux and SD3 also call theirs `model.diffusion_model`
     if any(_LORA.search(name) for name in state):
         return "LoRA (low-rank additions, not a model by itself)"
     if any(re.match(_CONDITION_BRANCH, name) for name in state):
         return "asymmetric VAE (its decoder sees the unmasked pixels)"
-    if DIFFUSERS_INPUT_CONV in state and holds("down_blocks."):
-        return _kind_of_unet(state)
-    clip = "CLIP" if holds("text_model.") else "CLIP's image tower"
-    kinds = (  # the first whose names are there
-        (("encoder.down_blocks.",), "diffusers component: VAE"),
-        (("encoder.down.", f"{FIRST_STAGE}encoder.", "encoder.conv_in."), "VAE only, CompVis' names"),
-        (("uncond_vector",), "diffusers component: image encoder of Paint by Example"),
-        (("vision_model.", "embeddings.patch_embedding."), clip),
-        (("text_model.", "embeddings.token_embedding."), "diffusers component: text encoder"),
-        (
-            ("down_blocks.", "mid_block.", "up_blocks.", "conv_in."),
-            "diffusers component: part of a UNet (one of several files)",
-        ),
-    )
-    return next((kind for prefixes, kind in kinds if holds(*prefixes)), "unknown")
-
-
-def _kind_of_model(state: Mapping[str, Tensor]) -> str:
-    if any(name.startswith(("cond_stage_model.mapper.", FILE_TOWER)) or name == "learnable_vector" for name in state):
-        return "Paint by Example"
-    kind = family(state)
-    if INPUT_CONV not in state:  # Flux and SD3 also call theirs `model.diffusion_model`
-        return kind or "unknown (another architecture)"
-    return _with_width(kind or "another UNet", state[INPUT_CONV].shape[1])
-
-
-def _kind_of_unet(state: Mapping[str, Tensor]) -> str:
-    channels = state[DIFFUSERS_INPUT_CONV].shape[1]
-    if channels in (8, 12) and is_difference(state):
-        return f"IC-Light offset, {'fc' if channels == 8 else 'fbc'} ({channels} input channels; to be added to a UNet)"
-    kind = family(state)
-    return _with_width(f"diffusers component: UNet of {kind}" if kind else "diffusers component: UNet", channels)
+    if DIFFUSERS_INPUT_CONV in state and _holds(state, "down_blocks."):
+        channels = state[DIFFUSERS_INPUT_CONV].shape[1]
+        if channels in _IC_LIGHT and is_difference(state):
+            return f"IC-Light offset, {_IC_LIGHT[channels]} ({channels} input channels; to be added to a UNet)"
+        return _with_width("diffusers component: UNet" + (f" of {unet}" if unet else ""), channels)
+    clip = "CLIP" if _holds(state, "text_model.") else "CLIP's image tower"
+    kinds = {  # the first whose names are there
+        ("encoder.down_blocks.",): "diffusers component: VAE",
+        ("encoder.down.", f"{FIRST_STAGE}encoder.", "encoder.conv_in."): "VAE only, CompVis' names",
+        ("uncond_vector",): "diffusers component: image encoder of Paint by Example",
+        ("vision_model.", "embeddings.patch_embedding."): clip,
+        ("text_model.", "embeddings.token_embedding."): "diffusers component: text encoder",
+        _UNET_PARTS: "diffusers component: part of a UNet (one of several files)",
+    }
+    return next((kind for prefixes, kind in kinds.items() if _holds(state, *prefixes)), "unknown")
 
 
 def _with_width(kind: str, channels: int) -> str:

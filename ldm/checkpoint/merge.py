@@ -210,7 +210,7 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
     for label, count in channels.items():
         if count > (own := channels.get(first.label, count)):
             raise CheckpointError(
-                f"{label} has {count} input channels, {first.label} {own}: exchange them if they are swapped, or inflate "
+                f"{label} has {count} input channels, {first.label} {own}: exchange them if swapped, or inflate "
                 f"{first.label} with `modify_checkpoints.py IN OUT --in-channels {count}`"
             )
     return (first, *(_named_like(first, other) for other in others))
