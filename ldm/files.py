@@ -47,9 +47,7 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; put it in the place of `path` once the block has succeeded.
-
-    If `path` is a link to a folder, that folder is replaced and the link stays.
+    """Yield a temporary folder beside `path`; put it in the place of `path`, or of what that links to, on success.
 
     Raises:
         OSError: the disk is full or the parent is not writable; an existing folder at `path` stays as it was.
@@ -72,11 +70,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def verify_zip(path: str | Path) -> str:
-    """Read a whole zip file, such as `torch.save` writes, and compare its checksums, which PyTorch's reader does not.
-
-    Returns:
-        What is wrong with the file; "" if every byte is as it was written.
-    """
+    """Compare the checksums of a zip file, such as `torch.save` writes; return what is wrong, "" if nothing is."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

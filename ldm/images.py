@@ -1,6 +1,5 @@
-"""Image files, boxes, and conversions between images and tensors.
+"""Image files, boxes, and conversions between images and tensors, shared by training, editing and evaluation.
 
-Shared by training, editing and evaluation: each conversion is defined once, here.
 Dimension key: H, W pixels · E side of the exemplar.
 """
 
@@ -35,20 +34,11 @@ class Box(NamedTuple):
 
     def inside(self, width: int, height: int) -> bool:
         """Whether the box lies within an image of that size."""
-        return Box(0, 0, width, height).contains(self)
-
-    def contains(self, other: Box) -> bool:
-        """Whether `other` lies within this box."""
-        left, top, right, bottom = self
-        return left <= other.left and top <= other.top and right >= other.right and bottom >= other.bottom
+        return self.clipped(width, height) == self
 
     def clipped(self, width: int, height: int) -> Box:
         """Return the part within an image of that size."""
         return Box(max(self.left, 0), max(self.top, 0), min(self.right, width), min(self.bottom, height))
-
-    def transposed(self) -> Box:
-        """Swap x and y."""
-        return Box(self.top, self.left, self.bottom, self.right)
 
 
 def pad_box(box: Box, size: tuple[int, int], padding: int) -> Box:
@@ -56,67 +46,31 @@ def pad_box(box: Box, size: tuple[int, int], padding: int) -> Box:
     return Box(box.left - padding, box.top - padding, box.right + padding, box.bottom + padding).clipped(*size)
 
 
-# ---- files ----
-
-
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image file as viewers show it.
+    """Read an image file as viewers show it: RGB, fully loaded.
 
     EXIF orientation is applied; palette, grey, CMYK and 16-bit images are converted; transparent parts are laid over
     mid-grey, the model's value for unknown pixels. Of an animation the first frame is read.
 
-    Returns:
-        RGB image, fully loaded.
-
     Raises:
         UserError: the file is missing, damaged, not an image, or beyond Pillow's limit of 179 million pixels.
     """
-    return _read(Path(path), lambda image: flatten(image, MID_GREY))
-
-
-def find_images(folder: str | Path) -> list[Path]:
-    """List the image files in a folder and its subfolders, recognised by their extension, sorted by path.
-
-    Raises:
-        UserError: the folder is missing or holds no image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one with images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not paths:
-        raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}); check the path")
-    return paths
+    return _read(path, lambda image: flatten(image, MID_GREY))
 
 
 def load_mask(path: str | Path) -> Image.Image:
-    """Read a hole mask: white = paint here. Transparent parts count as black (keep).
-
-    Returns:
-        Mode L image, fully loaded.
-
-    Raises:
-        UserError: as for `open_image`.
-    """
-    return _read(Path(path), lambda image: flatten(image, (0, 0, 0)).convert("L"))
+    """Read a hole mask (mode L, white = paint here) like `open_image`, with transparent parts as black (keep)."""
+    return _read(path, lambda image: flatten(image, (0, 0, 0)).convert("L"))
 
 
 def open_upright(path: str | Path) -> Image.Image:
-    """Read an image file as `open_image` does, but keep transparency: RGBA if the file has some, else RGB.
-
-    Raises:
-        UserError: as for `open_image`.
-    """
-    return _read(Path(path), _rgb_or_rgba)
+    """Read an image file like `open_image`, but keep transparency: RGBA if the file has some, else RGB."""
+    return _read(path, _rgb_or_rgba)
 
 
 def open_rgba(path: str | Path) -> Image.Image:
-    """Read an image file as RGBA; transparent pixels keep their colour.
-
-    Raises:
-        UserError: as for `open_image`.
-    """
-    return _read(Path(path), to_rgba)
+    """Read an image file like `open_image`, but as RGBA; transparent pixels keep their colour."""
+    return _read(path, to_rgba)
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
@@ -137,32 +91,40 @@ def _rgb_or_rgba(image: Image.Image) -> Image.Image:
     return result
 
 
-def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _read(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a warning from 89 million pixels on
             with Image.open(path) as image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return convert(image)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; give the path of an image file") from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else "is a folder"
+        raise UserError(f"{path}: {reason}; give the path of an image file") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image file that can be read; save it as PNG or JPEG") from None
     except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise UserError(f"{path}: has more than {limit:.0f} million pixels; reduce its size first") from None
+        raise UserError(f"{path}: has more than 179 million pixels; reduce its size first") from None
     except Exception as error:  # of damaged files; Pillow's decoders and its reading of EXIF raise nearly anything
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: damaged or unsupported image ({reason}); re-save it as PNG or JPEG") from None
 
 
-def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Convert any mode to RGB, transparent parts over `background`. Of the metadata, a colour profile for RGB is kept.
+def find_images(folder: str | Path) -> list[Path]:
+    """List the image files in a folder and its subfolders, recognised by their extension, sorted by path.
 
-    Returned as is if there is nothing to convert.
+    Raises:
+        UserError: the folder is missing or holds no image.
     """
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not paths:
+        fault = f"holds no images ({', '.join(IMAGE_SUFFIXES)})" if Path(folder).is_dir() else "no such folder"
+        raise UserError(f"{folder}: {fault}; check the path")
+    return paths
+
+
+def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Convert any mode to RGB, if needed, with transparent parts over `background`; keep a colour profile for RGB."""
     if image.mode == "RGB" and image.info == _profile(image):
         return image
     if image.mode == "F":
@@ -194,12 +156,9 @@ def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | Non
         image.save(partial, format="png", pnginfo=info, compress_level=4)
 
 
-# ---- tensors ----
-
-
 def pil_to_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB image to (3, H, W) float32 in [-1, 1]."""
-    return levels_to_tensor(_levels(image))
+    return levels_to_tensor(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
 def levels_to_tensor(levels: Tensor) -> Tensor:
@@ -215,8 +174,7 @@ def tensor_to_pil(x: Tensor) -> Image.Image:
 
 def mask_to_tensor(hole_mask: Image.Image) -> Tensor:
     """Convert a hole mask (white = hole) to a keep mask (1, H, W) float32: 0 where the grey level is >= 128, else 1."""
-    hole = torch.from_numpy(np.array(hole_mask.convert("L")))
-    return (hole < 128).float()[None]
+    return (torch.from_numpy(np.array(hole_mask.convert("L"))) < 128).float()[None]
 
 
 def exemplar_to_tensor(exemplar: Image.Image, size: int) -> Tensor:
@@ -227,18 +185,14 @@ def exemplar_to_tensor(exemplar: Image.Image, size: int) -> Tensor:
 def clip_normalise(image: Image.Image | np.ndarray) -> Tensor:
     """Normalise an RGB image or (H, W, 3) uint8 by CLIP's mean and standard deviation: (3, H, W) float32."""
     mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
-    return _unit(_levels(image)).sub_(mean[:, None, None]).div_(std[:, None, None])
+    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return _unit(levels).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
 def exemplar_to_pixels(x: Tensor) -> Tensor:
     """Invert `clip_normalise` on tensors (..., 3, E, E), to pixels in [-1, 1]."""
     mean, std = x.new_tensor(CLIP_MEAN), x.new_tensor(CLIP_STD)
     return 2 * (x * std[:, None, None] + mean[:, None, None]) - 1
-
-
-def _levels(image: Image.Image | np.ndarray) -> Tensor:
-    """Convert RGB to (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _unit(levels: Tensor) -> Tensor:

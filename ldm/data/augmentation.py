@@ -17,6 +17,7 @@ from ldm.config import ConfigError
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import asks the network for a newer version
 import albumentations as A
+import cv2
 
 
 class PaperParams(NamedTuple):
@@ -32,8 +33,8 @@ def draw_paper_params(rng: np.random.Generator, size: int, strength: float = 1.0
     """Draw the paper's augmentation for an exemplar of side `size`; `strength` multiplies angles and lengths.
 
     The paper uses albumentations 0.4.3 with HorizontalFlip, Rotate(limit=20), Blur(p=0.3), ElasticTransform(p=0.3).
-    The displacement field of the last one is at most 0.018 px and is left out. Its random affine map is what acts: it
-    moves three points by up to 50 px each. Lengths in pixels are the paper's at 224 px, scaled to `size`.
+    The displacement field of the last one, at most 0.018 px, is left out; its random affine map moves three points by
+    up to 50 px each. Lengths in pixels are the paper's at 224 px, scaled to `size`.
     """
     flip = rng.random() < 0.5
     angle = strength * float(rng.uniform(-20, 20)) if rng.random() < 0.5 else 0.0
@@ -44,10 +45,9 @@ def draw_paper_params(rng: np.random.Generator, size: int, strength: float = 1.0
 
 
 class PaperAugmentation(A.ImageOnlyTransform):
-    """The paper's flip, rotation, blur and affine map, with the `PaperParams` that the call passes as `paper_params`.
+    """Apply the `PaperParams` that the call passes as `paper_params`; borders are filled by reflection.
 
     The transforms of albumentations 2 of the same names rotate about another centre and know no such affine map.
-    Borders are filled by reflection.
     """
 
     @property
@@ -58,8 +58,6 @@ class PaperAugmentation(A.ImageOnlyTransform):
         return {"paper_params": data["paper_params"]}
 
     def apply(self, img: np.ndarray, paper_params: PaperParams, **params: Any) -> np.ndarray:
-        import cv2
-
         flip, angle, blur, shifts = paper_params
         side = img.shape[0]
         if flip:
@@ -76,20 +74,16 @@ class PaperAugmentation(A.ImageOnlyTransform):
 
 
 def _warp(img: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    import cv2
-
     return cv2.warpAffine(img, matrix, img.shape[:2], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
 
 def build_pipeline(size: int, settings: Mapping[str, Any] | None = None) -> A.Compose:
     """Build the pipeline that squashes an exemplar to a square of side `size` and augments it.
 
-    Args:
-        size: E, pixels.
-        settings: a serialised pipeline (`albumentations.to_dict`) that replaces the paper's; it gets squares of side E.
+    `settings`, a serialised pipeline (`albumentations.to_dict`), replaces the paper's; it gets squares.
 
     Raises:
-        ConfigError: `settings` is no such pipeline, or does not return RGB squares of side E.
+        ConfigError: `settings` is no such pipeline, or does not return RGB squares of side `size`.
     """
     if settings is None:
         return A.Compose([A.Resize(size, size), PaperAugmentation(p=1.0)])
@@ -103,24 +97,15 @@ def build_pipeline(size: int, settings: Mapping[str, Any] | None = None) -> A.Co
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"data.augmentation: not a pipeline of albumentations.to_dict: {reason}") from error
     if result.shape != (size, size, 3) or result.dtype != np.uint8:
-        raise ConfigError(
-            f"data.augmentation: returns {result.dtype} of shape {result.shape}, expected uint8 of "
-            f"{(size, size, 3)} as it gets; leave out what changes size or type"
-        )
+        got = f"{result.dtype} of shape {result.shape}"
+        raise ConfigError(f"data.augmentation: returns {got}, expected uint8 of shape {(size, size, 3)}")
     return pipeline
 
 
 def augment(pipeline: A.Compose, pixels: np.ndarray, params: PaperParams, *, seed: int | None = None) -> np.ndarray:
-    """Squash an exemplar to a square and augment it.
+    """Squash an exemplar (H, W, 3) uint8 to a square and augment it: (E, E, 3) uint8.
 
-    Args:
-        pipeline: of `build_pipeline`.
-        pixels: (H, W, 3) uint8.
-        params: parameters of the paper's augmentation, if it is part of the pipeline.
-        seed: decides what all other transforms draw.
-
-    Returns:
-        (E, E, 3) uint8.
+    `params` are for the paper's augmentation in the pipeline; `seed` decides what all other transforms draw.
     """
     if seed is not None:  # `set_random_seed` would give all transforms the same draws
         pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))

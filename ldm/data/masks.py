@@ -138,7 +138,9 @@ def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> 
     if width == height:
         return Box(0, 0, width, height)
     if width < height:
-        return crop_window((height, width), grown.transposed(), rng).transposed()
+        turned = Box(grown.top, grown.left, grown.bottom, grown.right)
+        top, left, bottom, right = crop_window((height, width), turned, rng)
+        return Box(left, top, right, bottom)
     first, last = max(0, grown.right - height), min(width - height, grown.left)
     if first > last:
         margin = _up_to(ZOOM * min(grown.left, width - grown.right), rng)
