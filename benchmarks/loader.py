@@ -26,7 +26,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.annotations import AnnotationSource, open_index
+from ldm.config import DataConfig
+from ldm.data.annotations import open_index
 from ldm.data.box_dataset import BoxDataset, SampleRecipe
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -197,7 +198,7 @@ def main() -> None:
         root = Path(folder)
         make_images(root, args.images, (1024, 768))
         original = Original(root, args.size, args.exemplar_size)
-        index = open_index("open_images", AnnotationSource(root), "validation")
+        index = open_index(DataConfig(root=str(root)), "validation")
         recipe = SampleRecipe(image_size=args.size, exemplar_size=args.exemplar_size)
         ours = BoxDataset(index, recipe)
         ratios = []

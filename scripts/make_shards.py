@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from ldm.config import ConfigError, load_config
-from ldm.data.datamodule import config_index
+from ldm.data.annotations import open_index
 from ldm.data.shards import write_shards
 from ldm.files import UserError
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.data.kind in ("cached", "shards"):
             raise ConfigError(f"data.kind: got {config.data.kind!r}, expected images and boxes")
         for split in args.splits:
-            index = config_index(config, split)
+            index = open_index(config.data, split)
             size = args.megabytes * 1_000_000
             shards = write_shards(index, args.out, split, max_bytes=size, workers=args.workers)
             total = sum(shard.bytes for shard in shards)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ldm.config import DataConfig
 from ldm.data.annotations import (
     OPEN_IMAGES_CSV,
-    AnnotationSource,
     UnusableImageError,
     annotations_state,
     boxes_by_image,
@@ -46,12 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         if not splits:
             raise UserError(f"{annotations}: none of {', '.join(OPEN_IMAGES_CSV.values())}; see dataset/README.md")
         for split in splits:
-            source = AnnotationSource(args.root, args.out and out / split)
-            with IndexWriter(index_path("open_images", source, split)) as index:
+            data = DataConfig(root=str(args.root), annotations=args.out and str(out / split))
+            with IndexWriter(index_path(data, split)) as index:
                 csv_path = annotations / OPEN_IMAGES_CSV[split]
                 report = read_bbox(csv_path, images, split, out / split, index=index, overwrite=args.overwrite)
-                state = annotations_state("open_images", source, split)
-                index.source |= {"format": "open_images", "split": split, "images": str(images), "state": state}
+                state = annotations_state(data, split)
+                index.source |= {"format": data.kind, "split": split, "images": str(images), "state": state}
             print(
                 f"{split}: {report.rows:,} rows, {report.boxes:,} boxes kept; {report.written:,} files written to "
                 f"{out / split}, {report.resumed:,} already there; index in {index.path}"

@@ -24,6 +24,7 @@ from filelock import FileLock
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from ldm.config import DataConfig
 from ldm.data.box_index import MAX_AREA, MIN_AREA, Boxes, BoxIndex, IndexWriter, Labels, Shapes, Size
 from ldm.files import UserError
 from ldm.images import IMAGE_SUFFIXES, UNREADABLE
@@ -40,14 +41,6 @@ VALIDATION_SHARE, MIN_VALIDATION = 0.05, 8  # of the images, where a dataset has
 _CORNERS = ["XMin", "YMin", "XMax", "YMax"]  # columns of Open Images' CSV
 _MIN_COMPONENT = 16  # pixels of a mask's connected component that counts as an object
 logger = logging.getLogger(__name__)
-
-
-class AnnotationSource(NamedTuple):
-    """Root of a dataset, and files or folders of its annotations (None: the format's own place below the root)."""
-
-    root: Path
-    annotations: Path | None = None
-    val_annotations: Path | None = None
 
 
 class AnnotatedImage(NamedTuple):
@@ -74,67 +67,64 @@ class SplitReader(NamedTuple):
     has_split: bool
 
 
-def open_index(
-    kind: str, source: AnnotationSource, split: str, folder: Path | None = None, *, rebuild: bool = False
-) -> BoxIndex:
+def open_index(data: DataConfig, split: str, *, rebuild: bool = False) -> BoxIndex:
     """Open the index of a split; write it first if it is missing or older than the annotations.
 
     Of several processes one writes and the others wait. A change inside an annotation file of a folder goes unnoticed
-    as long as no file is added or removed; `rebuild` writes the index in any case. `folder` defaults to ROOT/index.
+    as long as no file is added or removed; `rebuild` writes the index in any case.
 
     Raises:
         UserError: the annotations cannot be read, they hold no usable box, or the folder is not writable.
     """
-    path = index_path(kind, source, split, folder)
+    path = index_path(data, split)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
-            state = annotations_state(kind, source, split)
+            state = annotations_state(data, split)
             if not rebuild and path.is_file() and (index := BoxIndex(path)).metadata.get("state") == state:
                 return index
-            write_index(path, kind, source, split, state=state)
+            write_index(path, data, split, state=state)
     except OSError as error:
         raise UserError(f"{path}: cannot write ({error.strerror}); name another folder with data.index") from None
     return BoxIndex(path)
 
 
-def index_path(kind: str, source: AnnotationSource, split: str, folder: Path | None = None) -> Path:
+def index_path(data: DataConfig, split: str) -> Path:
     """Return the path of the index that `open_index` opens."""
-    return (folder or source.root / "index") / f"{kind}-{split}.safetensors"
+    return Path(data.index or Path(data.root, "index"), f"{data.kind}-{split}.safetensors")
 
 
-def annotations_state(kind: str, source: AnnotationSource, split: str) -> str:
+def annotations_state(data: DataConfig, split: str) -> str:
     """Hash times and sizes of the annotations: changes when a file changes, or is added to or removed from a folder."""
-    if kind == "open_images":  # millions of images: their folders are not walked
-        csv_path = source.root / "annotations" / OPEN_IMAGES_CSV[split]
-        places = [source.annotations or source.root / "bbox" / split, csv_path]
+    root = Path(data.root)
+    if data.kind == "open_images":  # millions of images: their folders are not walked
+        places = [Path(data.annotations or root / "bbox" / split), root / "annotations" / OPEN_IMAGES_CSV[split]]
     else:
-        named = [place for place in (source.annotations, source.val_annotations) if place is not None]
-        walked = [source.root, *(place for place in named if place.is_dir())]
-        folders = (Path(folder) for root in walked for folder, *_ in os.walk(root))
+        named = [Path(place) for place in (data.annotations, data.val_annotations) if place is not None]
+        folders = (Path(folder) for place in (root, *named) for folder, *_ in os.walk(place))  # of a file: none
         places = [*named, *(folder for folder in folders if folder.name != "index")]
     stats = [(str(place), place.stat()) for place in places if place.exists()]
     text = json.dumps([[name, stat.st_mtime_ns, stat.st_size] for name, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_index(path: Path, kind: str, source: AnnotationSource, split: str, *, state: str = "") -> IndexWriter:
+def write_index(path: Path, data: DataConfig, split: str, *, state: str = "") -> IndexWriter:
     """Read the annotations of one split and write their index, with `state` to tell later whether it is still valid."""
-    if kind not in READERS:
-        raise UserError(f"data.kind: got {kind!r}, which holds no annotations; expected one of {', '.join(READERS)}")
-    images, items, has_split = READERS[kind](source, split)
+    if data.kind not in READERS:
+        raise UserError(f"data.kind: got {data.kind}, which holds no annotations; expected one of {', '.join(READERS)}")
+    images, items, has_split = READERS[data.kind](data, split)
     if not has_split:
         items = list(items)
         validation = held_out(item.name for item in items)
         items = [item for item in items if (item.name in validation) == (split == "validation")]
-    with IndexWriter(path, {"format": kind, "split": split, "images": str(images), "state": state}) as writer:
-        for item in tqdm(items, desc=f"{split}: {kind}", unit=" images"):
+    with IndexWriter(path, {"format": data.kind, "split": split, "images": str(images), "state": state}) as writer:
+        for item in tqdm(items, desc=f"{split}: {data.kind}", unit=" images"):
             if item.problem:
                 logger.warning("%s: left out (%s)", item.name, item.problem)
                 writer.dropped["annotations that cannot be read"] += 1
                 continue
             try:
-                size = stored_size(images / item.name, ignore_exif=kind == "open_images")
+                size = stored_size(images / item.name, ignore_exif=data.kind == "open_images")
                 if item.size not in (None, size):
                     raise UnusableImageError("of another size than annotated")
             except UnusableImageError as error:
@@ -180,10 +170,10 @@ def stored_size(path: str | Path, *, ignore_exif: bool = False) -> tuple[int, in
         raise UnusableImageError("missing" if isinstance(error, FileNotFoundError) else "unreadable") from None
 
 
-def read_open_images(source: AnnotationSource, split: str) -> SplitReader:
+def read_open_images(data: DataConfig, split: str) -> SplitReader:
     """Read Open Images' text files of pixel boxes, or else the official CSV."""
-    images, texts = source.root / "images", source.annotations or source.root / "bbox" / split
-    csv_path = source.annotations or source.root / "annotations" / OPEN_IMAGES_CSV[split]
+    images, texts = Path(data.root, "images"), Path(data.annotations or Path(data.root, "bbox", split))
+    csv_path = Path(data.annotations or Path(data.root, "annotations", OPEN_IMAGES_CSV[split]))
     paths = find_jpegs(images, split)
     if texts.is_dir():
         named = ((paths.get(text.stem, text.stem), text) for text in _files(texts, (".txt",)))
@@ -252,15 +242,15 @@ def boxes_by_image(boxes: pd.DataFrame) -> Iterator[tuple[str, np.ndarray, list[
         yield id_, corners[start:end], names[start:end].tolist()
 
 
-def read_coco(source: AnnotationSource, split: str) -> SplitReader:
+def read_coco(data: DataConfig, split: str) -> SplitReader:
     """Read COCO instances: `annotations`, and `val_annotations` for validation if they are named."""
-    path = source.val_annotations if split == "validation" and source.val_annotations else source.annotations
+    path = (split == "validation" and data.val_annotations) or data.annotations
     if path is None:
         raise UserError("data.annotations: format coco needs the path of a JSON file")
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     items = []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         names = {category["id"]: str(category["name"]) for category in content.get("categories", [])}
         for annotation in content["annotations"]:
             if not annotation.get("iscrowd", 0):
@@ -278,19 +268,19 @@ def read_coco(source: AnnotationSource, split: str) -> SplitReader:
             items.append(AnnotatedImage(image["file_name"], size, boxes, shapes, labels=labels))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as COCO instances ({error!r}); check data.annotations") from None
-    return SplitReader(source.root, items, has_split=source.val_annotations is not None)
+    return SplitReader(Path(data.root), items, has_split=data.val_annotations is not None)
 
 
-def read_voc(source: AnnotationSource, split: str) -> SplitReader:
+def read_voc(data: DataConfig, split: str) -> SplitReader:
     """Read Pascal VOC's XML files."""
-    listed = source.root / "ImageSets" / "Main" / {"train": "train.txt", "validation": "val.txt"}[split]
-    paths = _files(source.annotations or source.root / "Annotations", (".xml",))
+    root, stem = Path(data.root), {"train": "train", "validation": "val"}[split]
+    listed, images = root / "ImageSets" / "Main" / f"{stem}.txt", root / "JPEGImages"
+    paths = _files(Path(data.annotations or root / "Annotations"), (".xml",))
     if listed.is_file():
         stems = {line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()}
         paths = [path for path in paths if path.stem in stems]
-    images = source.root / "JPEGImages"
     items = _parsed(((path.stem, path) for path in paths), _voc_image)
-    return SplitReader(images if images.is_dir() else source.root, items, has_split=listed.is_file())
+    return SplitReader(images if images.is_dir() else root, items, has_split=listed.is_file())
 
 
 def _voc_image(stem: str, path: Path) -> AnnotatedImage:
@@ -304,9 +294,9 @@ def _voc_image(stem: str, path: Path) -> AnnotatedImage:
     return AnnotatedImage(name, size if min(size) > 0 else None, boxes, labels=labels)
 
 
-def read_yolo(source: AnnotationSource, split: str) -> SplitReader:
+def read_yolo(data: DataConfig, split: str) -> SplitReader:
     """Read YOLO's text files: `class x_centre y_centre width height` or `class x y x y …`, fractions of the image."""
-    images, texts = source.root / "images", source.annotations or source.root / "labels"
+    images, texts = Path(data.root, "images"), Path(data.annotations or Path(data.root, "labels"))
     folders = {"train": ("train",), "validation": ("val", "valid", "validation")}[split]
     folder = next((name for name in folders if (images / name).is_dir()), "")
     names = (path.relative_to(images) for path in _files(images / folder, IMAGE_SUFFIXES))
@@ -328,9 +318,9 @@ def _yolo_image(name: str, path: Path) -> AnnotatedImage:
     return AnnotatedImage(name, boxes=boxes, shapes=shapes, relative=True)
 
 
-def read_masks(source: AnnotationSource, split: str) -> SplitReader:
+def read_masks(data: DataConfig, split: str) -> SplitReader:
     """Read images and their masks (white = object), matched by name: a box per connected white component."""
-    images, folder = source.root / "images", source.annotations or source.root / "masks"
+    images, folder = Path(data.root, "images"), Path(data.annotations or Path(data.root, "masks"))
     masks = {path.relative_to(folder).with_suffix(""): path for path in _files(folder, IMAGE_SUFFIXES)}
 
     def parse(name: str, mask: Path) -> AnnotatedImage:

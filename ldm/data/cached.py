@@ -9,14 +9,13 @@ image; `keep_mask` (N, 1, h, w) uint8, 255 = keep; `exemplar` (N, E, E, 3) uint8
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.io import write_safetensors
@@ -25,15 +24,13 @@ from ldm.files import UserError
 from ldm.images import clip_normalise
 
 FIELDS = ("image_moments", "masked_moments", "keep_mask", "exemplar")
-OPTIONAL_FIELDS = ("exemplar_features",)
-_REMEDY = "write it again with scripts/cache_latents.py"
 
 
 class CachedDataset(Dataset[Sample]):
     """Read `ROOT/{split}.safetensors`; the file is mapped, not read into memory.
 
-    An item (epoch, index) has `image_moments`, `masked_moments` (2Z, h, w), `keep_mask` (1, h, w) in [0, 1], `exemplar`
-    (3, E, E), `exemplar_features` (L, F) if they were cached, and `key`, on which alone the epoch has an effect.
+    An item (epoch, index) has the arrays of a sample as float32, `keep_mask` in [0, 1] and `exemplar` (3, E, E)
+    CLIP-normalised, and a `key`, on which alone the epoch has an effect.
 
     Raises:
         UserError: the file is missing or damaged, or lacks an array.
@@ -41,18 +38,15 @@ class CachedDataset(Dataset[Sample]):
 
     def __init__(self, root: str | Path, split: str, *, seed: int = 0, max_samples: int | None = None) -> None:
         path = Path(root) / f"{split}.safetensors"
-        if not path.is_file():
-            raise UserError(f"{path}: no cached samples; write them with scripts/cache_latents.py")
         try:
             with safe_open(path, framework="pt") as file:
-                present = [name for name in OPTIONAL_FIELDS if name in file.keys()]  # noqa: SIM118 - not iterable
-                self.arrays = {name: file.get_tensor(name) for name in (*FIELDS, *present)}
-        except SafetensorError as error:
-            raise UserError(f"{path}: {error}; {_REMEDY}") from None
-        counts = {len(array) for array in self.arrays.values()}
-        if len(counts) != 1:
-            raise UserError(f"{path}: arrays of {sorted(counts)} samples; {_REMEDY}")
-        self.seed, self.length = seed, min(counts.pop(), max_samples or sys.maxsize)
+                self.arrays = {name: file.get_tensor(name) for name in (*FIELDS, *file.keys())}
+            counts = sorted({len(array) for array in self.arrays.values()})
+            if len(counts) != 1:
+                raise ValueError(f"arrays of {counts} samples")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: {error}; write it with scripts/cache_latents.py") from None
+        self.seed, self.length = seed, min(counts[0], max_samples or sys.maxsize)
 
     def __len__(self) -> int:
         return self.length
@@ -66,29 +60,16 @@ class CachedDataset(Dataset[Sample]):
 
 
 def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Write a cache from batches of arrays, one at a time: memory does not grow with the number of samples.
-
-    Args:
-        num_samples: N, the total of all batches.
-        batches: the arrays of `FIELDS` (and `OPTIONAL_FIELDS`), samples first, in the types of the module's docstring.
+    """Write a cache of `num_samples` from batches of its arrays: memory does not grow with the number of samples.
 
     Raises:
-        UserError: the batches hold another number of samples.
         CheckpointError: the disk is full, or the folder is not writable.
     """
-    remaining = iter(batches)
-    first = next(remaining, {})
+    batches = iter(batches)
+    first = next(batches)
     layout = {
         name: torch.empty(num_samples, *array.shape[1:], dtype=torch.from_numpy(array).dtype, device="meta")
         for name, array in first.items()
     }
-
-    def pieces() -> Iterator[tuple[str, Tensor]]:
-        written = 0
-        for batch in chain([first], remaining):
-            yield from ((name, torch.from_numpy(batch[name])) for name in layout)
-            written += len(batch[FIELDS[0]]) if batch else 0
-        if written != num_samples:
-            raise UserError(f"{path}: got {written} samples, expected {num_samples}")
-
-    write_safetensors(path, layout, pieces=pieces())
+    pieces = ((name, torch.from_numpy(batch[name])) for batch in chain([first], batches) for name in layout)
+    write_safetensors(path, layout, pieces=pieces)

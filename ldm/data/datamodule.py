@@ -10,7 +10,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,9 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ldm.config import Config, ConfigError
-from ldm.data.annotations import AnnotationSource, open_index
+from ldm.data.annotations import open_index
 from ldm.data.box_dataset import BoxDataset, Sample, SampleRecipe, open_captions
-from ldm.data.box_index import BoxIndex
 from ldm.data.cached import CachedDataset
 from ldm.data.shards import Shards
 from ldm.files import UserError
@@ -139,21 +137,13 @@ def set_up_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # Python also ends workers by SIGTERM: obey, later
 
 
-def config_index(config: Config, split: str, *, rebuild: bool = False) -> BoxIndex:
-    """Open the index of a config; see `open_index`."""
-    data = config.data
-    places = (None if path is None else Path(path) for path in (data.annotations, data.val_annotations))
-    folder = None if data.index is None else Path(data.index)
-    return open_index(data.kind, AnnotationSource(Path(data.root), *places), split, folder, rebuild=rebuild)
-
-
 def box_dataset(config: Config, split: str, *, max_samples: int | None = None, rebuild: bool = False) -> BoxDataset:
     """Open the images and boxes of a config; `rebuild` writes the index again.
 
     Raises:
         UserError: the annotations or captions cannot be used.
     """
-    index, recipe = config_index(config, split, rebuild=rebuild), sample_recipe(config)
+    index, recipe = open_index(config.data, split, rebuild=rebuild), sample_recipe(config)
     dataset = BoxDataset(index, recipe, seed=config.seed, max_samples=max_samples)
     if config.data.captions is not None:
         dataset.recipe = replace(recipe, captions=open_captions(config.data.captions, index, len(dataset)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from ldm.config import DataConfig
 from ldm.data.annotations import (
     OPEN_IMAGES_CSV,
     READERS,
-    AnnotationSource,
     UnusableImageError,
     held_out,
     open_index,
@@ -45,25 +44,25 @@ def images(folder: Path, names: tuple[str, ...] = ("a", "b"), suffix: str = ".jp
         Image.new("RGB", SIZE, (90, 120, 30)).save(folder / f"{name}{suffix}")
 
 
-def open_images_texts(root: Path) -> AnnotationSource:
+def open_images_texts(root: Path) -> DataConfig:
     for split in ("train", "validation"):
         images(root / "images" / split)
         (root / "bbox" / split).mkdir(parents=True)
         for name in "ab":
             (root / "bbox" / split / f"{name}.txt").write_text("10.0 20.0 60.0 70.0\n0 0 1 1\n")
-    return AnnotationSource(root)
+    return DataConfig(root=str(root))
 
 
-def open_images_csv(root: Path) -> AnnotationSource:
+def open_images_csv(root: Path) -> DataConfig:
     (root / "annotations").mkdir(parents=True)
     for split in ("train", "validation"):
         images(root / "images" / split)
         rows = ["ImageID,XMin,XMax,YMin,YMax", *(f"{name},0.1,0.6,0.25,0.875" for name in "ba"), "a,0,0.01,0,0.01"]
         (root / "annotations" / OPEN_IMAGES_CSV[split]).write_text("\n".join(rows))
-    return AnnotationSource(root)
+    return DataConfig(root=str(root))
 
 
-def coco(root: Path) -> AnnotationSource:
+def coco(root: Path) -> DataConfig:
     images(root)
     for split in ("train", "val"):
         content = {
@@ -76,10 +75,10 @@ def coco(root: Path) -> AnnotationSource:
             ],
         }
         (root / f"{split}.json").write_text(json.dumps(content))
-    return AnnotationSource(root, root / "train.json", root / "val.json")
+    return DataConfig("coco", str(root), str(root / "train.json"), str(root / "val.json"))
 
 
-def voc(root: Path) -> AnnotationSource:
+def voc(root: Path) -> DataConfig:
     images(root / "JPEGImages")
     (root / "Annotations").mkdir()
     (root / "ImageSets" / "Main").mkdir(parents=True)
@@ -91,20 +90,20 @@ def voc(root: Path) -> AnnotationSource:
             f"<annotation><filename>{name}.jpg</filename><size><width>100</width><height>80</height></size>"
             f"<object><name>x</name><bndbox>{box}</bndbox></object></annotation>"
         )
-    return AnnotationSource(root)
+    return DataConfig("voc", str(root))
 
 
-def yolo(root: Path) -> AnnotationSource:
+def yolo(root: Path) -> DataConfig:
     for split in ("train", "val"):
         images(root / "images" / split)
         (root / "labels" / split).mkdir(parents=True)
         corners = " ".join(f"{x / 100} {y / 80}" for x, y in OUTLINE)
         (root / "labels" / split / "a.txt").write_text(f"3 {corners}\n0 0.005 0.005 0.01 0.01\n")
         (root / "labels" / split / "b.txt").write_text("0 0.35 0.5625 0.5 0.625\n")
-    return AnnotationSource(root)
+    return DataConfig("yolo", str(root))
 
 
-def masks(root: Path) -> AnnotationSource:
+def masks(root: Path) -> DataConfig:
     names = tuple(f"p{k}" for k in range(150))  # a share is held out by name
     images(root / "images", names, ".png")
     (root / "masks").mkdir()
@@ -113,24 +112,24 @@ def masks(root: Path) -> AnnotationSource:
     ImageDraw.Draw(mask).point((90, 5), 255)  # a speck is no object
     for name in names:
         mask.save(root / "masks" / f"{name}.png")
-    return AnnotationSource(root)
+    return DataConfig("masks", str(root))
 
 
-LAYOUTS: dict[str, tuple[str, Callable[[Path], AnnotationSource]]] = {
-    "open_images texts": ("open_images", open_images_texts),
-    "open_images csv": ("open_images", open_images_csv),
-    "coco": ("coco", coco),
-    "voc": ("voc", voc),
-    "yolo": ("yolo", yolo),
-    "masks": ("masks", masks),
+LAYOUTS = {
+    "open_images texts": open_images_texts,
+    "open_images csv": open_images_csv,
+    "coco": coco,
+    "voc": voc,
+    "yolo": yolo,
+    "masks": masks,
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_every_format_gives_the_same_boxes(layout: str, split: str, tmp_path: Path) -> None:
-    kind, make = LAYOUTS[layout]
-    index = open_index(kind, make(tmp_path), split)
+    data = LAYOUTS[layout](tmp_path)
+    index = open_index(data, split)
     names = [index[i].name for i in range(len(index))]
     assert len(names) == len(set(names)) >= 2
     for i, name in enumerate(names):
@@ -139,19 +138,19 @@ def test_every_format_gives_the_same_boxes(layout: str, split: str, tmp_path: Pa
             assert entry.size == picture.size == SIZE
         assert entry.boxes == [BOX], "of two boxes one is too small"
         assert not entry.mask or (Path(index.metadata["images"]) / entry.mask).is_file()
-    assert index.has_shapes == (kind in ("coco", "yolo", "masks"))
-    if kind in ("coco", "yolo"):
+    assert index.has_shapes == (data.kind in ("coco", "yolo", "masks"))
+    if data.kind in ("coco", "yolo"):
         np.testing.assert_allclose(index[0].shapes[0][0], OUTLINE, atol=1e-4)
         assert index[1].shapes == [[]]
 
 
 def test_all_formats_are_tried() -> None:
-    assert {kind for kind, _ in LAYOUTS.values()} == set(READERS)
+    assert {layout.split()[0] for layout in LAYOUTS} == set(READERS)
 
 
 def test_an_undivided_set_is_divided_by_name(tmp_path: Path) -> None:
     source = masks(tmp_path)
-    indexes = {split: open_index("masks", source, split) for split in ("train", "validation")}
+    indexes = {split: open_index(source, split) for split in ("train", "validation")}
     names = {split: {index[i].name for i in range(len(index))} for split, index in indexes.items()}
     assert len(names["train"]) == 142 and len(names["validation"]) == 8
     assert not names["train"] & names["validation"]
@@ -168,23 +167,25 @@ def test_held_out_share(names: set[str], added: set[str]) -> None:
 
 def test_the_index_is_written_once_and_again_after_a_change(tmp_path: Path) -> None:
     source = yolo(tmp_path)
-    open_index("yolo", source, "train")
+    open_index(source, "train")
     path = tmp_path / "index" / "yolo-train.safetensors"
     first = path.stat().st_mtime_ns
-    open_index("yolo", source, "train")
+    open_index(source, "train")
     assert path.stat().st_mtime_ns == first
     images(tmp_path / "images" / "train", ("c",))
     (tmp_path / "labels" / "train" / "c.txt").write_text("0 0.35 0.5625 0.5 0.625\n")
-    assert len(open_index("yolo", source, "train")) == 3
+    assert len(open_index(source, "train")) == 3
 
 
 def test_another_folder_for_the_index(tmp_path: Path) -> None:
     source = voc(tmp_path / "data")
-    open_index("voc", source, "train", tmp_path / "elsewhere")
+    source.index = str(tmp_path / "elsewhere")
+    open_index(source, "train")
     assert not (tmp_path / "data" / "index").exists()
     (tmp_path / "file").write_text("")
+    source.index = str(tmp_path / "file")
     with pytest.raises(UserError, match=r"data\.index"):
-        open_index("voc", source, "train", tmp_path / "file")
+        open_index(source, "train")
 
 
 def test_what_cannot_be_read_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -202,7 +203,7 @@ def test_what_cannot_be_read_is_counted_and_named(tmp_path: Path, caplog: pytest
     exif[0x0112] = 6
     Image.new("RGB", SIZE).save(folder / "e.jpg", exif=exif)
     with caplog.at_level(logging.WARNING):
-        writer = write_index(tmp_path / "i.safetensors", "yolo", source, "train")
+        writer = write_index(tmp_path / "i.safetensors", source, "train")
     assert writer.images == 2
     assert "f.txt" in caplog.text and "nonsense" in caplog.text
     assert writer.dropped == {
@@ -216,59 +217,52 @@ def test_what_cannot_be_read_is_counted_and_named(tmp_path: Path, caplog: pytest
 def test_an_image_of_another_size_than_annotated_is_left_out(tmp_path: Path) -> None:
     source = coco(tmp_path)
     Image.new("RGB", (80, 100)).save(tmp_path / "b.jpg")
-    index = open_index("coco", source, "train")
+    index = open_index(source, "train")
     assert [index[i].name for i in range(len(index))] == ["a.jpg"]
     assert json.loads(index.metadata["dropped"])["images of another size than annotated"] == 1
 
 
 @pytest.mark.parametrize(
-    ("kind", "prepare", "place"),
+    ("kind", "content", "place"),
     [
-        ("coco", lambda root: AnnotationSource(root), r"data\.annotations"),
-        ("coco", lambda root: AnnotationSource(root, root / "x.json"), r"x\.json"),
-        (
-            "coco",
-            lambda root: (root / "x.json").write_text("{") and AnnotationSource(root, root / "x.json"),
-            r"x\.json",
-        ),
-        (
-            "coco",
-            lambda root: (root / "x.json").write_text("{}") and AnnotationSource(root, root / "x.json"),
-            r"x\.json",
-        ),
-        ("voc", AnnotationSource, "Annotations"),
-        ("yolo", AnnotationSource, "images"),
-        ("masks", AnnotationSource, "masks"),
-        ("open_images", AnnotationSource, r"dataset/README\.md"),
-        ("labelme", AnnotationSource, "open_images, coco, voc, yolo, masks"),
+        ("coco", None, r"data\.annotations"),
+        ("coco", "", r"x\.json"),
+        ("coco", "{", r"x\.json"),
+        ("coco", "{}", r"x\.json"),
+        ("voc", None, "Annotations"),
+        ("yolo", None, "images"),
+        ("masks", None, "masks"),
+        ("open_images", None, r"dataset/README\.md"),
+        ("cached", None, "open_images, coco, voc, yolo, masks"),
     ],
 )
-def test_errors_name_the_place(
-    kind: str, prepare: Callable[[Path], AnnotationSource], place: str, tmp_path: Path
-) -> None:
+def test_errors_name_the_place(kind: str, content: str | None, place: str, tmp_path: Path) -> None:
+    if content:
+        (tmp_path / "x.json").write_text(content)
+    annotations = None if content is None else str(tmp_path / "x.json")
     with pytest.raises(UserError, match=place):
-        open_index(kind, prepare(tmp_path), "train")
+        open_index(DataConfig(kind, str(tmp_path), annotations), "train")
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_an_index_says_where_its_images_are(tmp_path: Path) -> None:
     path = tmp_path / "i.safetensors"
-    write_index(path, "voc", voc(tmp_path), "train")
+    write_index(path, voc(tmp_path), "train")
     assert BoxIndex(path).metadata["images"] == str(tmp_path / "JPEGImages")
 
 
 def test_three_ways_to_the_same_index(tmp_path: Path) -> None:
     """read_bbox writes the index that reading its text files, or the CSV, would give."""
     source = open_images_csv(tmp_path)
-    of_csv = entries(open_index("open_images", source, "train"))
+    of_csv = entries(open_index(source, "train"))
     (tmp_path / "index" / "open_images-train.safetensors").unlink()
     assert read_bbox.main(["--root", str(tmp_path)]) == 0
     path = tmp_path / "index" / "open_images-train.safetensors"
     written = path.stat().st_mtime_ns
-    of_script = entries(open_index("open_images", source, "train"))
+    of_script = entries(open_index(source, "train"))
     assert path.stat().st_mtime_ns == written, "valid as it is"
     path.unlink()
-    of_texts = entries(open_index("open_images", source, "train"))
+    of_texts = entries(open_index(source, "train"))
     assert of_csv == of_script == of_texts
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ldm import images
 from ldm.config import DataConfig, load_config
-from ldm.data.annotations import OPEN_IMAGES_CSV, AnnotationSource, open_index, write_index
+from ldm.data.annotations import OPEN_IMAGES_CSV, open_index, write_index
 from ldm.data.box_dataset import BoxDataset, SampleRecipe, crop, open_captions, read_captions, reduced_window
 from ldm.data.box_index import BoxIndex, Entry, IndexWriter
 from ldm.data.datamodule import box_dataset
@@ -60,9 +60,7 @@ def make(
     **options: Any,
 ) -> BoxDataset:
     recipe = SampleRecipe(image_size, exemplar_size=28, data=DataConfig(**options))
-    return BoxDataset(
-        open_index("open_images", AnnotationSource(root), split), recipe, seed=seed, max_samples=max_samples
-    )
+    return BoxDataset(open_index(DataConfig(root=str(root)), split), recipe, seed=seed, max_samples=max_samples)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -298,13 +296,13 @@ def test_a_mask_of_another_size_is_an_error(shaped: Callable[[str], BinaryIO]) -
 # ---- captions ----
 
 
-def labels(kind: str, source: AnnotationSource, path: Path) -> list[tuple[str, ...]]:
-    write_index(path, kind, source, "train")
+def labels(data: DataConfig, path: Path) -> list[tuple[str, ...]]:
+    write_index(path, data, "train")
     index = BoxIndex(path)
     return [index[i].labels for i in range(len(index))]
 
 
-def open_images_csv(root: Path, *, descriptions: bool = True) -> AnnotationSource:
+def open_images_csv(root: Path, *, descriptions: bool = True) -> DataConfig:
     folder = root / "annotations"
     folder.mkdir(parents=True)
     for split in ("train", "validation"):
@@ -319,20 +317,20 @@ def open_images_csv(root: Path, *, descriptions: bool = True) -> AnnotationSourc
         (folder / OPEN_IMAGES_CSV[split]).write_text("\n".join(rows))
     if descriptions:
         (folder / "class-descriptions-boxable.csv").write_text('/m/1,Dog\n/m/2,"Cake, cut"\n')
-    return AnnotationSource(root)
+    return DataConfig(root=str(root))
 
 
 def test_classes_of_every_format(tmp_path: Path) -> None:
     path = tmp_path / "i.safetensors"
     # of image a the second box is too small to be used
-    assert labels("open_images", open_images_csv(tmp_path / "o"), path) == [("Dog", "Cake, cut", ""), ("Cake, cut",)]
+    assert labels(open_images_csv(tmp_path / "o"), path) == [("Dog", "Cake, cut", ""), ("Cake, cut",)]
     source = coco(tmp_path / "coco")
-    assert labels("coco", source, path) == [(), ()]  # names nothing
+    assert labels(source, path) == [(), ()]  # names nothing
     assert source.annotations is not None
-    text = source.annotations.read_text().replace('"bbox"', '"category_id": 7, "bbox"')
-    source.annotations.write_text(text[:-1] + ', "categories": [{"id": 7, "name": "dog"}]}')
-    assert labels("coco", source, path) == [("dog",), ("dog",)]
-    assert labels("voc", voc(tmp_path / "voc"), path) == [("x",), ("x",)]
+    text = Path(source.annotations).read_text().replace('"bbox"', '"category_id": 7, "bbox"')
+    Path(source.annotations).write_text(text[:-1] + ', "categories": [{"id": 7, "name": "dog"}]}')
+    assert labels(source, path) == [("dog",), ("dog",)]
+    assert labels(voc(tmp_path / "voc"), path) == [("x",), ("x",)]
 
 
 def test_the_caption_is_of_the_box_that_is_the_hole(tmp_path: Path) -> None:
@@ -346,7 +344,7 @@ def test_the_caption_is_of_the_box_that_is_the_hole(tmp_path: Path) -> None:
 def test_text_files_of_boxes_get_their_classes_with_the_index(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = open_images_csv(tmp_path, descriptions=False).root
+    root = Path(open_images_csv(tmp_path, descriptions=False).root)
     words = [f"data.root={root}", "data.captions=classes", "model.image_size=16"]
     inspect = [*words, "--splits", "train", "--sheet", str(tmp_path / "sheet.png")]
     assert read_bbox.main(["--root", str(root), "--splits", "train"]) == 0
