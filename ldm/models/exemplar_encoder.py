@@ -1,13 +1,13 @@
 """The exemplar encoder: an image to one token, or to all of the tower's.
 
 Dimensions: B batch · S side of the exemplar in pixels · L tokens (1, or 1 + patches) · D tower width.
-Source: Yang et al. 2023 (Paint by Example), section 3.2. Only the pooled CLIP token reaches the UNet, an information
-bottleneck that keeps the network from copying the exemplar. The paper's ablation without it uses all tokens, class and
-patches (257 for ViT-L/14).
+Source: Yang et al. 2023 (Paint by Example), section 3.2. Only the pooled CLIP token reaches the UNet, a bottleneck that
+keeps the network from copying the exemplar. The paper's ablation without it uses all tokens (257 for ViT-L/14).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,18 +30,6 @@ class MapperAttention(nn.Module):
         return self.c_proj(attention(q, k, v, num_heads=1))
 
 
-class MapperMLP(nn.Module):
-    """Feed-forward, four times as wide inside, exact GELU."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(nn.functional.gelu(self.c_fc(x)))
-
-
 class MapperBlock(nn.Module):
     """Pre-norm transformer block."""
 
@@ -49,7 +37,9 @@ class MapperBlock(nn.Module):
         super().__init__()
         self.attn = MapperAttention(width)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MapperMLP(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
+        )
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,23 +47,8 @@ class MapperBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Mapper(nn.Module):
-    """The blocks between the tower's token and the UNet's context."""
-
-    def __init__(self, width: int, num_layers: int) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(MapperBlock(width) for _ in range(num_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        for block in self.resblocks:
-            x = block(x)
-        return x
-
-
 def _clip_tower(config: ExemplarEncoderConfig) -> nn.Module:
-    # imported here because it takes a second, which only this tower needs
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel  # takes a second, which only this tower needs
 
     return CLIPVisionModel(
         CLIPVisionConfig(
@@ -89,11 +64,7 @@ def _clip_tower(config: ExemplarEncoderConfig) -> nn.Module:
 
 
 class ExemplarEncoder(nn.Module):
-    """Image tower, mapper and final norm.
-
-    Args:
-        config: sizes; see `ldm.config.ExemplarEncoderConfig`.
-    """
+    """Image tower, mapper and final norm."""
 
     def __init__(self, config: ExemplarEncoderConfig) -> None:
         super().__init__()
@@ -103,7 +74,8 @@ class ExemplarEncoder(nn.Module):
         else:
             self.transformer = EfficientNetTower(all_tokens=config.tokens == "all")
             self.reduce = nn.Linear(EfficientNetTower.NUM_FEATURES, config.hidden_size)
-        self.mapper = Mapper(config.hidden_size, config.mapper_layers)
+        blocks = nn.Sequential(*(MapperBlock(config.hidden_size) for _ in range(config.mapper_layers)))
+        self.mapper = nn.Sequential(OrderedDict(resblocks=blocks))
         self.final_ln = nn.LayerNorm(config.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -121,13 +93,9 @@ class ExemplarEncoder(nn.Module):
         return self.transformer.post_layernorm(tower.last_hidden_state)
 
     def tokens(self, features: Tensor) -> Tensor:
-        """Map the tower's features to tokens (B, L, D): mapper, then norm.
+        """Map the tower's features (B, L, F) to tokens (B, L, D): mapper, then norm.
 
-        Args:
-            features: (B, L, F). With `tokens: pooled` the first token is taken, which is the pooled one.
-
-        Raises:
-            ValueError: the config wants all tokens, and there is one.
+        With `tokens: pooled` the first feature is taken; a ValueError says that all are wanted, and there is one.
         """
         if self.config.tokens == "pooled":
             features = features[:, :1]

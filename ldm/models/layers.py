@@ -6,22 +6,18 @@ Dimensions: B batch · C channels · H, W grid · N = H·W positions · L contex
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.config import UNetConfig
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Embed timesteps by sinusoids, cosines first.
-
-    Args:
-        t: (B,) timesteps, integer or fractional.
-        dim: number of channels, even.
-
-    Returns:
-        (B, dim) float32 in [-1, 1].
+    """Embed timesteps (B,), integer or fractional, by sinusoids, cosines first: (B, dim) float32 in [-1, 1].
 
     Source: Ho et al. 2020 (DDPM), section 4, after Vaswani et al. 2017.
     """
@@ -29,8 +25,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     # frequency_i = max_period^(-i / half), in the published code's order of operations: one unit in the last place of a
     # frequency moves the angle at t = 999 by 6e-5
     exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    frequencies = torch.exp(exponents)
-    angles = t[:, None].float() * frequencies[None]
+    angles = t[:, None].float() * exponents.exp()[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -43,9 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 class CrossAttention(nn.Module):
     """Attention from N positions to L context tokens; without a context, self-attention."""
 
-    def __init__(
-        self, query_dim: int, context_dim: int | None = None, num_heads: int = 8, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, query_dim: int, context_dim: int | None, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         context_dim = query_dim if context_dim is None else context_dim
         self.num_heads = num_heads
@@ -62,8 +55,7 @@ class CrossAttention(nn.Module):
     def single_token(self, context: Tensor) -> Tensor:
         """Compute `forward` for a context of one token, equal at every position: (B, 1, D) -> (B, 1, C).
 
-        A softmax over one key is 1 whatever the query, so queries, keys and the norm before them have no effect and
-        need not be computed. Exact, not an approximation.
+        Exact: a softmax over one key is 1, so the norm before, queries and keys have no effect.
         """
         return self.to_out(self.to_v(context))  # softmax(q k) v = 1 v
 
@@ -80,24 +72,15 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)  # (x V + c) GELU(x W + b)
 
 
-class FeedForward(nn.Module):
-    """GEGLU feed-forward of a transformer block, four times as wide inside."""
-
-    def __init__(self, dim: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward, each pre-normed and residual."""
 
-    def __init__(self, dim: int, num_heads: int, context_dim: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, num_heads: int, context_dim: int, dropout: float) -> None:
         super().__init__()
         self.attn1 = CrossAttention(dim, None, num_heads, dropout)
-        self.ff = FeedForward(dim, dropout)
+        self.ff = nn.Sequential(
+            OrderedDict(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)))
+        )
         self.attn2 = CrossAttention(dim, context_dim, num_heads, dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -114,21 +97,14 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, with a residual around them."""
 
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        depth: int,
-        context_dim: int,
-        *,
-        norm_groups: int = 32,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        blocks = [TransformerBlock(channels, num_heads, context_dim, dropout) for _ in range(depth)]
-        self.transformer_blocks = nn.ModuleList(blocks)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, config.num_heads, config.context_dim, config.dropout)
+            for _ in range(config.transformer_depth)
+        )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

@@ -22,16 +22,11 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower and its tokenizer.
-
-    Args:
-        config: sizes, and the tokenizer's folder; see `ldm.config.TextEncoderConfig`.
-    """
+    """CLIP's text tower and its tokenizer."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        # imported here because it takes a second, which only this tower needs
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers import CLIPTextConfig, CLIPTextModel  # takes a second, which only this tower needs
 
         self.config = config
         self.folder = Path(config.tokenizer) if config.tokenizer else None
@@ -57,10 +52,7 @@ class TextEncoder(nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Tokenize prompts as (B, L) int64: start, at most L - 2 tokens, end, and the end again up to L.
 
-        Longer prompts are cut, with a warning except in training.
-
-        Raises:
-            UserError: the tokenizer is missing, damaged, or not the tower's.
+        Longer prompts are cut, with a warning except in training. A missing or wrong tokenizer is a UserError.
         """
         length = self.config.max_length
         ids = self.tokenizer(list(prompts), padding="max_length", max_length=length)["input_ids"]
@@ -86,9 +78,9 @@ class TextEncoder(nn.Module):
         except Exception as error:  # a damaged file raises exceptions of several libraries
             raise UserError(f"{folder}: not a readable tokenizer ({error}); download its files again") from error
         if len(tokenizer) != self.config.vocab_size:
+            got, expected = len(tokenizer), self.config.vocab_size
             raise UserError(
-                f"{folder}: got a tokenizer of {len(tokenizer)} tokens, expected {self.config.vocab_size}; take the "
-                "one that the text tower was trained with"
+                f"{folder}: got a tokenizer of {got} tokens, expected {expected}; take the text tower's own"
             )
         return tokenizer
 

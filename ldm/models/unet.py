@@ -7,6 +7,7 @@ Yang et al. 2023 (Paint by Example) for the nine input channels and the one-toke
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -20,18 +21,16 @@ from ldm.models.layers import SpatialTransformer, Upsample, timestep_embedding, 
 class ResBlock(nn.Module):
     """Two convolutions with the timestep embedding added in between, and a residual."""
 
-    def __init__(
-        self, channels: int, embedding_channels: int, out_channels: int, norm_groups: int, dropout: float
-    ) -> None:
+    def __init__(self, config: UNetConfig, channels: int, out_channels: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.GroupNorm(config.norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * config.model_channels, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(norm_groups, out_channels),
+            nn.GroupNorm(config.norm_groups, out_channels),
             nn.SiLU(),
-            nn.Dropout(dropout),
+            nn.Dropout(config.dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = channels == out_channels
@@ -41,17 +40,6 @@ class ResBlock(nn.Module):
         """(B, C, h, w), (B, E) -> (B, C_out, h, w)."""
         hidden = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(hidden)
-
-
-class Downsample(nn.Module):
-    """Halve the grid with a strided convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
 
 
 class Stage(nn.ModuleList):
@@ -64,31 +52,24 @@ class Stage(nn.ModuleList):
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
         for layer in self:
-            if isinstance(layer, ResBlock):
-                x = self._run(layer, x, embedding)
-            elif isinstance(layer, SpatialTransformer):
-                x = self._run(layer, x, context)
-            else:
+            if not isinstance(layer, ResBlock | SpatialTransformer):
                 x = layer(x)
+                continue
+            condition = embedding if isinstance(layer, ResBlock) else context
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, condition, use_reentrant=False)
+            else:
+                x = layer(x, condition)
         return x
-
-    def _run(self, layer: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, condition, use_reentrant=False)
-        return layer(x, condition)
 
 
 class UNetEncoder(nn.Module):
     """The UNet down to its middle; control networks have a copy of it.
 
-    Args:
-        config: sizes; see `ldm.config.UNetConfig`.
-
-    Attributes:
-        skip_channels: widths of the input blocks' outputs, in order.
+    `skip_channels` holds the widths of the input blocks' outputs, in order.
 
     Raises:
-        ConfigError: widths that the norm groups or the heads do not divide.
+        ConfigError: the norm groups or the heads do not divide a width.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -101,11 +82,9 @@ class UNetEncoder(nn.Module):
                     f"model.unet: a width of {width} channels is not divisible by {config.norm_groups} groups and "
                     f"{config.num_heads} heads; change model_channels, channel_mult or num_heads"
                 )
-        embedding_channels = 4 * config.model_channels
+        embedded = 4 * config.model_channels
         self.time_embed = nn.Sequential(
-            nn.Linear(config.model_channels, embedding_channels),
-            nn.SiLU(),
-            nn.Linear(embedding_channels, embedding_channels),
+            nn.Linear(config.model_channels, embedded), nn.SiLU(), nn.Linear(embedded, embedded)
         )
 
         channels, factor = config.model_channels, 1
@@ -113,21 +92,22 @@ class UNetEncoder(nn.Module):
         skip_channels = [channels]
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                layers: list[nn.Module] = [_res_block(config, channels, width)]
+                layers: list[nn.Module] = [ResBlock(config, channels, width)]
                 channels = width
                 if factor in config.attention_resolutions:
-                    layers.append(_transformer(config, channels))
+                    layers.append(SpatialTransformer(config, channels))
                 input_blocks.append(Stage(*layers))
                 skip_channels.append(channels)
             if level < len(widths) - 1:
-                input_blocks.append(Stage(Downsample(channels)))
+                strided = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+                input_blocks.append(Stage(nn.Sequential(OrderedDict(op=strided))))
                 skip_channels.append(channels)
                 factor *= 2
         self.input_blocks = nn.ModuleList(input_blocks)
         self.skip_channels = tuple(skip_channels)
 
-        middle = _res_block(config, channels, channels), _transformer(config, channels)
-        self.middle_block = Stage(*middle, _res_block(config, channels, channels))
+        middle = ResBlock(config, channels, channels), SpatialTransformer(config, channels)
+        self.middle_block = Stage(*middle, ResBlock(config, channels, channels))
 
     def embed(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed timesteps (B,) as (B, E)."""
@@ -135,14 +115,7 @@ class UNetEncoder(nn.Module):
 
 
 class UNetModel(UNetEncoder):
-    """Predicts the noise (or v, or x_0) in a latent from timestep and context.
-
-    Args:
-        config: sizes; see `ldm.config.UNetConfig`.
-
-    Raises:
-        ConfigError: widths that the norm groups or the heads do not divide.
-    """
+    """Predicts the noise (or v, or x_0) in a latent from timestep and context."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
@@ -152,10 +125,10 @@ class UNetModel(UNetEncoder):
         for level, multiplier in reversed(list(enumerate(config.channel_mult))):
             width = config.model_channels * multiplier
             for i in range(config.num_res_blocks + 1):
-                layers: list[nn.Module] = [_res_block(config, channels + skip_channels.pop(), width)]
+                layers: list[nn.Module] = [ResBlock(config, channels + skip_channels.pop(), width)]
                 channels = width
                 if factor in config.attention_resolutions:
-                    layers.append(_transformer(config, channels))
+                    layers.append(SpatialTransformer(config, channels))
                 if level > 0 and i == config.num_res_blocks:
                     layers.append(Upsample(channels))
                     factor //= 2
@@ -177,8 +150,7 @@ class UNetModel(UNetEncoder):
         """Predict from a noisy latent.
 
         Args:
-            x: (B, in_channels, h, w); for Paint by Example `[x_t, z_masked, keep_mask]`. h and w are divisible by the
-                UNet's own downsampling factor.
+            x: (B, in_channels, h, w), for Paint by Example `[x_t, z_masked, keep_mask]`; h and w can be halved evenly.
             t: (B,) timesteps in [0, T).
             context: (B, L, D) tokens.
             residuals: from `ControlNet`, added to the outputs of the input blocks and of the middle block, one each.
@@ -206,18 +178,3 @@ class UNetModel(UNetEncoder):
         """
         suffixes = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")
         return [p for name, p in self.named_parameters() if "transformer_blocks" in name and name.endswith(suffixes)]
-
-
-def _res_block(config: UNetConfig, channels: int, out_channels: int) -> ResBlock:
-    return ResBlock(channels, 4 * config.model_channels, out_channels, config.norm_groups, config.dropout)
-
-
-def _transformer(config: UNetConfig, channels: int) -> SpatialTransformer:
-    return SpatialTransformer(
-        channels,
-        config.num_heads,
-        config.transformer_depth,
-        config.context_dim,
-        norm_groups=config.norm_groups,
-        dropout=config.dropout,
-    )
