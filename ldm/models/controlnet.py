@@ -82,8 +82,8 @@ class Control:
     network: ControlNet
     picture: Image.Image | str | Path  # edges, depth, a pose …, of the scene's size or aspect
     scale: float = 1.0  # factor of the residuals; 1 is as trained, 0 is without
-    # Steer the prompt's branch of the guidance alone, and less the finer the residuals are, so that the edit follows the
-    # image even without words. Source: Zhang et al. 2023, section 3.4.
+    # steer the prompt's branch of the guidance alone, and less the finer the residuals are, so that the edit follows
+    # the image even without words; source: Zhang et al. 2023, section 3.4
     guess_mode: bool = False
 
     def __post_init__(self) -> None:
