@@ -24,9 +24,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model", "the bundled small one by default")
-    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
-    model.add_argument("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
-    model.add_argument("--decoder", type=Path, metavar="PATH", help="first-stage decoder, as for inference.py")
+    model.add_argument("--checkpoint", metavar="FILE", help="weights, .ckpt or .safetensors")
+    model.add_argument("--config", metavar="FILE", help="their config; default: config.yaml beside them")
+    model.add_argument("--decoder", metavar="PATH", help="first-stage decoder, as for inference.py")
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     model.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: %(default)s")
     shown = parser.add_argument_group("safety and provenance", "as for inference.py")
@@ -97,7 +97,7 @@ def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     from ldm.editing.editor import Editor, pick_device, pick_dtype
     from ldm.editing.safety import load_filter
     from ldm.web.page import serving
-    from ldm.web.service import EditService, Limits
+    from ldm.web.service import EditService, Limits, Source
 
     limits = Limits(
         pixels=round(args.max_megapixels * 1e6),
@@ -114,17 +114,9 @@ def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
         editor = Editor.from_pretrained(
             args.checkpoint, config=args.config, decoder=args.decoder, device=device, dtype=dtype
         )
-        return EditService(
-            editor,
-            folder,
-            limits,
-            checkpoint=args.checkpoint,
-            config=args.config,
-            decoder=args.decoder,
-            safety=args.safety,
-            content_filter=load_filter(args.safety, editor.device) if args.safety else None,
-            watermark=args.watermark,
-        )
+        source = Source(args.checkpoint, args.config, args.decoder, args.safety, args.watermark)
+        content_filter = load_filter(args.safety, editor.device) if args.safety else None
+        return EditService(editor, folder, limits, source, content_filter)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: temporary files are removed
     with serving(make_service, host=args.host, port=args.port, auth=auth) as url:

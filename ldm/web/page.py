@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,22 @@ from PIL import Image, ImageOps
 from ldm.editing.editor import EXAMPLE_PARTS, bundled_examples
 from ldm.editing.hole_masks import as_hole
 from ldm.images import open_image
-from ldm.web.service import LONGEST_PROMPT, Edited, EditService, OfferedSetting, Progress
+from ldm.web.service import Edited, EditService, Progress
 
 HERE = Path(__file__).parent
 INTRODUCTION = """# Paint by Example
 Paint over a part of the scene, {condition} what is to be there instead, and run. Nothing outside the hole changes."""
-HINT = "Paint the hole, {condition}, run."
 DISPLAY_SIDE = 1280  # longest side of the copies that the browser shows, pixels
 PAINT = (255, 61, 127)  # colour of a hole
 SWEEP_SECONDS = 60.0  # time between two searches for old files
 PRIVATE: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
 AT_ONCE: dict[str, Any] = dict(queue=False, **PRIVATE)
 ON_MODEL: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
-THUMBNAILS: dict[str, Any] = dict(allow_preview=False, interactive=False, show_label=False, buttons=[])
+THUMBNAILS: dict[str, Any] = dict(height="auto", allow_preview=False, interactive=False, show_label=False, buttons=[])
+CODE: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
+LAUNCH: dict[str, Any] = dict(footer_links=["api"], prevent_thread_lock=True, quiet=True) | dict.fromkeys(
+    ("share", "ssr_mode", "mcp_server", "run_history", "enable_monitoring"), False
+)
 
 
 @contextmanager
@@ -48,16 +51,12 @@ def serving(
     port: int | None = None,
     auth: tuple[str, str] | None = None,
 ) -> Iterator[str]:
-    """Serve the page inside the block; its temporary files are removed afterwards.
+    """Serve the page inside the block and yield its address; its temporary files are removed afterwards.
 
     Args:
         make_service: makes the service from a folder for its files.
-        host: address to listen at.
         port: None takes the first free one from 7860 on.
         auth: user and password to ask for; None asks for none.
-
-    Yields:
-        The page's address.
 
     Raises:
         OSError: the address is taken or not this machine's.
@@ -69,7 +68,16 @@ def serving(
         with closing(make_service(Path(folder))) as service:
             page = Page(service).blocks
             page.queue(max_size=service.limits.waiting, api_open=False)
-            url = launch(page, host, port, auth=auth, max_file_size=service.limits.megabytes * 2**20)
+            theme = Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+            look = dict(theme=theme, css=(HERE / "page.css").read_text(encoding="utf-8"))
+            size = service.limits.megabytes * 2**20
+            try:
+                _, url, _ = page.launch(
+                    server_name=host, server_port=port, auth=auth, max_file_size=size, **look, **LAUNCH
+                )
+            except OSError:
+                where = f"{host}:{port or '7860 to 7959'}"
+                raise OSError(f"{where}: taken, or not an address of this machine; see --port") from None
             stopped = threading.Event()
             spared = set(service.folder.rglob("*"))  # the page's own images stay
 
@@ -85,68 +93,45 @@ def serving(
                 page.close(verbose=False)
 
 
-def launch(page: gr.Blocks, host: str, port: int | None, **options: Any) -> str:
-    """Start the server of a page and return its address."""
-    try:
-        _, url, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            theme=Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-            css=(HERE / "page.css").read_text(encoding="utf-8"),
-            footer_links=["api"],
-            share=False,
-            ssr_mode=False,
-            mcp_server=False,
-            run_history=False,
-            enable_monitoring=False,
-            prevent_thread_lock=True,
-            quiet=True,
-            **options,
-        )
-    except OSError:
-        raise OSError(
-            f"{host}:{port or '7860 to 7959'}: taken, or not an address of this machine; see --port"
-        ) from None
-    return url
-
-
 class Page:
-    """The page and the API endpoint `/edit` of a service.
-
-    Attributes:
-        blocks: Gradio's description of both.
-    """
+    """The page and the API endpoint `/edit` of a service; `blocks` is Gradio's description of both."""
 
     def __init__(self, service: EditService) -> None:
-        self.service = service
-        self.examples = bundled_examples()
+        self.service, self.examples = service, bundled_examples()
         model = service.editor.model
         self.reads_exemplars, self.reads_text = model.reads_exemplars, model.reads_text
         with gr.Blocks(title="Paint by Example", analytics_enabled=False) as self.blocks:
-            condition = " and ".join(["show"] * self.reads_exemplars + ["say"] * self.reads_text)
-            gr.Markdown(INTRODUCTION.format(condition=condition))
+            gr.Markdown(INTRODUCTION.format(condition=self.by_condition("show", "say")))
             with gr.Row():
                 with gr.Column(scale=3):
-                    self.add_inputs()
+                    prompts = self.add_inputs()
                 with gr.Column(scale=2):
                     self.add_outputs()
             with gr.Accordion("Settings"), gr.Row(elem_id="settings"):
-                others = {name: control(setting) for name, setting in service.settings.items() if not setting.is_text}
-            self.controls = [{**self.texts, **others}[name] for name in service.settings]
-            self.add_calls()
+                others = {
+                    name: control(name, schema) for name, schema in service.settings.items() if name not in prompts
+                }
+            self.controls = [(prompts | others)[name] for name in service.settings]
+            with gr.Accordion("The same call in Python and shell", open=False, elem_id="calls"):
+                gr.Markdown("Run it in a folder that holds the images and the mask under the names used here.")
+                with gr.Row():
+                    self.python = gr.Code(label="Python", language="python", elem_id="python", **CODE)
+                    self.shell = gr.Code(label="Shell", language="shell", elem_id="shell", **CODE)
             self.connect_inputs()
             self.connect_run()
             add_api(service)
 
-    def add_inputs(self) -> None:
-        """Add the places for scene, prompts, exemplar and examples."""
-        megabytes = self.service.limits.megabytes
+    def by_condition(self, exemplar: str, prompt: str) -> str:
+        return " and ".join([exemplar] * self.reads_exemplars + [prompt] * self.reads_text)
+
+    def add_inputs(self) -> dict[str, Component]:
+        """Add the places for scene, prompts, exemplar and examples; return the controls of the prompts."""
+        megabytes, settings = self.service.limits.megabytes, self.service.settings.items()
         self.files = {part: gr.State() for part in ("scene", "exemplar")}
         gr.Markdown("### Scene")
         self.scene = image_field("scene", megabytes, painted=True)
         with gr.Row(visible=self.reads_text):
-            settings = self.service.settings.items()
-            self.texts = {name: control(setting) for name, setting in settings if setting.is_text}
+            prompts = {name: control(name, schema) for name, schema in settings if "maxLength" in schema}
         with gr.Row():
             with gr.Column(visible=self.reads_exemplars):
                 gr.Markdown("### Exemplar")
@@ -154,9 +139,8 @@ class Page:
             with gr.Column(visible=bool(self.examples)):
                 gr.Markdown("### Examples")
                 tiles = [example_tile(folder) for folder in self.examples]
-                self.gallery_of_examples = gr.Gallery(
-                    tiles, columns=2, height="auto", elem_id="examples", format="jpeg", **THUMBNAILS
-                )
+                self.gallery_of_examples = gr.Gallery(tiles, columns=2, elem_id="examples", format="jpeg", **THUMBNAILS)
+        return prompts
 
     def add_outputs(self) -> None:
         """Add buttons, progress, comparison, candidates and downloads."""
@@ -164,81 +148,72 @@ class Page:
         with gr.Row():
             self.run = gr.Button("Run", variant="primary", elem_id="run")
             self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
-        condition = ["choose an exemplar"] * self.reads_exemplars + ["write a prompt"] * self.reads_text
-        self.status = gr.HTML(HINT.format(condition=" and ".join(condition)), elem_id="status")
+        condition = self.by_condition("choose an exemplar", "write a prompt")
+        self.status = gr.HTML(f"Paint the hole, {condition}, run.", elem_id="status")
         self.slider = gr.ImageSlider(label="Before and after", format="png", interactive=False, elem_id="slider")
-        self.gallery = gr.Gallery(columns=4, height="auto", elem_id="candidates", visible=False, **THUMBNAILS)
+        self.gallery = gr.Gallery(columns=4, elem_id="candidates", visible=False, **THUMBNAILS)
         with gr.Row():
             self.download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
             self.hole_mask = gr.DownloadButton("Download the mask", visible=False, elem_id="download-mask")
 
-    def add_calls(self) -> None:
-        """Add the calls that repeat the edit."""
-        code: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
-        with gr.Accordion("The same call in Python and shell", open=False, elem_id="calls"):
-            gr.Markdown("Run it in a folder that holds the images and the mask under the names used here.")
-            with gr.Row():
-                self.python = gr.Code(label="Python", language="python", elem_id="python", **code)
-                self.shell = gr.Code(label="Shell", language="shell", elem_id="shell", **code)
-
     def connect_inputs(self) -> None:
         """Connect uploads and examples with the places that show them."""
-        for part, shown in (("scene", self.scene), ("exemplar", self.exemplar)):
+        for part, field in (("scene", self.scene), ("exemplar", self.exemplar)):
             with gr.Column(elem_id=f"upload-{part}"):
                 upload = gr.UploadButton()
-            upload.upload(self.take_upload, upload, [self.files[part], shown], **PRIVATE)
-        shown = [*self.files.values(), self.scene, self.exemplar]
-        self.gallery_of_examples.select(self.show_example, None, shown, **PRIVATE)
+            upload.upload(self.take_upload, upload, [self.files[part], field], **PRIVATE)
+        fields = [*self.files.values(), self.scene, self.exemplar]
+        self.gallery_of_examples.select(self.show_example, None, fields, **PRIVATE)
 
     def connect_run(self) -> None:
         """Connect the buttons with the edit and its results."""
-        # One after the other: an edit that fails at once must not be overtaken by the buttons' first change.
-        buttons = [self.run, self.cancel]
+        # one after the other: an edit that fails at once must not be overtaken by the buttons' first change
         inputs = [self.files["scene"], self.scene, self.files["exemplar"], *self.controls]
         outputs = [self.status, self.results, self.gallery, self.slider, self.download, self.hole_mask]
-        painting = self.run.click(self.begin, [*self.files.values()], buttons, **AT_ONCE).then(
+        outputs += [self.python, self.shell, self.run, self.cancel]
+        painting = self.run.click(self.begin, [*self.files.values()], [self.run, self.cancel], **AT_ONCE).then(
             self.paint,
             inputs,
-            [*outputs, self.python, self.shell],
+            outputs,
             api_visibility="private",
             show_progress="minimal",
             show_progress_on=self.status,
             **ON_MODEL,
         )
-        painting.success(lambda: switch_buttons(False), None, buttons, **AT_ONCE)
-        painting.failure(self.stop, None, [*buttons, self.status], **AT_ONCE)
-        self.cancel.click(self.stop, None, [*buttons, self.status], cancels=[painting], **AT_ONCE)
+        # Gradio reports a cancelled edit as failed when the server has ended it, and drops clicks on Run until then
+        painting.failure(self.stop, None, [self.status, self.run, self.cancel], **AT_ONCE)
+        self.cancel.click(None, cancels=[painting])
         self.gallery.select(self.choose, self.results, [self.slider, self.download], **PRIVATE)
 
     def take_upload(self, path: str) -> tuple[str, Any]:
         with plain_errors():
-            copy = display_copy(self.service.open_upload(path))
-        return path, gr.HTML(picture=data_url(copy), value=None)
+            return path, gr.HTML(picture=data_url(self.service.open_upload(path)), value=None)
 
     def show_example(self, event: gr.SelectData) -> tuple[str, str | None, Any, Any]:
         scene, mask, exemplar = (self.examples[event.index] / f"{part}.png" for part in EXAMPLE_PARTS)
         return (
             str(scene),
             str(exemplar) if self.reads_exemplars else None,
-            gr.HTML(picture=data_url(display_copy(open_image(scene))), value=data_url(display_copy(as_hole(mask)))),
-            gr.HTML(picture=data_url(display_copy(open_image(exemplar))), value=None),
+            gr.HTML(picture=data_url(open_image(scene)), value=data_url(as_hole(mask))),
+            gr.HTML(picture=data_url(open_image(exemplar)), value=None),
         )
 
-    def begin(self, *uploads: str | None) -> tuple[Any, Any]:
-        self.service.touch(uploads)  # they may have to wait
-        return switch_buttons(True)
+    def buttons(self, is_running: bool) -> dict:
+        return {self.run: gr.Button(interactive=not is_running), self.cancel: gr.Button(interactive=is_running)}
 
-    def stop(self) -> tuple[Any, Any, str]:
-        return *switch_buttons(False), "Stopped."
+    def begin(self, *uploads: str | None) -> dict:
+        self.service.touch(uploads)  # they may have to wait
+        return self.buttons(True)
+
+    def stop(self) -> dict:
+        return {self.status: "Stopped.", **self.buttons(False)}
 
     def paint(self, scene: str | None, hole: Any, exemplar: str | None, *values: Any) -> Iterator[dict]:
         """Run an edit and yield the changes on the page, step by step."""
         with plain_errors():
             if not scene or not (exemplar or self.reads_text):
-                needed = (
-                    "two images are needed; drop a scene and an exemplar" if self.reads_exemplars else "drop a scene"
-                )
-                raise ValueError(f"{needed}, or pick an example")
+                needed = "a scene and an exemplar" if self.reads_exemplars else "a scene"
+                raise ValueError(f"{needed} needed; drop them here, or pick an example")
             files = Path(scene), self.service.save_hole(hole), Path(exemplar) if exemplar else None
             settings = dict(zip(self.service.settings, values, strict=True))
             with closing(self.service.edit(*files, settings)) as work:
@@ -256,6 +231,7 @@ class Page:
             self.python: edited.python,
             self.shell: edited.shell,
             **self.show_result(scene, files[0]),
+            **self.buttons(False),
         }
 
     def show_result(self, scene: str, result: str) -> dict:
@@ -269,32 +245,26 @@ class Page:
 
 def add_api(service: EditService) -> None:
     """Add the endpoint `/edit`, with the page's settings as keywords."""
-    reads = service.editor.model
-    names = ("scene", "hole_mask", *(("exemplar",) if reads.reads_exemplars else ()))
+    model = service.editor.model
+    names = ("scene", "hole_mask", *["exemplar"] * model.reads_exemplars)
     # `Api` passes on what is sent as it is, for our own checks: the page's components would fail on wrong types.
     inputs = [Api(None, gr.File(render=False).api_info(), name) for name in names]
-    inputs += [Api(setting.default, setting.schema, setting.option.label) for setting in service.settings.values()]
-    outputs = [
-        gr.File(visible=False, file_count="multiple", label="results"),
-        gr.Textbox(visible=False, label="python"),
-        gr.Textbox(visible=False, label="shell"),
-    ]
-
-    def file(name: str, sent: Any) -> Path | None:
-        if is_file_obj_with_meta(sent):  # an upload: Gradio has checked that it is one
-            return Path(sent["path"])
-        if sent is None and name == "exemplar" and reads.reads_text:
-            return None
-        raise ValueError(f"{name}: got {'nothing' if sent is None else f'{sent!r:.80}'}; send an image file")
+    inputs += [Api(schema["default"], schema, schema["title"]) for schema in service.settings.values()]
+    outputs = [gr.File(visible=False, file_count="multiple", label="results")]
+    outputs += [gr.Textbox(visible=False, label=label) for label in ("python", "shell")]
 
     def edit(*sent: Any) -> tuple[list[str], str, str]:
+        files: dict[str, Any] = dict.fromkeys(("scene", "hole_mask", "exemplar"))
         with plain_errors():
-            files = {name: file(name, value) for name, value in zip(names, sent, strict=False)}
-            scene, hole_mask = files["scene"], files["hole_mask"]
-            assert scene and hole_mask
+            for name, value in zip(names, sent, strict=False):
+                if is_file_obj_with_meta(value):  # an upload: Gradio has checked that it is one
+                    files[name] = Path(value["path"])
+                elif not (value is None and name == "exemplar" and model.reads_text):
+                    raise ValueError(
+                        f"{name}: got {'nothing' if value is None else repr(value)[:80]}; send an image file"
+                    )
             settings = dict(zip(service.settings, sent[len(names) :], strict=True))
-            *_, edited = service.edit(scene, hole_mask, files.get("exemplar"), settings)
-        assert isinstance(edited, Edited)
+            *_, edited = service.edit(*files.values(), settings)
         return [str(path) for path in edited.files], edited.python, edited.shell
 
     # Gradio names an endpoint's keywords after the function's.
@@ -307,34 +277,25 @@ def add_api(service: EditService) -> None:
 def image_field(part: str, megabytes: int, *, painted: bool) -> gr.HTML:
     """A place for an image, to be painted on if `painted`; its value is the hole as PNG data URL, or None."""
     html, css, js = ((HERE / f"picture.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js"))
+    templates: dict[str, Any] = dict(html_template=html, css_template=css, js_on_load=js, apply_default_css=False)
     properties: dict[str, Any] = dict(picture=None, painted=painted, upload=f"upload-{part}", megabytes=megabytes)
-    return gr.HTML(
-        None, html_template=html, css_template=css, js_on_load=js, apply_default_css=False, elem_id=part, **properties
-    )
+    return gr.HTML(None, elem_id=part, **templates, **properties)
 
 
-def control(setting: OfferedSetting) -> Component:
-    """Make the control of a setting."""
+def control(name: str, schema: Mapping[str, Any]) -> Component:
+    """Make the control of a setting from its JSON schema."""
     common: dict[str, Any] = dict(
-        value=setting.default,
-        label=setting.option.label,
-        info=setting.schema["description"],
-        elem_id=setting.name,
-        min_width=240,
+        value=schema["default"], label=schema["title"], info=schema["description"], elem_id=name, min_width=240
     )
-    if isinstance(setting.default, bool):
+    if schema["type"] == "boolean":
         return gr.Checkbox(**common)
-    if setting.is_text:
-        return gr.Textbox(max_length=LONGEST_PROMPT, **common)
-    if isinstance(setting.default, str):
-        return gr.Dropdown(list(setting.option.choices), **common)
-    if setting.step:
-        return gr.Slider(setting.low, setting.high, step=setting.step, **common)
-    return gr.Number(minimum=setting.low, maximum=setting.high, **common)
-
-
-def switch_buttons(is_running: bool) -> tuple[Any, Any]:
-    return gr.Button(interactive=not is_running), gr.Button(interactive=is_running)
+    if "enum" in schema:
+        return gr.Dropdown(schema["enum"], **common)
+    if schema["type"] == "string":
+        return gr.Textbox(max_length=schema["maxLength"], **common)
+    if schema["step"]:
+        return gr.Slider(schema["minimum"], schema["maximum"], step=schema["step"], **common)
+    return gr.Number(minimum=schema["minimum"], maximum=schema["maximum"], **common)
 
 
 @contextmanager
@@ -349,7 +310,7 @@ def plain_errors() -> Iterator[None]:
 def progress_bar(progress: Progress) -> str:
     """Return the progress of an edit as HTML, with its preview."""
     bar = f'<div class="bar"><div style="width: {100 * progress.step / progress.num_steps:.1f}%"></div></div>'
-    image = f'<img src="{data_url(display_copy(progress.preview), "jpeg")}" alt="preview">' if progress.preview else ""
+    image = f'<img src="{data_url(progress.preview, "jpeg")}" alt="preview">' if progress.preview else ""
     return f'<div class="progress">{bar}<span>step {progress.step} of {progress.num_steps}</span>{image}</div>'
 
 
@@ -361,9 +322,9 @@ def display_copy(image: Image.Image) -> Image.Image:
 
 
 def data_url(image: Image.Image, form: str = "png") -> str:
-    """Encode an image as data URL."""
+    """Encode an image in the size that the browser shows as data URL."""
     content = io.BytesIO()
-    image.save(content, form)
+    display_copy(image).save(content, form)
     return f"data:image/{form};base64," + base64.b64encode(content.getvalue()).decode()
 
 

@@ -15,7 +15,7 @@ from ldm import Editor
 from ldm.editing import cli
 from ldm.evaluation.benchmark import PROTOCOLS, BenchmarkConfig, edit_bench
 from ldm.evaluation.cocoee import Bench
-from ldm.web.service import Edited, EditService
+from ldm.web.service import Edited, EditService, Source
 
 SIZE = (96, 64)
 ID = "000000000001"
@@ -77,7 +77,7 @@ def by_benchmark(model: Path, folder: Path, out: Path) -> Path:
 
 
 def by_page(model: Path, folder: Path, out: Path) -> Path:
-    with closing(EditService(Editor.from_pretrained(model), out, checkpoint=model)) as service:
+    with closing(EditService(Editor.from_pretrained(model), out, source=Source(str(model)))) as service:
         *_, edited = service.edit(*files(folder), {"n_samples": 1})
     assert isinstance(edited, Edited)
     return edited.files[0]

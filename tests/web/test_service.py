@@ -20,18 +20,18 @@ from PIL import Image
 from ldm.editing.editor import Editor
 from ldm.editing.settings import OPTIONS
 from ldm.files import UserError
-from ldm.web.service import HOLE_PREFIX, Edited, EditService, Limits, Progress
-from tests.web.conftest import HOLE, QUICK, REPOSITORY, SlowEditor, changed, pixels, run_calls
+from ldm.web.service import HOLE_PREFIX, Edited, EditService, Limits, Progress, Source, check
+from tests.web.conftest import HOLE, LIMITS, QUICK, REPOSITORY, SlowEditor, changed, pixels, run_calls
 
 
 @pytest.fixture
 def service(editor: Editor, tiny_folder: Path, tmp_path: Path) -> EditService:
-    return make_service(editor, tmp_path / "edits", checkpoint=tiny_folder)
+    return make_service(editor, tmp_path / "edits", source=Source(str(tiny_folder)))
 
 
-def make_service(editor: Editor, folder: Path, limits: Limits | None = None, **source: Any) -> EditService:
+def make_service(editor: Editor, folder: Path, limits: Limits = LIMITS, **options: Any) -> EditService:
     folder.mkdir()
-    return EditService(editor, folder, limits, **source)
+    return EditService(editor, folder, limits, **options)
 
 
 def edit(service: EditService, files: dict[str, Path], **values: Any) -> Edited:
@@ -63,7 +63,7 @@ def record(path: Path) -> dict[str, Any]:
     ],
 )
 def test_settings_take_their_type(service: EditService, name: str, value: Any, expected: Any) -> None:
-    got = service.settings[name].check(value)
+    got = check(name, value, service.settings[name])
     assert got == expected and type(got) is type(expected)
 
 
@@ -91,16 +91,16 @@ def test_settings_take_their_type(service: EditService, name: str, value: Any, e
 )
 def test_settings_out_of_bounds(service: EditService, name: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"{name}: got {re.escape(repr(value)[:80])}") as caught:
-        service.settings[name].check(value)
+        check(name, value, service.settings[name])
     assert len(str(caught.value)) < 200
 
 
 def test_settings_are_those_with_a_label(service: EditService) -> None:
     prompts = {"prompt", "negative_prompt"}  # for models that read text
     assert service.settings.keys() == {name for name, option in OPTIONS.items() if option.label} - prompts
-    assert service.settings["crop_margin"].default == service.editor.model.config.crop_margin
-    for setting in service.settings.values():
-        setting.check(setting.default)
+    assert service.settings["crop_margin"]["default"] == service.editor.model.config.crop_margin
+    for name, schema in service.settings.items():
+        check(name, schema["default"], schema)
 
 
 # ---- uploads ----
@@ -135,7 +135,7 @@ def test_large_uploads(editor: Editor, tmp_path: Path, size: tuple[int, int], pi
     exact = make_service(editor, tmp_path / "exact", Limits(pixels=max(size[0] * size[1], max(size) ** 2 // 4)))
     assert exact.open_upload(tmp_path / "photo.png").size == size
     service = make_service(editor, tmp_path / "edits", Limits(pixels=pixels))
-    with pytest.raises(UserError, match=rf"photo\.png: {size[0]} x {size[1]}, .* {service.limits.longest_side}"):
+    with pytest.raises(UserError, match=rf"photo\.png: {size[0]} x {size[1]}, .* {int(2 * pixels**0.5)};"):
         service.open_upload(tmp_path / "photo.png")
 
 
@@ -158,9 +158,7 @@ def test_uploads_that_were_removed(service: EditService, tmp_path: Path) -> None
         service.open_upload(tmp_path / "scene.png")
 
 
-@pytest.mark.parametrize(
-    "drawn", [None, {"path": "/etc/passwd"}, "/etc/passwd", HOLE_PREFIX + "%%%", HOLE_PREFIX + "A" * 2**20]
-)
+@pytest.mark.parametrize("drawn", [None, {"path": "/etc/passwd"}, "/etc/passwd", HOLE_PREFIX + "A" * 2**20])
 def test_bad_holes(editor: Editor, tmp_path: Path, drawn: Any) -> None:
     service = make_service(editor, tmp_path / "edits", Limits(megabytes=1))
     with pytest.raises(UserError, match="hole"):
@@ -221,9 +219,6 @@ def test_refusals(service: EditService, files: dict[str, Path], tmp_path: Path) 
     for changes, values, message in (
         ({"mask": black}, {}, r"^black\.png: "),
         ({"mask": tall}, {}, "60 x 90, the scene 90 x 60"),
-        ({"exemplar": None}, {}, "exemplar"),
-        ({}, {"colour": 1}, "the setting colour"),
-        ({}, {"guidance_interval": [0, 1]}, "the setting guidance_interval"),
         ({}, {"num_steps": 251}, "num_steps: got 251"),
     ):
         with pytest.raises(UserError, match=message):
@@ -331,7 +326,7 @@ def test_the_calls_repeat_the_edit(
 ) -> None:
     folder = files["scene"].parent
     if values:
-        service.watermark = "mine"
+        service.source = Source(service.source.checkpoint, watermark="mine")
         for name in ("scene", "mask"):
             with Image.open(files[name]) as image:
                 image.resize((360, 240)).save(files[name])
@@ -366,7 +361,8 @@ def test_the_calls_tell_the_files_apart(
 @pytest.mark.slow
 def test_text_in_place_of_an_exemplar(text_folder: Path, tmp_path: Path, files: dict[str, Path]) -> None:
     """With a model that reads text only, and a prompt that starts like an option."""
-    service = make_service(Editor.from_pretrained(text_folder), tmp_path / "edits", checkpoint=text_folder)
+    source = Source(str(text_folder))
+    service = make_service(Editor.from_pretrained(text_folder), tmp_path / "edits", source=source)
     exemplar = files.pop("exemplar")
     edited = edit(service, files, prompt="--a 'red' car", num_steps=3)
     other = edit(service, files, prompt="a dog", num_steps=3)
@@ -382,13 +378,11 @@ def test_text_in_place_of_an_exemplar(text_folder: Path, tmp_path: Path, files: 
 
 
 def test_calls_name_model_filter_and_watermark(editor: Editor, tmp_path: Path, files: dict[str, Path]) -> None:
-    model, config, decoder = Path("my model.ckpt"), Path("v1.yaml"), Path("vae")
     for name in ("scene", "mask"):
         with Image.open(files[name]) as image:
             image.resize((360, 240)).save(files[name])
-    source: dict[str, Any] = dict(config=config, decoder=decoder, safety="checker", watermark="mine")
-    service = EditService(editor, tmp_path, **source)
-    service.checkpoint = model
+    service = EditService(editor, tmp_path)
+    service.source = Source("my model.ckpt", "v1.yaml", "vae", "checker", "mine")
     edited = edit(service, files, whole_image=True, match_colors=False)
     assert "feather" not in edited.python + edited.shell
     assert "Editor.from_pretrained('my model.ckpt', config='v1.yaml', decoder='vae')" in edited.python
