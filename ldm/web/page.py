@@ -1,7 +1,4 @@
-"""The page in a browser and the API beside it: a layout over `service` with Gradio.
-
-Gradio reads the annotations of event handlers, so they are evaluated here and not postponed.
-"""
+"""The page in a browser and the API beside it: a layout over `service` with Gradio, which evaluates annotations."""
 
 import base64
 import inspect
@@ -38,9 +35,9 @@ AT_ONCE: dict[str, Any] = dict(queue=False, **PRIVATE)
 ON_MODEL: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
 THUMBNAILS: dict[str, Any] = dict(height="auto", allow_preview=False, interactive=False, show_label=False, buttons=[])
 CODE: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
-LAUNCH: dict[str, Any] = dict(footer_links=["api"], prevent_thread_lock=True, quiet=True) | dict.fromkeys(
-    ("share", "ssr_mode", "mcp_server", "run_history", "enable_monitoring"), False
-)
+LAUNCH: dict[str, Any] = dict(footer_links=["api"], prevent_thread_lock=True, quiet=True)
+LAUNCH |= dict.fromkeys(("share", "ssr_mode", "mcp_server", "run_history", "enable_monitoring"), False)
+LAUNCH["theme"] = Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
 
 
 @contextmanager
@@ -56,10 +53,7 @@ def serving(
     Args:
         make_service: makes the service from a folder for its files.
         port: None takes the first free one from 7860 on.
-        auth: user and password to ask for; None asks for none.
-
-    Raises:
-        OSError: the address is taken or not this machine's.
+        auth: user and password to ask for.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also for Gradio's parts that do not know the page's setting
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio looks for new versions of itself at each start
@@ -68,16 +62,11 @@ def serving(
         with closing(make_service(Path(folder))) as service:
             page = Page(service).blocks
             page.queue(max_size=service.limits.waiting, api_open=False)
-            theme = Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
-            look = dict(theme=theme, css=(HERE / "page.css").read_text(encoding="utf-8"))
-            size = service.limits.megabytes * 2**20
+            options = LAUNCH | dict(css=(HERE / "page.css").read_text(), max_file_size=service.limits.megabytes * 2**20)
             try:
-                _, url, _ = page.launch(
-                    server_name=host, server_port=port, auth=auth, max_file_size=size, **look, **LAUNCH
-                )
+                _, url, _ = page.launch(server_name=host, server_port=port, auth=auth, **options)
             except OSError:
-                where = f"{host}:{port or '7860 to 7959'}"
-                raise OSError(f"{where}: taken, or not an address of this machine; see --port") from None
+                raise OSError(f"{host}:{port or '7860 to 7959'}: taken or not this machine's; see --port") from None
             stopped = threading.Event()
             spared = set(service.folder.rglob("*"))  # the page's own images stay
 
@@ -101,37 +90,31 @@ class Page:
         model = service.editor.model
         self.reads_exemplars, self.reads_text = model.reads_exemplars, model.reads_text
         with gr.Blocks(title="Paint by Example", analytics_enabled=False) as self.blocks:
-            gr.Markdown(INTRODUCTION.format(condition=self.by_condition("show", "say")))
+            condition = " and ".join(["show"] * self.reads_exemplars + ["say"] * self.reads_text)
+            gr.Markdown(INTRODUCTION.format(condition=condition))
             with gr.Row():
                 with gr.Column(scale=3):
-                    prompts = self.add_inputs()
+                    self.add_inputs()
                 with gr.Column(scale=2):
                     self.add_outputs()
             with gr.Accordion("Settings"), gr.Row(elem_id="settings"):
-                others = {
-                    name: control(name, schema) for name, schema in service.settings.items() if name not in prompts
-                }
-            self.controls = [(prompts | others)[name] for name in service.settings]
+                rest = [(name, schema) for name, schema in service.settings.items() if name not in self.controls]
+                self.controls |= {name: control(name, schema) for name, schema in rest}
             with gr.Accordion("The same call in Python and shell", open=False, elem_id="calls"):
                 gr.Markdown("Run it in a folder that holds the images and the mask under the names used here.")
                 with gr.Row():
                     self.python = gr.Code(label="Python", language="python", elem_id="python", **CODE)
                     self.shell = gr.Code(label="Shell", language="shell", elem_id="shell", **CODE)
-            self.connect_inputs()
-            self.connect_run()
+            self.connect()
             add_api(service)
 
-    def by_condition(self, exemplar: str, prompt: str) -> str:
-        return " and ".join([exemplar] * self.reads_exemplars + [prompt] * self.reads_text)
-
-    def add_inputs(self) -> dict[str, Component]:
-        """Add the places for scene, prompts, exemplar and examples; return the controls of the prompts."""
+    def add_inputs(self) -> None:
         megabytes, settings = self.service.limits.megabytes, self.service.settings.items()
         self.files = {part: gr.State() for part in ("scene", "exemplar")}
         gr.Markdown("### Scene")
         self.scene = image_field("scene", megabytes, painted=True)
         with gr.Row(visible=self.reads_text):
-            prompts = {name: control(name, schema) for name, schema in settings if "maxLength" in schema}
+            self.controls = {name: control(name, schema) for name, schema in settings if "maxLength" in schema}
         with gr.Row():
             with gr.Column(visible=self.reads_exemplars):
                 gr.Markdown("### Exemplar")
@@ -139,47 +122,34 @@ class Page:
             with gr.Column(visible=bool(self.examples)):
                 gr.Markdown("### Examples")
                 tiles = [example_tile(folder) for folder in self.examples]
-                self.gallery_of_examples = gr.Gallery(tiles, columns=2, elem_id="examples", format="jpeg", **THUMBNAILS)
-        return prompts
+                self.tiles = gr.Gallery(tiles, columns=2, elem_id="examples", format="jpeg", **THUMBNAILS)
 
     def add_outputs(self) -> None:
-        """Add buttons, progress, comparison, candidates and downloads."""
         self.results = gr.State()  # the scene that was edited and the candidates
         with gr.Row():
             self.run = gr.Button("Run", variant="primary", elem_id="run")
             self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
-        condition = self.by_condition("choose an exemplar", "write a prompt")
-        self.status = gr.HTML(f"Paint the hole, {condition}, run.", elem_id="status")
+        condition = ["choose an exemplar"] * self.reads_exemplars + ["write a prompt"] * self.reads_text
+        self.status = gr.HTML(f"Paint the hole, {' and '.join(condition)}, run.", elem_id="status")
         self.slider = gr.ImageSlider(label="Before and after", format="png", interactive=False, elem_id="slider")
         self.gallery = gr.Gallery(columns=4, elem_id="candidates", visible=False, **THUMBNAILS)
         with gr.Row():
             self.download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
             self.hole_mask = gr.DownloadButton("Download the mask", visible=False, elem_id="download-mask")
 
-    def connect_inputs(self) -> None:
-        """Connect uploads and examples with the places that show them."""
+    def connect(self) -> None:
         for part, field in (("scene", self.scene), ("exemplar", self.exemplar)):
             with gr.Column(elem_id=f"upload-{part}"):
                 upload = gr.UploadButton()
             upload.upload(self.take_upload, upload, [self.files[part], field], **PRIVATE)
-        fields = [*self.files.values(), self.scene, self.exemplar]
-        self.gallery_of_examples.select(self.show_example, None, fields, **PRIVATE)
-
-    def connect_run(self) -> None:
-        """Connect the buttons with the edit and its results."""
+        self.tiles.select(self.show_example, None, [*self.files.values(), self.scene, self.exemplar], **PRIVATE)
         # one after the other: an edit that fails at once must not be overtaken by the buttons' first change
-        inputs = [self.files["scene"], self.scene, self.files["exemplar"], *self.controls]
+        inputs = [self.files["scene"], self.scene, self.files["exemplar"], *self.controls.values()]
         outputs = [self.status, self.results, self.gallery, self.slider, self.download, self.hole_mask]
         outputs += [self.python, self.shell, self.run, self.cancel]
-        painting = self.run.click(self.begin, [*self.files.values()], [self.run, self.cancel], **AT_ONCE).then(
-            self.paint,
-            inputs,
-            outputs,
-            api_visibility="private",
-            show_progress="minimal",
-            show_progress_on=self.status,
-            **ON_MODEL,
-        )
+        shown: dict[str, Any] = dict(api_visibility="private", show_progress="minimal", show_progress_on=self.status)
+        click = self.run.click(self.begin, [*self.files.values()], [self.run, self.cancel], **AT_ONCE)
+        painting = click.then(self.paint, inputs, outputs, **shown, **ON_MODEL)
         # Gradio reports a cancelled edit as failed when the server has ended it, and drops clicks on Run until then
         painting.failure(self.stop, None, [self.status, self.run, self.cancel], **AT_ONCE)
         self.cancel.click(None, cancels=[painting])
@@ -191,12 +161,9 @@ class Page:
 
     def show_example(self, event: gr.SelectData) -> tuple[str, str | None, Any, Any]:
         scene, mask, exemplar = (self.examples[event.index] / f"{part}.png" for part in EXAMPLE_PARTS)
-        return (
-            str(scene),
-            str(exemplar) if self.reads_exemplars else None,
-            gr.HTML(picture=data_url(open_image(scene)), value=data_url(as_hole(mask))),
-            gr.HTML(picture=data_url(open_image(exemplar)), value=None),
-        )
+        painted = gr.HTML(picture=data_url(open_image(scene)), value=data_url(as_hole(mask)))
+        plain = gr.HTML(picture=data_url(open_image(exemplar)), value=None)
+        return str(scene), str(exemplar) if self.reads_exemplars else None, painted, plain
 
     def buttons(self, is_running: bool) -> dict:
         return {self.run: gr.Button(interactive=not is_running), self.cancel: gr.Button(interactive=is_running)}
@@ -215,7 +182,7 @@ class Page:
                 needed = "a scene and an exemplar" if self.reads_exemplars else "a scene"
                 raise ValueError(f"{needed} needed; drop them here, or pick an example")
             files = Path(scene), self.service.save_hole(hole), Path(exemplar) if exemplar else None
-            settings = dict(zip(self.service.settings, values, strict=True))
+            settings = dict(zip(self.controls, values, strict=True))
             with closing(self.service.edit(*files, settings)) as work:
                 for event in work:
                     yield self.finish(event, scene) if isinstance(event, Edited) else {self.status: progress_bar(event)}
@@ -235,8 +202,8 @@ class Page:
         }
 
     def show_result(self, scene: str, result: str) -> dict:
-        before, after = (display_copy(self.service.open_upload(path)) for path in (scene, result))
-        return {self.slider: (before, after), self.download: gr.DownloadButton(value=result, visible=True)}
+        pair = tuple(display_copy(self.service.open_upload(path)) for path in (scene, result))
+        return {self.slider: pair, self.download: gr.DownloadButton(value=result, visible=True)}
 
     def choose(self, event: gr.SelectData, results: list[str]) -> dict:
         with plain_errors():
@@ -259,18 +226,16 @@ def add_api(service: EditService) -> None:
             for name, value in zip(names, sent, strict=False):
                 if is_file_obj_with_meta(value):  # an upload: Gradio has checked that it is one
                     files[name] = Path(value["path"])
-                elif not (value is None and name == "exemplar" and model.reads_text):
-                    raise ValueError(
-                        f"{name}: got {'nothing' if value is None else repr(value)[:80]}; send an image file"
-                    )
+                elif value is not None or name != "exemplar" or not model.reads_text:
+                    raise ValueError(f"{name}: got {value!r:.80}; send an image file")
             settings = dict(zip(service.settings, sent[len(names) :], strict=True))
             *_, edited = service.edit(*files.values(), settings)
         return [str(path) for path in edited.files], edited.python, edited.shell
 
-    # Gradio names an endpoint's keywords after the function's.
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind) for name in (*names, *service.settings)]
-    edit.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in (*names, *service.settings)
+    ]
+    edit.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]: Gradio reads it
     gr.Button(visible=False).click(edit, inputs, outputs, api_name="edit", show_progress="hidden", **ON_MODEL)
 
 
@@ -284,9 +249,8 @@ def image_field(part: str, megabytes: int, *, painted: bool) -> gr.HTML:
 
 def control(name: str, schema: Mapping[str, Any]) -> Component:
     """Make the control of a setting from its JSON schema."""
-    common: dict[str, Any] = dict(
-        value=schema["default"], label=schema["title"], info=schema["description"], elem_id=name, min_width=240
-    )
+    common: dict[str, Any] = dict(value=schema["default"], label=schema["title"], elem_id=name, min_width=240)
+    common["info"] = schema["description"]
     if schema["type"] == "boolean":
         return gr.Checkbox(**common)
     if "enum" in schema:
@@ -300,7 +264,7 @@ def control(name: str, schema: Mapping[str, Any]) -> Component:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Show errors about a request to its user, in one line; other errors end in the server's log only."""
+    """Show errors about a request to its user, in one line; others end in the server's log only."""
     try:
         yield
     except ValueError as error:
@@ -315,7 +279,7 @@ def progress_bar(progress: Progress) -> str:
 
 
 def display_copy(image: Image.Image) -> Image.Image:
-    """Return a copy that is no longer than what the browser shows."""
+    """Return a copy in the size that the browser shows."""
     copy = image.copy()
     copy.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
     return copy

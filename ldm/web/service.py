@@ -66,10 +66,9 @@ class Source:
 
 
 def offered_settings(model: LatentDiffusion, samples: int) -> dict[str, dict[str, Any]]:
-    """Return JSON schemas of the settings that a model can use, in the page's order; at most `samples` candidates.
+    """Return JSON schemas of the settings that a model can use, with definite defaults and the page's bounds.
 
-    The defaults are definite and the bounds narrower than those of `EditSettings`. A minimum below the setting's own
-    stands for None, automatic, because sliders cannot be empty; `step` is the slider's.
+    A minimum below the setting's own stands for None, automatic, because sliders cannot be empty.
     """
     defaults = DEFAULTS | dict.fromkeys(PROMPTS, "") | {"n_samples": min(2, samples), "num_steps": EditSettings().steps}
     defaults["crop_margin"] = float(model.config.crop_margin)
@@ -164,11 +163,7 @@ class EditService:
     ) -> Generator[Progress | Edited, None, None]:
         """Edit uploads; yield the progress after each step, and the result. Closing the generator ends the edit.
 
-        The mask may be smaller than the scene, with the same aspect ratio. The page's defaults stand for settings that
-        `values` leaves out.
-
-        Raises:
-            UserError: an input is unusable, the time is up, memory runs out, or the filter flags all candidates.
+        The mask may be smaller than the scene. The page's defaults stand for settings that `values` leaves out.
         """
         offers = self.settings.items()
         checked = {name: check(name, values.get(name, offer["default"]), offer) for name, offer in offers}
@@ -196,8 +191,8 @@ class EditService:
         image, hole = self.open_upload(scene, open_upright), self.open_upload(hole_mask, as_hole)
         reference = exemplar and self.open_upload(exemplar, open_upright)
         if abs(hole.width * image.height - hole.height * image.width) > sum(image.size):  # beyond rounding
-            sizes = f"{hole.width} x {hole.height}, the scene {image.width} x {image.height}"
-            raise UserError(f"the mask is {sizes}; give a mask of the scene's size")
+            size = f"{image.width} x {image.height}"
+            raise UserError(f"the mask is {hole.width} x {hole.height}, the scene {size}; give a mask of its size")
         if hole.size != image.size:  # drawn on a smaller copy of a large scene
             hole = hole.resize(image.size, Image.Resampling.NEAREST)
         return make_request(image, reference, settings, mask=hole)
@@ -312,7 +307,7 @@ class EditService:
 def call_names(scene: Path, hole_mask: Path, exemplar: Path | None) -> dict[str, str]:
     """Return the file names in the calls as text: the uploads' own, or scene, mask and exemplar if they clash.
 
-    Browsers call every pasted image image.png. A name that begins with a hyphen would be taken for an option.
+    Browsers call every pasted image image.png, and a name that begins with a hyphen would be an option.
     """
     files = {"image": scene, "mask": hole_mask} | ({"reference": exemplar} if exemplar else {})
     names = {file.name.casefold() for file in files.values()}

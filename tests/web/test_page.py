@@ -96,7 +96,7 @@ def test_api_errors_are_one_line(client: Any, files: dict[str, Path]) -> None:
         ({}, {"guidance_scale": [1]}, "guidance_scale: got [1]"),
         ({}, {"sampler": "euler"}, "sampler: got 'euler'"),
         ({}, {"whole_image": "no"}, "whole_image: got 'no'"),
-        ({}, {"scene": None}, "scene: got nothing"),
+        ({}, {"scene": None}, "scene: got None"),
         ({}, {"scene": 3}, "scene: got 3"),
         ({}, {"hole_mask": "/etc/hostname"}, "hole_mask: got '/etc/hostname'"),
         ({}, {"exemplar": {"path": "/etc/hostname"}}, "exemplar: got {'path': '/etc/hostname'}"),
