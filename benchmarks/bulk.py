@@ -1,9 +1,10 @@
-"""Edits per second of many rows at once, against one process per row; and memory over a thousand rows.
+"""Measure edits per second of a job table against one process per row, and memory over a thousand rows.
 
     python benchmarks/bulk.py
     python benchmarks/bulk.py --config configs/v1.yaml --checkpoint model.ckpt --bench test_bench --device cuda
 
-Rows are items of a bench, again and again with further seeds. Each figure is of a process of its own, with its start.
+The rows repeat the items of a benchmark with further seeds. Each figure is measured in its own process and includes
+start-up.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def timed(*words: str) -> tuple[float, float]:
-    """Seconds of an `inference.py`, and the MiB that it had at most."""
+    """Run `inference.py`; return its seconds and its peak memory in MiB."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "inference.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -46,7 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=96, help="default: %(default)s")
     parser.add_argument(
-        "--long", type=int, default=1000, metavar="ROWS", help="of the memory's figure; 0: leave it out"
+        "--long", type=int, default=1000, metavar="ROWS", help="rows of the memory measurement; 0 skips it"
     )
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -73,7 +74,7 @@ def main() -> None:
         scene, mask, exemplar = map(str, (path.absolute() for path in bench.paths(bench.ids[0])))
         files = ["--image", scene, "--mask", mask, "--reference", exemplar, "--outdir", str(folder / "one")]
         seconds, memory = min(timed(*files, "--steps", "20", *model) for _ in range(2))
-        table.add_row("1", "a process each", "20", f"{seconds:.1f}", f"{1 / seconds:.2f}", f"{memory:.0f}")
+        table.add_row("1", "one process each", "20", f"{seconds:.1f}", f"{1 / seconds:.2f}", f"{memory:.0f}")
         for batch in (1, 4, 16):
             add(args.rows, batch, 20)
         if args.long:

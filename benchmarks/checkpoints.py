@@ -1,4 +1,4 @@
-"""Memory and time of the checkpoint tools on full-size files, whose weights are a function of their names.
+"""Measure memory and time of the checkpoint tools on full-size files, whose weights are a function of their names.
 
     python benchmarks/checkpoints.py FOLDER              # float32: FOLDER needs 22 GB
     python benchmarks/checkpoints.py FOLDER --dtype float16
@@ -50,7 +50,7 @@ def write_procedural(path: Path, dtype: torch.dtype) -> None:
 
 
 def write_scaled(path: Path, state: dict[str, Tensor], factor: float, dtype: torch.dtype) -> None:
-    """Write another model: every weight of this one times a factor."""
+    """Write a model whose weights are this one's times a factor."""
     scaled = {name for name, tensor in state.items() if tensor.is_floating_point() and name not in SCHEDULE_BUFFERS}
     layout = {name: tensor.to("meta", dtype) if name in scaled else tensor for name, tensor in state.items()}
     pieces = ((n, (factor * t.float()).to(dtype) if n in scaled else t) for n, t in state.items())
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     args = parser.parse_args()
-    sys.path.append(str(ROOT))  # for tests.procweights: of a script only its own folder is on the path
+    sys.path.append(str(ROOT))  # for tests.procweights; Python adds only the script's own folder
     folder: Path = args.folder.resolve()
     folder.mkdir(parents=True)
     make_inputs(folder, getattr(torch, args.dtype))

@@ -1,10 +1,10 @@
-"""What decoders make of true pictures, of which all but a hole is known: no sampling, only encoding and decoding.
+"""Compare decoders by encoding and decoding real images, without sampling; all pixels but the hole's are known.
 
     python benchmarks/decoders.py --decoder pretrained_models/mini/decoder.safetensors
 
-Each item of the bench is cropped as for editing, encoded (the posterior is drawn, as in editing) and decoded: by the
-model's own decoder, by the other one told nothing, and told everything but the hole. At the model's size, in grey
-levels 0 to 255; the seam is the mean step across the hole's edge, where the scene's own is the one to have.
+Each item of the benchmark is cropped and encoded as for editing (the posterior is sampled) and decoded by the model's
+own decoder, and by the other one without and with the known pixels. Errors are grey levels, 0 to 255, at the model's
+size. The seam is the mean step across the hole's edge; ideally it equals the scene's own.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ def main() -> None:
         fitted = fit_scene(item.scene, item.hole_mask, config.image_size, crop_margin=config.crop_margin)
         image, keep_mask = fitted.image.to(editor.device), fitted.keep_mask.to(editor.device)
         z = model.encode_image(image, torch.Generator().manual_seed(number)) / config.scale_factor
-        ways = {"own": own.decode(z), "told nothing": other.decode(z), "told": other.decode(z, image, keep_mask)}
+        ways = {
+            "own": own.decode(z),
+            "other, hole unknown": other.decode(z),
+            "other, pixels known": other.decode(z, image, keep_mask),
+        }
         scene, hole = tensor_to_pil(fitted.image[0]), tensor_to_pil(1 - 2 * fitted.keep_mask[0].expand(3, -1, -1))
         hole = hole.convert("L")
         for way, pixels in {"(the scene)": image, **ways}.items():
@@ -61,7 +65,7 @@ def main() -> None:
             row = (kept.max_abs, float(difference), kept.psnr, kept.ssim, inside.psnr, seam(result, scene, hole).jump)
             rows.setdefault(way, []).append(row)
     header = ["kept: max |Δ|", "mean |Δ|", "PSNR, dB", "SSIM", "hole: PSNR, dB", "seam"]
-    table = Table("decoder", *header, title=f"{len(items)} true scenes, encoded and decoded")
+    table = Table("decoder", *header, title=f"{len(items)} real scenes, encoded and decoded")
     for way, values in rows.items():
         table.add_row(way, *(f"{value:.3g}" for value in np.nanmean(np.array(values), axis=0)))
     Console().print(table)

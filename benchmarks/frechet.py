@@ -1,10 +1,10 @@
-"""Fréchet distance: time and memory against the usual way, which keeps all features and takes a matrix root.
+"""Measure time and memory of the Fréchet distance against the usual way, which keeps all features.
 
-    python benchmarks/frechet.py                    # 5,000 and 40,000 pictures of 512 features
-    python benchmarks/frechet.py --pictures         # the same through picture files and the feature stream
+    python benchmarks/frechet.py                    # 5,000 and 40,000 images of 512 features
+    python benchmarks/frechet.py --pictures         # also from image files through the feature stream
 
-The usual way is NumPy's covariance of all features and SciPy's `sqrtm`, run beside ours in the same process on the same
-features. With --pictures a small stand-in takes the network's place: memory is that of reading, not of a network.
+The usual way is NumPy's covariance of all features and SciPy's `sqrtm`, on the same features as ours. With --pictures a
+small network replaces the real one, to measure the memory of reading, not of a network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHUNK = 500
 
 
 def chunks(count: int, seed: int) -> Iterator[np.ndarray]:
-    """Features of `count` pictures, never all at once."""
+    """Yield the features of `count` images in chunks."""
     mixing = np.random.default_rng(0).normal(size=(DIM, DIM)).astype(np.float32) / DIM**0.5
     rng = np.random.default_rng(seed)
     for start in range(0, count, CHUNK):
@@ -52,7 +52,7 @@ def usual(count: int) -> float:
 
 
 def pictures(count: int) -> float:
-    """Statistics of picture files, as `scripts/evaluate.py --real FOLDER` takes them; the distance to themselves."""
+    """Return the distance of image files to themselves, with statistics as `scripts/evaluate.py --real FOLDER`."""
     import torch
     from PIL import Image
 
@@ -78,7 +78,7 @@ WAYS = {"ours": ours, "usual": usual, "pictures": pictures}
 
 
 def measured(way: str, count: int) -> tuple[float, float, float]:
-    """Distance, seconds and peak MiB of one way, in a process of its own."""
+    """Measure distance, seconds and peak MiB of one way in its own process."""
     command = [sys.executable, __file__, "--way", way, "--count", str(count)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     distance, seconds, peak = map(float, done.stdout.split())
@@ -88,7 +88,7 @@ def measured(way: str, count: int) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[5000, 40000], metavar="N", help="default: 5000 40000")
-    parser.add_argument("--pictures", action="store_true", help="read picture files too")
+    parser.add_argument("--pictures", action="store_true", help="also read image files")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -107,7 +107,7 @@ def main() -> None:
         )
         if args.pictures:
             _, seconds, peak = measured("pictures", count)
-            print(f"{count:6} picture files, streamed: {seconds:.0f} s, peak {peak:.0f} MiB")
+            print(f"{count:6} image files, streamed: {seconds:.0f} s, peak {peak:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Opening a dataset of Open Images' size: 1.7 million images, 14.6 million boxes.
+"""Measure how a dataset of Open Images' size opens: 1.7 million images, 14.6 million boxes.
 
     python benchmarks/index.py
 
-Writes a synthetic index, then opens it in fresh processes and reads entries at random: seconds and peak memory, beside
-those of a process that imports the same modules and opens nothing.
+Writes a synthetic index, opens it in new processes and reads random entries. Reports seconds and peak memory, and the
+memory of a process that imports the same modules without opening an index.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
             got = measure(str(path))
             print(
                 f"opened in {got['seconds'] * 1000:.1f} ms; after 10,000 entries ({got['entries_per_s']:,.0f}/s) "
-                f"peak {got['peak']:.0f} MiB, of its own {got['private']:.0f} MiB; without an index {bare['peak']:.0f} "
+                f"peak {got['peak']:.0f} MiB, private {got['private']:.0f} MiB; without an index {bare['peak']:.0f} "
                 f"and {bare['private']:.0f} MiB"
             )
 

@@ -1,10 +1,11 @@
-"""How much of inpainting the input conv alone learns, in small: what docs/text.md does with Stable Diffusion.
+"""Measure how much of inpainting the input convolution alone learns: a small version of docs/text.md.
 
     python benchmarks/input_conv.py --out /tmp/input-conv
 
-Coloured shapes on blurred colours, 64 px, first stage of the bundled model. A text-to-image model (it sees x_t alone)
-is trained on them, inflated, and trained further for as many steps in each of the ways of `training.trainable`. The
-table has each one's error of prediction on validation pictures, with the same noise, in the hole and outside of it.
+The data are coloured shapes on blurred colours, 64 px, encoded by the bundled model's first stage. A text-to-image
+model, which reads x_t alone, is trained on them, inflated, and fine-tuned for equally many steps with each value of
+`training.trainable`. The table lists the prediction errors on validation images, with equal noise, in and outside the
+hole.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CHANNELS = ["x_t", "hole_mask", "z_masked"]
 
 
 def make_pictures(root: Path) -> None:
-    """Open Images' layout: a shape on each picture, its box, and what it is called."""
+    """Write images with a shape each, its box and its class name, in Open Images' layout."""
     rng, names = np.random.default_rng(0), [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     (root / "annotations").mkdir(parents=True)
     for split, count in (("train", 600), ("validation", 128)):
@@ -66,7 +67,7 @@ def make_pictures(root: Path) -> None:
 
 
 def make_start(out: Path, base: Config) -> None:
-    """A tokenizer of letters, and random weights but for the bundled first stage."""
+    """Write a tokenizer of letters, and a checkpoint with random weights and the bundled first stage."""
     (out / "tokenizer").mkdir()
     words = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
     words += ["<|startoftext|>", "<|endoftext|>"]
@@ -80,7 +81,7 @@ def make_start(out: Path, base: Config) -> None:
 
 
 def settings(out: Path, batch_size: int) -> dict[str, object]:
-    """Of the text-to-image model."""
+    """Return the config of the text-to-image model."""
     mini = load_config(BUNDLED_MODEL / "config.yaml").model
     model = OmegaConf.to_container(OmegaConf.structured(mini))
     assert isinstance(model, dict)
@@ -104,7 +105,7 @@ def settings(out: Path, batch_size: int) -> dict[str, object]:
 
 @torch.no_grad()
 def errors(config: Config, checkpoint: Path) -> tuple[float, float]:
-    """Mean squared errors in the hole and outside of it, over the validation pictures, four draws of noise for each."""
+    """Return mean squared errors in and outside the hole, over four draws of noise for each validation image."""
     module = DiffusionTraining(config).eval()
     load_weights(module, read_checkpoint(checkpoint), str(checkpoint), dtype=torch.float32)
     alphas_cumprod, sums = module.ac, np.zeros(4)
@@ -116,8 +117,8 @@ def errors(config: Config, checkpoint: Path) -> tuple[float, float]:
             t = torch.stack([torch.randint(1000, (), generator=g) for g in generators])
             eps = torch.stack([torch.randn(z_0.shape[1:], generator=g) for g in generators])
             x = module.unet_input(q_sample(z_0, t, eps, alphas_cumprod), z_masked, batch["keep_mask"])
-            wanted = target(z_0, eps, t, module.config.parameterization, alphas_cumprod)
-            error = (module.unet(x, t, context) - wanted).square()
+            expected = target(z_0, eps, t, module.config.parameterization, alphas_cumprod)
+            error = (module.unet(x, t, context) - expected).square()
             hole = latent_hole(batch["keep_mask"], z_0).expand_as(error)
             sums += [float(part.sum()) for part in (error * hole, hole, error * (1 - hole), 1 - hole)]
     return sums[0] / sums[1], sums[2] / sums[3]
@@ -125,9 +126,9 @@ def errors(config: Config, checkpoint: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets pictures and runs; must be new")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for images and runs")
     parser.add_argument("--base-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=150, help="of each way; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=150, help="fine-tuning steps of each run; default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
     out: Path = args.out
@@ -147,11 +148,11 @@ def main() -> None:
     write_safetensors(inflated, inflate_input_conv(to_file_keys(read_checkpoint(base)), 17))
     change = {"model": {"input_channels": CHANNELS, "unet": {"in_channels": 17}}}
     after.write_text(OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.load(before), change)))
-    rows = {"none: inflated": inflated}
+    rows = {"nothing": inflated}
     for way in WAYS:
         overrides = (f"training.trainable={way}", f"trainer.max_steps={args.steps}")
         rows[way] = run(way, after, inflated, *overrides)
-    table = Table("trained further", "error in the hole", "outside")
+    table = Table("fine-tuned", "error in the hole", "outside")
     for name, checkpoint in rows.items():
         inside, outside = errors(load_config(after), checkpoint)
         table.add_row(name, f"{inside:.4f}", f"{outside:.4f}")

@@ -1,10 +1,10 @@
-"""Time, memory and changed pixels of edits in a photograph of 24 megapixels, beside one of 0.24.
+"""Measure time, memory and changed pixels of edits in photographs of 24 and 0.24 megapixels.
 
     python benchmarks/large_photo.py
     python benchmarks/large_photo.py --config configs/v1.yaml --checkpoint model.ckpt --device cuda --steps 50
 
-The photograph is an example of the bundled model, enlarged, with noise. Each row is an `inference.py` of its own, with
-its start, and without the grid; the files are JPEG and PNG, as people have them.
+The photograph is an enlarged example of the bundled model with noise. Each row is a run of `inference.py` without the
+grid, its start-up included; it reads JPEG and writes PNG.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HOLES = {"small": (2600, 1700, 3400, 2300), "large": (500, 300, 5500, 3700)}
 
 
 def photograph() -> Image.Image:
-    """(W, H) as SIZE, with detail down to a pixel."""
+    """Make an image of SIZE with detail down to single pixels."""
     picture = open_image(bundled_examples()[0] / "scene.png").resize(SIZE, Image.Resampling.BICUBIC)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 24, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
     return ImageChops.add(picture, noise)

@@ -1,12 +1,13 @@
-"""Training samples per second of one core, against the original's way of making them, in one run on the same files.
+"""Measure training samples per second of one core, against the original's method, on the same files.
 
     python benchmarks/loader.py                  200 JPEGs of 1024x768, samples of 512 px
     python benchmarks/loader.py --size 64 --exemplar-size 64     as for the bundled mini model
 
-The original's way, rebuilt from its description: the box from a text file; the photograph decoded once by Pillow and
-once by OpenCV, the exemplar cut from the latter; Compose, Resize 224, flip, rotation, blur and an elastic transform (an
-affine map and a displacement field from two Gaussian filters of sigma 50); the image and the mask as float tensors of
-full size, cropped, then resized; 28 ms a sample when the published code itself was timed on another machine.
+The original's method is rebuilt from its description: it reads the box from a text file; decodes the photograph once
+with Pillow and once with OpenCV, and cuts the exemplar from the latter; applies Compose, Resize 224, flip, rotation,
+blur and an elastic transform (an affine map and a displacement field from two Gaussian filters of sigma 50); converts
+image and mask to float tensors of full size, crops and then resizes them. The published code itself took 28 ms a sample
+on another machine.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from tqdm import tqdm
 from ldm.config import DataConfig
 from ldm.data.annotations import open_index
 from ldm.data.box_dataset import BoxDataset, SampleRecipe
+from ldm.images import CLIP_MEAN, CLIP_STD
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ELASTIC_SIGMA, ELASTIC_SHIFT = 50, 50
 
 
 def make_images(root: Path, count: int, size: tuple[int, int]) -> None:
-    """JPEGs of photographic weight (about 200 KB at 1024x768), with the text files of one to five boxes each."""
+    """Write JPEGs of a photograph's file size (about 200 KB at 1024x768), and text files of one to five boxes each."""
     images, boxes = root / "images" / "validation", root / "bbox" / "validation"
     images.mkdir(parents=True)
     boxes.mkdir(parents=True)
@@ -55,7 +56,7 @@ def make_images(root: Path, count: int, size: tuple[int, int]) -> None:
         (boxes / f"{i:016x}.txt").write_text("\n".join(lines) + "\n")
 
 
-# ---- the original's way ----
+# ---- the original's method ----
 
 
 class Original:
@@ -140,7 +141,7 @@ def _augmented(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _outline(box: tuple[int, int, int, int], grown: tuple[int, int, int, int]) -> list[tuple[float, float]]:
-    """Four quadratic Bezier curves through the box's corners, towards the grown box, 18 jittered points each."""
+    """Return four quadratic Bezier curves through the box's corners, towards the grown box, 18 jittered points each."""
     (x_0, y_0, x_1, y_1), (left, top, right, bottom) = box, grown
     corners = [(x_0, y_0), (x_1, y_0), (x_1, y_1), (x_0, y_1)]
     x_middle, y_middle = (x_0 + x_1) / 2, (y_0 + y_1) / 2
@@ -155,7 +156,7 @@ def _outline(box: tuple[int, int, int, int], grown: tuple[int, int, int, int]) -
 
 
 def _cropped(image: Tensor, mask: Tensor, grown: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """A square with the grown box from a landscape picture, where the original finds one."""
+    """Crop a landscape image to a square around the grown box, where the original finds one."""
     left, top, right, bottom = grown
     height, width = image.shape[1:]
     first, last = max(0, right - height), min(width, left + height) - height
@@ -171,7 +172,7 @@ def _cropped(image: Tensor, mask: Tensor, grown: tuple[int, int, int, int]) -> t
 
 
 def samples_per_second(get: Callable[[int], object], count: int, seconds: float, label: str) -> float:
-    """Of one process, over at least `seconds`."""
+    """Measure one process over at least `seconds`."""
     get(0)
     done, start = 0, time.perf_counter()
     with tqdm(desc=label, unit=" samples", leave=False) as bar:
@@ -188,9 +189,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", type=int, default=200)
-    add("--size", type=int, default=512, help="of the samples, pixels; default: %(default)s")
+    add("--size", type=int, default=512, help="side of the samples, pixels; default: %(default)s")
     add("--exemplar-size", type=int, default=224, help="pixels; default: %(default)s")
-    add("--seconds", type=float, default=10, help="of each of the six measurements; default: %(default)s")
+    add("--seconds", type=float, default=10, help="length of each of the six measurements; default: %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -202,12 +203,12 @@ def main() -> None:
         recipe = SampleRecipe(image_size=args.size, exemplar_size=args.exemplar_size)
         ours = BoxDataset(index, recipe)
         ratios = []
-        for k in range(3):  # in turns, so that what else the machine does meets both
-            theirs = samples_per_second(original.__getitem__, args.images, args.seconds, "the original's way")
+        for k in range(3):  # alternately, because other load on the machine varies
+            theirs = samples_per_second(original.__getitem__, args.images, args.seconds, "original")
             mine = samples_per_second(lambda i, k=k: ours[k, i], args.images, args.seconds, "ours")
             ratios.append(mine / theirs)
-            print(f"the original's way {theirs:6.1f} samples/s   ours {mine:6.1f} samples/s   ratio {ratios[-1]:.2f}")
-        print(f"ratio, median of 3: {sorted(ratios)[1]:.2f} ({args.size} px, one core, {os.cpu_count()} there)")
+            print(f"original {theirs:6.1f} samples/s   ours {mine:6.1f} samples/s   ratio {ratios[-1]:.2f}")
+        print(f"ratio, median of 3: {sorted(ratios)[1]:.2f} ({args.size} px, one of {os.cpu_count()} cores)")
 
 
 if __name__ == "__main__":

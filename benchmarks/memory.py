@@ -1,4 +1,4 @@
-"""What a training step of a config keeps in memory and computes, found out without any weights or GPU.
+"""Compute the memory and the operations of a training step of a config, without weights or a GPU.
 
     python benchmarks/memory.py                               configs/v1.yaml
     python benchmarks/memory.py configs/mini.yaml --batch-sizes 32 64
@@ -31,7 +31,7 @@ GIB = 2**30
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what autograd saves in a block, storages of parameters left out and every other one once."""
+    """Counts the bytes that autograd saves, without parameters and every storage once."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(self._pack, lambda x: x)
@@ -49,7 +49,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 def activations(config: Config, batch_size: int, *, checkpointing: bool) -> tuple[int, int]:
-    """Bytes that autograd keeps of the UNet's forward pass in float32: of all of it, and of its largest layer."""
+    """Return the bytes that autograd keeps of the UNet's float32 forward pass: in total, and of its largest layer."""
     config = copy.deepcopy(config)
     config.model.unet.activation_checkpointing = checkpointing
     with torch.device("meta"):
@@ -71,7 +71,7 @@ def activations(config: Config, batch_size: int, *, checkpointing: bool) -> tupl
 
 
 def operations(config: Config) -> dict[str, float]:
-    """1e12 floating-point operations for one sample, by part of a training step."""
+    """Return the TFLOP for one sample, by part of a training step."""
     side, exemplar = config.model.image_size, config.model.exemplar_encoder
     with torch.device("meta"):
         module = DiffusionTraining(config)
@@ -116,7 +116,7 @@ def main() -> None:
         state.add_row(name, f"{4 * count / GIB:.2f}")
     console = Console()
     console.print(state)
-    work = Table("part", "TFLOP per sample", title="operations; with cached latents the UNet's alone")
+    work = Table("part", "TFLOP per sample", title="operations; with cached latents only the UNet's")
     for name, count in operations(config).items():
         work.add_row(name, f"{count:.3g}")
     console.print(work)

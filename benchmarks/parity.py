@@ -1,10 +1,10 @@
-"""How far this project's numbers are from the published code's, and how far those are from exact arithmetic.
+"""Compare this project's numbers with the published code's, and those with exact arithmetic.
 
     python benchmarks/parity.py [--full] [--markdown]
 
 The reference's inputs and outputs are in `tests/golden/`: float32 on a CPU, with weights that are a function of their
-names. Everything is also computed here in float64; its distance from the reference is what the reference itself owes
-to float32, and no float32 implementation can be expected much closer to it than that.
+names. This script also computes everything in float64. Its distance from the reference is the reference's own rounding
+error; no float32 implementation can be expected to be much closer.
 
 `--full` adds the networks at full size (half a minute, 4 GB of memory).
 """
@@ -65,14 +65,14 @@ ETA_SEED = 123  # of the noise that DDIM with eta 1 adds
 
 
 class Trajectory(NamedTuple):
-    """What a run computes: x after every step and the predicted x_0, (steps, B, Z, h, w) each."""
+    """x after every step and the predicted x_0, (steps, B, Z, h, w) each."""
 
     x: Tensor
     x_0: Tensor
 
 
 class _Recorder:
-    """Keeps what a sampler reports after every step."""
+    """Keeps the results of a sampler's steps."""
 
     def __init__(self) -> None:
         self.x: list[Tensor] = []
@@ -87,7 +87,7 @@ class _Recorder:
 
 
 def trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run) -> Trajectory:
-    """A run of the reference, by the model's own `sample`."""
+    """Repeat a run of the reference with the model's own `sample`."""
     record = _Recorder()
     model.sample(
         model.c_concat(golden["sample/z_inpaint"], golden["sample/mask"]),
@@ -104,13 +104,13 @@ def trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run) -> T
 
 
 def expected_trajectory(golden: dict[str, Tensor], run: Run) -> Trajectory:
-    """The same run by the reference, which also records x_T; that is left out."""
+    """Return the reference's results, without x_T, which it also records."""
     return Trajectory(golden[f"sample/{run.name}/x_inter"][1:], golden[f"sample/{run.name}/pred_x0"][1:])
 
 
 @torch.no_grad()
 def exact_trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run) -> Trajectory:
-    """The same run in float64, by a model of that type; `sample` itself goes through float32."""
+    """Repeat the run in float64 with a float64 model; `LatentDiffusion.sample` would round to float32."""
     x_T, z_masked, mask, cond, null = (
         golden[f"sample/{name}"].double() for name in ("x_T", "z_inpaint", "mask", "cond", "uncond")
     )
@@ -139,7 +139,7 @@ def exact_trajectory(model: LatentDiffusion, golden: dict[str, Tensor], run: Run
 
 
 class Comparison(NamedTuple):
-    """One quantity by three ways of computing it; `exact` is None where float64 would take too long."""
+    """One quantity, computed in three ways; `exact` is None where float64 would take too long."""
 
     quantity: str
     ours: Tensor
@@ -149,7 +149,7 @@ class Comparison(NamedTuple):
 
 @torch.no_grad()
 def networks(model: LatentDiffusion, golden: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The networks' outputs in the model's own type, by the names that the golden data have for them."""
+    """Return the networks' outputs in the model's own type, by their names in the golden data."""
     dtype = model.weight_dtype
     x, context, context3 = (golden[f"unet/{name}"].to(dtype) for name in ("x", "context", "context3"))
     image, z, exemplar = (golden[name].to(dtype) for name in ("vae/img", "vae/z", "exemplar/ref"))
@@ -164,7 +164,7 @@ def networks(model: LatentDiffusion, golden: dict[str, Tensor]) -> dict[str, Ten
 
 
 def loss_and_gradients(model: LatentDiffusion, golden: dict[str, Tensor], branch: str) -> dict[str, Tensor]:
-    """Loss of the conditional (`cond`) or unconditional (`uncond`) branch and, by parameter, its gradients."""
+    """Return the loss of the conditional (`cond`) or unconditional (`uncond`) branch and its gradients by parameter."""
     z_0, z_masked, keep_mask = golden["loss/x_start9"].split([4, 4, 1], dim=1)
     context = (
         model.encode_exemplar(golden["exemplar/ref"]) if branch == "cond" else model.null_context().expand(2, -1, -1)
@@ -176,7 +176,7 @@ def loss_and_gradients(model: LatentDiffusion, golden: dict[str, Tensor], branch
 
 
 def compare_tiny() -> Iterator[Comparison]:
-    """The tiny model: networks, loss, trajectories."""
+    """Compare networks, loss and trajectories of the tiny model."""
     golden = load_file(GOLDEN / "tiny_golden.safetensors")
     files = ROOT / "configs" / "tiny.yaml", GOLDEN / "tiny_model.safetensors"
     model, exact_model = load_model(*files), load_model(*files).double()
@@ -207,7 +207,7 @@ FULL_PARTS = ("unet", "vae", "exemplar")
 
 @torch.no_grad()
 def compare_full(part: str) -> Iterator[Comparison]:
-    """One network of the full-size model; one at a time, so that the memory is that of the largest, 3.4 GB."""
+    """Compare one network of the full-size model; one at a time, the largest needs 3.4 GB."""
     golden, config = load_file(GOLDEN / "full_golden.safetensors"), ModelConfig()
     if part == "unet":
         with torch.device("meta"):
@@ -235,7 +235,7 @@ def compare_full(part: str) -> Iterator[Comparison]:
 
 
 def _fill(network: nn.Module, prefix: str) -> None:
-    """Give a network built without memory the weights that belong to the names it has in a checkpoint."""
+    """Give a network on the meta device the weights of its names in a checkpoint."""
     from tests.procweights import weight
 
     names = {name: next(iter(to_file_keys({prefix + name: tensor}))) for name, tensor in network.state_dict().items()}
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="add the full-size networks")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args(argv)
-    sys.path.append(str(ROOT))  # for tests.procweights: of a script only its own folder is on the path
+    sys.path.append(str(ROOT))  # for tests.procweights; Python adds only the script's own folder
     titles = ["quantity", "largest value", "ours - reference", "reference - exact", "ours - exact"]
     rows: list[list[str]] = []
     comparisons = [compare_tiny(), *(compare_full(part) for part in FULL_PARTS if args.full)]
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference."""
+    """Return the largest absolute difference."""
     return (a.double() - b.double()).abs().max().item()
 
 

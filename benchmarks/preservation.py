@@ -1,13 +1,13 @@
-"""What editing leaves of the rest of a scene, and whether its outline can be seen.
+"""Measure how editing changes the rest of a scene, and how visible the hole's edge is.
 
-    python benchmarks/preservation.py                                         the bundled bench and examples
-    python benchmarks/preservation.py --decoder pretrained_models/mini/decoder.safetensors    one that sees what is kept
+    python benchmarks/preservation.py                                         the bundled benchmark and examples
+    python benchmarks/preservation.py --decoder pretrained_models/mini/decoder.safetensors    a mask-conditioned decoder
     python benchmarks/preservation.py --config configs/v1.yaml --checkpoint model.ckpt --bench test_bench --limit 500
 
-Every scene is painted once (20 steps of DPM-Solver++, guidance scale 5) and finished in several ways: all of it as the
-decoder makes it, as most pipelines do; only the hole pasted back; pasted with a feather; pasted with colours that agree
-along the edge; both. Differences are grey levels 0 to 255. The seam is the mean step between pixels on both sides of
-the hole's edge, and how many times the scene's own steps right beside it that is.
+Every scene is painted once (20 steps of DPM-Solver++, guidance scale 5) and finished in several ways: the whole decoded
+image, as in most pipelines; the hole alone pasted back; pasted with a feather; pasted with colours matched along the
+edge; with both. Differences are grey levels, 0 to 255. The seam is the mean step across the hole's edge, also as a
+multiple of the scene's own steps beside it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WAYS: dict[str, Callable[[FittedScene, Tensor], Image.Image]] = {
     "decoded": lambda fitted, x: fitted.put_back(x, whole=True),
     "pasted": lambda fitted, x: fitted.put_back(x, match_colors=False),
     "feather": lambda fitted, x: fitted.put_back(x, match_colors=False, feather=None),
-    "agreement": lambda fitted, x: fitted.put_back(x),
+    "match colors": lambda fitted, x: fitted.put_back(x),
     "both": lambda fitted, x: fitted.put_back(x, feather=None),
 }
 Task = tuple[Image.Image, Image.Image, Image.Image]  # scene, hole, exemplar
@@ -44,13 +44,13 @@ def bench_items(root: Path, limit: int | None) -> list[Task]:
 
 
 def examples() -> list[Task]:
-    """The photographs that come with the bundled model."""
+    """Return the example photographs of the bundled model."""
     folders = sorted((BUNDLED_MODEL / "examples").iterdir())
     return [(open_image(f / "scene.png"), load_mask(f / "mask.png"), open_image(f / "exemplar.png")) for f in folders]
 
 
 def finished(editor: Editor, tasks: list[Task], name: str) -> Iterator[tuple[Task, dict[str, Image.Image]]]:
-    """Each task, painted once and finished in every way."""
+    """Paint each task once and finish it in every way."""
     config = editor.model.config
     for number, task in enumerate(track(tasks, name, console=Console(stderr=True))):
         scene, hole, exemplar = task

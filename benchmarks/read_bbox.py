@@ -1,10 +1,10 @@
-"""read_bbox against the original's way of doing it, in one run on the same files.
+"""Compare read_bbox with the original's method, in one run on the same files.
 
-python benchmarks/read_bbox.py                    3,000 JPEGs of 1024x768, 100,000 rows: time of both, ratio
-python benchmarks/read_bbox.py --rows 2000000     peak memory of ours on that many rows (over the same images)
+    python benchmarks/read_bbox.py                    3,000 JPEGs of 1024x768, 100,000 rows: both times and their ratio
+    python benchmarks/read_bbox.py --rows 2000000     peak memory of ours on that many rows
 
-The original's way, rebuilt from its description: pandas reads the CSV and groups it by image; every image is decoded
-for its size; a loop over the rows writes the kept boxes.
+The original's method is rebuilt from its description: pandas reads the CSV and groups it by image; every image is
+decoded for its size; a loop over the rows writes the kept boxes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEADER = (
 
 
 def make_images(folder: Path, count: int, size: tuple[int, int]) -> list[str]:
-    """JPEGs of photographic weight (about 200 KB at 1024x768): smooth colours and some noise, 20 different ones."""
+    """Write copies of 20 JPEGs of a photograph's file size (about 200 KB at 1024x768): smooth colours and noise."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     names = sorted(f"{value:016x}" for value in rng.integers(0, 2**63, count))
@@ -46,12 +46,12 @@ def make_images(folder: Path, count: int, size: tuple[int, int]) -> list[str]:
 
 
 def make_csv(path: Path, names: list[str], rows: int) -> None:
-    """Rows in the official format, sorted by image as the official files are."""
+    """Write rows in the official format, sorted by image like the official files."""
     rng = np.random.default_rng(1)
     owners = np.sort(rng.integers(0, len(names), rows))
     with open(path, "w", encoding="ascii") as file:
         file.write(HEADER)
-        # In pieces: on Linux a child's peak memory starts at its parent's size.
+        # in pieces: on Linux a child's peak memory starts at its parent's size
         for piece in np.array_split(owners, rows // 10_000 + 1):
             x, y = np.sort(rng.random((2, len(piece), 2)), axis=-1)
             for i, (x_min, x_max), (y_min, y_max) in zip(piece.tolist(), x.tolist(), y.tolist(), strict=True):
@@ -83,7 +83,7 @@ def original_way(csv_path: Path, images: Path, out: Path) -> None:
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds."""
+    """Return wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -91,12 +91,12 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 def compare(root: Path, csv_path: Path, repeats: int) -> None:
     theirs, ours = [], []
-    for i in range(repeats):  # alternating, so that a busy machine hits both
+    for i in range(repeats):  # alternately, because other load on the machine varies
         ours.append(timed(lambda i=i: read_bbox(csv_path, root / "images", "validation", root / f"ours{i}")))
         theirs.append(timed(lambda i=i: original_way(csv_path, root / "images/validation", root / f"theirs{i}")))
-    assert texts(root / "ours0") == texts(root / "theirs0"), "the two ways must write the same"
+    assert texts(root / "ours0") == texts(root / "theirs0"), "both methods must write the same"
     best = [min(run[kind] for run in runs) for runs in (theirs, ours) for kind in (0, 1)]
-    print(f"original's way: {best[0]:.2f} s wall, {best[1]:.2f} s CPU")
+    print(f"original:       {best[0]:.2f} s wall, {best[1]:.2f} s CPU")
     print(f"read_bbox:      {best[2]:.2f} s wall, {best[3]:.2f} s CPU")
     print(f"ratio:          {best[0] / best[2]:.1f} wall, {best[1] / best[3]:.1f} CPU (best of {repeats}, same output)")
 
@@ -106,7 +106,7 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def measure_memory(root: Path, csv_path: Path) -> None:
-    """In a process of its own, which did not make the data."""
+    """Measure in a new process, which did not make the data."""
     code = (
         "import resource, sys; from pathlib import Path; from scripts.read_bbox import read_bbox; "
         "read_bbox(Path(sys.argv[1]), Path(sys.argv[2]), 'validation', Path(sys.argv[3])); "
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     memory_only = args.rows > 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        # Only headers are read where memory is measured: small images do, and more of them.
+        # the memory measurement reads headers only: more and smaller images
         size, count = ((64, 48), max(args.images, args.rows // 9)) if memory_only else ((1024, 768), args.images)
         names = make_images(root / "images/validation", count, size)
         make_csv(root / "annotations.csv", names, args.rows)

@@ -1,9 +1,9 @@
-"""Does a full-size checkpoint, converted by scripts/convert_checkpoint.py, give the same image in diffusers?
+"""Compare an edit of a full-size checkpoint with that of diffusers after scripts/convert_checkpoint.py.
 
     python benchmarks/same_image.py FOLDER [--steps 5] [--side 256]
 
-Makes the published model with weights that are a function of their names (5.2 GB) in FOLDER, converts it (another 5.2),
-edits with both from the same noise, and prints the largest difference. Both files are removed at the end.
+Writes the published model with weights that are a function of their names (5.2 GB) to FOLDER, converts it (another 5.2
+GB), edits with both from the same noise, and prints the largest difference. Removes both at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def published_layout() -> dict[str, Tensor]:
-    """The published names and shapes without those that follow from the config, as tensors without memory."""
+    """Return the published names and shapes as meta tensors, without those that follow from the config."""
     with open(ROOT / "tests" / "golden" / "official_state_dict.tsv", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     shapes = {row["name"]: json.loads(row["shape"]) for row in rows}
@@ -39,8 +39,8 @@ def published_layout() -> dict[str, Tensor]:
 
 
 def theirs(folder: Path, inputs: dict[str, Tensor], steps: int) -> Tensor:
-    """The edit of diffusers' pipeline, (1, H, W, 3) in [0, 1]."""
-    diffusers: Any = importlib.import_module("diffusers")  # brings its classes in late, where no type checker sees them
+    """Edit with diffusers' pipeline: (1, H, W, 3) in [0, 1]."""
+    diffusers: Any = importlib.import_module("diffusers")  # it loads its classes lazily, hidden from type checkers
     from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
     from transformers import CLIPImageProcessor
 
@@ -68,7 +68,7 @@ def theirs(folder: Path, inputs: dict[str, Tensor], steps: int) -> Tensor:
 
 @torch.no_grad()
 def ours(checkpoint: Path, inputs: dict[str, Tensor], steps: int) -> Tensor:
-    """Our edit, (1, H, W, 3) in [0, 1]."""
+    """Edit with this project: (1, H, W, 3) in [0, 1]."""
     model = load_model(Config(), checkpoint)
     keep = 1 - inputs["hole"]
     z_masked = model.encode_image(inputs["image"] * keep, torch.Generator().manual_seed(5))
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--side", type=int, default=256, help="pixels")
     args = parser.parse_args()
-    sys.path.append(str(ROOT))  # for tests.procweights: of a script only its own folder is on the path
+    sys.path.append(str(ROOT))  # for tests.procweights; Python adds only the script's own folder
     from tests.procweights import weight
 
     args.folder.mkdir(parents=True)
@@ -102,11 +102,11 @@ def main() -> None:
             "exemplar": torch.randn(1, 3, 224, 224),
             "x_T": torch.randn(1, 4, side // 8, side // 8),
         }
-        inputs["hole"][..., side // 4 : side // 2, side // 4 : -side // 4] = 1  # on latent cells
-        pictures = theirs(folder, inputs, args.steps), ours(checkpoint, inputs, args.steps)
-        difference = (pictures[0] - pictures[1]).abs()
+        inputs["hole"][..., side // 4 : side // 2, side // 4 : -side // 4] = 1  # aligned with latent cells
+        images = theirs(folder, inputs, args.steps), ours(checkpoint, inputs, args.steps)
+        difference = (images[0] - images[1]).abs()
         print(f"{args.steps} steps, {side} px: largest difference {difference.max():.1e}, mean {difference.mean():.1e}")
-        print(f"of values in [0, 1] with standard deviation {pictures[1].std():.2f}")
+        print(f"of values in [0, 1] with standard deviation {images[1].std():.2f}")
     finally:
         shutil.rmtree(args.folder)
 

@@ -1,11 +1,12 @@
-"""How far the validation loss of one and the same model spreads: with new noise every time, and with the same.
+"""Measure the spread of one model's validation loss, with new noise every time and with the same noise.
 
     python benchmarks/validation.py --base configs/mini.yaml --checkpoint pretrained_models/mini/model.safetensors \\
         data.root=dataset/mini-cache
 
-With the same noise the spread is zero, so what is shown is what either way can tell apart: the model is compared with
-one whose UNet's weights are changed by a little noise (--change times their standard deviation), and the difference
-in validation loss divided by its standard deviation over repetitions. Below 2 a single validation can't show it.
+With the same noise the spread is zero; the table therefore shows which differences each choice can detect. The model is
+compared with a copy whose UNet weights have a little noise added (--change times their standard deviation). The last
+column is the difference of the losses divided by its standard deviation over repetitions; below 2 a single validation
+does not show it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ldm.training.diffusion_module import DiffusionTraining
 
 
 def validation_loss(module: DiffusionTraining, batches: Sequence[dict[str, Tensor]], repetition: int) -> float:
-    """The loss as validation logs it; each repetition has its own noise, timesteps and dropped exemplars."""
+    """Return the loss that validation logs; each repetition has its own noise, timesteps and dropped exemplars."""
     losses = []
     with torch.no_grad():
         for batch in batches:
