@@ -232,9 +232,8 @@ def add_api(service: EditService) -> None:
             *_, edited = service.edit(*files.values(), settings)
         return [str(path) for path in edited.files], edited.python, edited.shell
 
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in (*names, *service.settings)
-    ]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in (*names, *service.settings)]
     edit.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]: Gradio reads it
     gr.Button(visible=False).click(edit, inputs, outputs, api_name="edit", show_progress="hidden", **ON_MODEL)
 
