@@ -109,10 +109,15 @@ class Checkpoints(Callback):
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.received = number
 
-    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._previous = self._previous or {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
-    on_sanity_check_start = on_train_start
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self.on_sanity_check_start(trainer, pl_module)
+        epochs = trainer.fit_loop.epoch_progress.total
+        if trainer.fit_loop.restarted_mid_epoch and epochs.completed == epochs.ready:
+            # Resumed behind the last step of an epoch: Lightning completes that epoch and would not count the next.
+            trainer.fit_loop.reset_restart_stage()
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         for number, handler in self._previous.items():

@@ -15,6 +15,7 @@ from ldm.files import verify_zip
 
 DESCRIPTION = "Train or resume: a config to a run directory with checkpoints, curves and image grids."
 OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
+MEMORY = "lower data.batch_size, raise trainer.accumulate_grad_batches, model.unet.activation_checkpointing=true"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,7 +27,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag: dict[str, Any] = {"nargs": "?", "const": True, "type": _boolean, "metavar": "BOOL"}
     add("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs, merged from left to right")
     add("-l", "--logdir", default="logs", help="folder for run directories (default: logs)")
-    add("-n", "--name", default="", help="name of the run, appended to its date")
+    add("-n", "--name", default="", help="name of the run, appended to its date (default: the last config's)")
     resume = "run directory or checkpoint to continue; auto: the newest run of that --name in --logdir, or a new run"
     add("-r", "--resume", metavar="RUN", help=resume)
     add("--pretrained-model", "--pretrained_model", metavar="FILE", help="checkpoint with the initial weights")
@@ -51,51 +52,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _boolean(text: str) -> bool:
-    if text.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if text.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
+    if text.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
+    return text.lower() in ("yes", "true", "t", "y", "1")
 
 
 def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
     """Return config, run directory and, when resuming, the checkpoint to continue from."""
-    run_dir, checkpoint = _newest_run(args) if args.resume == "auto" else _given_run(args.resume)
+    run_dir, checkpoint, logdir = None, None, Path(args.logdir)
+    name = args.name or Path(*args.base[-1:]).stem
+    if args.resume == "auto":  # the newest run of this name with a whole checkpoint
+        runs = sorted(logdir.glob(f"????-??-??T??-??-??_{name}"), reverse=True)
+        run_dir, checkpoint = next(((run, path) for run in runs if (path := _newest_checkpoint(run))), (None, None))
+    elif args.resume:
+        given = Path(args.resume)
+        run_dir = given.parent.parent if given.is_file() else given
+        if not (run_dir / "config.yaml").is_file():
+            raise ConfigError(
+                f"--resume {given}: not a run directory or its checkpoint; there is no {run_dir}/config.yaml"
+            )
+        if given.is_file() and (damage := verify_zip(given)):
+            raise ConfigError(f"--resume {given}: damaged ({damage}); give {run_dir} for the last whole checkpoint")
+        checkpoint = given if given.is_file() else _newest_checkpoint(run_dir)
+        if checkpoint is None:
+            raise ConfigError(f"--resume {given}: no whole checkpoint in {run_dir / 'checkpoints'}; start a new run")
     if run_dir is None:
         stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-        return load_config(*args.base, overrides=args.overrides), Path(args.logdir) / f"{stamp}_{_name(args)}", None
+        return load_config(*args.base, overrides=args.overrides), logdir / f"{stamp}_{name}", None
     return load_config(run_dir / "config.yaml", *args.base, overrides=args.overrides), run_dir, checkpoint
-
-
-def _name(args: argparse.Namespace) -> str:
-    """Return the part of a run directory's name behind the date."""
-    return args.name or Path(args.base[-1]).stem
-
-
-def _newest_run(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """Find the newest run of the same name that has a whole checkpoint, and that checkpoint."""
-    for run in sorted(Path(args.logdir).glob(f"????-??-??T??-??-??_{_name(args)}"), reverse=True):
-        if checkpoint := _newest_checkpoint(run):
-            return run, checkpoint
-    return None, None
-
-
-def _given_run(name: str | None) -> tuple[Path | None, Path | None]:
-    """Find the run directory and checkpoint that `--resume` names, if it is used."""
-    if not name:
-        return None, None
-    resume = Path(name)
-    if not resume.exists():
-        raise ConfigError(f"--resume {resume}: no such file or directory; give a run directory or its checkpoint")
-    run_dir = resume if resume.is_dir() else resume.parent.parent
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"--resume {resume}: {run_dir} is no run directory (it lacks config.yaml)")
-    if resume.is_file() and (damage := verify_zip(resume)):
-        raise ConfigError(f"--resume {resume}: damaged ({damage}); give {run_dir} for the last whole checkpoint")
-    checkpoint = _newest_checkpoint(run_dir) if resume.is_dir() else resume
-    if checkpoint is None:
-        raise ConfigError(f"--resume {resume}: no whole checkpoint in {run_dir / 'checkpoints'}; start a new run")
-    return run_dir, checkpoint
 
 
 def _newest_checkpoint(run_dir: Path) -> Path | None:
@@ -127,16 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = Run(config, run_dir, scale_lr=args.scale_lr and checkpoint is None)
         run.initialise(args.pretrained_model, from_scratch=args.train_from_scratch, resuming=checkpoint is not None)
-        if args.dry_run or not args.train:
-            if run.trainer.is_global_zero:
-                print(f"{dump_config(config)}\n{run.summary()}")
-            return 0
-        return run.fit(checkpoint)
+        if not args.dry_run and args.train:
+            return run.fit(checkpoint)
+        if run.trainer.is_global_zero:
+            print(f"{dump_config(config)}\n{run.summary()}")
+        return 0
     except torch.OutOfMemoryError as error:
-        remedy = (
-            "lower data.batch_size, raise trainer.accumulate_grad_batches, model.unet.activation_checkpointing=true"
-        )
-        return _failed(f"{str(error).splitlines()[0]} do: {remedy}", args.debug)
+        return _failed(f"{str(error).splitlines()[0]} do: {MEMORY}", args.debug)
     except (NonFiniteError, OSError, ValueError) as error:  # including UserError
         return _failed(str(error), args.debug)
 

@@ -94,7 +94,7 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         """Choose what is loaded from a checkpoint, and note in the config which tokenizer its model reads.
 
         Missing may be the parts that Paint by Example adds; from scratch, everything that is trained; never a frozen
-        part with an effect, which nothing would ever train.
+        part with an effect.
         """
         options = self.options
         if self.reads_exemplars:
@@ -103,27 +103,24 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         fresh = NEW_PARTS if options.fresh_conditioning else ()
         state = {name: x for name, x in state.items() if name not in unused and not name.startswith(fresh)}
         dead = set(self.unet.single_token_dead_parameters()) if self.single_token else set()
+        from_scratch = from_scratch or not options.use_prior
         missing = {name: p for name, p in self.named_parameters() if name not in state}
-        optional = [
-            name
-            for name, p in missing.items()
-            if not options.lora_rank  # trains none of them
-            and (
-                name.startswith(NEW_PARTS)
-                or ((from_scratch or not options.use_prior) and (p.requires_grad or p in dead))
-            )
-        ]
-        if refused := missing.keys() - set(optional):
+        trainable = {
+            n
+            for n, p in missing.items()
+            if n.startswith(NEW_PARTS) or (from_scratch and (p.requires_grad or p in dead))
+        }
+        if refused := missing.keys() - (set() if options.lora_rank else trainable):  # LoRA trains none of them
             raise CheckpointError(
                 f"{source or 'no checkpoint given'}: {len(refused)} tensors would stay random: {parts_of(refused)}. "
-                "Frozen parts need trained weights: prepare one complete file with scripts/modify_checkpoints.py "
-                "and pass it as --pretrained-model; --train-from-scratch allows trained parts to start from nothing"
+                "Prepare one complete file with scripts/modify_checkpoints.py and pass it as --pretrained-model; "
+                "--train-from-scratch allows trained parts, never frozen ones, to start from nothing"
             )
         if self.reads_text:
             folder = self.text_encoder.find_tokenizer(Path(source or "").parent)
             self.text_encoder.tokenize([""])  # fails where captions could not be read
             self.config.text_encoder.tokenizer = str(folder.resolve())
-        return state, optional
+        return state, list(missing)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         torch.manual_seed(int(batch["key"][0]))  # dropout: the only draw that is not made per sample
@@ -300,10 +297,8 @@ class LossAwareTimesteps:
         self._p, self._cumulated = p, p.cumsum(0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the part of a checkpoint that `load_state_dict` continues from."""
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from a checkpoint."""
         self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
         self._refresh()

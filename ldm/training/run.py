@@ -19,8 +19,6 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
-from rich.console import Console
-from rich.table import Table
 
 from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, check_keys, to_module_keys
@@ -89,27 +87,26 @@ class Run:
             missing = check_keys(expected, state, source=checkpoint or "", allow_missing=optional)
             self.module.load_state_dict(state, strict=False)
             if missing and self.trainer.is_global_zero:
-                Console().print(f"starting from random weights: {parts_of(missing)} ({len(missing)} tensors)")
+                print(f"starting from random weights: {parts_of(missing)} ({len(missing)} tensors)")
         self.module.add_lora(self.config.seed)
 
     def summary(self) -> str:
         """Return as text: parameters trained and frozen, batch, learning rate and steps per epoch."""
-        parts = {name: list(child.parameters()) for name, child in self.module.named_children()}
-        parts["null token"] = list(self.module.parameters(recurse=False))
-        parts["total"] = list(self.module.parameters())
-        table = Table("part", "trained", "frozen")
+        parts = {name: child.parameters() for name, child in self.module.named_children()}
+        parts |= {"null token": self.module.parameters(recurse=False), "total": self.module.parameters()}
+        lines = [f"{'part':<20}{'trained':>15}{'frozen':>15}"]
         for name, parameters in parts.items():
-            counts = [sum(p.numel() for p in parameters if p.requires_grad is trained) for trained in (True, False)]
-            if any(counts):
-                table.add_row(name, *(f"{count:,}" for count in counts))
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(table)
-        per_rank = len(self.data.train_set) // self.trainer.world_size // self.config.data.batch_size
-        return (
-            f"{capture.get()}samples: {len(self.data.train_set):,} train, {len(self.data.val_set):,} validation\n"
-            f"batch: {self.global_batch} samples per step, learning rate {self.module.options.base_lr:g}\n"
-            f"steps per epoch: {math.ceil(per_rank / self.trainer.accumulate_grad_batches):,}"
+            sizes = [(p.numel(), p.requires_grad) for p in parameters]
+            counts = [sum(size for size, trains in sizes if trains is trained) for trained in (True, False)]
+            lines += [f"{name:<20}{counts[0]:>15,}{counts[1]:>15,}"] if any(counts) else []
+        batches = len(self.data.train_set) // self.trainer.world_size // self.config.data.batch_size
+        return "\n".join(
+            [
+                *lines,
+                f"samples: {len(self.data.train_set):,} train, {len(self.data.val_set):,} validation",
+                f"batch: {self.global_batch} samples per step, learning rate {self.module.options.base_lr:g}",
+                f"steps per epoch: {math.ceil(batches / self.trainer.accumulate_grad_batches):,}",
+            ]
         )
 
     def fit(self, checkpoint: Path | None) -> int:

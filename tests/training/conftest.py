@@ -1,14 +1,24 @@
-"""A handful of pictures with boxes, a model of milliseconds, and runs of a few steps."""
+"""A few images with boxes, a model of milliseconds, runs of a few steps, and processes that train."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from PIL import Image
@@ -20,22 +30,25 @@ from ldm.checkpoint.keys import SCHEDULE_BUFFERS
 from ldm.config import Config, load_config
 from ldm.data.datamodule import DataModule
 from ldm.evaluation import cache
+from ldm.training import callbacks, cli
 from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.run import Run
 from scripts import pipeline
 
+ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
     "model": {
         "image_size": 16,
         "unet": {
-            "model_channels": 32,
+            "model_channels": 16,
             "channel_mult": [1, 2],
             "num_res_blocks": 1,
             "attention_resolutions": [2],
             "num_heads": 2,
             "context_dim": 32,
+            "norm_groups": 8,
         },
-        "first_stage": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1},
+        "first_stage": {"ch": 16, "ch_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 8},
         "exemplar_encoder": {
             "image_size": 28,
             "patch_size": 14,
@@ -46,11 +59,11 @@ TINY: dict[str, Any] = {
             "mapper_layers": 1,
         },
     },
-    "data": {"batch_size": 4, "val_batch_size": 4, "num_workers": 0},
+    "data": {"batch_size": 2, "val_batch_size": 2, "num_workers": 0},
     "training": {"base_lr": 1e-3, "warmup_steps": 2, "ema_decay": 0.9},
     "logging": {"image_every": 0, "num_images": 2, "sampler_steps": 2, "checkpoint_every": 0},
     "trainer": {
-        "max_epochs": 3,
+        "max_epochs": 2,
         "accelerator": "cpu",
         "devices": 1,
         "log_every_n_steps": 1,
@@ -58,7 +71,7 @@ TINY: dict[str, Any] = {
         "num_sanity_val_steps": 0,
     },
 }
-TRAIN_SAMPLES = 17  # four batches of four, and one sample that is left out
+TRAIN_SAMPLES = 9  # four batches of two, and one sample that is left out
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +83,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting a step's operations takes as long as five steps."""
+    monkeypatch.setattr(callbacks, "batch_flops", lambda *_: 10**9)
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Open Images layout: small JPEGs of coloured blotches, one box each."""
     root, rng = tmp_path_factory.mktemp("open-images"), np.random.default_rng(0)
-    for split, count in (("train", TRAIN_SAMPLES), ("validation", 8)):
+    for split, count in (("train", TRAIN_SAMPLES), ("validation", 4)):
         images, boxes = root / "images" / split, root / "bbox" / split
         images.mkdir(parents=True)
         boxes.mkdir(parents=True)
@@ -84,6 +103,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             blotches.resize(size, Image.Resampling.BICUBIC).save(images / f"{i:04d}.jpg")
             x, y = rng.integers(2, 12, size=2)
             (boxes / f"{i:04d}.txt").write_text(f"{x}.0 {y}.0 {x + 20}.5 {y + 22}.0\n")
+    DataModule(load_config(overrides=[f"data.root={root}"]))  # makes the indexes, and prints its progress here
     return root
 
 
@@ -124,7 +144,35 @@ def pretrained(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def batch(make_config: MakeConfig) -> dict[str, Tensor]:
-    return next(iter(DataModule(make_config()).train_dataloader()))
+    return next(iter(DataModule(make_config("data.batch_size=4")).train_dataloader()))
+
+
+def last(run_dir: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run."""
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def column(run_dir: Path, name: str) -> list[float]:
+    """The values of one curve."""
+    with open(run_dir / "metrics.csv", newline="") as file:
+        values = [float(row[name]) for row in csv.DictReader(file) if row[name]]
+    assert values
+    return values
+
+
+class SignalAt(Callback):
+    """Sends a signal to this process while a step, or the validation after it, is under way."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM, *, in_validation: bool = False) -> None:
+        self.step, self.number, self.in_validation = step, number, in_validation
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if not self.in_validation and trainer.global_step == self.step - 1:
+            signal.raise_signal(self.number)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if self.in_validation and trainer.global_step == self.step:
+            signal.raise_signal(self.number)
 
 
 Fit = Callable[..., tuple[Run, int]]
@@ -146,6 +194,85 @@ def fit(pretrained: Path) -> Fit:
 
 
 @pytest.fixture
+def command(config_file: Path, pretrained: Path, tmp_path: Path) -> list[str]:
+    """The words of a training command; its run directory is `tmp_path/DATE_run`."""
+    return ["-b", str(config_file), "-l", str(tmp_path), "-n", "run", "--pretrained-model", str(pretrained)]
+
+
+def _train(words: list[str], env: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.update(env)
+    sys.exit(cli.main(words))
+
+
+@pytest.fixture
+def fork() -> Iterator[Callable[..., Any]]:
+    """Starts a training command in a process, and group, of its own: without an interpreter's seconds of imports."""
+    processes = []
+
+    def start(words: Sequence[str], **env: str) -> Any:
+        process = multiprocessing.get_context("fork").Process(target=_train, args=(list(words), env))
+        process.start()
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def train_in_two(fork: Callable[..., Any]) -> Callable[..., None]:
+    """Runs a training command in two processes, over gloo on the loopback device."""
+
+    def run(*words: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        env |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
+        words = (*words, "trainer.devices=2", "data.batch_size=1", "data.val_batch_size=1")
+        processes = [fork(words, **env, LOCAL_RANK=str(rank), RANK=str(rank)) for rank in (0, 1)]
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [0, 0]
+
+    return run
+
+
+@pytest.fixture
+def main_process(command: list[str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `main.py`, waits for its third step, and yields the process, the head of a group of its own."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*words: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+        endless = ["trainer.max_epochs=null", "trainer.max_steps=1000000", "logging.checkpoint_every=3"]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        process = subprocess.Popen(
+            [sys.executable, *launcher, "main.py", *command, *endless, *words],
+            cwd=ROOT,
+            env={**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob("*_run/checkpoints/step0000003.ckpt")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        return process
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """The commands, run by importing their scripts: the seconds of eighteen interpreters' imports are saved."""
     done: list[list[str]] = []
@@ -154,7 +281,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str
         done.append(command)
         path = Path(command[0])
         name = ".".join(path.relative_to(pipeline.ROOT).with_suffix("").parts)
-        return importlib.import_module(name).main(command[1:])
+        few = ["--resamples", "2"] if path.stem == "evaluate" else []  # intervals take most of the time
+        return importlib.import_module(name).main([*command[1:], *few])
 
     monkeypatch.setattr(pipeline, "execute", execute)
     monkeypatch.setattr(cache, "DEFAULT_PATH", tmp_path / "features")

@@ -95,10 +95,10 @@ def test_captions_and_their_dropping(text_yaml: Path, text_folder: Path, tmp_pat
     run.initialise(str(text_folder / "model.safetensors"), from_scratch=False, resuming=False)
     assert isinstance(run.module, DiffusionTraining)
     batch = next(iter(run.data.train_dataloader()))
-    assert set(batch["caption"]) == {"a dog", "a cat"}
+    assert set(batch["caption"]) <= {"a dog", "a cat"}
     with torch.no_grad():
         losses, _ = run.module.losses(batch)
-        of_empty, _ = run.module.losses({**batch, "caption": [""] * 4})
+        of_empty, _ = run.module.losses({**batch, "caption": [""] * 2})
     if p_uncond:  # all are dropped: what they said has no effect
         torch.testing.assert_close(losses, of_empty, rtol=0, atol=1e-6)
     else:
