@@ -22,9 +22,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it to `path` if the block succeeds and delete it otherwise.
+    """Yield a temporary name beside `path`, in a new folder if need be; rename it to `path` if the block succeeds.
 
-    A missing parent folder is created. With `sync` the finished file is on the disk before it gets its name.
+    With `sync` the finished file is on the disk before it gets its name.
 
     Raises:
         OSError: the disk is full or the folder is not writable; an existing file at `path` stays as it was.

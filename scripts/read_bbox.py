@@ -19,7 +19,6 @@ from ldm.data.annotations import (
     OPEN_IMAGES_CSV,
     UnusableImageError,
     annotations_state,
-    boxes_by_image,
     find_jpegs,
     index_path,
     read_boxes_csv,
@@ -109,10 +108,10 @@ def read_bbox(
         raise UserError(f"{images}: no .jpg under {split}/ or {split}_0/ …; unpack the images there")
     out.mkdir(parents=True, exist_ok=True)
     done = set() if overwrite else {entry.name for entry in os.scandir(out) if entry.stat().st_size}
-    boxes, num_rows = read_boxes_csv(csv_path)
-    report, problems = Report(num_rows, len(boxes)), []
+    num_rows, num_boxes, found = read_boxes_csv(csv_path)
+    report, problems = Report(num_rows, num_boxes), []
     partial = out / f".{split}.partial"
-    for id_, corners, labels in tqdm(boxes_by_image(boxes), desc=f"{split}: boxes", unit=" images"):
+    for id_, corners, labels in tqdm(found, desc=f"{split}: boxes", unit=" images"):
         name = paths.get(id_, f"{split}/{id_}.jpg")
         try:
             size = stored_size(f"{images}/{name}", ignore_exif=True)

@@ -17,7 +17,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -28,9 +28,6 @@ from ldm.config import DataConfig
 from ldm.data.box_index import MAX_AREA, MIN_AREA, Boxes, BoxIndex, IndexWriter, Labels, Shapes, Size
 from ldm.files import UserError
 from ldm.images import IMAGE_SUFFIXES, UNREADABLE
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 OPEN_IMAGES_CSV = {
     "train": "oidv6-train-annotations-bbox.csv",
@@ -56,15 +53,7 @@ class AnnotatedImage(NamedTuple):
     problem: str = ""
 
 
-Parser = Callable[[str, Path], AnnotatedImage]  # of an image's name and the path of its annotations
-
-
-class SplitReader(NamedTuple):
-    """Annotated images, named relative to the folder `images`. Without `has_split` they are those of all splits."""
-
-    images: Path
-    items: Iterable[AnnotatedImage]
-    has_split: bool
+Split = tuple[Path, Iterable[AnnotatedImage], bool]  # folder of the images; images; whether only those of the split
 
 
 def open_index(data: DataConfig, split: str, *, rebuild: bool = False) -> BoxIndex:
@@ -138,10 +127,7 @@ def write_index(path: Path, data: DataConfig, split: str, *, state: str = "") ->
 
 
 def held_out(names: Iterable[str]) -> set[str]:
-    """Choose the validation images of a dataset without splits: 5 %, at least 8, at most a quarter.
-
-    Their hashed names decide, so images that are added later move few of the others.
-    """
+    """Choose by name hash the validation images of a dataset without splits: 5 %, at least 8, at most a quarter."""
     ordered = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     count = max(round(VALIDATION_SHARE * len(ordered)), MIN_VALIDATION)
     return set(ordered[: min(count, len(ordered) // 4)])
@@ -170,7 +156,7 @@ def stored_size(path: str | Path, *, ignore_exif: bool = False) -> tuple[int, in
         raise UnusableImageError("missing" if isinstance(error, FileNotFoundError) else "unreadable") from None
 
 
-def read_open_images(data: DataConfig, split: str) -> SplitReader:
+def read_open_images(data: DataConfig, split: str) -> Split:
     """Read Open Images' text files of pixel boxes, or else the official CSV."""
     images, texts = Path(data.root, "images"), Path(data.annotations or Path(data.root, "bbox", split))
     csv_path = Path(data.annotations or Path(data.root, "annotations", OPEN_IMAGES_CSV[split]))
@@ -183,9 +169,9 @@ def read_open_images(data: DataConfig, split: str) -> SplitReader:
     else:
         items = (
             AnnotatedImage(paths.get(id_, id_), boxes=corners, labels=labels, relative=True)
-            for id_, corners, labels in boxes_by_image(read_boxes_csv(csv_path)[0])
+            for id_, corners, labels in read_boxes_csv(csv_path)[2]
         )
-    return SplitReader(images, items, has_split=True)
+    return images, items, True
 
 
 def find_jpegs(images: Path, split: str) -> dict[str, str]:
@@ -198,13 +184,12 @@ def find_jpegs(images: Path, split: str) -> dict[str, str]:
     return paths
 
 
-def read_boxes_csv(csv_path: Path) -> tuple[pd.DataFrame, int]:
+def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.ndarray, list[str]]]]:
     """Read the boxes of Open Images' CSV that cover 2 % to 80 % of their image.
 
     Returns:
-        The boxes, sorted by image but otherwise in the order of the CSV, with the columns ImageID (categorical), Class
-        (from the class descriptions beside the CSV; "": unknown), XMin, YMin, XMax, YMax in [0, 1]; and the number of
-        rows in the CSV.
+        Numbers of rows and of those boxes; per image its id, (n, 4) corners x_min, y_min, x_max, y_max in [0, 1], and
+        the class name of each box, from the class descriptions beside the CSV ("": unknown).
 
     Raises:
         UserError: the CSV is missing or malformed.
@@ -229,20 +214,14 @@ def read_boxes_csv(csv_path: Path) -> tuple[pd.DataFrame, int]:
     boxes["Class"] = labels.map(lambda label: descriptions.get(label, ""))
     boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
     area = (boxes.XMax - boxes.XMin) * (boxes.YMax - boxes.YMin)
-    return boxes[area.between(MIN_AREA, MAX_AREA)].sort_values("ImageID", kind="stable"), len(boxes)
+    kept = boxes[area.between(MIN_AREA, MAX_AREA)].sort_values("ImageID", kind="stable")
+    codes, corners, names = kept.ImageID.cat.codes.to_numpy(), kept[_CORNERS].to_numpy(), kept.Class.to_numpy(object)
+    starts = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()  # first box of each image
+    spans = zip(kept.ImageID.cat.categories[codes[starts]], itertools.pairwise([*starts, len(kept)]), strict=True)
+    return len(boxes), len(kept), ((id_, corners[i:j], names[i:j].tolist()) for id_, (i, j) in spans)
 
 
-def boxes_by_image(boxes: pd.DataFrame) -> Iterator[tuple[str, np.ndarray, list[str]]]:
-    """Iterate over the images of `read_boxes_csv`: id, (n, 4) corners in [0, 1], class name of each box."""
-    codes, corners = boxes.ImageID.cat.codes.to_numpy(), boxes[_CORNERS].to_numpy()
-    names = boxes.Class.astype(object).to_numpy()
-    starts = np.flatnonzero(np.diff(codes, prepend=-1))  # first box of each image
-    ids = boxes.ImageID.cat.categories[codes[starts]].tolist()
-    for id_, (start, end) in zip(ids, itertools.pairwise([*starts.tolist(), len(boxes)]), strict=True):
-        yield id_, corners[start:end], names[start:end].tolist()
-
-
-def read_coco(data: DataConfig, split: str) -> SplitReader:
+def read_coco(data: DataConfig, split: str) -> Split:
     """Read COCO instances: `annotations`, and `val_annotations` for validation if they are named."""
     path = (split == "validation" and data.val_annotations) or data.annotations
     if path is None:
@@ -268,10 +247,10 @@ def read_coco(data: DataConfig, split: str) -> SplitReader:
             items.append(AnnotatedImage(image["file_name"], size, boxes, shapes, labels=labels))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as COCO instances ({error!r}); check data.annotations") from None
-    return SplitReader(Path(data.root), items, has_split=data.val_annotations is not None)
+    return Path(data.root), items, data.val_annotations is not None
 
 
-def read_voc(data: DataConfig, split: str) -> SplitReader:
+def read_voc(data: DataConfig, split: str) -> Split:
     """Read Pascal VOC's XML files."""
     root, stem = Path(data.root), {"train": "train", "validation": "val"}[split]
     listed, images = root / "ImageSets" / "Main" / f"{stem}.txt", root / "JPEGImages"
@@ -280,7 +259,7 @@ def read_voc(data: DataConfig, split: str) -> SplitReader:
         stems = {line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()}
         paths = [path for path in paths if path.stem in stems]
     items = _parsed(((path.stem, path) for path in paths), _voc_image)
-    return SplitReader(images if images.is_dir() else root, items, has_split=listed.is_file())
+    return images if images.is_dir() else root, items, listed.is_file()
 
 
 def _voc_image(stem: str, path: Path) -> AnnotatedImage:
@@ -294,14 +273,14 @@ def _voc_image(stem: str, path: Path) -> AnnotatedImage:
     return AnnotatedImage(name, size if min(size) > 0 else None, boxes, labels=labels)
 
 
-def read_yolo(data: DataConfig, split: str) -> SplitReader:
+def read_yolo(data: DataConfig, split: str) -> Split:
     """Read YOLO's text files: `class x_centre y_centre width height` or `class x y x y …`, fractions of the image."""
     images, texts = Path(data.root, "images"), Path(data.annotations or Path(data.root, "labels"))
     folders = {"train": ("train",), "validation": ("val", "valid", "validation")}[split]
     folder = next((name for name in folders if (images / name).is_dir()), "")
     names = (path.relative_to(images) for path in _files(images / folder, IMAGE_SUFFIXES))
     items = _parsed(((name.as_posix(), (texts / name).with_suffix(".txt")) for name in names), _yolo_image)
-    return SplitReader(images, items, has_split=bool(folder))
+    return images, items, bool(folder)
 
 
 def _yolo_image(name: str, path: Path) -> AnnotatedImage:
@@ -318,7 +297,7 @@ def _yolo_image(name: str, path: Path) -> AnnotatedImage:
     return AnnotatedImage(name, boxes=boxes, shapes=shapes, relative=True)
 
 
-def read_masks(data: DataConfig, split: str) -> SplitReader:
+def read_masks(data: DataConfig, split: str) -> Split:
     """Read images and their masks (white = object), matched by name: a box per connected white component."""
     images, folder = Path(data.root, "images"), Path(data.annotations or Path(data.root, "masks"))
     masks = {path.relative_to(folder).with_suffix(""): path for path in _files(folder, IMAGE_SUFFIXES)}
@@ -335,13 +314,15 @@ def read_masks(data: DataConfig, split: str) -> SplitReader:
 
     names = (path.relative_to(images) for path in _files(images, IMAGE_SUFFIXES))
     named = ((name.as_posix(), masks.get(name.with_suffix(""), folder / name)) for name in names)
-    return SplitReader(images, _parsed(named, parse), has_split=False)
+    return images, _parsed(named, parse), False
 
 
 READERS = {"open_images": read_open_images, "coco": read_coco, "voc": read_voc, "yolo": read_yolo, "masks": read_masks}
 
 
-def _parsed(named: Iterable[tuple[str, Path]], parse: Parser) -> Iterator[AnnotatedImage]:
+def _parsed(
+    named: Iterable[tuple[str, Path]], parse: Callable[[str, Path], AnnotatedImage]
+) -> Iterator[AnnotatedImage]:
     """Parse the annotations of each (name, path); those that cannot be read become a `problem`."""
     for name, path in named:
         try:

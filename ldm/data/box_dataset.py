@@ -45,19 +45,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SampleRecipe:
-    """How an image with boxes becomes a training sample.
+    """How an image with boxes becomes a training sample."""
 
-    Attributes:
-        image_size, exemplar_size: S, E.
-        data: probabilities of holes, augmentation, crop.
-        hard_edges: whether the mask is binary instead of antialiased.
-        captions: gives the caption of an image.
-    """
-
-    image_size: int
-    exemplar_size: int
-    data: DataConfig = field(default_factory=DataConfig)
-    hard_edges: bool = False
+    image_size: int  # S
+    exemplar_size: int  # E
+    data: DataConfig = field(default_factory=DataConfig)  # probabilities of holes, augmentation, crop
+    hard_edges: bool = False  # the mask is binary instead of antialiased
     captions: Captions | None = None
 
     def __call__(self, entry: Entry, open_file: OpenFile, rng: np.random.Generator) -> Sample:
@@ -102,11 +95,7 @@ class SampleRecipe:
 
     @cached_property
     def pipeline(self) -> A.Compose:
-        """The pipeline that squashes and augments exemplars; built once per process.
-
-        Raises:
-            ConfigError: `data.augmentation` is not a pipeline that can be used.
-        """
+        """The pipeline that squashes and augments exemplars; raises ConfigError if `data.augmentation` is none."""
         from ldm.data.augmentation import build_pipeline
 
         return build_pipeline(self.exemplar_size, self.data.augmentation if self.data.augment_exemplar else None)
@@ -139,11 +128,7 @@ class SampleRecipe:
         return masks.rectangle_hole(size, grown)
 
     def _decode(self, file: Image.Image, window: Box, padded: Box) -> tuple[Image.Image, int]:
-        """Decode the photograph at 1, 1/2, 1/4 or 1/8 of its size: the least that image and exemplar need.
-
-        Returns:
-            The RGB image, and the reduction 1, 2, 4 or 8.
-        """
+        """Decode the photograph as RGB, reduced by 1, 2, 4 or 8: as far as image and exemplar allow."""
         shortest, width = min(padded.right - padded.left, padded.bottom - padded.top), file.width
         spare = min(shortest // self.exemplar_size, (window.right - window.left) // self.image_size)
         if spare >= 2 and window.inside(*file.size):
@@ -167,16 +152,10 @@ def object_shape(entry: Entry, chosen: int, open_file: OpenFile) -> Image.Image 
 
 
 def crop(image: Image.Image, hole: Image.Image, window: Box, size: int) -> Tensor:
-    """Crop the square `window` of a photograph and its hole, and resize (bilinear, antialiased when shrinking).
-
-    Args:
-        image: mode RGB.
-        hole: mode L, of the same size.
-        window: pixels; outside the image lies mid-grey that is kept.
-        size: S.
+    """Crop a photograph (RGB) and its hole (L) to the square `window`; resize (bilinear, antialiased when shrinking).
 
     Returns:
-        (4, S, S) uint8: RGB and the hole.
+        (4, size, size) uint8: RGB and the hole. Outside the image lies mid-grey that is kept.
     """
     square = Image.new("RGB", (window.right - window.left, window.bottom - window.top), MID_GREY)
     square.paste(image, (-window.left, -window.top))
@@ -189,20 +168,14 @@ def crop(image: Image.Image, hole: Image.Image, window: Box, size: int) -> Tenso
 def reduced_window(window: Box, size: tuple[int, int], reduction: int) -> Box:
     """Return the square nearest to `window` within an image of `size` that was decoded at 1/reduction."""
     side = min(round((window.right - window.left) / reduction), *size)
-    left, top = (
-        min(round(edge / reduction), free - side) for edge, free in zip((window.left, window.top), size, strict=True)
-    )
+    left, top = (min(round(window[axis] / reduction), size[axis] - side) for axis in (0, 1))
     return Box(left, top, left + side, top + side)
 
 
 class BoxDataset(Dataset[Sample]):
     """Samples from image files and an index of their boxes, by (epoch, index), with their `key`.
 
-    Args:
-        index: images and boxes.
-        recipe: makes a sample of an image.
-        seed: decides, with the epoch and the index, all draws.
-        max_samples: use only the first that many images.
+    Seed, epoch and index decide all draws. `max_samples` limits the dataset to the first images.
     """
 
     def __init__(self, index: BoxIndex, recipe: SampleRecipe, *, seed: int = 0, max_samples: int | None = None) -> None:
@@ -243,31 +216,21 @@ def open_captions(source: str, index: BoxIndex, count: int) -> Captions:
     Raises:
         UserError: the index has no classes; the file is missing or damaged, or lacks images.
     """
+    import pandas as pd  # part of the training extra
+
     if source == "classes":
         if not index.has_labels:
             raise UserError(f"{index.path}: has no classes, which data.captions: classes needs; see docs/data.md")
         return lambda entry, chosen: entry.labels[chosen].lower()
-    captions = read_captions(Path(source))
-    names = (index[i].name for i in range(count))
-    if missing := [name for name in names if name not in captions]:
+    columns = ["file_name", "caption"]
+    try:
+        table = pd.read_csv(source, usecols=columns, dtype=str, keep_default_na=False, index_col=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: not a readable CSV with the columns {', '.join(columns)} ({error})") from None
+    captions: dict[str, str] = dict(zip(table.file_name, table.caption, strict=True))
+    if missing := [name for name in (index[i].name for i in range(count)) if name not in captions]:
         raise UserError(
             f"{source}: lacks {len(missing):,} of {count:,} images, {missing[0]} first; name each as it is below "
             f"{index.metadata['images']}, with an empty caption where there is nothing to say"
         )
     return lambda entry, _: captions[entry.name]
-
-
-def read_captions(path: Path) -> dict[str, str]:
-    """Read the captions by file name from a CSV file with a header.
-
-    Raises:
-        UserError: the file is missing or is no such table.
-    """
-    import pandas as pd  # part of the training extra
-
-    columns = ["file_name", "caption"]
-    try:
-        table = pd.read_csv(path, usecols=columns, dtype=str, keep_default_na=False, index_col=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable CSV with the columns {', '.join(columns)} ({error})") from None
-    return dict(zip(table.file_name, table.caption, strict=True))

@@ -30,13 +30,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """Yield the (epoch, index) pairs of one rank, shuffled by (seed, epoch).
 
     Consecutive samples of the shuffled order go to consecutive ranks: a step of W processes with batch B holds the same
-    samples as a step of one process with batch W·B.
-
-    Args:
-        length: number of samples in the dataset; the remainder of a division by `world_size` is left out.
-        seed: None keeps the order, for a dataset that shuffles itself.
-        epoch: the first epoch; `set_epoch` sets the later ones.
-        start: number of samples of this rank to skip in the first epoch, for resuming.
+    samples as a step of one process with batch W·B. The remainder of `length` / `world_size` is left out. Without a
+    seed the order is kept. In the first `epoch`, `start` samples of this rank are skipped, for resuming.
     """
 
     def __init__(
@@ -138,11 +133,7 @@ def set_up_worker(worker: int) -> None:
 
 
 def box_dataset(config: Config, split: str, *, max_samples: int | None = None, rebuild: bool = False) -> BoxDataset:
-    """Open the images and boxes of a config; `rebuild` writes the index again.
-
-    Raises:
-        UserError: the annotations or captions cannot be used.
-    """
+    """Open the images and boxes of a config; `rebuild` writes the index again."""
     index, recipe = open_index(config.data, split, rebuild=rebuild), sample_recipe(config)
     dataset = BoxDataset(index, recipe, seed=config.seed, max_samples=max_samples)
     if config.data.captions is not None:
@@ -151,13 +142,8 @@ def box_dataset(config: Config, split: str, *, max_samples: int | None = None, r
 
 
 def sample_recipe(config: Config) -> SampleRecipe:
-    """Return how a config makes samples of images.
-
-    Raises:
-        ConfigError: `data.augmentation` is not a pipeline that can be used.
-    """
-    model = config.model
-    hard_edges = "hole_mask" in model.input_channels
+    """Return how a config makes samples of images."""
+    model, hard_edges = config.model, "hole_mask" in config.model.input_channels
     recipe = SampleRecipe(model.image_size, model.exemplar_encoder.image_size, config.data, hard_edges)
     if config.data.augmentation is not None:
         _ = recipe.pipeline  # errors show here, not in a worker

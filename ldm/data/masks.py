@@ -61,7 +61,7 @@ def outline_curves(box: Box, grown: Box) -> np.ndarray:
     """Return points on the four quadratic Bezier curves of an arbitrary shape, before jitter.
 
     A curve joins two neighbouring corners of the box. Its control point lies above the middle of that side, on the edge
-    of the grown box; the curve reaches half of the way to it.
+    of the grown box.
 
     Returns:
         (4, 19, 2) float64 x, y at t = 0.05 … 0.95: top, right, bottom, left; clockwise from the top left corner.
@@ -79,8 +79,8 @@ def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: in
     """Draw the outline of an arbitrary hole: the jittered curves between the corners of the box.
 
     The original's jitter cuts into the object, and makes the outline cross itself where points are close. Here a
-    jittered point never gets inside the box, and the points of a side keep their order along it. Each side is then a
-    graph over its edge of the box; the polygon is therefore simple and contains the box.
+    jittered point never gets inside the box, and the points of a side keep their order along it: the polygon is simple
+    and contains the box.
 
     Returns:
         (80, 2) float64 x, y, clockwise from the top left corner of the box, each shifted by up to `jitter` per axis.
@@ -128,11 +128,10 @@ def irregular_hole(size: tuple[int, int], rng: np.random.Generator) -> Image.Ima
 def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> Box:
     """Draw a square window that holds the grown box, at a random place and zoom.
 
-    A square image is used whole (as in the recipe). Otherwise the window starts as a square of the short side, anywhere
-    along the long side where it holds the grown box, and then loses up to 60 % of the smallest free space around the
-    box on all sides. If the grown box is longer than the short side, no such square exists, and the original squashes
-    the image (also if the box touches an end of the long side). Here the window is as long as the image, zoomed by the
-    same rule, and extends evenly beyond both edges of the short side: the caller pads.
+    A square image is used whole. Otherwise the window starts as a square of the short side, anywhere along the long
+    side where it holds the grown box, and then loses up to 60 % of the smallest free space around the box on all sides.
+    If the grown box is longer than the short side, the original squashes the image. Here the window is as long as the
+    image, zoomed by the same rule, and extends evenly beyond both edges of the short side: the caller pads.
     """
     width, height = size
     if width == height:
@@ -174,11 +173,11 @@ def crop_around_box(
     return Box(left, top, left + side, top + side)
 
 
-def _up_to(limit: float, rng: np.random.Generator) -> int:
-    return int(rng.integers(0, int(limit), endpoint=True))
-
-
 def _corners(box: Box) -> np.ndarray:
     """(4, 2) float64 corners, clockwise from the top left."""
     left, top, right, bottom = box
     return np.array([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=np.float64)
+
+
+def _up_to(limit: float, rng: np.random.Generator) -> int:
+    return int(rng.integers(0, int(limit), endpoint=True))

@@ -1,10 +1,9 @@
 """Images and boxes packed into WebDataset tars, for local or remote storage that prefers few large files.
 
-A shard holds, per image, `NUMBER.json` with its size, boxes and outlines, `NUMBER.jpg` (or png, webp) with the bytes of
-the image file, and `NUMBER.mask.png` if it has a mask; NUMBER is the image's place in the index. `SPLIT.json` beside
-the shards lists them. WebDataset opens addresses and unpacks tars; its own shuffling cannot be resumed in mid-epoch bit
-for bit, so the order is made here: a function of (seed, epoch, processes, workers). The draws of a sample depend on
-(seed, epoch, NUMBER) alone, as for image files.
+A shard holds, per image, `NUMBER.json` with its size, boxes and outlines, the image file, and `NUMBER.mask.png` if it
+has a mask; NUMBER is the image's place in the index. `SPLIT.json` lists the shards. WebDataset's own shuffling cannot
+be resumed in mid-epoch bit for bit, so the order is made here: a function of (seed, epoch, processes, workers). The
+draws of a sample depend on (seed, epoch, NUMBER) alone, as for image files.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import logging
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -35,9 +34,8 @@ logger = logging.getLogger(__name__)
 Members = dict[str, bytes]  # content by extension
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One tar file: its name, number of images, size in bytes, and the SHA-256 of its content."""
+class Shard(NamedTuple):
+    """A tar file and its number of images, size in bytes, and SHA-256."""
 
     name: str
     samples: int
@@ -51,7 +49,6 @@ def write_shards(index: BoxIndex, out: Path, split: str, *, max_bytes: int = 2**
     Args:
         index: images and boxes.
         out: folder for `SPLIT-000000.tar` and so on, and at the end `SPLIT.json`.
-        split: first part of the file names.
         max_bytes: largest sum of image sizes in a shard; one larger image gets a shard of its own.
         workers: number of threads; the files do not depend on it.
 
@@ -83,7 +80,7 @@ def write_shards(index: BoxIndex, out: Path, split: str, *, max_bytes: int = 2**
     with ThreadPoolExecutor(workers) as pool:
         written = pool.map(write_shard, range(len(spans)))
         shards = list(tqdm(written, total=len(spans), desc=f"{split}: shards", unit="shard"))
-    write_text(out / f"{split}.json", json.dumps({"shards": [asdict(shard) for shard in shards]}, indent=1) + "\n")
+    write_text(out / f"{split}.json", json.dumps({"shards": [shard._asdict() for shard in shards]}, indent=1) + "\n")
     return shards
 
 
@@ -122,37 +119,25 @@ def _unpacked(members: Members) -> tuple[Entry, Callable[[str], BinaryIO]]:
 class Shards(Dataset[Sample]):
     """Samples of shards by (epoch, place in the epoch), with their `key`: the part of one process.
 
-    Every process takes the same number of samples per epoch, whatever is damaged: a worker that runs out of images
-    starts its shards again. A `DataLoader` requests places in order, batch by batch, from its workers in turn: each
-    worker then reads a stream. Any other order gives the same samples, slowly.
-
-    Attributes:
-        root: folder, `http(s)://…`, `s3://…` (read by the AWS command line) or `pipe:COMMAND {}`, where `{}` becomes
-            the name of a file whose content COMMAND writes to the standard output.
-        split: train or validation.
-        recipe: makes a sample of an image.
-        seed: decides order and draws.
-        buffer: number of images that a worker shuffles among; 0 keeps the order.
-        max_samples: largest number of samples per epoch, of all processes.
-        batch_size, num_workers: settings of the loader.
-        rank, world_size: place of this process among all.
-        shards: read from SPLIT.json if empty.
+    Every process takes the same number of samples per epoch: a worker that runs out of images starts its shards again.
+    A `DataLoader` requests places in order, batch by batch, from its workers in turn: each worker then reads a stream.
+    Any other order gives the same samples, slowly.
 
     Raises:
         UserError: the list of shards is missing or damaged.
     """
 
-    root: str
+    root: str  # folder, http(s)://…, s3://… (read by the AWS command line), or pipe:COMMAND that prints the file {}
     split: str
     recipe: SampleRecipe
-    seed: int = 0
-    buffer: int = 1000
-    max_samples: int | None = None
-    batch_size: int = 1
-    num_workers: int = 0
+    seed: int = 0  # decides order and draws
+    buffer: int = 1000  # number of images that a worker shuffles among; 0 keeps the order
+    max_samples: int | None = None  # per epoch, of all processes
+    batch_size: int = 1  # as in the loader
+    num_workers: int = 0  # as in the loader
     rank: int = 0
     world_size: int = 1
-    shards: list[Shard] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)  # read from SPLIT.json if empty
 
     def __post_init__(self) -> None:
         self.shards = self.shards or listed_shards(self.root, self.split)
@@ -232,11 +217,7 @@ class Shards(Dataset[Sample]):
 
 
 def listed_shards(root: str, split: str) -> list[Shard]:
-    """Read the list of the shards in a folder or at an address.
-
-    Raises:
-        UserError: the list is missing or damaged.
-    """
+    """Read the list of the shards in a folder or at an address."""
     from webdataset.gopen import gopen
 
     address = _address(root, f"{split}.json")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from ldm import images
 from ldm.config import DataConfig, load_config
 from ldm.data.annotations import OPEN_IMAGES_CSV, open_index, write_index
-from ldm.data.box_dataset import BoxDataset, SampleRecipe, crop, open_captions, read_captions, reduced_window
+from ldm.data.box_dataset import BoxDataset, SampleRecipe, crop, open_captions, reduced_window
 from ldm.data.box_index import BoxIndex, Entry, IndexWriter
 from ldm.data.datamodule import box_dataset
 from ldm.files import UserError
@@ -386,6 +386,6 @@ def test_a_table(tmp_path: Path) -> None:
         open_captions("classes", index, 2)
     table.write_text("a.jpg,dog\n")
     with pytest.raises(UserError, match=r"captions\.csv: .*file_name"):
-        read_captions(table)
+        open_captions(str(table), index, 2)
     with pytest.raises(UserError, match=r"none\.csv"):
-        read_captions(tmp_path / "none.csv")
+        open_captions(str(tmp_path / "none.csv"), index, 2)
