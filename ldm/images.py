@@ -1,7 +1,4 @@
-"""Image files, boxes, and conversions between images and tensors, shared by training, editing and evaluation.
-
-Dimension key: H, W pixels · E side of the exemplar.
-"""
+"""Image files, boxes, and conversions between images and tensors, shared by training, editing and evaluation."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ class Box(NamedTuple):
     bottom: int
 
     def inside(self, width: int, height: int) -> bool:
-        """Whether the box lies within an image of that size."""
+        """Tell whether the box lies within an image of that size."""
         return self.clipped(width, height) == self
 
     def clipped(self, width: int, height: int) -> Box:
@@ -50,7 +47,7 @@ def open_image(path: str | Path) -> Image.Image:
     """Read an image file as viewers show it: RGB, fully loaded.
 
     EXIF orientation is applied; palette, grey, CMYK and 16-bit images are converted; transparent parts are laid over
-    mid-grey, the model's value for unknown pixels. Of an animation the first frame is read.
+    mid-grey, the model's value for unknown pixels. The first frame of an animation is read.
 
     Raises:
         UserError: the file is missing, damaged, not an image, or beyond Pillow's limit of 179 million pixels.
@@ -68,13 +65,8 @@ def open_upright(path: str | Path) -> Image.Image:
     return _read(path, _rgb_or_rgba)
 
 
-def open_rgba(path: str | Path) -> Image.Image:
-    """Read an image file like `open_image`, but as RGBA; transparent pixels keep their colour."""
-    return _read(path, to_rgba)
-
-
 def to_rgba(image: Image.Image) -> Image.Image:
-    """Return `image` as RGBA; opaque images get a full alpha channel."""
+    """Return `image` as RGBA; opaque images get a full alpha channel, transparent pixels keep their colour."""
     return _rgb_or_rgba(image).convert("RGBA")
 
 
@@ -98,9 +90,8 @@ def _read(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Im
             with Image.open(path) as image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return convert(image)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "is a folder"
-        raise UserError(f"{path}: {reason}; give the path of an image file") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the path") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image file that can be read; save it as PNG or JPEG") from None
     except Image.DecompressionBombError:
@@ -111,11 +102,7 @@ def _read(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Im
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """List the image files in a folder and its subfolders, recognised by their extension, sorted by path.
-
-    Raises:
-        UserError: the folder is missing or holds no image.
-    """
+    """List the image files in a folder and its subfolders by extension, sorted by path; UserError if there are none."""
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:
         fault = f"holds no images ({', '.join(IMAGE_SUFFIXES)})" if Path(folder).is_dir() else "no such folder"

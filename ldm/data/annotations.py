@@ -7,7 +7,6 @@ images that EXIF rotates are left out.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
@@ -53,14 +52,15 @@ class AnnotatedImage(NamedTuple):
     problem: str = ""
 
 
+Parser = Callable[[str, Path], AnnotatedImage]  # of an image's name and the file of its annotations
 Split = tuple[Path, Iterable[AnnotatedImage], bool]  # folder of the images; images; whether only those of the split
 
 
 def open_index(data: DataConfig, split: str, *, rebuild: bool = False) -> BoxIndex:
-    """Open the index of a split; write it first if it is missing or older than the annotations.
+    """Open the index of a split; write it first if it is missing, older than the annotations, or with `rebuild`.
 
     Of several processes one writes and the others wait. A change inside an annotation file of a folder goes unnoticed
-    as long as no file is added or removed; `rebuild` writes the index in any case.
+    as long as no file is added or removed.
 
     Raises:
         UserError: the annotations cannot be read, they hold no usable box, or the folder is not writable.
@@ -190,9 +190,6 @@ def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.nda
     Returns:
         Numbers of rows and of those boxes; per image its id, (n, 4) corners x_min, y_min, x_max, y_max in [0, 1], and
         the class name of each box, from the class descriptions beside the CSV ("": unknown).
-
-    Raises:
-        UserError: the CSV is missing or malformed.
     """
     import pandas as pd  # part of the training extra
 
@@ -204,12 +201,13 @@ def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.nda
         if boxes.empty or (lacking := boxes.isna().any(axis=1)).any():
             raise ValueError("no boxes" if boxes.empty else f"row {lacking.idxmax() + 1} lacks a value")
     except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
-        remedy = "dataset/README.md says where to download it"
-        raise UserError(f"{csv_path}: not a readable CSV of boxes ({error}); {remedy}") from None
+        raise UserError(f"{csv_path}: no readable CSV of boxes ({error}); download it, see dataset/README.md") from None
     descriptions: dict[str, str] = {}
     for path in sorted(csv_path.parent.glob("*class-descriptions*.csv")):
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            descriptions |= {row[0]: row[1] for row in csv.reader(file) if len(row) > 1}
+        table = pd.read_csv(
+            path, header=None, usecols=[0, 1], dtype=str, keep_default_na=False, encoding_errors="replace"
+        )
+        descriptions |= dict(table.itertuples(index=False))
     labels = boxes.pop("LabelName") if "LabelName" in boxes else pd.Series("", boxes.index)
     boxes["Class"] = labels.map(lambda label: descriptions.get(label, ""))
     boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
@@ -226,8 +224,7 @@ def read_coco(data: DataConfig, split: str) -> Split:
     path = (split == "validation" and data.val_annotations) or data.annotations
     if path is None:
         raise UserError("data.annotations: format coco needs the path of a JSON file")
-    by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    items = []
+    by_image, items = defaultdict(list), []
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         names = {category["id"]: str(category["name"]) for category in content.get("categories", [])}
@@ -237,11 +234,9 @@ def read_coco(data: DataConfig, split: str) -> Split:
         for image in content["images"]:
             found = by_image[image["id"]]
             boxes = [(x, y, x + width, y + height) for x, y, width, height in (map(float, a["bbox"]) for a in found)]
-            polygons = [a.get("segmentation") for a in found]  # or run lengths, of which only the box is used
-            shapes = [
-                [np.array(p, dtype=np.float32).reshape(-1, 2) for p in outlines if len(p) >= 6]
-                for outlines in (p if isinstance(p, list) else [] for p in polygons)
-            ]
+            polygons = (a.get("segmentation") for a in found)  # or run lengths, of which only the box is used
+            polygons = ([x for x in p if len(x) >= 6] if isinstance(p, list) else [] for p in polygons)
+            shapes = [[np.array(x, dtype=np.float32).reshape(-1, 2) for x in outlines] for outlines in polygons]
             labels = [names.get(a.get("category_id"), "") for a in found]
             size = int(image["width"]), int(image["height"])
             items.append(AnnotatedImage(image["file_name"], size, boxes, shapes, labels=labels))
@@ -320,9 +315,7 @@ def read_masks(data: DataConfig, split: str) -> Split:
 READERS = {"open_images": read_open_images, "coco": read_coco, "voc": read_voc, "yolo": read_yolo, "masks": read_masks}
 
 
-def _parsed(
-    named: Iterable[tuple[str, Path]], parse: Callable[[str, Path], AnnotatedImage]
-) -> Iterator[AnnotatedImage]:
+def _parsed(named: Iterable[tuple[str, Path]], parse: Parser) -> Iterator[AnnotatedImage]:
     """Parse the annotations of each (name, path); those that cannot be read become a `problem`."""
     for name, path in named:
         try:

@@ -1,7 +1,4 @@
-"""Augment exemplars with albumentations, as the paper does or by a pipeline of the config.
-
-Training imports this module late: albumentations takes seconds to import, and editing works without it.
-"""
+"""Augment exemplars with albumentations, which takes seconds to import and which editing works without."""
 
 from __future__ import annotations
 

@@ -95,16 +95,14 @@ class BoxIndex:
         )
 
     def _shapes(self, box: int) -> list[np.ndarray]:
-        if "points" not in self._arrays:
-            return []
-        polygons = self._span("shape_ends", box)
+        polygons = self._span("shape_ends", box) if "points" in self._arrays else slice(0, 0)
         return [self._arrays["points"][self._span("polygon_ends", k)] for k in range(polygons.start, polygons.stop)]
 
     def _text(self, name: str, ends: str, i: int) -> str:
         return os.fsdecode(self._arrays[name][self._span(ends, i)].tobytes())
 
     def _span(self, ends: str, i: int) -> slice:
-        """Rows of entry `i` in a column of which `ends` says where its entries end."""
+        """Return the rows of entry `i`."""
         return slice(int(self._arrays[ends][i - 1]) if i else 0, int(self._arrays[ends][i]))
 
 
@@ -112,17 +110,12 @@ class IndexWriter:
     """Collect images, and write the index when the `with` block ends without an error.
 
     Memory: 16 bytes per box, about 30 and the path per image, 8 per corner of an outline.
-
-    Attributes:
-        source: origin of the annotations; becomes part of `BoxIndex.metadata`.
-        dropped: number of boxes or images left out, by reason.
-        images, boxes: numbers of those kept so far.
     """
 
     def __init__(self, path: str | Path, source: Mapping[str, str] | None = None) -> None:
-        self.path, self.source = Path(path), dict(source or {})
-        self.dropped: Counter[str] = Counter()
-        self.images = self.boxes = 0
+        self.path, self.source = Path(path), dict(source or {})  # origin of the annotations, for `BoxIndex.metadata`
+        self.dropped: Counter[str] = Counter()  # boxes and images left out, by reason
+        self.images = self.boxes = 0  # kept so far
         self._columns = {name: array(typecode) for name, (typecode, _) in _COLUMNS.items()}
         self._classes: dict[str, int] = {}
 
@@ -174,10 +167,9 @@ class IndexWriter:
             raise UserError(f"{self.path}: not one usable box ({reasons}); check the paths and the annotations")
         for name in self._classes:
             self._append_text("classes", "class_ends", name)
-        arrays = {name: np.asarray(self._columns[name]).reshape(shape) for name, (_, shape) in _COLUMNS.items()}
-        for known, names in _OPTIONAL.items():
-            if not len(arrays[known]):
-                arrays = {name: array for name, array in arrays.items() if name not in names}
+        unknown = {name for known, names in _OPTIONAL.items() if not self._columns[known] for name in names}
+        shapes = {name: shape for name, (_, shape) in _COLUMNS.items() if name not in unknown}
+        arrays = {name: np.asarray(self._columns[name]).reshape(shape) for name, shape in shapes.items()}
         metadata = {"version": _VERSION, "dropped": json.dumps(self.dropped), **self.source}
         with atomic_write(self.path) as partial:
             save_file(arrays, partial, metadata=metadata)
@@ -193,6 +185,4 @@ def _unusable(x_min: float, y_min: float, x_max: float, y_max: float, size: tupl
     area = (x_max - x_min) * (y_max - y_min) / (width * height)
     if area < MIN_AREA:
         return f"boxes of less than {MIN_AREA:.0%} of their image"
-    if area > MAX_AREA:
-        return f"boxes of more than {MAX_AREA:.0%} of their image"
-    return ""
+    return f"boxes of more than {MAX_AREA:.0%} of their image" if area > MAX_AREA else ""

@@ -94,10 +94,8 @@ class DataModule(pl.LightningDataModule):
         if trains:
             order.epoch, order.start = self._position["epoch"], self._position["batch"] * batch_size
         if len(order) < batch_size:
-            raise UserError(
-                f"{self.data.root}: got {len(order)} {purpose} samples for each process, expected at least a batch of "
-                f"{batch_size}; prepare more data or lower data.batch_size and data.val_batch_size"
-            )
+            got = f"got {len(order)} {purpose} samples per process, expected at least a batch of {batch_size}"
+            raise UserError(f"{self.data.root}: {got}; prepare more data or lower data.batch_size and val_batch_size")
         return DataLoader(
             data,
             batch_size=batch_size,

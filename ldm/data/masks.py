@@ -17,7 +17,6 @@ GROWTH = 0.4  # share of the free space on a side that the hole may take
 ZOOM = 0.6  # share of the free space around the hole that the crop may cut off
 JITTER = 5  # pixels, of an arbitrary shape's outline
 REFERENCE_SIDE = 512  # short side from which on lengths in pixels are taken as they are
-_CURVE_T = np.arange(1, 20)[:, None] * 0.05  # the original stops at 0.90, which leaves every curve's end open
 
 
 def pixel_scale(size: tuple[int, int]) -> float:
@@ -34,12 +33,9 @@ def clip_box(x_min: float, y_min: float, x_max: float, y_max: float, size: tuple
 
 def grow_box(box: Box, within: Box, rng: np.random.Generator) -> Box:
     """Move every side outwards by a uniform whole number of pixels, at most 40 % of the free space there."""
-    return Box(
-        box.left - _up_to(GROWTH * (box.left - within.left), rng),
-        box.top - _up_to(GROWTH * (box.top - within.top), rng),
-        box.right + _up_to(GROWTH * (within.right - box.right), rng),
-        box.bottom + _up_to(GROWTH * (within.bottom - box.bottom), rng),
-    )
+    free = (abs(edge - limit) for edge, limit in zip(box, within, strict=True))
+    left, top, right, bottom = (_up_to(GROWTH * pixels, rng) for pixels in free)
+    return Box(box.left - left, box.top - top, box.right + right, box.bottom + bottom)
 
 
 def rectangle_hole(size: tuple[int, int], grown: Box) -> Image.Image:
@@ -64,14 +60,16 @@ def outline_curves(box: Box, grown: Box) -> np.ndarray:
     of the grown box.
 
     Returns:
-        (4, 19, 2) float64 x, y at t = 0.05 … 0.95: top, right, bottom, left; clockwise from the top left corner.
+        (4, 20, 2) float64 x, y at t = 0 … 0.95: top, right, bottom, left; clockwise from the top left corner.
     """
-    start = _corners(box)
+    left, top, right, bottom = box
+    start = np.array([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=np.float64)
     end = np.roll(start, -1, axis=0)
     control = (start + end) / 2
     control[[0, 2], 1] = grown.top, grown.bottom
     control[[1, 3], 0] = grown.right, grown.left
-    t = _CURVE_T  # B(t) = (1 - t)^2 P0 + 2 t (1 - t) P1 + t^2 P2
+    t = np.arange(20)[:, None] * 0.05  # the original stops at 0.90, which leaves every curve's end open
+    # B(t) = (1 - t)^2 P0 + 2 t (1 - t) P1 + t^2 P2
     return (1 - t) ** 2 * start[:, None] + 2 * t * (1 - t) * control[:, None] + t**2 * end[:, None]
 
 
@@ -86,7 +84,7 @@ def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: in
         (80, 2) float64 x, y, clockwise from the top left corner of the box, each shifted by up to `jitter` per axis.
     """
     curves = outline_curves(box, grown)
-    curves += rng.integers(-jitter, jitter, size=curves.shape, endpoint=True)
+    curves[:, 1:] += rng.integers(-jitter, jitter, size=(4, 19, 2), endpoint=True)  # corners of the box stay
     top, right, bottom, left = curves
     top[:, 1] = np.minimum(top[:, 1], box.top)
     right[:, 0] = np.maximum(right[:, 0], box.right)
@@ -96,7 +94,7 @@ def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: in
     bottom[:, 0] = np.sort(bottom[:, 0].clip(box.left, box.right))[::-1]
     right[:, 1] = np.sort(right[:, 1].clip(box.top, box.bottom))
     left[:, 1] = np.sort(left[:, 1].clip(box.top, box.bottom))[::-1]
-    return np.concatenate([_corners(box)[:, None], curves], axis=1).reshape(-1, 2)
+    return curves.reshape(-1, 2)
 
 
 def irregular_hole(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
@@ -171,12 +169,6 @@ def crop_around_box(
         for start, stop, length in zip(box[:2], box[2:], size, strict=True)
     )
     return Box(left, top, left + side, top + side)
-
-
-def _corners(box: Box) -> np.ndarray:
-    """(4, 2) float64 corners, clockwise from the top left."""
-    left, top, right, bottom = box
-    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=np.float64)
 
 
 def _up_to(limit: float, rng: np.random.Generator) -> int:

@@ -225,8 +225,7 @@ def listed_shards(root: str, split: str) -> list[Shard]:
         with gopen(address) as stream:
             return [Shard(**shard) for shard in json.loads(stream.read())["shards"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        remedy = "write the shards with scripts/make_shards.py, or check data.root"
-        raise UserError(f"{address}: no list of shards ({error}); {remedy}") from None
+        raise UserError(f"{address}: no list of shards ({error}); check data.root, or run make_shards.py") from None
 
 
 def _address(root: str, name: str) -> str:

@@ -23,7 +23,7 @@ from ldm.config import RELIGHTING_CHANNELS
 from ldm.editing.request import Picture, as_rgb
 from ldm.editing.settings import EditSettings
 from ldm.files import UserError
-from ldm.images import open_rgba, tensor_to_pil, to_rgba
+from ldm.images import open_upright, tensor_to_pil, to_rgba
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.samplers import OnStep
 
@@ -194,7 +194,7 @@ def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
     if isinstance(foreground, Image.Image):
         image = to_rgba(ImageOps.exif_transpose(foreground))
     else:
-        image = open_rgba(foreground)
+        image = to_rgba(open_upright(foreground))
     matte = image.getchannel("A") if mask is None else as_rgb(mask).convert("L")
     if matte.size != image.size:
         raise UserError(
