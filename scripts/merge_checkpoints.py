@@ -18,16 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FIRST_STAGE, UNET, identify, swap_in_ema
-from ldm.checkpoint.merge import (
-    Source,
-    add_difference,
-    block_norms,
-    check_blocks,
-    factors,
-    merged,
-    offset,
-    weighted_sum,
-)
+from ldm.checkpoint.merge import Source, add_difference, block_norms, merged, multipliers_of, offset, weighted_sum
 from scripts.checkpoint_cli import check_output, provenance
 
 MERGES = {
@@ -111,20 +102,18 @@ def main(argv: list[str] | None = None) -> int:
             read_source(role, path, ema=args.ema, only=None if role in ("A", "BASE") else args.only)
             for role, path in paths.items()
         )
-        blocks = dict(args.block)
         merge = prepare(first, *others)
-        factor = factors(args.multiplier, blocks)
-        check_blocks(blocks, merge.names)
+        multipliers = multipliers_of(merge.names, args.multiplier, dict(args.block))
         print(f"{len(merge.names)} of {len(first.state)} tensors change, the others are those of {first.label}")
         if args.dry_run:
             print(f"{'block':32} tensors   |change|   |before|   share")
-            for block, norm in block_norms(merge, factor).items():
+            for block, norm in block_norms(merge, multipliers).items():
                 share = norm.change / norm.before if norm.before else float("inf")
                 print(f"{block:32} {norm.tensors:7} {norm.change:10.4g} {norm.before:10.4g} {share:7.2%}")
             print(f"dry run: {args.output} not written")
             return 0
         record = provenance("merge_checkpoints", argv, paths)
-        write_safetensors(args.output, first.state, record, pieces=merged(merge, factor))
+        write_safetensors(args.output, first.state, record, pieces=merged(merge, multipliers))
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,6 @@ that vary. Names below a module are the same on either side. A folder lacks the 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from itertools import product
@@ -36,15 +35,9 @@ State = Mapping[str, Tensor]
 _TEMPLATES: dict[str, Json] = json.loads(Path(__file__).with_name("diffusers.json").read_text(encoding="utf-8"))
 # component => published module => its name in the component; the rows of a module are divided among several names.
 _NAMES: dict[str, dict[str, list[str]]] = _TEMPLATES.pop("names")
-# `component/name` in other versions of diffusers and transformers => the table's, as patterns.
-_SYNONYMS = {
-    r"^(vae/.*mid_block\.attentions\.0)\.query\.": r"\1.to_q.",
-    r"^(vae/.*mid_block\.attentions\.0)\.key\.": r"\1.to_k.",
-    r"^(vae/.*mid_block\.attentions\.0)\.value\.": r"\1.to_v.",
-    r"^(vae/.*mid_block\.attentions\.0)\.proj_attn\.": r"\1.to_out.0.",
-    r"^image_encoder/model\.(?!vision_model\.)": "image_encoder/model.vision_model.",
-    r"^text_encoder/(?!text_model\.)": "text_encoder/text_model.",
-}
+# `component/name` in other versions of diffusers and transformers => published module
+_SYNONYMS: dict[str, str] = _TEMPLATES.pop("names of other versions")
+_NEEDED: dict[str, str] = _TEMPLATES.pop("needed weights")  # component => a name that it must have
 # What trainers and the authors' files hold besides: losses, discriminators, and layers without use.
 _UNUSED_IN_VAE = ("loss.", "discriminator.", "decoder.up_layers.")
 
@@ -75,20 +68,21 @@ def to_original(components: Mapping[str, State], schedule: ScheduleConfig | None
     Names of older and newer diffusers and transformers are known too; others are refused. With a schedule, the buffers
     of the checkpoint's noise schedule are added.
     """
-    state = {_current(f"{kind}/{name}"): x for kind, part in components.items() for name, x in part.items()}
+    state = {f"{kind}/{name}": tensor for kind, part in components.items() for name, tensor in part.items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     table = _table(state)
-    modules = {name: module for module, names in table.items() for name in names}
+    modules = _SYNONYMS | {name: module for module, names in table.items() for name in names}
     original: dict[str, Tensor] = {}
-    for theirs, rest in _located(state, modules).values():
+    for name, (theirs, rest) in _located(state, modules).items():
         module = modules[theirs]
-        if module + rest in original:
-            continue
-        names = [part + rest for part in table[module]]
-        if missing := [name for name in names if name not in state]:
-            raise CheckpointError(f"the folder lacks {', '.join(missing)}; it is incomplete, copy it again")
-        tensor = state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
-        original[module + rest] = tensor[:, :, None, None] if ".attn_1." in module and tensor.ndim == 2 else tensor
+        if len(parts := [part + rest for part in table.get(module, ())]) > 1:
+            if missing := [part for part in parts if part not in state]:
+                raise CheckpointError(f"the folder lacks {', '.join(missing)}; it is incomplete, copy it again")
+            if name == parts[0]:
+                original[module + rest] = torch.cat([state[part] for part in parts])
+        else:
+            square = ".attn_1." in module and state[name].ndim == 2
+            original[module + rest] = state[name][:, :, None, None] if square else state[name]
     return keys.to_file_keys(original) | (make_schedule(schedule).buffers() if schedule is not None else {})
 
 
@@ -151,13 +145,6 @@ def _located(names: Collection[str], modules: Collection[str]) -> dict[str, tupl
             "\ndo: pass Paint by Example or Stable Diffusion 1; scripts/inspect_checkpoint.py says what a file is"
         )
     return found
-
-
-def _current(name: str) -> str:
-    """Rename `component/name` from another version of diffusers or transformers to the table's name."""
-    for old, new in _SYNONYMS.items():
-        name = re.sub(old, new, name)
-    return name
 
 
 # --- the folder ------------------------------------------------------------------------------------
@@ -231,12 +218,6 @@ _TEXT_INPUTS = {
 }
 _FAMILY_KEYS = ("_class_name", "act_fn", "hidden_act")  # all of Stable Diffusion 1 has them as in the templates
 _FAMILY_ALONE = "only Stable Diffusion 1 and what is made from it can be converted"
-_NEEDED = {
-    "unet": "conv_in.weight",
-    "vae": "decoder.conv_out.weight",
-    "image_encoder": "proj_out.weight",
-    "text_encoder": "text_model.embeddings.token_embedding.weight",
-}
 
 
 def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, Json]:

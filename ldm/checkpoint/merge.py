@@ -8,7 +8,7 @@ Dimensions: D channels · C input channels (4 in Stable Diffusion; 9 for inpaint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, UNET
 
 State = Mapping[str, Tensor]
-Factor = Callable[[str], float]  # tensor name => M
+Multipliers = Mapping[str, float]  # tensor name => M
 
 INPUT_CONVS = (INPUT_CONV, DIFFUSERS_INPUT_CONV)
 _NO_WEIGHTS = (*keys.SCHEDULE_BUFFERS, *keys.EMA_COUNTERS, "position_ids")
@@ -46,11 +46,11 @@ class Merge(NamedTuple):
     names: list[str]  # of the tensors that change, in A's order
     formula: Callable[..., Tensor]  # (M, A's tensor, the others' tensors) => float32
 
-    def changed(self, name: str, factor: Factor) -> Tensor:
+    def changed(self, name: str, m: float) -> Tensor:
         """Compute what a tensor of A becomes, in float32."""
         own, *others = (source.state[name] for source in self.sources)
         try:
-            return self.formula(factor(name), _shared(own, others[0]), *others)
+            return self.formula(m, _shared(own, others[0]), *others)
         except RuntimeError as error:  # of a type that torch cannot compute with, or without memory
             raise CheckpointError(f"{name}: cannot be merged, nothing was changed: {error}") from error
 
@@ -96,11 +96,11 @@ def _added(m: float, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     return (difference if c is None else difference.sub_(c.float())).mul_(m).add_(a.float())
 
 
-def merged(merge: Merge, factor: Factor) -> Iterator[tuple[str, Tensor]]:
+def merged(merge: Merge, multipliers: Multipliers) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of the result, in A's order and types; refuse a sum that does not fit into A's type."""
     names = set(merge.names)
     for name, own in merge.sources[0].state.items():
-        yield name, _rounded(name, merge.changed(name, factor), own) if name in names else own
+        yield name, _rounded(name, merge.changed(name, multipliers[name]), own) if name in names else own
 
 
 def _rounded(name: str, value: Tensor, own: Tensor) -> Tensor:
@@ -130,11 +130,11 @@ class BlockNorm(NamedTuple):
     before: float
 
 
-def block_norms(merge: Merge, factor: Factor) -> dict[str, BlockNorm]:
+def block_norms(merge: Merge, multipliers: Multipliers) -> dict[str, BlockNorm]:
     """Compute the norms of the change and of what is changed by block, ordered by names and numbers."""
     squares: dict[str, list[tuple[float, float]]] = {}
     for name in tqdm(merge.names, desc="comparing", unit="tensor", delay=3):
-        own, value = merge.sources[0].state[name].float(), merge.changed(name, factor)
+        own, value = merge.sources[0].state[name].float(), merge.changed(name, multipliers[name])
         change, before = (torch.linalg.vector_norm(x).item() ** 2 for x in (value.sub_(_shared(own, value)), own))
         squares.setdefault(block_of(name), []).append((change, before))
     norms = {block: [sum(part) ** 0.5 for part in zip(*values, strict=True)] for block, values in squares.items()}
@@ -149,28 +149,23 @@ def block_of(name: str) -> str:
     return ".".join(parts[: 2 if divided else 1])
 
 
-def factors(multiplier: float, blocks: Mapping[str, float]) -> Factor:
-    """Return M by tensor name: that of the longest of `blocks` that fits the name, or `multiplier`.
+def multipliers_of(names: Collection[str], multiplier: float, blocks: Mapping[str, float]) -> dict[str, float]:
+    """Return M of each name: that of the longest of `blocks` that fits the name, or `multiplier`.
 
     A block is the beginning of names, whole parts between dots, with or without `model.diffusion_model.`.
+
+    Raises:
+        CheckpointError: a block fits none of the names.
     """
-
-    def factor(name: str) -> float:
-        return blocks[max(fitting, key=len)] if (fitting := [b for b in blocks if _fits(b, name)]) else multiplier
-
-    return factor
-
-
-def check_blocks(blocks: Iterable[str], names: Iterable[str]) -> None:
-    """Raise CheckpointError where a block fits none of the merged names."""
-    for block in blocks:
-        if not any(_fits(block, name) for name in names):
+    multipliers = dict.fromkeys(names, multiplier)
+    for block in sorted(blocks, key=len):
+        start = f"{block}."
+        fitting = [name for name in names if f"{name}.".startswith((start, UNET + start))]
+        if not fitting:
             known = ", ".join(dict.fromkeys(block_of(name) for name in names))
             raise CheckpointError(f"block {block}: no merged tensor's name begins with it; expected {known}, or longer")
-
-
-def _fits(block: str, name: str) -> bool:
-    return any(f"{candidate}.".startswith(f"{block}.") for candidate in (name, name.removeprefix(UNET)))
+        multipliers |= dict.fromkeys(fitting, blocks[block])
+    return multipliers
 
 
 # --- what belongs together -------------------------------------------------------------------------

@@ -21,10 +21,9 @@ from ldm.checkpoint.merge import (
     add_clip_tower,
     add_difference,
     block_norms,
-    check_blocks,
-    factors,
     inflate_input_conv,
     merged,
+    multipliers_of,
     offset,
     weighted_sum,
 )
@@ -61,7 +60,7 @@ def source(label: str, state: State) -> Source:
 
 
 def written(merge: Merge, m: float = 1.0) -> State:
-    return dict(merged(merge, lambda _: m))
+    return dict(merged(merge, dict.fromkeys(merge.names, m)))
 
 
 def difference(a: State, b: State, c: State, m: float = 1.0) -> State:
@@ -152,23 +151,24 @@ def test_ic_light_is_inflated_and_offset() -> None:
 
 
 def test_multipliers_by_block() -> None:
-    factor = factors(1.0, {"input_blocks": 0.5, "input_blocks.1": 0.25, "first_stage_model": 0.0})
-    assert factor(INPUT_CONV) == 0.5
-    assert factor(RESNET) == 0.25
-    assert factor(UNET + "input_blocks.11.0.in_layers.0.weight") == 0.5  # 11 does not begin with the block 1
-    assert factor(ATTENTION) == 1.0
-    assert factor(DECODER) == 0.0
-    names = weighted_sum(source("A", checkpoint(1)), source("B", checkpoint(2))).names
-    check_blocks(["input_blocks", "first_stage_model.decoder"], names)
+    merge = weighted_sum(source("A", checkpoint(1)), source("B", checkpoint(2)))
+    eleven = UNET + "input_blocks.11.0.in_layers.0.weight"  # does not begin with the block 1
+    names = [*merge.names, eleven]
+    blocks = {"input_blocks.1": 0.25, "input_blocks": 0.5, "first_stage_model": 0.0}
+    multipliers = multipliers_of(names, 1.0, blocks)
+    expected = {INPUT_CONV: 0.5, RESNET: 0.25, eleven: 0.5, ATTENTION: 1.0, DECODER: 0.0}
+    assert {name: multipliers[name] for name in expected} == expected
+    multipliers_of(names, 1.0, {"input_blocks": 1.0, "first_stage_model.decoder": 1.0})
     for block in ("output_block", "betas"):  # no name; a name, but never merged
-        with pytest.raises(CheckpointError, match=rf"block {block}: no merged tensor's name.*input_blocks\.1"):
-            check_blocks([block], names)
+        with pytest.raises(CheckpointError, match=rf"block {block}: .*input_blocks\.1"):
+            multipliers_of(names, 1.0, {block: 0.5})
 
 
 def test_norms_by_block() -> None:
     a, b, c = checkpoint(1), checkpoint(2), checkpoint(3)
     c[DECODER] = b[DECODER]
-    norms = block_norms(add_difference(source("A", a), source("B", b), source("C", c)), lambda _: 2.0)
+    merge = add_difference(source("A", a), source("B", b), source("C", c))
+    norms = block_norms(merge, dict.fromkeys(merge.names, 2.0))
     assert norms["first_stage_model.decoder"].change == 0
     assert list(norms) == ["first_stage_model.decoder", "input_blocks.0", "input_blocks.1", "middle_block.1", "out.2"]
     block = norms["input_blocks.1"]
