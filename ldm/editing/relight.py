@@ -10,8 +10,7 @@ Imposing Consistent Light Transport" (IC-Light). The steps and numbers are those
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ INITIAL_LIGHT = (255, 0)  # grey levels of the initial image, from the lit side 
 BACKGROUND_LIGHT = (224, 32)  # the same for a generated background
 AMBIENT = (64, 64)  # the background without a direction of light
 GUIDANCE = {False: 2.0, True: 7.0}  # default scale by whether the model reads a background
-SAMPLING = (
+SAMPLING = {
     "negative_prompt",
     "sampler",
     "num_steps",
@@ -44,7 +43,7 @@ SAMPLING = (
     "eta",
     "seed",
     "n_samples",
-)
+}
 
 
 class Relighter:
@@ -67,6 +66,7 @@ class Relighter:
         self.model = model
         self.reads_background = len(channels) == 2
 
+    @torch.inference_mode()
     def relight(
         self,
         foreground: Picture,
@@ -82,7 +82,7 @@ class Relighter:
         on_step: OnStep | None = None,
         **sampling: Any,
     ) -> Image.Image | list[Image.Image]:
-        """Paint the foreground in another light, on a background that is given or that the model invents.
+        """Paint the foreground in another light, on `background` or on one that the model invents.
 
         Args:
             foreground, mask: see `on_grey`; the model invents what is transparent.
@@ -104,17 +104,20 @@ class Relighter:
             OSError, ValueError: a file cannot be read.
         """
         self._check(background, light, highres_scale, highres_strength, sampling)
-        defaults = {
-            "negative_prompt": NEGATIVE_PROMPT,
-            "num_steps": 25,
-            "guidance_scale": GUIDANCE[self.reads_background],
-        }
+        defaults = dict(negative_prompt=NEGATIVE_PROMPT, num_steps=25, guidance_scale=GUIDANCE[self.reads_background])
         settings = EditSettings(prompt=prompt, **defaults | sampling)
         image = on_grey(foreground, mask)
         behind = as_rgb(background) if background is not None else None
         size = _multiples(size) if size else working_size(image.size, self.model.config.image_size)
         generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
-        paint = partial(self._paint, image, behind, light, settings, generators, on_step)
+
+        def paint(size: tuple[int, int], z_0: Tensor | None, strength: float) -> list[Image.Image]:
+            read = [ImageOps.fit(image, size, Image.Resampling.LANCZOS)]
+            if behind is not None:
+                read.append(ImageOps.fit(behind, size, Image.Resampling.LANCZOS))
+            elif self.reads_background:
+                read.append(gradient(size, light, BACKGROUND_LIGHT if light != "none" else AMBIENT))
+            return self._paint(read, settings, generators, z_0=z_0, strength=strength, on_step=on_step)
 
         z_0 = None
         if light != "none" and not self.reads_background:
@@ -126,9 +129,9 @@ class Relighter:
             results = paint(size, z_0, highres_strength)
         return results[0] if settings.is_single else results
 
-    def _check(self, background: object, light: str, scale: float, strength: float, sampling: Collection[str]) -> None:
-        if unknown := set(sampling) - set(SAMPLING):
-            raise UserError(f"got the setting {min(unknown)}, expected one of {', '.join(SAMPLING)}")
+    def _check(self, background: object, light: str, scale: float, strength: float, sampling: dict[str, Any]) -> None:
+        if unknown := sampling.keys() - SAMPLING:
+            raise UserError(f"got the setting {min(unknown)}, expected one of {', '.join(sorted(SAMPLING))}")
         if light not in LIGHTS:
             raise UserError(f"light: got {light!r}, expected one of {', '.join(LIGHTS)}")
         if background is not None and not self.reads_background:
@@ -147,46 +150,25 @@ class Relighter:
         posterior = model.first_stage_model.encode(x.to(model.betas.device, model.weight_dtype))
         return model.config.scale_factor * posterior.mode().float()
 
-    @torch.inference_mode()
     def _paint(
-        self,
-        foreground: Image.Image,
-        background: Image.Image | None,
-        light: str,
-        settings: EditSettings,
-        generators: list[torch.Generator],
-        on_step: OnStep | None,
-        size: tuple[int, int],
-        z_0: Tensor | None,
-        strength: float,
+        self, read: list[Image.Image], settings: EditSettings, generators: list[torch.Generator], **start: Any
     ) -> list[Image.Image]:
-        """Run one pass at a size, from pure noise or from `z_0` with noise of `strength`."""
-        model, count = self.model, len(generators)
-        read = [ImageOps.fit(foreground, size, Image.Resampling.LANCZOS)]
-        if background is not None:
-            read.append(ImageOps.fit(background, size, Image.Resampling.LANCZOS))
-        elif self.reads_background:
-            read.append(gradient(size, light, BACKGROUND_LIGHT if light != "none" else AMBIENT))
+        """Run one pass: the UNet reads the images `read`; `start` are z_0, strength and on_step of `sample`."""
+        model, count, options = self.model, len(generators), settings.sampling
         c_concat = torch.cat([self.encode([image]) for image in read], dim=1)
-        sampling = settings.sampling
         z = model.sample(
             c_concat.expand(count, -1, -1, -1),
             model.context(None, [settings.prompt or ""]).expand(count, -1, -1),
-            null_context=model.null_context(sampling.pop("negative_prompt")),
+            null_context=model.null_context(options.pop("negative_prompt")),
             generator=generators,
-            z_0=z_0,
-            strength=strength,
-            on_step=on_step,
-            **sampling,
+            **start,
+            **options,
         )
         return [tensor_to_pil(pixels) for pixels in model.decode_latents(z)]
 
 
 def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
-    """Lay a foreground over grey, with `mask` or its own alpha channel as opacity.
-
-    Returns:
-        RGB of the foreground's size.
+    """Lay a foreground over grey, with `mask` or its own alpha channel as opacity: RGB of the foreground's size.
 
     Raises:
         UserError: the mask has another size, or is black (transparent) everywhere.
@@ -197,10 +179,7 @@ def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
         image = to_rgba(open_upright(foreground))
     matte = image.getchannel("A") if mask is None else as_rgb(mask).convert("L")
     if matte.size != image.size:
-        raise UserError(
-            f"the foreground's mask is {matte.width}x{matte.height}, the foreground {image.width}x{image.height}; "
-            "give a mask of its size"
-        )
+        raise UserError(f"the mask has size {matte.size}, the foreground {image.size}; give a mask of the same size")
     if matte.getbbox() is None:
         raise UserError("the foreground is empty; give an image that is not all transparent, or a mask with white")
     return Image.composite(image.convert("RGB"), Image.new("RGB", image.size, GREY), matte)
@@ -208,12 +187,12 @@ def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
 
 def gradient(size: tuple[int, int], light: str, levels: tuple[int, int]) -> Image.Image:
     """Draw a grey gradient, RGB, with the first of two levels at the lit side: left, right, top or bottom."""
-    width, height = size
     bright, dark = levels if light in ("left", "top") else levels[::-1]
-    is_horizontal = light in ("left", "right")
-    along = np.linspace(bright, dark, width if is_horizontal else height).astype(np.uint8)
-    grid = np.broadcast_to(along[None] if is_horizontal else along[:, None], (height, width))
-    return Image.fromarray(np.ascontiguousarray(grid)).convert("RGB")
+    row = light in ("left", "right")
+    ramp = Image.fromarray(
+        np.linspace(bright, dark, size[0] if row else size[1]).astype(np.uint8).reshape((1, -1) if row else (-1, 1))
+    )
+    return ramp.resize(size, Image.Resampling.NEAREST).convert("RGB")
 
 
 def working_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
