@@ -10,6 +10,7 @@ size. The seam is the mean step across the hole's edge; ideally it equals the sc
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def main() -> None:
         replace_decoder(model.first_stage_model, args.decoder).to(editor.device).eval(),
     )
     rows: dict[str, list[tuple[float, ...]]] = {}
-    items = Bench(args.bench)[: args.limit]
+    items = [*islice(Bench(args.bench), args.limit)]
     for number, item in enumerate(track(items, console=Console(stderr=True))):
         fitted = fit_scene(item.scene, item.hole_mask, config.image_size, crop_margin=config.crop_margin)
         image, keep_mask = fitted.image.to(editor.device), fitted.keep_mask.to(editor.device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ Task = tuple[Image.Image, Image.Image, Image.Image]  # scene, hole, exemplar
 
 
 def bench_items(root: Path, limit: int | None) -> list[Task]:
-    return [(item.scene, item.hole_mask, item.exemplar) for item in Bench(root)[:limit]]
+    return [(item.scene, item.hole_mask, item.exemplar) for item in islice(Bench(root), limit)]
 
 
 def examples() -> list[Task]:

@@ -79,7 +79,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from ldm.editing.editor import pick_device
     from ldm.evaluation.cache import open_cache
     from ldm.evaluation.cocoee import Bench
-    from ldm.evaluation.evaluate import DEFAULT_METRICS, EvalConfig, Run, evaluate_runs
+    from ldm.evaluation.evaluate import DEFAULT_METRICS, Evaluation, Run
     from ldm.evaluation.features import load_network
     from ldm.evaluation.inception import load_inception
     from ldm.evaluation.quality import load_gmm
@@ -88,21 +88,22 @@ def evaluate(args: argparse.Namespace) -> None:
     bench = Bench(args.bench)
     runs = [named_run(text) for text in args.results]
     device = pick_device(args.device)
-    config = EvalConfig(
-        network=load_network(args.features, device),
-        metrics=args.metrics or DEFAULT_METRICS,
+    evaluation = Evaluation(
+        bench,
+        runs,
+        load_network(args.features, device),
+        names=args.metrics or DEFAULT_METRICS,
+        other_seeds=[Run.read(path) for path in args.other_seeds],
         real=args.real,
         gmm=load_gmm(args.gmm) if args.gmm else None,
         dino=load_network(args.dino, device) if args.dino else None,
         inception=load_inception(args.inception, device) if args.inception else None,
-        cache=open_cache(args.cache),
         focus=args.focus,
-        batch_size=args.batch_size,
-        num_workers=args.workers,
         num_resamples=args.resamples,
         seed=args.seed,
+        options={"cache": open_cache(args.cache), "batch_size": args.batch_size, "num_workers": args.workers},
     )
-    evaluation = evaluate_runs(bench, runs, config, [Run.read(path) for path in args.other_seeds])
+    evaluation.measure()
     if len(evaluation.ids) < len(bench):
         print(f"measured on the {len(evaluation.ids)} of {len(bench)} items that all runs hold", file=sys.stderr)
     record = report(evaluation)
@@ -128,11 +129,11 @@ def print_table(record: Record) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ldm.evaluation.evaluate import arrow, format_interval, format_value, metric_rows
+    from ldm.evaluation.evaluate import ARROWS, format_interval, format_value, metric_rows
 
     console = Console(highlight=False)
     for key, first in metric_rows(record).items():
-        console.print(f"\n{first['name']} {arrow(first)}", style="bold", markup=False)
+        console.print(f"\n{first['name']} {ARROWS[first['better']]}", style="bold", markup=False)
         console.print(f"{first['how']}; n = {first['n']}", style="dim", markup=False)
         table = Table.grid(padding=(0, 3))
         table.add_column()
@@ -147,7 +148,7 @@ def print_table(record: Record) -> None:
 
 def markdown_table(record: Record) -> str:
     """Figures as rows, runs as columns; below it how each figure was measured."""
-    from ldm.evaluation.evaluate import arrow, format_interval, format_value, metric_rows
+    from ldm.evaluation.evaluate import ARROWS, format_interval, format_value, metric_rows
 
     runs, rows = record["runs"], metric_rows(record)
     lines = [["", *runs, "paper (COCOEE)"], ["---", *["---:"] * (len(runs) + 1)]]
@@ -158,7 +159,7 @@ def markdown_table(record: Record) -> str:
             for figure in shown
         ]
         paper = "" if first["paper"] is None else f"{first['paper']:.2f}"
-        lines.append([f"{first['name']} {arrow(first)}", *values, paper])
+        lines.append([f"{first['name']} {ARROWS[first['better']]}", *values, paper])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     notes = "\n".join(f"- {first['name']}: {first['how']}; n = {first['n']}" for first in rows.values())
     return f"{table}\n\n{notes}\n"
@@ -172,17 +173,17 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
 
     from ldm import __version__
 
-    config = evaluation.config
+    gmm = evaluation.gmm
     packages = ("torch", "numpy", "transformers", "pillow")
     return {
         **{key: metric.value for key, metric in evaluation.metrics[evaluation.runs[0].name].items()},
         "bench": str(evaluation.bench.root),
         "ids": evaluation.ids,
-        "features": config.network.name,
-        "features_key": config.network.key,
-        "real": str(config.real or "the bench's true pictures"),
-        "gmm": config.gmm.provenance if config.gmm else None,
-        "bootstrap": {"resamples": config.num_resamples, "seed": config.seed},
+        "features": evaluation.network.name,
+        "features_key": evaluation.network.key,
+        "real": str(evaluation.real or "the bench's true pictures"),
+        "gmm": gmm.provenance if gmm else None,
+        "bootstrap": {"resamples": evaluation.num_resamples, "seed": evaluation.seed},
         "versions": {
             "paint-by-example": __version__,
             "python": platform.python_version(),

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        count = run(args)
+        count = edit(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -90,9 +90,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> int:
+def edit(args: argparse.Namespace) -> int:
     """Turn the options into a config, and edit the benchmark."""
-    from ldm.evaluation.benchmark import METHODS, PROTOCOLS, BenchmarkConfig, edit_bench
+    from ldm.evaluation.benchmark import METHODS, PROTOCOLS, BenchmarkConfig, BenchmarkRun
     from ldm.evaluation.cocoee import Bench
 
     if args.method not in METHODS:
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         decoder=args.decoder,
         precision=args.precision,
     )
-    return edit_bench(
+    run = BenchmarkRun(
         Bench(args.bench),
         args.outdir,
         config,
@@ -118,9 +118,9 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         workers=max(args.workers, 1),
         device=args.device,
-        devices=args.devices,
         has_source=not args.results_only,
     )
+    return run.edit(args.devices)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, ImageOps
 
-from ldm.evaluation.evaluate import TRUE_IMAGE, Record, arrow, format_interval, format_value, metric_rows
+from ldm.evaluation.evaluate import ARROWS, TRUE_IMAGE, Record, format_interval, format_value, metric_rows
 from ldm.files import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ img { max-width: 100% }
 <p>{{ record.ids | length }} items, features of {{ record.features }}, real images: {{ record.real }}.
 Brackets hold 95 % intervals over items.</p>
 <div class=wide><table><tr><th>{% for run in record.runs %}<th>{{ run }}{% endfor %}<th>paper
-{% for key, first in rows.items() %}<tr><td>{{ first.name }} {{ arrow(first) }}
+{% for key, first in rows.items() %}<tr><td>{{ first.name }} {{ arrows[first.better] }}
 {%- for run in record.runs.values() %}<td>{% if key in run.figures %}{% set metric = run.figures[key] -%}
 {{ format_value(metric, metric.value) }}<br><small>{{ format_interval(metric) }}</small>{% endif %}{% endfor -%}
 <td>{% if first.paper is not none %}{{ "%.2f" % first.paper }}{% endif %}{% endfor %}</table></div>
@@ -117,7 +117,7 @@ def write(path: Path, out: Path, run: str | None) -> None:
             plots={title: plot_url(plot) for title, plot in plots.items()},
             samples=samples(record, name),
             true_image=TRUE_IMAGE,
-            arrow=arrow,
+            arrows=ARROWS,
             format_value=format_value,
             format_interval=format_interval,
         )

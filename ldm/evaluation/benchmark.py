@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 from ldm.checkpoint.io import sha256_file
 from ldm.editing.batch import Baseline, Job, edit_many, process_rank
 from ldm.editing.editor import Editor, checkpoint_file, pick_device, pick_dtype
-from ldm.editing.request import EditRequest
 from ldm.editing.settings import EditSettings
 from ldm.evaluation.cocoee import Bench, copy_paste, opencv_inpaint, seamless_clone
 from ldm.files import UserError, write_text
@@ -31,39 +32,24 @@ PROTOCOLS = {
     "paper": EditSettings(sampler="plms", num_steps=50, guidance_scale=5.0, whole_image=True, paste_back=False),
     "ours": EditSettings(),
 }
-
-
-def only_exemplar(request: EditRequest) -> Image.Image:
-    """Return the exemplar of a request that has one."""
-    (exemplar,) = request.exemplars
-    assert exemplar is not None
-    return exemplar
-
-
-BASELINES: dict[str, Baseline] = {
-    "copy-paste": lambda request: copy_paste(request.scene, request.hole, only_exemplar(request)),
-    "seamless-clone": lambda request: seamless_clone(request.scene, request.hole, only_exemplar(request)),
-    "opencv-inpaint": lambda request: opencv_inpaint(request.scene, request.hole),
+BASELINES: dict[str, Callable[..., Image.Image]] = {
+    "copy-paste": copy_paste,
+    "seamless-clone": seamless_clone,
+    "opencv-inpaint": opencv_inpaint,
 }
 METHODS = ("model", "null-token", "other-exemplar", *BASELINES)
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What decides the images of a run.
+    """What decides the images of a run."""
 
-    Attributes:
-        method: one of METHODS.
-        settings: how a model edits; its seed plus k is the seed of item k. Baselines ignore it.
-        checkpoint, config, decoder, precision: of the model, see `Editor.from_pretrained` and `pick_dtype`.
-    """
-
-    method: str = "model"
-    settings: EditSettings = PROTOCOLS["paper"]
-    checkpoint: Path | None = None
+    method: str = "model"  # one of METHODS
+    settings: EditSettings = PROTOCOLS["paper"]  # its seed plus k is the seed of item k; baselines ignore it
+    checkpoint: Path | None = None  # of the model, see `Editor.from_pretrained`
     config: Path | None = None
     decoder: Path | None = None
-    precision: str = "fp32"
+    precision: str = "fp32"  # see `pick_dtype`
 
     def record(self) -> dict[str, Any]:
         """Return the content of settings.json, with the weights by their hash."""
@@ -77,60 +63,86 @@ class BenchmarkConfig:
     def load(self, device: torch.device) -> Editor | Baseline:
         """Load the model, or return the baseline."""
         if self.method in BASELINES:
-            return BASELINES[self.method]
+            return lambda request: BASELINES[self.method](request.scene, request.hole, *request.exemplars)
         dtype = pick_dtype(self.precision, device)
         return Editor.from_pretrained(
             self.checkpoint, config=self.config, decoder=self.decoder, device=device, dtype=dtype
         )
 
 
-def make_jobs(bench: Bench, config: BenchmarkConfig, limit: int | None = None) -> list[Job]:
-    """Make a job of each of the first `limit` items."""
-    jobs = []
-    for k, id_ in enumerate(bench.ids[:limit]):
-        scene, mask, exemplar = bench.paths(id_)
-        if config.method == "other-exemplar":
-            exemplar = bench.paths(bench.ids[(k + 1) % len(bench)])[-1]
-        settings = replace(config.settings, seed=config.settings.seeds[0] + k)
-        reference = None if config.method == "null-token" else str(exemplar)
-        jobs.append(Job(id_, str(scene), reference, settings, mask=str(mask)))
-    return jobs
-
-
 @dataclass(frozen=True)
-class _Run:
-    """A run that several processes share."""
+class BenchmarkRun:
+    """Edits of the items that have no result yet; a run that was stopped goes on.
+
+    Raises:
+        UserError: the config or the folder does not fit.
+    """
 
     bench: Bench
-    outdir: Path
+    outdir: Path  # gets the images; a folder begun with another config is refused
     config: BenchmarkConfig
-    record: dict[str, Any]
-    limit: int | None
-    batch_size: int
-    workers: int
-    device: str
-    has_source: bool
+    limit: int | None = None  # only the first so many items
+    batch_size: int = 16  # items per forward pass and process
+    workers: int = 2  # threads that read, and threads that write, of each process
+    device: str = "auto"  # auto | cpu | cuda | mps
+    has_source: bool = True  # write source/ and grid/ too, as the original does
+
+    def edit(self, devices: int = 1) -> int:
+        """Edit all items in several processes, one per device, and return their number.
+
+        Under torchrun, which starts the processes itself, `devices` is ignored.
+
+        Raises:
+            UserError: items failed.
+        """
+        if min(devices, 1 if self.limit is None else self.limit) < 1:
+            raise UserError(f"got devices={devices}, limit={self.limit}, expected 1 or more")
+        _check_settings(self.outdir / "settings.json", self.record)
+        if devices == 1 or "RANK" in os.environ:
+            self.edit_share()
+        else:
+            try:
+                spawn(_start, (self, devices), nprocs=devices)
+            except ProcessRaisedException as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise (UserError(reason) if UserError.__name__ in reason else error) from None
+        return len(self.bench.ids[: self.limit])
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        return self.config.record()
+
+    def jobs(self) -> list[Job]:
+        jobs, ids = [], self.bench.ids
+        for k, id_ in enumerate(ids[: self.limit]):
+            scene, mask, exemplar = self.bench.paths(id_)
+            if self.config.method == "other-exemplar":
+                exemplar = self.bench.paths(ids[(k + 1) % len(ids)])[-1]
+            settings = replace(self.config.settings, seed=self.config.settings.seeds[0] + k)
+            reference = None if self.config.method == "null-token" else str(exemplar)
+            jobs.append(Job(id_, str(scene), reference, settings, mask=str(mask)))
+        return jobs
 
     def edit_share(self) -> None:
         """Edit this process's share of the items."""
         (rank, processes), device = process_rank(), pick_device(self.device)
         report = edit_many(
             self.config.load(device),
-            make_jobs(self.bench, self.config, self.limit)[rank::processes],
+            self.jobs()[rank::processes],
             self.outdir / "results",
             batch_size=self.batch_size,
             workers=self.workers,
             metadata=self.record,
-            on_result=self.write_source if self.has_source else None,
+            on_result=self._write_source if self.has_source else None,
         )
         if report.failed:
             name, reason = next(iter(report.failed.items()))
             raise UserError(f"{len(report.failed)} items failed, the first {name}: {reason}")
         if rank == 0 and report.done:
             timing = {"seconds_per_picture": report.seconds / len(report.done), "pictures": len(report.done)}
-            write_json(self.outdir / "timing.json", timing | {"batch_size": self.batch_size, "device": str(device)})
+            _write_json(self.outdir / "timing.json", timing | {"batch_size": self.batch_size, "device": str(device)})
 
-    def write_source(self, job: Job, result: Image.Image) -> None:
+    def _write_source(self, job: Job, result: Image.Image) -> None:
         """Write the inputs of an item, and a row of scene, masked scene, exemplar and result."""
         item = self.bench[self.bench.ids.index(job.name)]
         exemplar, masked = open_image(job.reference) if job.reference else item.exemplar, item.masked_scene()
@@ -145,66 +157,15 @@ class _Run:
         save_png(grid, self.outdir / "grid" / f"grid-{item.id}.png")
 
 
-def edit_bench(
-    bench: Bench,
-    outdir: Path,
-    config: BenchmarkConfig,
-    *,
-    limit: int | None = None,
-    batch_size: int = 16,
-    workers: int = 2,
-    device: str = "auto",
-    devices: int = 1,
-    has_source: bool = True,
-) -> int:
-    """Edit the items that have no result yet.
-
-    Args:
-        bench: the items.
-        outdir: gets the images; a run that was stopped goes on.
-        config: how items are edited; a folder begun with another config is refused.
-        limit: only the first so many items.
-        batch_size: items per forward pass and process.
-        workers: threads that read, and threads that write, of each process.
-        device: auto | cpu | cuda | mps.
-        devices: processes to start, one per device. Under torchrun, which starts them itself, it is ignored.
-        has_source: write source/ and grid/ too, as the original does.
-
-    Returns:
-        The number of items.
-
-    Raises:
-        UserError: the config or the folder does not fit, or items failed.
-    """
-    if min(devices, 1 if limit is None else limit) < 1:
-        raise UserError(f"got devices={devices}, limit={limit}, expected 1 or more")
-    record = config.record()
-    check_settings(outdir / "settings.json", record)
-    run = _Run(bench, outdir, config, record, limit, batch_size, workers, device, has_source)
-    if devices == 1 or "RANK" in os.environ:
-        run.edit_share()
-    else:
-        try:
-            spawn(_start, (run, devices), nprocs=devices)
-        except ProcessRaisedException as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise (UserError(reason) if UserError.__name__ in reason else error) from None
-    return len(bench.ids[:limit])
-
-
-def _start(rank: int, run: _Run, processes: int) -> None:
+def _start(rank: int, run: BenchmarkRun, processes: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     run.edit_share()
 
 
-def check_settings(path: Path, record: dict[str, Any]) -> None:
-    """Write the settings of a run, or compare them with those the folder was begun with.
-
-    Raises:
-        UserError: they differ.
-    """
+def _check_settings(path: Path, record: dict[str, Any]) -> None:
+    """Write the settings of a run, or compare them with those the folder was begun with."""
     if not path.exists():
-        write_json(path, record)
+        _write_json(path, record)
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -215,6 +176,5 @@ def check_settings(path: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{path.parent}: holds results of other settings ({got}); choose another --outdir")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """Features on disk, so that no image passes through a network twice.
 
 A folder holds one small `.npy` file per feature. Its name is a digest of what the feature was computed from (the bytes
-of the image, the network, the view), never of a path or a date: a renamed image is found again, a changed one is not.
-Files are written atomically, so processes may share the folder and may be killed.
+of the image, the network, the view): a renamed image is found again, a changed one is not. Files are written
+atomically, so processes may share the folder and may be killed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ DEFAULT_PATH = Path.home() / ".cache" / "paint-by-example" / "features"
 
 
 class FeatureCache:
-    """Features (D,) float32 by key.
-
-    Args:
-        folder: created if missing.
+    """Features (D,) float32 by key, in a folder that is created if missing.
 
     Raises:
         UserError: the folder cannot be created.
@@ -48,21 +45,16 @@ class FeatureCache:
 
     def put(self, key: str, feature: np.ndarray) -> None:
         """Store a feature. If that fails (the disk is full), warn once and store nothing more."""
-        if not self._writing:
-            return
         try:
-            with atomic_write(self._path(key), sync=False) as partial, open(partial, "wb") as file:
-                np.save(file, feature)
+            if self._writing:
+                with atomic_write(self._path(key), sync=False) as partial, open(partial, "wb") as file:
+                    np.save(file, feature)
         except OSError as error:
             self._writing = False
             log.warning("%s: cannot be written (%s); going on without storing features", self.folder, error)
 
     def content_hash(self, path: Path) -> str:
-        """Return the SHA-256 of a file, read once while its size and date stay the same.
-
-        Raises:
-            UserError: the file cannot be read.
-        """
+        """Return the SHA-256 of a file, read once while its size and date stay the same."""
         try:
             stat = path.stat()
             identity = (path, stat.st_size, stat.st_mtime_ns)
@@ -77,9 +69,5 @@ class FeatureCache:
 
 
 def open_cache(folder: str | None) -> FeatureCache | None:
-    """Open the cache of a command line: a folder, `none`, or by default the user's own.
-
-    Raises:
-        UserError: as for `FeatureCache`.
-    """
+    """Open the cache of a command line: a folder, `none`, or by default the user's own."""
     return None if folder == "none" else FeatureCache(folder or DEFAULT_PATH)

@@ -1,4 +1,4 @@
-"""Reader of a benchmark folder in the layout of COCOEE: scenes, holes and exemplars.
+"""Reader of a benchmark folder in the layout of COCOEE (scenes, holes and exemplars), and edits without a model.
 
 ROOT/GT_*/000000000007_GT.png · ROOT/Ref_*/000000000007_ref.png · ROOT/Mask_bbox_*/000000000007_mask.png (white = hole)
 · ROOT/id_list.npy. The digits after the underscore of the folders' names (their number of images, 3500) do not matter.
@@ -6,9 +6,9 @@ ROOT/GT_*/000000000007_GT.png · ROOT/Ref_*/000000000007_ref.png · ROOT/Mask_bb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,31 +21,24 @@ INPAINT_RADIUS = 3  # pixels, as in OpenCV's examples
 
 
 class BenchItem(NamedTuple):
-    """One task: paint the exemplar into the hole of the scene.
+    """One task: paint the exemplar into the hole of the scene."""
 
-    Attributes:
-        id: twelve digits, as in the file names.
-        scene: RGB; the true picture.
-        hole_mask: mode L, of the scene's size, white = hole.
-        exemplar: RGB, of any size.
-    """
-
-    id: str
-    scene: Image.Image
-    hole_mask: Image.Image
-    exemplar: Image.Image
+    id: str  # twelve digits, as in the file names
+    scene: Image.Image  # RGB; the true picture
+    hole_mask: Image.Image  # mode L, of the scene's size, white = hole
+    exemplar: Image.Image  # RGB, of any size
 
     def masked_scene(self) -> Image.Image:
-        """The scene as the model is shown it: the hole in mid-grey."""
+        """Return the scene as the model is shown it: the hole in mid-grey."""
         return Image.composite(Image.new("RGB", self.scene.size, MID_GREY), self.scene, self.hole_mask)
 
 
-class Bench(Sequence[BenchItem]):
+class Bench:
     """The items of a benchmark folder, in the order of its id list. Images are read when an item is asked for.
 
     Raises:
-        UserError: a folder or the id list is missing or unusable; for an item: its mask has not its scene's size.
-        UserError: for an item: one of its files cannot be read.
+        UserError: a folder or the id list is missing or unusable; for an item: a file cannot be read, or its mask has
+            not its scene's size.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -53,32 +46,32 @@ class Bench(Sequence[BenchItem]):
         if not self.root.is_dir():
             raise UserError(f"{root}: no such folder; dataset/README.md says where the benchmark comes from")
         self._scenes, self._exemplars, self._masks = (self._folder(name) for name in ("GT", "Ref", "Mask_bbox"))
-        self.ids = self._read_ids()
+        path = self.root / "id_list.npy"
+        try:
+            self.ids = [f"{int(id_):012d}" for id_ in np.load(path, allow_pickle=False).ravel()]
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; expected the benchmark's ids as a NumPy array") from None
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{path}: expected a NumPy array of whole numbers ({error}); download it again") from None
+        if not self.ids:
+            raise UserError(f"{path}: lists no ids; download it again")
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @overload
-    def __getitem__(self, index: int) -> BenchItem: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[BenchItem]: ...
-    def __getitem__(self, index: int | slice) -> BenchItem | list[BenchItem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __iter__(self) -> Iterator[BenchItem]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: int) -> BenchItem:
         scene_path, mask_path, exemplar_path = self.paths(self.ids[index])
         scene, hole_mask = open_image(scene_path), load_mask(mask_path)
         if hole_mask.size != scene.size:
-            got, expected = (f"{width}x{height}" for width, height in (hole_mask.size, scene.size))
-            raise UserError(f"{mask_path}: got {got} pixels, expected its scene's {expected}; replace the mask")
+            raise UserError(f"{mask_path}: got {hole_mask.size} pixels, expected its scene's {scene.size}")
         return BenchItem(self.ids[index], scene, hole_mask, open_image(exemplar_path))
 
     def paths(self, id_: str) -> tuple[Path, Path, Path]:
-        """Files of scene, hole mask and exemplar."""
-        return (
-            self._scenes / f"{id_}_GT.png",
-            self._masks / f"{id_}_mask.png",
-            self._exemplars / f"{id_}_ref.png",
-        )
+        """Return the files of scene, hole mask and exemplar."""
+        return self._scenes / f"{id_}_GT.png", self._masks / f"{id_}_mask.png", self._exemplars / f"{id_}_ref.png"
 
     def _folder(self, name: str) -> Path:
         found = sorted(path for path in self.root.glob(f"{name}_*") if path.is_dir())
@@ -87,28 +80,12 @@ class Bench(Sequence[BenchItem]):
             raise UserError(f"{self.root}: expected one folder {name}_…, got {got}; unpack the benchmark there")
         return found[0]
 
-    def _read_ids(self) -> list[str]:
-        path = self.root / "id_list.npy"
-        try:
-            ids = np.load(path, allow_pickle=False).ravel()
-            names = [f"{int(id_):012d}" for id_ in ids]
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; expected the benchmark's ids as a NumPy array") from None
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path}: expected a NumPy array of whole numbers ({error}); download it again") from None
-        if not names:
-            raise UserError(f"{path}: lists no ids; download it again")
-        return names
-
 
 # ---- edits without a model, which put the numbers of models into perspective ----
 
 
 def copy_paste(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image) -> Image.Image:
-    """The edit that a scissors user makes: the exemplar squashed into the hole's bounding box.
-
-    It shows the exemplar as plainly as a picture of this size can, and fits the scene as badly.
-    """
+    """Squash the exemplar into the hole's bounding box: it is shown plainly, and fits the scene badly."""
     left, top, right, bottom = hole_box(scene, hole_mask)
     pasted = scene.copy()
     pasted.paste(exemplar.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
@@ -118,7 +95,7 @@ def copy_paste(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image
 def seamless_clone(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image) -> Image.Image:
     """Copy-paste with its seam removed: the exemplar's gradients with the surroundings' values at the hole's edge.
 
-    OpenCV looks at the target inside the hole, up to three pixels deep, and would find the true picture there; so the
+    OpenCV reads the target inside the hole, up to three pixels deep, and would find the true image there; so the
     hole is filled from its surroundings first. A hole as large as the scene has none: there it is copy-paste.
 
     Source: Perez et al. 2003 (Poisson image editing), as in OpenCV's seamlessClone.
@@ -142,8 +119,8 @@ def seamless_clone(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.I
     return Image.fromarray(np.where(hole[..., None] > 0, inside, np.asarray(scene)))
 
 
-def opencv_inpaint(scene: Image.Image, hole_mask: Image.Image) -> Image.Image:
-    """The hole filled from its surroundings, without a model and without the exemplar.
+def opencv_inpaint(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image | None = None) -> Image.Image:
+    """Fill the hole from its surroundings, without a model and without the exemplar.
 
     Source: Telea 2004 (fast marching), as in OpenCV.
     """

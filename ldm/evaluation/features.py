@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -40,11 +39,8 @@ WHOLE = "whole"  # as the network's authors do it
 SQUASH = "squash"  # to a square, antialiased
 PAPER_REGION = "paper region"  # to a square without antialiasing, as the paper's CLIP score does it
 
-DEFAULT_CLIP = "openai/clip-vit-base-patch32"
-DEFAULT_DINOV2 = "facebook/dinov2-base"
-
+DEFAULT_CLIP, DEFAULT_DINOV2 = "openai/clip-vit-base-patch32", "facebook/dinov2-base"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 _SIZE_LETTERS = {384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}  # of a ViT, by its width
 
 
@@ -62,12 +58,7 @@ class View:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Preprocessing of one network.
-
-    Args:
-        modes: for each resize mode its description, for tables, and the function from an RGB image to the network's
-            input.
-    """
+    """Preprocessing of one network: for each resize mode its description and a function of an RGB image."""
 
     modes: Mapping[str, tuple[str, Callable[[Image.Image], Tensor]]]
 
@@ -79,7 +70,10 @@ class Preprocess:
         """
         if resize_mode not in self.modes:
             raise UserError(f"got the resize mode {resize_mode!r}, expected one of {', '.join(map(repr, self.modes))}")
-        return self.modes[resize_mode][1](cropped(image.convert("RGB"), box))
+        left, top, right, bottom = box = box or (0, 0, *image.size)
+        if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+            raise UserError(f"got the box {box}, expected one within the image's {image.width}x{image.height} pixels")
+        return self.modes[resize_mode][1](image.convert("RGB").crop(box))
 
 
 def normalised_square(
@@ -89,11 +83,7 @@ def normalised_square(
 
     It is not `CLIPImageProcessor`, which needs torchvision and has no mode without antialiasing.
 
-    Args:
-        size: S.
-        mean: subtracted from values in [0, 1], per channel.
-        std: divides the values then, per channel.
-        short_side: `WHOLE` scales the short side to this length and cuts out the centre. None: `WHOLE` squashes.
+    With `short_side`, `WHOLE` scales the short side to this length and cuts out the centre; otherwise it squashes.
     """
 
     def normalise(image: Image.Image) -> Tensor:
@@ -116,27 +106,8 @@ def normalised_square(
 
     squashed = (f"squashed to {size} px (bicubic, antialiased)", squash)
     centred = (f"short side to {short_side} px (bicubic, antialiased), centre {size} px", centre)
-    return Preprocess(
-        {
-            WHOLE: squashed if short_side is None else centred,
-            SQUASH: squashed,
-            PAPER_REGION: (f"squashed to {size} px (bilinear, not antialiased)", paper_region),
-        }
-    )
-
-
-def cropped(image: Image.Image, box: Box | None) -> Image.Image:
-    """Cut a box out of an image; None leaves the image as it is.
-
-    Raises:
-        UserError: the box is empty or not within the image.
-    """
-    if box is None:
-        return image
-    left, top, right, bottom = box
-    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
-        raise UserError(f"got the box {box}, expected one within the image's {image.width}x{image.height} pixels")
-    return image.crop(box)
+    region = (f"squashed to {size} px (bilinear, not antialiased)", paper_region)
+    return Preprocess({WHOLE: centred if short_side else squashed, SQUASH: squashed, PAPER_REGION: region})
 
 
 class FeatureNetwork(nn.Module):
@@ -147,7 +118,6 @@ class FeatureNetwork(nn.Module):
         tower: holds the weights.
         embed: computes the features (B, D) of a batch of preprocessed images with the tower.
         dim: D.
-        preprocess: makes the network's input.
         embed_text: computes the features (B, D) of B texts in the same space; None: the network has no text tower.
     """
 
@@ -161,9 +131,7 @@ class FeatureNetwork(nn.Module):
         embed_text: Callable[[list[str]], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.dim = name, dim
-        self.tower = tower
-        self.preprocess = preprocess
+        self.name, self.tower, self.dim, self.preprocess = name, tower, dim, preprocess
         self._embed, self._embed_text = embed, embed_text
         self.eval().requires_grad_(False)
 
@@ -187,11 +155,7 @@ class FeatureNetwork(nn.Module):
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
-        """Compute the features (N, D) float32, not normalised, of N texts, in the space of the image features.
-
-        Raises:
-            UserError: the network has no text tower.
-        """
+        """Compute the features (N, D) float32, not normalised, of N texts, in the space of the image features."""
         if self._embed_text is None:
             raise UserError(f"{self.name}: has no text tower; use open_clip:ARCH/TAG")
         return self._embed_text(list(texts)).float().cpu().numpy()
@@ -202,8 +166,7 @@ class FeatureNetwork(nn.Module):
 
 def extract(network: FeatureNetwork, views: Sequence[View], **options: Any) -> np.ndarray:
     """Compute the features (N, D) float32 of N views, in their order; `iter_features` has the options."""
-    chunks = list(iter_features(network, views, **options))
-    return np.concatenate(chunks) if chunks else np.empty((0, network.dim), np.float32)
+    return np.concatenate([np.empty((0, network.dim), np.float32), *iter_features(network, views, **options)])
 
 
 def iter_features(
@@ -217,16 +180,13 @@ def iter_features(
 ) -> Iterator[np.ndarray]:
     """Stream the features of views: memory does not grow with their number.
 
-    Within a batch each file is decoded once, and equal views are computed once. The features are finite, and all have
-    the network's D channels: the metrics that take them do not check again.
+    Within a batch each file is decoded once, and equal views are computed once.
 
     Args:
-        network: from `load_network`, on its device.
-        views: N views.
         cache: holds known features, and gets the others.
         batch_size: views at a time; it changes the result by rounding errors at most.
-        num_workers: threads that read images; 0: none.
-        label: the label of the progress bar.
+        num_workers: threads that read images.
+        label: of the progress bar.
 
     Yields:
         (at most batch_size, D) float32, in the order of the views.
@@ -235,49 +195,35 @@ def iter_features(
         UserError: an image cannot be read or has features that are not finite; a view has an unknown resize mode or a
             box that is not within its image.
     """
-    with (
-        _mapping(num_workers) as run,
-        tqdm(total=len(views), desc=label, unit="image", disable=None, leave=False) as bar,
-    ):
+    bar = tqdm(total=len(views), desc=label, unit="image", disable=None, leave=False)
+    with bar, ThreadPoolExecutor(max(num_workers, 1)) as pool:
         for start in range(0, len(views), batch_size):
             batch = views[start : start + batch_size]
-            yield _features(network, batch, cache, run)
+            yield _features(network, batch, cache, pool)
             bar.update(len(batch))
 
 
-@contextmanager
-def _mapping(num_workers: int) -> Iterator[Any]:
-    """Give `map`, or that of a thread pool: decoding, resizing and hashing release the interpreter's lock."""
-    if num_workers <= 0:
-        yield map
-        return
-    with ThreadPoolExecutor(num_workers) as pool:
-        yield pool.map
-
-
-def _features(network: FeatureNetwork, views: Sequence[View], cache: FeatureCache | None, run: Any) -> np.ndarray:
-    distinct = list(dict.fromkeys(views))
-    keys: dict[View, str] = {}
-    if cache is not None:
-        paths = list(dict.fromkeys(view.path for view in distinct))
-        contents = dict(zip(paths, run(cache.content_hash, paths), strict=True))
-        for view in distinct:
-            identity = repr((contents[view.path], network.key, view.resize_mode, view.box))
-            keys[view] = hashlib.sha256(identity.encode()).hexdigest()
-    known = {view: found for view, key in keys.items() if cache and (found := cache.get(key)) is not None}
-
+def _features(network: FeatureNetwork, views: Sequence[View], cache: FeatureCache | None, pool: Executor) -> np.ndarray:
     by_path: dict[Path, list[View]] = {}
-    for view in distinct:
-        if view not in known:
-            by_path.setdefault(view.path, []).append(view)
-    missing = [view for same_file in by_path.values() for view in same_file]
-    pixels = [x for xs in run(lambda same_file: _preprocessed(network, same_file), by_path.values()) for x in xs]
+    for view in dict.fromkeys(views):
+        by_path.setdefault(view.path, []).append(view)
+    keys: dict[View, str] = {}
+    known: dict[View, np.ndarray] = {}
+    if cache is not None:
+        for same_file, content in zip(by_path.values(), pool.map(cache.content_hash, by_path), strict=True):
+            for view in same_file:
+                identity = repr((content, network.key, view.resize_mode, view.box))
+                keys[view] = hashlib.sha256(identity.encode()).hexdigest()
+        known = {view: found for view, key in keys.items() if (found := cache.get(key)) is not None}
+
+    missing = [rest for same_file in by_path.values() if (rest := [view for view in same_file if view not in known])]
+    pixels = [x for xs in pool.map(lambda same_file: _preprocessed(network, same_file), missing) for x in xs]
     device = next(network.parameters()).device
     computed: list[np.ndarray] = []
     with torch.inference_mode():
         for _, same_shape in groupby(pixels, key=lambda x: x.shape):  # Inception takes images of any size
             computed += [*network(torch.stack(list(same_shape)).to(device)).cpu().numpy()]
-    for view, feature in zip(missing, computed, strict=True):
+    for view, feature in zip((view for same_file in missing for view in same_file), computed, strict=True):
         if not np.isfinite(feature).all():
             raise UserError(f"{view.path}: {network.name} gives features that are not finite; check its weights")
         known[view] = feature
@@ -308,31 +254,20 @@ def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwor
             with OpenAI's names `visual.*`, of a tower with QuickGELU and heads of 64 channels as OpenAI's are);
             `open_clip:ARCH/TAG`, weights that the package open_clip knows (TAG may be a file);
             `dinov2`, `dinov2:NAME` or `dinov2:FOLDER`.
-        device: the network's device.
 
     Raises:
-        UserError: the spec is unknown, a package is not installed, or the weights are neither here nor to be
-            downloaded, or do not fit.
+        UserError: the spec is unknown, a package is not installed, or the weights cannot be loaded or do not fit.
     """
     kind, _, argument = spec.partition(":")
-    if kind == "efficientnet-lite0" and not argument:
-        network = _efficientnet()
-    elif kind == "clip":
-        path = Path(argument)
-        network = _clip_of_file(path) if argument and path.is_file() else _clip(argument or DEFAULT_CLIP)
-    elif kind == "open_clip":
-        network = _open_clip(argument)
-    elif kind == "dinov2":
-        network = _dinov2(argument or DEFAULT_DINOV2)
-    else:
+    if kind not in _LOADERS or (kind == "efficientnet-lite0" and argument):
         raise UserError(
             f"got the feature network {spec!r}, expected efficientnet-lite0, clip[:NAME, FOLDER or FILE], "
             "open_clip:ARCH/TAG or dinov2[:NAME or FOLDER]"
         )
-    return network.to(device)
+    return _LOADERS[kind](argument).to(device)
 
 
-def _efficientnet() -> FeatureNetwork:
+def _efficientnet(_: str) -> FeatureNetwork:
     tower: Any = load_feature_network()
     preprocess = normalised_square(224, (LITE_MEAN / 255,) * 3, (LITE_STD / 255,) * 3)
     return FeatureNetwork(
@@ -340,23 +275,46 @@ def _efficientnet() -> FeatureNetwork:
     )
 
 
-def _clip(name: str) -> FeatureNetwork:
+def _clip(argument: str) -> FeatureNetwork:
     from transformers import CLIPVisionModelWithProjection
 
-    tower = _pretrained(CLIPVisionModelWithProjection, name, "clip")
-    return _clip_network(tower, "OpenAI" if name.startswith("openai/") else _source(name))
+    name, path = argument or DEFAULT_CLIP, Path(argument)
+    if argument and path.is_file():
+        tower, source = _openai_tower(path), path.stem
+    else:
+        tower = _pretrained(CLIPVisionModelWithProjection, name, "clip")
+        source = "OpenAI" if name.startswith("openai/") else _source(name)
+    config = tower.config
+    size = config.image_size
+    title = f"CLIP {_vit(config.hidden_size, config.patch_size)}{f'@{size}' * (size != 224)} ({source})"
+    preprocess = normalised_square(size, CLIP_MEAN, CLIP_STD, short_side=size)
+    return FeatureNetwork(title, tower, lambda x: tower(x).image_embeds, config.projection_dim, preprocess)
 
 
-def _dinov2(name: str) -> FeatureNetwork:
+def _dinov2(argument: str) -> FeatureNetwork:
     from transformers import Dinov2Model
 
+    name = argument or DEFAULT_DINOV2
     tower = _pretrained(Dinov2Model, name, "dinov2")
     config = tower.config
     preprocess = normalised_square(224, _IMAGENET_MEAN, _IMAGENET_STD, short_side=256)
-    title = f"DINOv2 {_vit(config.hidden_size, config.patch_size)}"
-    title += "" if name.startswith("facebook/") else f" ({_source(name)})"
+    source = "" if name.startswith("facebook/") else f" ({_source(name)})"
+    title = f"DINOv2 {_vit(config.hidden_size, config.patch_size)}{source}"
     # The features are the class token after the last norm.
     return FeatureNetwork(title, tower, lambda x: tower(x).last_hidden_state[:, 0], config.hidden_size, preprocess)
+
+
+def _vit(width: int, patch: int) -> str:
+    return f"ViT-{_SIZE_LETTERS.get(width, width)}/{patch}"
+
+
+def _source(name: str) -> str:
+    """Return a name of the hub or of open_clip as it is, and the last part of a local path."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _pretrained(kind: Any, name: str, spec: str) -> Any:
@@ -378,33 +336,12 @@ def _pretrained(kind: Any, name: str, spec: str) -> Any:
     except Exception as error:  # several libraries read the files and the hub, each with errors of its own
         raise UserError(
             f"{spec}:{name}: cannot be loaded ({_first_line(error)}); expected a folder with config.json and "
-            f"model.safetensors, or a model on the Hugging Face hub like {DEFAULT_CLIP} or {DEFAULT_DINOV2}; without a "
-            f"network connection do `hf download NAME --local-dir FOLDER` elsewhere and name it {spec}:FOLDER"
+            f"model.safetensors, or a model on the Hugging Face hub; without a network connection do `hf download "
+            f"{name} --local-dir FOLDER` elsewhere and name it {spec}:FOLDER"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
     return tower
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _clip_network(tower: Any, source: str) -> FeatureNetwork:
-    config = tower.config
-    size = config.image_size
-    title = f"CLIP {_vit(config.hidden_size, config.patch_size)}{f'@{size}' * (size != 224)} ({source})"
-    preprocess = normalised_square(size, CLIP_MEAN, CLIP_STD, short_side=size)
-    return FeatureNetwork(title, tower, lambda x: tower(x).image_embeds, config.projection_dim, preprocess)
-
-
-def _vit(width: int, patch: int) -> str:
-    return f"ViT-{_SIZE_LETTERS.get(width, width)}/{patch}"
-
-
-def _source(name: str) -> str:
-    """Return a name of the hub or of open_clip as it is, and the last part of a local path."""
-    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _open_clip(argument: str) -> FeatureNetwork:
@@ -430,12 +367,8 @@ def _open_clip(argument: str) -> FeatureNetwork:
         ) from error
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
-    square = normalised_square(size, config["mean"], config["std"])
-    description = f"open_clip's, {size} px ({config['resize_mode']}, {config['interpolation']})"
-
-    def embed_text(texts: list[str]) -> Tensor:
-        return model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
-
+    modes = normalised_square(size, config["mean"], config["std"]).modes
+    own = f"open_clip's, {size} px ({config['resize_mode']}, {config['interpolation']})", transform
     with torch.no_grad():
         dim = model.encode_image(torch.zeros(1, 3, size, size)).shape[1]
     tower = re.sub(r"-([0-9]+)", r"/\1", architecture, count=1)  # ViT-B-32 => ViT-B/32, as everywhere else
@@ -444,10 +377,17 @@ def _open_clip(argument: str) -> FeatureNetwork:
         model,
         model.encode_image,
         dim,
-        Preprocess({**square.modes, WHOLE: (description, transform)}),
-        embed_text,
+        Preprocess({**modes, WHOLE: own}),
+        lambda texts: model.encode_text(tokenizer(texts).to(next(model.parameters()).device)),
     )
 
+
+_LOADERS: dict[str, Callable[[str], FeatureNetwork]] = {
+    "efficientnet-lite0": _efficientnet,
+    "clip": _clip,
+    "open_clip": _open_clip,
+    "dinov2": _dinov2,
+}
 
 # OpenAI's name => transformers' name, beside `attn.in_proj_*`, which transformers keeps in three tensors, and `proj`.
 _OPENAI_NAMES = {
@@ -464,7 +404,7 @@ _OPENAI_NAMES = {
 }
 
 
-def _clip_of_file(path: Path) -> FeatureNetwork:
+def _openai_tower(path: Path) -> Any:
     """Build the tower whose sizes are those of the file's tensors, which have OpenAI's names."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -486,20 +426,18 @@ def _clip_of_file(path: Path) -> FeatureNetwork:
         tower = CLIPVisionModelWithProjection(config)
         tower.load_state_dict(openai_to_transformers(visual), strict=True)
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{path}: {reason} is missing or does not fit; expected a whole CLIP image tower with OpenAI's names "
-            "(visual.*); a file with transformers' names belongs in a folder with its config.json: clip:FOLDER"
+            f"{path}: {' '.join(str(error).split())} is missing or does not fit; expected a CLIP image tower with "
+            "OpenAI's names (visual.*); a file with transformers' names belongs in a folder with its config.json"
         ) from error
-    return _clip_network(tower, path.stem)
+    return tower
 
 
 def openai_to_transformers(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of a CLIP image tower as CLIPVisionModelWithProjection of transformers names them.
 
-    Args:
-        visual: weights under OpenAI's names, without `visual.`. There queries, keys and values are one tensor, and the
-            projection (W, D) multiplies from the right.
+    OpenAI's names come without `visual.`. There queries, keys and values are one tensor, and the projection (W, D)
+    multiplies from the right.
     """
     mapped: dict[str, Tensor] = {}
     for name, tensor in visual.items():

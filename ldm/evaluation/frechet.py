@@ -1,11 +1,10 @@
 """Distances between two sets of images, computed from the features of one network.
 
-The Fréchet distance ("FID", whatever the network: its name belongs to the figure) compares mean and covariance, so a
-set is kept as its `Statistics`, which are collected in one pass and constant memory. The kernel distance (KID) needs
-the features themselves, but has no bias that grows as the set shrinks. Precision and recall separate what both mix:
-images unlike any real one, and real images that no generated one resembles.
+The Fréchet distance (FID) compares means and covariances, which are collected in one pass and constant memory. The
+kernel distance (KID) needs the features, but has no bias that grows as the set shrinks. Precision and recall separate
+what both mix: images unlike any real one, and real images that no generated one resembles.
 
-Dimensions: N, M items · D feature channels · B items of a chunk. Features are finite: `iter_features` checks them.
+Dimensions: N, M items · D feature channels · B items of a chunk.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from ldm.evaluation.metrics import Estimate
 from ldm.files import UserError, atomic_write
 
 
@@ -30,12 +31,16 @@ class Statistics:
     cov: np.ndarray  # (D, D) float64, unbiased (divided by n - 1)
     network: str = ""  # exact name of the feature network; "" = not recorded, then it is not compared
 
-    def save(self, path: str | Path) -> None:
-        """Write an `.npz` with `mu`, `sigma`, `n` and `network`, atomically.
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """F (D, rank) with F Fᵀ = cov."""
+        eigenvalues, vectors = np.linalg.eigh(self.cov)
+        eigenvalues = _cleaned(eigenvalues)
+        kept = eigenvalues > 0
+        return vectors[:, kept] * np.sqrt(eigenvalues[kept])
 
-        Raises:
-            OSError: the disk is full or the folder is not writable.
-        """
+    def save(self, path: str | Path) -> None:
+        """Write an `.npz` with `mu`, `sigma`, `n` and `network`, atomically."""
         with atomic_write(path) as partial, open(partial, "wb") as file:
             np.savez(file, mu=self.mean, sigma=self.cov, n=np.int64(self.n), network=np.str_(self.network))
 
@@ -44,45 +49,32 @@ class Statistics:
         """Read a file of `save`, or one with `mu`, `sigma` and `n` but no network's name.
 
         Raises:
-            UserError: the file is missing or damaged, lacks one of the three, or holds no mean and covariance.
+            UserError: the file is missing or damaged, or holds no such statistics.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; compute the statistics of the real images first") from None
+                mean, cov, n, network = *(file[name] for name in ("mu", "sigma", "n")), str(file.get("network", ""))
+        except KeyError as error:
+            hint = "; pytorch-fid's files are of another network" if "'n " in f"{error} " else ""
+            raise UserError(f"{path}: lacks {error}{hint}; compute it from the images instead") from None
         except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path}: not a readable .npz of statistics, or damaged ({error}); compute it again"
-            ) from error
-        if missing := [name for name in ("mu", "sigma", "n") if name not in arrays]:
-            layout = " (the layout of pytorch-fid, whose features are of another network)" if missing == ["n"] else ""
-            raise UserError(
-                f"{path}: holds no {' and no '.join(missing)}{layout}; compute the statistics from the images instead"
-            )
-        mean, cov = arrays["mu"], arrays["sigma"]
-        shapes_fit = mean.ndim == 1 and cov.shape == (mean.size, mean.size) and arrays["n"].ndim == 0
-        if not shapes_fit or arrays["n"] < 2 or not np.isfinite(mean).all() or not np.allclose(cov, cov.T, rtol=1e-6):
-            raise UserError(
-                f"{path}: got mu {mean.shape}, sigma {cov.shape} and n {arrays['n']}, expected a finite mean and a "
-                "symmetric covariance of at least 2 images; compute it again"
-            )
-        network = str(arrays.get("network", ""))
-        return cls(int(arrays["n"]), mean.astype(np.float64), cov.astype(np.float64), network)
+            raise UserError(f"{path}: no readable .npz of statistics ({error}); --write-real writes one") from error
+        shapes_fit = mean.ndim == 1 and cov.shape == (mean.size, mean.size) and n.ndim == 0
+        if not shapes_fit or n < 2 or not np.isfinite(mean).all() or not np.allclose(cov, cov.T, rtol=1e-6):
+            raise UserError(f"{path}: no mean and symmetric covariance of at least 2 images; compute it again")
+        return cls(int(n), mean.astype(np.float64), cov.astype(np.float64), network)
 
 
 class RunningStatistics:
-    """Statistics of features that arrive in chunks; needs memory for one chunk and one covariance.
+    """Statistics of features that arrive in chunks, in the memory of one chunk and one covariance.
 
     Each chunk is centred by its own mean and merged (Chan, Golub and LeVeque 1983): sums of raw squares would lose
     small variances beside large means.
     """
 
     def __init__(self, network: str = "") -> None:
-        self.network = network
-        self.n = 0
-        self._mean: np.ndarray | None = None  # (D,)
-        self._scatter: np.ndarray | None = None  # (D, D), sum of the outer products of deviations
+        self.network, self.n = network, 0
+        self._mean = self._scatter = np.zeros(())  # (D,) and (D, D), the sum of the outer products of deviations
 
     def add(self, features: np.ndarray) -> None:
         """Add a chunk (B, D), B >= 0."""
@@ -90,28 +82,26 @@ class RunningStatistics:
             return
         chunk = features.astype(np.float64)
         mean = chunk.mean(0)
-        centred = chunk - mean
-        scatter = centred.T @ centred
-        if self._mean is None or self._scatter is None:
-            self.n, self._mean, self._scatter = len(chunk), mean, scatter
-            return
+        centred, shift, total = chunk - mean, mean - self._mean, self.n + len(chunk)
         # S = S_a + S_b + (m_b - m_a)(m_b - m_a)ᵀ n_a n_b / (n_a + n_b)
-        total = self.n + len(chunk)
-        shift = mean - self._mean
+        scatter = centred.T @ centred
         scatter += np.outer(shift, shift) * (self.n * len(chunk) / total)
         self._scatter = self._scatter + scatter
         self._mean = self._mean + shift * (len(chunk) / total)
         self.n = total
 
     def result(self) -> Statistics:
-        """Return the statistics of all chunks.
-
-        Raises:
-            UserError: fewer than two items.
-        """
-        if self._mean is None or self._scatter is None or self.n < 2:
+        """Return the statistics of all chunks, of two items or more."""
+        if self.n < 2:
             raise UserError(f"got {self.n} image(s), expected at least 2: fewer have no covariance")
-        return Statistics(self.n, self._mean.copy(), self._scatter / (self.n - 1), self.network)
+        return Statistics(self.n, self._mean, self._scatter / (self.n - 1), self.network)
+
+
+def statistics_of(features: np.ndarray, network: str = "") -> Statistics:
+    """Return the statistics of features (N, D)."""
+    running = RunningStatistics(network)
+    running.add(features)
+    return running.result()
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -123,9 +113,6 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
     Source: Dowson and Landau 1982; Heusel et al. 2017 (FID).
 
-    Returns:
-        The distance, >= 0; 0 up to rounding for equal statistics.
-
     Raises:
         UserError: the dimensions or the feature networks differ.
     """
@@ -133,55 +120,45 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         raise UserError(f"got features of {a.mean.size} and of {b.mean.size} channels; use one network for both")
     if a.network and b.network and a.network != b.network:
         raise UserError(f'got features of "{a.network}" and of "{b.network}"; compute both with the same network')
-    # tr (A^½ B A^½)^½ = sum of the singular values of F_aᵀ F_b
-    cross = np.linalg.svd(_factor(a.cov).T @ _factor(b.cov), compute_uv=False).sum()
+    cross = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum()
     shift = a.mean - b.mean
     return max(0.0, float(shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * cross))
 
 
-def frechet_interval(
-    features: np.ndarray, real: Statistics, *, num_resamples: int = 200, seed: int = 0
-) -> tuple[float, float]:
-    """Compute the 95 % interval of the Fréchet distance of N items to fixed statistics by a bootstrap over the items.
+def frechet_estimate(features: np.ndarray, real: Statistics, *, num_resamples: int = 200, seed: int = 0) -> Estimate:
+    """Compute the Fréchet distance of N items to fixed statistics, with a bootstrap over the items.
 
     A resample holds fewer distinct items than the set, so its distance is larger on average, just as the distance of N
     items exceeds that of infinitely many. The quantiles are shifted by the resamples' mean excess over the measured
     distance. The interval predicts the distance of other N items of the same kind, not the distance at another N. For
-    small N it is conservative (in simulations it covers 98 to 99 % at N <= 4 D, 95 % at N = 60 D).
-
-    Args:
-        features: (N, D).
-        real: from the same network.
-        num_resamples: a few hundred; each costs one eigenvalue problem of side min(N, D).
-        seed: of the bootstrap.
-
-    Returns:
-        The lower and the upper end, >= 0.
+    small N it is conservative (in simulations it covers 98 to 99 % at N <= 4 D, 95 % at N = 60 D). Each resample costs
+    one eigenvalue problem of side min(N, D).
 
     Raises:
-        UserError: the dimensions differ, or N < 2.
+        UserError: the dimensions or the networks differ, or N < 2.
     """
-    x = features.astype(np.float64)
-    n = len(x)
-    measured = RunningStatistics(real.network)
-    measured.add(x)
-    value = frechet_distance(measured.result(), real)
-    factor, real_trace = _factor(real.cov), np.trace(real.cov)
-
+    x, n = features.astype(np.float64), len(features)
+    value = frechet_distance(statistics_of(x, real.network), real)
+    real_trace = np.trace(real.cov)
     rng = np.random.default_rng(seed)
     distances = np.empty(num_resamples)
     for k in tqdm(range(num_resamples), desc="FID interval", unit="resample", delay=3, leave=False):
         drawn = x[rng.integers(0, n, n)]
         mean = drawn.mean(0)
-        centred = drawn - mean
-        shift = mean - real.mean
+        centred, shift = drawn - mean, mean - real.mean
         # tr (R^½ C R^½)^½ with the resample's covariance C = XᵀX / (n - 1): singular values of X F / √(n - 1)
-        projected = centred @ factor
+        projected = centred @ real.factor
         gram = projected @ projected.T if n < projected.shape[1] else projected.T @ projected
         cross = np.sqrt(_cleaned(np.linalg.eigvalsh(gram)) / (n - 1)).sum()
         distances[k] = shift @ shift + np.square(centred).sum() / (n - 1) + real_trace - 2 * cross
     low, high = np.quantile(distances, [0.025, 0.975]) - (distances.mean() - value)
-    return max(0.0, float(low)), max(0.0, float(high))
+    return Estimate(value, max(0.0, float(low)), max(0.0, float(high)), n)
+
+
+def _cleaned(eigenvalues: np.ndarray) -> np.ndarray:
+    """Set eigenvalues that are zero up to rounding to zero; the square root would magnify them."""
+    noise = eigenvalues.size * np.finfo(np.float64).eps * max(float(eigenvalues.max(initial=0.0)), 0.0)
+    return np.where(eigenvalues > noise, eigenvalues, 0.0)
 
 
 def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -212,11 +189,8 @@ def kid(
     larger). The spread of the subsets alone, which is often printed, depends on the subset size.
 
     Args:
-        x: (N, D) features.
-        y: (M, D) features of the same network.
-        subsets: number of subsets, at least 2.
-        subset_size: items of a subset, from each set.
-        seed: of the draw.
+        x, y: (N, D) and (M, D) features of one network.
+        subsets, subset_size: number of subsets, at least 2, and of their items from each set.
 
     Returns:
         The distance and its standard error; often printed x 1000.
@@ -225,8 +199,8 @@ def kid(
         UserError: a set has fewer than 4 items.
     """
     n = min(len(x), len(y))
-    if n < 4 or subsets < 2:
-        raise UserError(f"got {n} items and {subsets} subsets, expected at least 4 items and 2 subsets")
+    if n < 4:
+        raise UserError(f"got {n} images, expected at least 4 for KID")
     size = min(subset_size, n // 2)
     rng = np.random.default_rng(seed)
     values = np.array(
@@ -239,12 +213,6 @@ def kid(
     return float(values.mean()), float(np.sqrt(variance * (size / (n - size) + 1 / subsets)))
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Compute the shares of fakes among the real items and of real items among the fakes; see `neighbours`."""
-    fakes, reals = neighbours(real, fake, k)
-    return float(fakes.mean()), float(reals.mean())
-
-
 def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Find the fakes that lie among the real items, and the real items that lie among the fakes.
 
@@ -254,9 +222,7 @@ def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarr
     Source: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models".
 
     Args:
-        real: (N, D) features.
-        fake: (M, D) features of the same network.
-        k: the neighbour whose distance is the radius.
+        real, fake: (N, D) and (M, D) features of one network.
 
     Returns:
         (M,) and (N,) bool; their means are precision and recall.
@@ -266,46 +232,25 @@ def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarr
     """
     real, fake = real.astype(np.float64), fake.astype(np.float64)
     if min(len(real), len(fake)) <= k:
-        raise UserError(f"got {len(real)} and {len(fake)} items, expected more than k = {k} of each")
+        raise UserError(f"got {len(real)} and {len(fake)} images, expected more than k = {k} of each")
     centre = real.mean(0)  # distances are differences of squares: small vectors lose less
     real, fake = real - centre, fake - centre
     return _among(fake, real, k), _among(real, fake, k)
 
 
-# --- parts -----------------------------------------------------------------------------------------
-
-
-def _cleaned(eigenvalues: np.ndarray) -> np.ndarray:
-    """Set eigenvalues that are zero up to rounding to zero; the square root would magnify them."""
-    noise = eigenvalues.size * np.finfo(np.float64).eps * max(float(eigenvalues.max(initial=0.0)), 0.0)
-    return np.where(eigenvalues > noise, eigenvalues, 0.0)
-
-
-def _factor(cov: np.ndarray) -> np.ndarray:
-    """Compute F (D, rank) with F Fᵀ = cov."""
-    eigenvalues, vectors = np.linalg.eigh(cov)
-    eigenvalues = _cleaned(eigenvalues)
-    kept = eigenvalues > 0
-    return vectors[:, kept] * np.sqrt(eigenvalues[kept])
-
-
-def _blocks(x: np.ndarray, size: int = 256) -> Iterator[np.ndarray]:
-    for start in tqdm(range(0, len(x), size), desc="neighbours", unit="block", delay=3, leave=False):
-        yield x[start : start + size]
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Compute |a|² + |b|² - 2 a·b (len(a), len(b)); distances below 1e-6 of the vectors' length count as zero."""
-    norms = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None, :]
-    squared = norms - 2 * (a @ b.T)
-    squared[squared < 1e-12 * norms] = 0.0
-    return squared
-
-
 def _among(items: np.ndarray, members: np.ndarray, k: int) -> np.ndarray:
     """Find the `items` within the k-th neighbour's distance of at least one of `members`."""
-    # Position k of the sorted distances: position 0 is the member itself.
-    nearest = (np.partition(_squared_distances(block, members), k, axis=1)[:, k] for block in _blocks(members))
-    radii = np.concatenate([radius.copy() for radius in nearest])  # copies: a view would keep its block
-    among = [(_squared_distances(block, members) <= radii).any(1) for block in _blocks(items)]
-    return np.concatenate(among)
+    # Position k of the sorted distances: position 0 is the member itself. Copies: a view would keep its block.
+    nearest = (np.partition(d, k, axis=1)[:, k].copy() for d in _squared_distances(members, members))
+    radii = np.concatenate([*nearest])
+    return np.concatenate([(d <= radii).any(1) for d in _squared_distances(items, members)])
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray, rows: int = 256) -> Iterator[np.ndarray]:
+    """Yield |a|² + |b|² - 2 a·b of blocks of rows; distances below 1e-6 of the vectors' length count as zero."""
+    for start in tqdm(range(0, len(a), rows), desc="neighbours", unit="block", delay=3, leave=False):
+        block = a[start : start + rows]
+        norms = np.square(block).sum(1)[:, None] + np.square(b).sum(1)[None, :]
+        squared = norms - 2 * (block @ b.T)
+        squared[squared < 1e-12 * norms] = 0.0
+        yield squared

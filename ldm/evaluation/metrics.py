@@ -1,14 +1,14 @@
 """Metrics of edited images: plain functions from images or features to numbers.
 
-Images compared with each other have equal sizes, and feature arrays come from `ldm.evaluation.features`, which refuses
-values that are not finite; nothing is checked again here.
+Images compared with each other have equal sizes. Feature arrays come from `ldm.evaluation.features`, which refuses
+values that are not finite.
 
 Dimension key: N items · D feature channels · R bootstrap resamples · H, W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.evaluation.features import SQUASH, FeatureNetwork
+from ldm.evaluation.features import SQUASH, Box, FeatureNetwork
 from ldm.files import UserError
 
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # pixels: a Gaussian window of 11 x 11
@@ -27,26 +27,23 @@ BOOTSTRAP_BLOCK = 1 << 22  # indices drawn at a time: 32 MiB
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n items with the limits of its 95 % bootstrap interval (nan where there is none)."""
+    """A number from n items with the limits of its 95 % interval (nan if there is none)."""
 
     value: float
     low: float
     high: float
     n: int
+    note: str = ""  # added to the description of the metric
 
 
 # ---- regions ----
 
 
-def hole_box(image: Image.Image, hole_mask: Image.Image) -> tuple[int, int, int, int]:
-    """Return the bounding box of the hole: left, top, right, bottom (exclusive), in pixels.
-
-    Args:
-        image: scene or edit.
-        hole_mask: mode L, of the image's size; grey levels of 128 and more are the hole.
+def hole_box(image: Image.Image, hole_mask: Image.Image) -> Box:
+    """Return the bounding box of the hole: grey levels of 128 and more of a mask in mode L.
 
     Raises:
-        UserError: the sizes differ, or the hole is empty.
+        UserError: image and mask differ in size, or the hole is empty.
     """
     if image.size != hole_mask.size:
         raise UserError(f"got an image of {image.size} and a mask of {hole_mask.size} pixels, expected equal sizes")
@@ -56,12 +53,12 @@ def hole_box(image: Image.Image, hole_mask: Image.Image) -> tuple[int, int, int,
     return box
 
 
-def paper_box(hole_mask: Image.Image) -> tuple[int, int, int, int] | None:
-    """Return the box that the paper's CLIP score crops: left, top, right, bottom (exclusive), in pixels.
+def paper_box(hole_mask: Image.Image) -> Box | None:
+    """Return the box that the paper's CLIP score crops; None: the rule leaves no pixel.
 
     The published script takes the first and the last pixel of grey level 255 in reading order. For a filled rectangle
     this is the rectangle without its last row and column; for other shapes it is not a bounding box. It is kept for
-    comparison with published figures. None: the rule leaves no pixel.
+    comparison with published figures.
     """
     rows, columns = np.nonzero(np.asarray(hole_mask.convert("L")) == 255)
     if not len(rows) or columns[-1] <= columns[0] or rows[-1] <= rows[0]:
@@ -81,10 +78,14 @@ def cosine_scores(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Source: paper, section 4.1 (CLIP score), between the edited region and the exemplar.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    if not (norms > 0).all():
-        raise UserError(f"features of pair {int(np.argmin(norms > 0))} are zero: their cosine is undefined")
-    return np.clip(100 * (a * b).sum(1) / norms, -100, 100)
+    return np.clip(100 * (a * b).sum(1) / (_norms(a) * _norms(b)), -100, 100)
+
+
+def _norms(features: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(features, axis=1)
+    if not norms.all():
+        raise UserError(f"features of item {int(np.argmin(norms))} are zero: their cosine is undefined")
+    return norms
 
 
 @torch.inference_mode()
@@ -108,8 +109,8 @@ def identification(
     *,
     num_resamples: int = 1000,
     seed: int = 0,
-) -> Estimate:
-    """Return the share of pairs in which a region is closer (cosine) to its own exemplar than to another one.
+) -> tuple[Estimate, np.ndarray]:
+    """Compute the share of pairs in which a region is closer (cosine) to its own exemplar than to another one.
 
     An ordered pair (i, j) of items with different exemplars is identified if region i is closer to exemplar i than to
     exemplar j; a tie counts one half. Regions that say nothing about their exemplars score 0.5.
@@ -118,59 +119,39 @@ def identification(
     them as independent would make it far too narrow.
 
     Args:
-        regions: (N, D) features of the edited regions.
-        exemplars: (N, D) features of the exemplars.
+        regions, exemplars: (N, D) features.
         exemplar_ids: N labels; items with equal labels show the same exemplar and are not compared. None: items show
             the same exemplar if their features are equal.
-        num_resamples: R.
-        seed: of the bootstrap.
+
+    Returns:
+        The share of all pairs, and (N,), the share of the pairs of each region.
 
     Raises:
         UserError: all items show the same exemplar, or a feature is zero.
     """
-    labels, comparable, identified = _pairs(regions, exemplars, exemplar_ids)
-    rng = np.random.default_rng(seed)
+    labels = _numbers([row.tobytes() for row in exemplars] if exemplar_ids is None else exemplar_ids)
+    comparable = labels[:, None] != labels[None, :]  # (N, N): whether pair (i, j) counts
+    if not comparable.any():
+        raise UserError(f"got {len(labels)} item(s) with the same exemplar, expected at least two different exemplars")
+    regions, exemplars = (x / _norms(x)[:, None] for x in (regions.astype(np.float64), exemplars.astype(np.float64)))
+    similarity = regions @ exemplars.T  # (N, N): region i, exemplar j
+    own = np.diagonal(similarity)[:, None]
+    identified = comparable * ((own > similarity) + 0.5 * (own == similarity))
+
     m = labels.max() + 1
-    counts = rng.multinomial(m, np.full(m, 1 / m), size=num_resamples)[:, labels].astype(np.float64)  # (R, N)
+    draws = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=num_resamples)
+    counts = draws[:, labels].astype(np.float64)  # (R, N)
     pairs = ((counts @ comparable) * counts).sum(1)
     shares = ((counts @ identified) * counts).sum(1)[pairs > 0] / pairs[pairs > 0]
     low, high = np.quantile(shares, [0.025, 0.975]) if len(shares) else (0.0, 1.0)
-    return Estimate(float(identified.sum() / comparable.sum()), float(low), float(high), len(labels))
+    total = float(identified.sum() / comparable.sum())
+    return Estimate(total, float(low), float(high), len(labels)), identified.sum(1) / comparable.sum(1)
 
 
-def identified_shares(
-    regions: np.ndarray, exemplars: np.ndarray, exemplar_ids: Sequence[Hashable] | None = None
-) -> np.ndarray:
-    """Return (N,), the share of identified pairs of each region; see `identification`."""
-    _, comparable, identified = _pairs(regions, exemplars, exemplar_ids)
-    return identified.sum(1) / comparable.sum(1)
-
-
-def _pairs(
-    regions: np.ndarray, exemplars: np.ndarray, exemplar_ids: Sequence[Hashable] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (N,) exemplar numbers, and (N, N): whether pair (i, j) counts, and how much of it is identified."""
-    labels = _numbers([row.tobytes() for row in exemplars] if exemplar_ids is None else exemplar_ids)
-    comparable = labels[:, None] != labels[None, :]
-    if not comparable.any():
-        raise UserError(f"got {len(labels)} item(s) with the same exemplar, expected at least two different exemplars")
-    similarity = _unit(regions) @ _unit(exemplars).T  # (N, N): region i, exemplar j
-    own = np.diagonal(similarity)[:, None]
-    return labels, comparable, comparable * ((own > similarity) + 0.5 * (own == similarity))
-
-
-def _numbers(labels: Sequence[Hashable]) -> np.ndarray:
+def _numbers(labels: Iterable[Hashable]) -> np.ndarray:
     """Return (N,) whole numbers, equal where the labels are equal, in order of appearance."""
-    index = {label: k for k, label in enumerate(dict.fromkeys(labels))}
-    return np.array([index[label] for label in labels])
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    features = features.astype(np.float64)
-    norm = np.linalg.norm(features, axis=1, keepdims=True)
-    if not (norm > 0).all():
-        raise UserError(f"features of item {int(np.argmin(norm > 0))} are zero: their cosine is undefined")
-    return features / norm
+    index: dict[Hashable, int] = {}
+    return np.array([index.setdefault(label, len(index)) for label in labels])
 
 
 def mean_interval(
@@ -180,14 +161,10 @@ def mean_interval(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """Return the mean of N values with the percentile interval of a bootstrap.
+    """Return the mean of N finite values with the percentile interval of a bootstrap.
 
-    Args:
-        values: (N,) finite numbers.
-        groups: N labels; items with equal labels (several edits with one exemplar) are resampled together, because
-            they are not independent. None: each item is its own group. The interval of a single group is nan.
-        num_resamples: R.
-        seed: of the bootstrap.
+    Items with equal labels in `groups` (several edits with one exemplar) are resampled together, because they are not
+    independent. None: each item is its own group. The interval of a single group is nan.
     """
     numbers = np.asarray(values, dtype=np.float64)
     labels = _numbers(range(len(numbers)) if groups is None else groups)
@@ -234,12 +211,12 @@ def copied_background(edited: np.ndarray, exemplars: np.ndarray, true_images: np
     return ((edited - true_images) * d).sum((1, 2)) / (d**2).sum((1, 2)).mean()
 
 
-# ---- what an edit changed ----
+# ---- what an edit changed; holes are grey levels of 128 and more of a mask ----
 
 
 @dataclass(frozen=True)
 class BackgroundError:
-    """Differences outside the hole; nan where there is nothing to compare."""
+    """Differences outside the hole; nan if there is nothing to compare."""
 
     ssim: float  # in [-1, 1], 1 for equal backgrounds; mean over the windows without a pixel of the hole
     psnr: float  # dB against a range of 255; infinite for equal backgrounds
@@ -249,17 +226,14 @@ class BackgroundError:
 def background(result: Image.Image, scene: Image.Image, hole_mask: Image.Image) -> BackgroundError:
     """Compare an edit with its scene outside the hole.
 
-    Args:
-        result, scene: images of equal size.
-        hole_mask: mode L, of the same size; grey levels of 128 and more are the hole.
-
     Source: Wang et al. 2004, "Image quality assessment", section III-B (SSIM: Gaussian window of 1.5 pixels,
         K1 = 0.01, K2 = 0.03), averaged over the channels.
     """
     hole = torch.from_numpy(np.array(hole_mask.convert("L"))) >= 128
     if hole.all():
         return BackgroundError(ssim=float("nan"), psnr=float("nan"), max_abs=float("nan"))
-    x, y = _levels(result), _levels(scene)
+    # (3, H, W) float64 grey levels, 0 to 255
+    x, y = (torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1).double() for i in (result, scene))
     difference = (x - y)[:, ~hole]
     mse = difference.square().mean()
     psnr = float(10 * torch.log10(255**2 / mse))  # tensors divide by zero to infinity
@@ -283,26 +257,16 @@ def _ssim(x: Tensor, y: Tensor, hole: Tensor) -> float:
     return float(windows[0, :, radius:-radius, radius:-radius][:, ~touched].mean())
 
 
-def _levels(image: Image.Image) -> Tensor:
-    """Return (3, H, W) float64 grey levels, 0 to 255."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).double()
-
-
 @dataclass(frozen=True)
 class Seam:
-    """Mean differences between neighbouring pixels, grey levels 0 to 255; nan where there are no such pairs."""
+    """Mean differences between neighbouring pixels, grey levels 0 to 255; nan if there are no such pairs."""
 
     jump: float  # in the result, across the hole's edge
     usual: float  # in the scene, between pixels at the edge outside the hole and the pixels behind them
 
 
 def seam(result: Image.Image, scene: Image.Image, hole_mask: Image.Image) -> Seam:
-    """Compare the step of an edit at the hole's edge with the scene's own steps right beside it.
-
-    Args:
-        result, scene: images of equal size.
-        hole_mask: mode L, of the same size; grey levels of 128 and more are the hole.
-    """
+    """Compare the step of an edit at the hole's edge with the scene's own steps right beside it."""
     hole = np.asarray(hole_mask.convert("L")) >= 128
     edited, true = (np.asarray(image.convert("RGB")).astype(np.float64) for image in (result, scene))
     jumps, usual = [], []

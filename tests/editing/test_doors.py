@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm import Editor
 from ldm.editing import cli
-from ldm.evaluation.benchmark import PROTOCOLS, BenchmarkConfig, edit_bench
+from ldm.evaluation.benchmark import PROTOCOLS, BenchmarkConfig, BenchmarkRun
 from ldm.evaluation.cocoee import Bench
 from ldm.web.service import Edited, EditService, Source
 
@@ -72,7 +72,7 @@ def by_table(model: Path, folder: Path, out: Path) -> Path:
 
 def by_benchmark(model: Path, folder: Path, out: Path) -> Path:
     config = BenchmarkConfig(settings=PROTOCOLS["ours"], checkpoint=model / "model.safetensors")
-    assert edit_bench(Bench(folder), out, config, device="cpu") == 1
+    assert BenchmarkRun(Bench(folder), out, config, device="cpu").edit() == 1
     return out / "results" / f"{ID}.png"
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.evaluation.features import View, extract
-from ldm.evaluation.inception import fid_features, inception_score, is_logits, load_inception, sfid_features
+from ldm.evaluation.inception import LOGITS, POOLED, SPATIAL, inception_score, load_inception
 from ldm.files import UserError
 
 
@@ -67,15 +67,15 @@ def test_three_kinds_of_features_of_pictures_of_any_size(tmp_path: Path, weights
     network = load_inception(weights)
     features = extract(network, views)
     assert features.shape == (3, network.dim)
-    assert fid_features(features).shape == (3, 2048)
-    assert sfid_features(features).shape == (3, 2023)
-    assert is_logits(features).shape == (3, 1008)
+    assert features[:, POOLED].shape == (3, 2048)
+    assert features[:, SPATIAL].shape == (3, 2023)
+    assert features[:, LOGITS].shape == (3, 1008)
     x = torch.from_numpy(np.array(Image.open(tmp_path / "2.png"))).permute(2, 0, 1)[None]
     tower: Any = network.tower
     spatial = tower.Mixed_6d.branch1x1(x.float() / 255)[:, :7].flatten().numpy()
     # The same operations, in a batch of one.
-    np.testing.assert_allclose(sfid_features(features)[2], spatial, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(is_logits(features), fid_features(features) @ tower.fc.weight.numpy().T, atol=1e-2)
+    np.testing.assert_allclose(features[:, SPATIAL][2], spatial, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features[:, LOGITS], features[:, POOLED] @ tower.fc.weight.numpy().T, atol=1e-2)
     with pytest.raises(ValueError, match="'paper region'"):
         extract(network, [View(tmp_path / "0.png", "paper region")])
 
@@ -95,12 +95,10 @@ def test_weights_that_cannot_be_used_are_named(tmp_path: Path, weights: Path, mo
 def test_inception_score_of_known_answers() -> None:
     sure = 100 * np.eye(5)[np.arange(500) % 5]
     # Certain answers, spread evenly over five classes: each part of 50 shuffled pictures has nearly all evenly.
-    mean, std = inception_score(sure, splits=1)
-    assert (mean, std) == (pytest.approx(5, abs=1e-9), 0)
-    assert 4.3 < inception_score(sure, splits=10)[0] < 5
-    assert inception_score(np.ones((20, 5)))[0] == pytest.approx(1, abs=1e-12)  # never sure
-    with pytest.raises(ValueError, match=r"9 .* 10"):
-        inception_score(np.ones((9, 5)))
+    score = inception_score(sure, splits=1)
+    assert (score.value, score.n) == (pytest.approx(5, abs=1e-9), 500) and score.note.endswith("0.00")
+    assert 4.3 < inception_score(sure, splits=10).value < 5
+    assert inception_score(np.ones((20, 5))).value == pytest.approx(1, abs=1e-12)  # never sure
 
 
 def test_sfid_looks_at_the_map_of_the_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,4 +118,4 @@ def test_sfid_looks_at_the_map_of_the_real_network(tmp_path: Path, monkeypatch: 
     features = network(x).numpy()
     spatial = tower.Mixed_6d.branch1x1(inputs[0])[:, :7]
     assert spatial.shape[2:] == (17, 17)
-    np.testing.assert_allclose(sfid_features(features)[0], spatial.flatten().numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(features[:, SPATIAL][0], spatial.flatten().numpy(), rtol=1e-5, atol=1e-6)
