@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 import inference
 from ldm.editing.editor import Editor
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.web.service import Edited, EditService, Limits, Source
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,15 +47,30 @@ def editor(tiny_folder: Path) -> Editor:
 
 
 class SlowEditor(Editor):
-    """Takes its time for each step, so that there is one to cancel or wait for, and counts them."""
+    """Counts its steps, and waits after each until the gate is open."""
 
     steps = 0
+
+    def __init__(self, model: LatentDiffusion) -> None:
+        super().__init__(model)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold edits after their next step."""
+        self.gate.clear()
+        try:
+            yield
+        finally:
+            self.gate.set()
 
     def paint(self, *args: Any, on_step: Callable, **sampling: Any) -> Any:
         def slow(*step: Any) -> None:
             self.steps += 1
-            time.sleep(0.02)
             on_step(*step)
+            time.sleep(0.02)
+            assert self.gate.wait(60)
 
         return super().paint(*args, on_step=slow, **sampling)
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ def client(url: str, tmp_path: Path) -> Any:
 def connect(url: str, folder: Path, **options: Any) -> Any:
     gradio_client = pytest.importorskip("gradio_client")
     return gradio_client.Client(url, verbose=False, download_files=folder / "downloads", **options)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def sent(files: dict[str, Path]) -> dict[str, Any]:
@@ -90,14 +97,9 @@ def test_api_errors_are_one_line(client: Any, files: dict[str, Path]) -> None:
     for changes, values, message in (
         ({"scene": bad}, {}, "bad.png: "),
         ({"exemplar": large}, {}, "large.png: 2000 x 2000"),
-        ({}, {"num_steps": 2.5}, "num_steps: got 2.5"),
         ({}, {"num_steps": "abc"}, "num_steps: got 'abc'"),
         ({}, {"guidance_scale": None}, "guidance_scale: got None"),
-        ({}, {"guidance_scale": [1]}, "guidance_scale: got [1]"),
-        ({}, {"sampler": "euler"}, "sampler: got 'euler'"),
-        ({}, {"whole_image": "no"}, "whole_image: got 'no'"),
         ({}, {"scene": None}, "scene: got None"),
-        ({}, {"scene": 3}, "scene: got 3"),
         ({}, {"hole_mask": "/etc/hostname"}, "hole_mask: got '/etc/hostname'"),
         ({}, {"exemplar": {"path": "/etc/hostname"}}, "exemplar: got {'path': '/etc/hostname'}"),
     ):
@@ -125,11 +127,16 @@ def test_large_files_are_turned_away(url: str) -> None:
     assert "exceeded maximum allowed size" in answers[1].text
 
 
-def test_the_queue_has_an_end(client: Any, files: dict[str, Path]) -> None:
-    jobs = [client.submit(**sent(files), num_steps=30, n_samples=1, api_name="/edit") for _ in range(6)]
+def test_the_queue_has_an_end(client: Any, slow_editor: SlowEditor, files: dict[str, Path]) -> None:
+    before = slow_editor.steps
+    with slow_editor.held():
+        jobs = [client.submit(**sent(files), **QUICK, api_name="/edit")]
+        wait_until(lambda: slow_editor.steps > before)
+        jobs += [client.submit(**sent(files), **QUICK, api_name="/edit") for _ in range(4)]
+        wait_until(lambda: sum(job.done() for job in jobs) == 2)
     errors = [str(job.exception(timeout=120) or "") for job in jobs]
-    assert any("queue is full" in error.lower() for error in errors)
-    assert errors.count("") >= 2  # the others were served, one after the other
+    assert sum("queue is full" in error.lower() for error in errors) == 2
+    assert errors.count("") == 3  # one was being edited, two waited
 
 
 def test_password_and_temporary_files(
@@ -281,12 +288,13 @@ def test_brush_eraser_undo_and_candidates(page: Any, files: dict[str, Path], tmp
     assert name == "scene_1.png"
 
 
-def test_an_example_and_its_preview(page: Any) -> None:
+def test_an_example_and_its_preview(page: Any, slow_editor: SlowEditor) -> None:
     page.locator("#examples .thumbnail-item").first.click()
     page.wait_for_selector("#scene .picture.full")
     page.wait_for_selector("#exemplar .picture.full")
-    run(page, 60)
-    page.wait_for_selector("#status img")
+    with slow_editor.held():
+        run(page)
+        page.wait_for_selector("#status img")
     wait_until_done(page)
     assert page.locator("#slider img").count() == 2
 
@@ -329,17 +337,17 @@ def test_cancel_while_waiting(page: Any, client: Any, slow_editor: SlowEditor, f
     before = slow_editor.steps
     show_images(page, files)
     drag(page, (0.3, 0.3), (0.6, 0.6))
-    other = client.submit(**sent(files), num_steps=150, n_samples=1, api_name="/edit")
-    while slow_editor.steps == before and not other.done():
-        time.sleep(0.05)
-    run(page)
-    page.wait_for_selector("#status:has-text('queue')")
-    page.locator("#cancel").click()
-    page.wait_for_selector("#status:has-text('Stopped.')")
-    page.wait_for_selector("#run:not([disabled])")
-    assert not other.done()
+    with slow_editor.held():
+        other = client.submit(**sent(files), **QUICK, api_name="/edit")
+        wait_until(lambda: slow_editor.steps > before)
+        run(page)
+        page.wait_for_selector("#status:has-text('queue')")
+        page.locator("#cancel").click()
+        page.wait_for_selector("#status:has-text('Stopped.')")
+        page.wait_for_selector("#run:not([disabled])")
+        assert not other.done()
     other.result(timeout=120)
-    assert slow_editor.steps == before + 150  # the cancelled one had none
+    assert slow_editor.steps == before + 2  # the cancelled one had none
 
 
 def test_errors_on_the_page(page: Any, files: dict[str, Path], tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from ldm.editing.editor import Editor
 from ldm.editing.settings import OPTIONS
 from ldm.files import UserError
 from ldm.web.service import HOLE_PREFIX, Edited, EditService, Limits, Progress, Source, check
-from tests.web.conftest import HOLE, LIMITS, QUICK, REPOSITORY, SlowEditor, changed, pixels, run_calls
+from tests.web.conftest import HOLE, LIMITS, QUICK, SlowEditor, changed, pixels, run_calls
 
 
 @pytest.fixture
@@ -391,9 +389,3 @@ def test_calls_name_model_filter_and_watermark(editor: Editor, tmp_path: Path, f
     for option, value in (("--checkpoint", "my model.ckpt"), ("--decoder", "vae"), ("--safety", "checker")):
         assert words[words.index(option) + 1] == value
     assert {"--whole-image", "--no-match-colors"} < set(words)
-
-
-def test_the_service_imports_without_gradio() -> None:
-    code = "import sys, ldm.web.service; print('gradio' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
