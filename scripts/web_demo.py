@@ -119,7 +119,7 @@ def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
         return EditService(editor, folder, limits, source, content_filter)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: temporary files are removed
-    with serving(make_service, host=args.host, port=args.port, auth=auth) as url:
+    with serving(make_service, args.host, args.port, auth) as url:
         print(f"the page is at {url} (Ctrl-C stops it)", flush=True)
         threading.Event().wait()
 

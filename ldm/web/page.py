@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,7 @@ LAUNCH["theme"] = Default(font=("system-ui", "sans-serif"), font_mono=("ui-monos
 
 @contextmanager
 def serving(
-    make_service: Callable[[Path], EditService],
-    *,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    auth: tuple[str, str] | None = None,
+    make_service: Callable[[Path], EditService], host: str, port: int | None, auth: tuple[str, str] | None = None
 ) -> Iterator[str]:
     """Serve the page inside the block and yield its address; its temporary files are removed afterwards.
 
@@ -57,29 +53,29 @@ def serving(
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also for Gradio's parts that do not know the page's setting
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio looks for new versions of itself at each start
-    with tempfile.TemporaryDirectory(prefix="paint-by-example-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        with closing(make_service(Path(folder))) as service:
-            page = Page(service).blocks
-            page.queue(max_size=service.limits.waiting, api_open=False)
-            options = LAUNCH | dict(css=(HERE / "page.css").read_text(), max_file_size=service.limits.megabytes * 2**20)
-            try:
-                _, url, _ = page.launch(server_name=host, server_port=port, auth=auth, **options)
-            except OSError:
-                raise OSError(f"{host}:{port or '7860 to 7959'}: taken or not this machine's; see --port") from None
-            stopped = threading.Event()
-            spared = set(service.folder.rglob("*"))  # the page's own images stay
+    with ExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(prefix="paint-by-example-", ignore_cleanup_errors=True)
+        folder = os.environ["GRADIO_TEMP_DIR"] = stack.enter_context(temporary)
+        service = stack.enter_context(closing(make_service(Path(folder))))
+        page = Page(service).blocks
+        page.queue(max_size=service.limits.waiting, api_open=False)
+        css, size = (HERE / "page.css").read_text(encoding="utf-8"), service.limits.megabytes * 2**20
+        try:
+            _, url, _ = page.launch(
+                server_name=host, server_port=port, auth=auth, css=css, max_file_size=size, **LAUNCH
+            )
+        except OSError:
+            raise OSError(f"{host}:{port or '7860 to 7959'}: taken or not this machine's; see --port") from None
+        stack.callback(page.close, verbose=False)
+        spared, stopped = set(service.folder.rglob("*")), threading.Event()  # the page's own images stay
+        stack.callback(stopped.set)
 
-            def sweep() -> None:
-                while not stopped.wait(SWEEP_SECONDS):
-                    service.sweep(spared)
+        def sweep() -> None:
+            while not stopped.wait(SWEEP_SECONDS):
+                service.sweep(spared)
 
-            threading.Thread(target=sweep, name="sweep", daemon=True).start()
-            try:
-                yield url
-            finally:
-                stopped.set()
-                page.close(verbose=False)
+        threading.Thread(target=sweep, name="sweep", daemon=True).start()
+        yield url
 
 
 class Page:
@@ -229,7 +225,8 @@ def add_api(service: EditService) -> None:
                 elif value is not None or name != "exemplar" or not model.reads_text:
                     raise ValueError(f"{name}: got {value!r:.80}; send an image file")
             settings = dict(zip(service.settings, sent[len(names) :], strict=True))
-            *_, edited = service.edit(*files.values(), settings)
+            *_, edited = service.edit(*files.values(), values=settings)
+        assert isinstance(edited, Edited)
         return [str(path) for path in edited.files], edited.python, edited.shell
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -86,7 +86,7 @@ def running(editor: Editor, checkpoint: Path, limits: Limits = LIMITS, **options
             patch.setenv(variable, "")  # put back to what it was
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            options["port"] = free.getsockname()[1]
+            options |= {"host": "127.0.0.1", "port": free.getsockname()[1]}
         source = Source(str(checkpoint))
         with serving(lambda folder: EditService(editor, folder, limits, source), **options) as url:
             yield url

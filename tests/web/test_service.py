@@ -204,7 +204,7 @@ def test_a_hole_drawn_on_a_smaller_copy(service: EditService, files: dict[str, P
 
 
 def test_previews_are_the_crops(service: EditService, files: dict[str, Path]) -> None:
-    first, *_ = service.edit(*files.values(), QUICK | {"n_samples": 3})
+    first, *_ = service.edit(*files.values(), values=QUICK | {"n_samples": 3})
     assert isinstance(first, Progress) and first.preview
     assert (first.step, first.num_steps) == (1, 2)
     assert first.preview.size == (3 * 32, 32)
@@ -227,7 +227,7 @@ def test_refusals(service: EditService, files: dict[str, Path], tmp_path: Path) 
 def test_a_closed_edit_ends_and_the_next_begins(editor: Editor, files: dict[str, Path], tmp_path: Path) -> None:
     slow = SlowEditor(editor.model)
     service = make_service(slow, tmp_path / "edits")
-    work = service.edit(*files.values(), QUICK | {"num_steps": 250})
+    work = service.edit(*files.values(), values=QUICK | {"num_steps": 250})
     next(work)
     work.close()
     edit(service, files)
@@ -303,12 +303,12 @@ def test_flagged_candidates_are_withheld(editor: Editor, tmp_path: Path, files: 
 
     service = EditService(editor, tmp_path, content_filter=content_filter)
     values = QUICK | {"n_samples": 2, "seed": 4}
-    *steps, edited = service.edit(*files.values(), values)
+    *steps, edited = service.edit(*files.values(), values=values)
     assert isinstance(edited, Edited) and edited.num_unsafe == 1
     assert [path.name for path in edited.files] == ["scene_5.png"]
     assert all(isinstance(step, Progress) and step.preview is None for step in steps)  # nobody has judged these
     with pytest.raises(UserError, match="found something"):
-        list(service.edit(*files.values(), values))
+        list(service.edit(*files.values(), values=values))
 
 
 # ---- the calls ----
