@@ -1,11 +1,12 @@
 """Paint by Example: exemplar-based image editing with latent diffusion.
 
-`load_model` builds the model of a config and loads a checkpoint into it; `Editor` edits pictures.
+`load_model` builds the model of a config and loads a checkpoint into it; `Editor` edits images.
 Both are imported on first use, so that importing a part of the package does not import all of it.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,12 +18,6 @@ __all__ = ["Editor", "__version__", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Editor":
-        from ldm.editing.editor import Editor
-
-        return Editor
-    if name == "load_model":
-        from ldm.latent_diffusion import load_model
-
-        return load_model
+    if name in ("Editor", "load_model"):
+        return getattr(import_module("ldm.editing.editor" if name == "Editor" else "ldm.latent_diffusion"), name)
     raise AttributeError(f"module 'ldm' has no attribute {name!r}")

@@ -83,16 +83,27 @@ class Page:
 
     def __init__(self, service: EditService) -> None:
         self.service, self.examples = service, bundled_examples()
-        model = service.editor.model
-        self.reads_exemplars, self.reads_text = model.reads_exemplars, model.reads_text
+        self.reads_exemplars, self.reads_text = service.editor.model.reads_exemplars, service.editor.model.reads_text
+        words = [("show", "choose an exemplar")] * self.reads_exemplars + [("say", "write a prompt")] * self.reads_text
+        verbs, requests = (" and ".join(column) for column in zip(*words, strict=True))
         with gr.Blocks(title="Paint by Example", analytics_enabled=False) as self.blocks:
-            condition = " and ".join(["show"] * self.reads_exemplars + ["say"] * self.reads_text)
-            gr.Markdown(INTRODUCTION.format(condition=condition))
+            gr.Markdown(INTRODUCTION.format(condition=verbs))
             with gr.Row():
                 with gr.Column(scale=3):
                     self.add_inputs()
                 with gr.Column(scale=2):
-                    self.add_outputs()
+                    self.results = gr.State()  # the scene that was edited and the candidates
+                    with gr.Row():
+                        self.run = gr.Button("Run", variant="primary", elem_id="run")
+                        self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
+                    self.status = gr.HTML(f"Paint the hole, {requests}, run.", elem_id="status")
+                    self.slider = gr.ImageSlider(
+                        label="Before and after", format="png", interactive=False, elem_id="slider"
+                    )
+                    self.gallery = gr.Gallery(columns=4, elem_id="candidates", visible=False, **THUMBNAILS)
+                    with gr.Row():
+                        self.download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
+                        self.hole_mask = gr.DownloadButton("Download the mask", visible=False, elem_id="download-mask")
             with gr.Accordion("Settings"), gr.Row(elem_id="settings"):
                 rest = [(name, schema) for name, schema in service.settings.items() if name not in self.controls]
                 self.controls |= {name: control(name, schema) for name, schema in rest}
@@ -119,19 +130,6 @@ class Page:
                 gr.Markdown("### Examples")
                 tiles = [example_tile(folder) for folder in self.examples]
                 self.tiles = gr.Gallery(tiles, columns=2, elem_id="examples", format="jpeg", **THUMBNAILS)
-
-    def add_outputs(self) -> None:
-        self.results = gr.State()  # the scene that was edited and the candidates
-        with gr.Row():
-            self.run = gr.Button("Run", variant="primary", elem_id="run")
-            self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
-        condition = ["choose an exemplar"] * self.reads_exemplars + ["write a prompt"] * self.reads_text
-        self.status = gr.HTML(f"Paint the hole, {' and '.join(condition)}, run.", elem_id="status")
-        self.slider = gr.ImageSlider(label="Before and after", format="png", interactive=False, elem_id="slider")
-        self.gallery = gr.Gallery(columns=4, elem_id="candidates", visible=False, **THUMBNAILS)
-        with gr.Row():
-            self.download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
-            self.hole_mask = gr.DownloadButton("Download the mask", visible=False, elem_id="download-mask")
 
     def connect(self) -> None:
         for part, field in (("scene", self.scene), ("exemplar", self.exemplar)):

@@ -39,7 +39,6 @@ HOLE_PREFIX = "data:image/png;base64,"
 LONGEST_PROMPT = 1000  # characters; models read about the first 75 tokens
 PREVIEW_SHARE = 0.1  # largest share of the time that goes into decoding previews
 PROMPTS = ("prompt", "negative_prompt")
-EXEMPLAR_OPTIONS = ("reference_background", "reference_fit")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ def offered_settings(model: LatentDiffusion, samples: int) -> dict[str, dict[str
     """
     defaults = DEFAULTS | dict.fromkeys(PROMPTS, "") | {"n_samples": min(2, samples), "num_steps": EditSettings().steps}
     defaults["crop_margin"] = float(model.config.crop_margin)
-    unused = (() if model.reads_text else PROMPTS) + (() if model.reads_exemplars else EXEMPLAR_OPTIONS)
+    unused = () if model.reads_text else PROMPTS
+    unused += () if model.reads_exemplars else ("reference_background", "reference_fit")
     schemas = {}
     for name, option in OPTIONS.items():
         if not option.label or name in unused:
