@@ -43,7 +43,7 @@ def setting(default: Any, **rules: Any) -> Any:
     return field(default=default, metadata=rules)
 
 
-@dataclass_transform(field_specifiers=(setting, field))
+@dataclass_transform()
 class Section:
     """Base of the schemas: makes a subclass a dataclass whose values, or the items of lists, obey their rules."""
 

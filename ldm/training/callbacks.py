@@ -72,9 +72,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 f"{path}: cannot be saved ({reason.strerror}), the last is intact; {remedy}"
             ) from error
 
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # damaged files raise nearly anything
@@ -91,15 +89,10 @@ class Checkpoints(Callback):
     SIGTERM, SIGUSR1 and Ctrl-C let the step finish (validation: the batch), save and raise Interrupted. Saving is
     always at the end of an optimizer step, never between accumulated batches: nothing is lost. Weights that are NaN or
     infinite are never saved.
-
-    Args:
-        directory: folder of the files.
-        every: steps between periodic checkpoints; 0: only the last.
-        keep: number of newest periodic files that are kept.
     """
 
-    def __init__(self, directory: Path, *, every: int, keep: int) -> None:
-        self.directory, self.last, self.every, self.keep = directory, directory / "last.ckpt", every, keep
+    def __init__(self, options: LoggingConfig, directory: Path) -> None:
+        self.options, self.directory, self.last = options, directory, directory / "last.ckpt"
         self.received = 0  # number of the signal
         self._saved_step = -1
         self._previous: dict[int, Any] = {}  # signal handlers
@@ -129,7 +122,8 @@ class Checkpoints(Callback):
         if not stepped or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         number = self._agreed(trainer)
-        periodic = self.every > 0 and trainer.global_step % self.every == 0
+        every = self.options.checkpoint_every
+        periodic = every > 0 and trainer.global_step % every == 0
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         ends = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch) or trainer.should_stop
         if periodic or number or ends:
@@ -171,7 +165,7 @@ class Checkpoints(Callback):
                 except OSError:
                     shutil.copyfile(self.last, second_name)
             old = sorted(self.directory.glob("step*.ckpt"), key=lambda path: path.stat().st_mtime)
-            for path in old[: -self.keep or None]:
+            for path in old[: -self.options.keep_last or None]:
                 path.unlink()
 
 
@@ -211,9 +205,7 @@ class Monitor(Callback):
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self._flops_per_batch = 0
-        self._step = 0  # the last one that was logged
+        self.config, self._flops_per_batch, self._step = config, 0, 0  # the last step that was logged
         self._begin()
 
     def _begin(self, *args: Any, **kwargs: Any) -> None:
@@ -237,8 +229,8 @@ class Monitor(Callback):
             norms = {part: fsdp.total_norm(tensors) for part, tensors in gradients.items()}
             pl_module.log("train/grad_norm", fsdp.total_norm(norms.values()))
             pl_module.log_dict({f"train/grad_norm_{part}": norm for part, norm in norms.items()})
-            weights = fsdp.total_norm(p.detach() for _, p in trained_parameters(pl_module))
-            pl_module.log_dict({"train/param_norm": weights, "train/lr": optimizer.param_groups[0]["lr"]})
+            pl_module.log("train/param_norm", fsdp.total_norm(p.detach() for _, p in trained_parameters(pl_module)))
+            pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._samples += len(batch["key"]) * trainer.world_size
@@ -306,11 +298,11 @@ class ImageGrid(Callback):
     def _rows(self, trainer: Trainer, module: Any) -> list[Tensor]:
         samples = trainer.datamodule.first_val_samples(self.options.num_images)  # type: ignore[attr-defined]
         batch = module.transfer_batch_to_device(default_collate(samples), module.device, 0)
-        self.ema.swap_in(module)
+        self.ema.on_validation_epoch_start(trainer, module)
         module.eval()
         rows = module.preview(batch, self.options)
         module.train()
-        self.ema.swap_out(module)
+        self.ema.on_validation_epoch_end(trainer, module)
         return rows
 
 
@@ -324,7 +316,7 @@ def run_callbacks(config: Config, run_dir: Path) -> list[Callback]:
         *([ema] if ema.decay > 0 else []),
         Monitor(config),
         ImageGrid(options, run_dir / "images", ema),
-        Checkpoints(directory, every=options.checkpoint_every, keep=options.keep_last),
+        Checkpoints(options, directory),
         # only when there is a fresh val/loss
         ModelCheckpoint(directory, "best", "val/loss", enable_version_counter=False, save_on_train_epoch_end=False),
     ]

@@ -25,6 +25,8 @@ from ldm.training import fsdp
 from ldm.training.ema import trained_parameters
 from ldm.training.module import TrainingModule, adamw, override_optimizer_hparams, parts_of
 
+Weights = dict[str, Tensor]
+
 
 class DiffusionTraining(LatentDiffusion, TrainingModule):
     """The diffusion model with its training step; keys in checkpoints are those of the plain model.
@@ -39,13 +41,10 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         self.options: TrainingConfig = config.training
         loss_aware = self.options.timesteps == "loss_aware"
         self.timesteps = LossAwareTimesteps(config.model.schedule.num_timesteps) if loss_aware else None
-        self._freeze()
         self.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if self.options.compile:
             self.unet.compile()
         self.train()
-
-    def _freeze(self) -> None:
         self.first_stage_model.requires_grad_(False)
         for tower in self.towers:
             tower.requires_grad_(self.options.train_tower)
@@ -88,13 +87,23 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
             tower.eval()
         return self
 
-    def starting_weights(
-        self, state: dict[str, Tensor], source: str | None, *, from_scratch: bool
-    ) -> tuple[dict[str, Tensor], list[str]]:
-        """Choose what is loaded from a checkpoint, and note in the config which tokenizer its model reads.
+    def starting_weights(self, state: Weights, source: str | None, from_scratch: bool) -> tuple[Weights, list[str]]:
+        """Choose what is loaded when training starts, and note in the config which tokenizer the model reads.
 
         Missing may be the parts that Paint by Example adds; from scratch, everything that is trained; never a frozen
         part with an effect.
+
+        Args:
+            state: the checkpoint's tensors under module names, {} without one.
+            source: the checkpoint.
+            from_scratch: whether every trained part may start from random weights.
+
+        Returns:
+            The tensors to load, and prefixes of names that may be missing among them.
+
+        Raises:
+            CheckpointError: a part that nothing would train has no weights.
+            UserError: the model reads captions, and there is no tokenizer.
         """
         options = self.options
         if self.reads_exemplars:
@@ -105,12 +114,9 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         dead = set(self.unet.single_token_dead_parameters()) if self.single_token else set()
         from_scratch = from_scratch or not options.use_prior
         missing = {name: p for name, p in self.named_parameters() if name not in state}
-        trainable = {
-            n
-            for n, p in missing.items()
-            if n.startswith(NEW_PARTS) or (from_scratch and (p.requires_grad or p in dead))
-        }
-        if refused := missing.keys() - (set() if options.lora_rank else trainable):  # LoRA trains none of them
+        random = {name for name, p in missing.items() if from_scratch and (p.requires_grad or p in dead)}
+        random |= {name for name in missing if name.startswith(NEW_PARTS)}
+        if refused := missing.keys() - (set() if options.lora_rank else random):  # LoRA trains none of them
             raise CheckpointError(
                 f"{source or 'no checkpoint given'}: {len(refused)} tensors would stay random: {parts_of(refused)}. "
                 "Prepare one complete file with scripts/modify_checkpoints.py and pass it as --pretrained-model; "
@@ -178,9 +184,9 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         Returns:
             t (B,) int64 in [0, T); eps (B, Z, h, w) in the given shape; dropped (B,), whose condition is dropped.
         """
-        draws = [
+        draws = (
             (self._draw_timestep(g), self._draw_eps(shape[1:], g), torch.rand((), generator=g)) for g in generators
-        ]
+        )
         t, eps, u = (torch.stack(column) for column in zip(*draws, strict=True))
         if self.options.null_drop == "per_batch":
             u = u[:1].expand_as(u)
@@ -219,13 +225,9 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         """Return scenes, masked scenes, exemplars if the model reads them, and samples; (B, 3, H, W) in [-1, 1]."""
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         z_0, z_masked = self.latents(batch, generators)
-        sample = self.sample(
-            self.c_concat(z_masked, batch["keep_mask"]),
-            self.batch_context(batch),
-            num_steps=options.sampler_steps,
-            guidance_scale=options.guidance_scale,
-            generator=generators,
-        )
+        c_concat, context = self.c_concat(z_masked, batch["keep_mask"]), self.batch_context(batch)
+        steps, scale = options.sampler_steps, options.guidance_scale
+        sample = self.sample(c_concat, context, num_steps=steps, guidance_scale=scale, generator=generators)
         scene, masked, sample = (self.decode_latents(z) for z in (z_0, z_masked, sample))
         exemplars = [exemplar_to_pixels(batch["exemplar"])] if self.reads_exemplars else []
         return [scene, masked, *exemplars, sample]

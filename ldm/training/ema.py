@@ -44,23 +44,17 @@ class EMA(Callback):
         torch._foreach_lerp_(list(self._average.values()), current, weight)  # pyright: ignore[reportPrivateImportUsage]
         self._count, self._step = self._count + 1, trainer.global_step
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self.swap_in(pl_module)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
-        self.swap_out(pl_module)
-
     @torch.no_grad()
-    def swap_in(self, module: torch.nn.Module) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Put the average in the place of the trained weights; no effect before the first step of a run."""
-        for name, parameter in trained_parameters(module) if self._average else ():
+        for name, parameter in trained_parameters(pl_module) if self._average else ():
             self._trained[name] = parameter.detach().clone()
             parameter.copy_(self._average[name])
 
     @torch.no_grad()
-    def swap_out(self, module: torch.nn.Module) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Put the trained weights back."""
-        for name, parameter in trained_parameters(module) if self._trained else ():
+        for name, parameter in trained_parameters(pl_module) if self._trained else ():
             parameter.copy_(self._trained.pop(name))
 
     def state_dict(self) -> dict[str, Any]:

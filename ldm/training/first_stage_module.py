@@ -24,16 +24,15 @@ from ldm.models.autoencoder import AsymmetricAutoencoderKL, build_autoencoder
 from ldm.models.efficientnet import efficientnet_stages, load_feature_network, normalise
 from ldm.training.module import TrainingModule, override_optimizer_hparams
 
+Weights = dict[str, Tensor]
+
 
 class FirstStageTraining(TrainingModule):
     """The autoencoder with its training step: L1 + perceptual + KL, and a patch discriminator if asked for.
 
-    One optimizer serves both sides of the adversarial game: the autoencoder sees the discriminator with detached
-    weights, the discriminator sees detached reconstructions. Neither side's gradient reaches the other. The
-    adversarial weight is fixed, not balanced by gradient norms.
-
-    An asymmetric decoder is trained alone: the encoder, and with it the meaning of latents, is frozen, and there is no
-    KL. The decoder reads either all pixels outside an irregular hole or none, so that it works with and without them.
+    One optimizer serves both sides of the adversarial game; neither side's gradient reaches the other. The adversarial
+    weight is fixed, not balanced by gradient norms. An asymmetric decoder is trained alone, with a frozen encoder and
+    no KL. It reads either all pixels outside an irregular hole or none, so that it works with and without them.
 
     Source: Rombach et al. 2022, appendix G; Esser et al. 2021, Eq. 6 (hinge game); Zhu et al. 2023, section 3.
     """
@@ -52,10 +51,8 @@ class FirstStageTraining(TrainingModule):
         self.discriminator = PatchDiscriminator() if self.options.adversarial_weight > 0 else None
         self.perceptual = PerceptualDistance() if self.options.perceptual_weight > 0 else None
 
-    def starting_weights(
-        self, state: dict[str, Tensor], source: str | None, *, from_scratch: bool
-    ) -> tuple[dict[str, Tensor], list[str]]:
-        """Choose what is loaded from a checkpoint; without one the autoencoder starts from random weights.
+    def starting_weights(self, state: Weights, source: str | None, from_scratch: bool) -> tuple[Weights, list[str]]:
+        """Do as `DiffusionTraining.starting_weights`; without a checkpoint the autoencoder starts at random.
 
         An asymmetric decoder needs an encoder; wider or deeper than the checkpoint's it starts at random itself.
         """
@@ -158,15 +155,11 @@ class PatchDiscriminator(nn.Sequential):
     not depend on its batch.
     """
 
-    def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        width = channels
-        for layer in range(1, num_layers + 1):
-            wider = channels * min(2**layer, 8)
-            stride = 2 if layer < num_layers else 1
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for width, wider, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
             layers += [nn.Conv2d(width, wider, 4, stride, padding=1), nn.GroupNorm(32, wider), nn.LeakyReLU(0.2)]
-            width = wider
-        super().__init__(*layers, nn.Conv2d(width, 1, 4, padding=1))
+        super().__init__(*layers, nn.Conv2d(512, 1, 4, padding=1))
 
 
 class PerceptualDistance:
@@ -177,12 +170,10 @@ class PerceptualDistance:
     Source: Johnson et al. 2016, Eq. 2 (feature reconstruction), here with L1 and EfficientNet-Lite0.
     """
 
-    def __init__(self) -> None:
-        self._network: Any = None
+    network: Any = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the distance (a scalar) of pixels (B, 3, H, W) in [-1, 1], differentiable in both; 0 if equal."""
-        if self._network is None:
-            self._network = load_feature_network(x.device)
-        stages = (efficientnet_stages(self._network, normalise(127.5 * (pixels + 1.0))) for pixels in (x, y))
+        self.network = self.network or load_feature_network(x.device)
+        stages = (efficientnet_stages(self.network, normalise(127.5 * (pixels + 1.0))) for pixels in (x, y))
         return torch.stack([F.l1_loss(a, b) for a, b in zip(*stages, strict=True)]).mean()

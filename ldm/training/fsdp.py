@@ -34,8 +34,8 @@ class ShardedStrategy(ModelParallelStrategy):
     optimizer's own order, so that any strategy resumes what any other one wrote.
     """
 
-    lightning_module: DiffusionTraining
-    lightning_restore_optimizer = True
+    lightning_module: DiffusionTraining  # pyright: ignore[reportIncompatibleMethodOverride]
+    lightning_restore_optimizer = True  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)

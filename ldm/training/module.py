@@ -19,35 +19,14 @@ class NonFiniteError(RuntimeError):
     """A loss or weight became NaN or infinite; the last checkpoint from before is untouched."""
 
     def __init__(self, problem: str) -> None:
-        super().__init__(
-            f"{problem}: training stopped and the last good checkpoint kept. Resume from it with a lower learning "
-            "rate, gradient clipping (trainer.gradient_clip_val=1.0) or trainer.precision=32-true"
-        )
+        remedy = "a lower learning rate, trainer.gradient_clip_val=1.0 or trainer.precision=32-true"
+        super().__init__(f"{problem}: stopped; resume from the last checkpoint, which is good, with {remedy}")
 
 
 class TrainingModule(pl.LightningModule):
     """A Lightning module whose samples carry a `key`, the seed of all their random draws."""
 
     options: Any  # TrainingConfig or FirstStageTrainingConfig, as the subclasses declare
-
-    def starting_weights(
-        self, state: dict[str, Tensor], source: str | None, *, from_scratch: bool
-    ) -> tuple[dict[str, Tensor], list[str]]:
-        """Choose what is loaded when training starts.
-
-        Args:
-            state: the checkpoint's tensors under module names, {} without one.
-            source: the checkpoint.
-            from_scratch: whether every trained part may start from random weights.
-
-        Returns:
-            The tensors to load, and prefixes of names that may be missing among them.
-
-        Raises:
-            CheckpointError: a part that nothing would train has no weights.
-            UserError: the model reads captions, and there is no tokenizer.
-        """
-        raise NotImplementedError
 
     def add_lora(self, seed: int) -> None:
         """Add trained parameters that no checkpoint to start from has; most modules have none."""
@@ -58,10 +37,9 @@ class TrainingModule(pl.LightningModule):
         return {**super().transfer_batch_to_device(tensors, device, dataloader_idx), "key": batch["key"]}
 
     def check_finite(self, loss: Tensor, batch_idx: int) -> None:
-        """Stop all processes with a NonFiniteError when the loss of one is NaN or infinite.
+        """Stop all processes with a NonFiniteError when the loss of one is NaN or infinite, at a logged step.
 
-        Reading the loss waits for the GPU, so this happens at logged steps only. In between, `Checkpoints` saves no
-        weights that are not finite.
+        At others, reading the loss would wait for the GPU; `Checkpoints` saves no weights that are not finite.
         """
         if not logs_step(self.trainer, self.global_step + 1):
             return
@@ -120,9 +98,9 @@ def adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def override_optimizer_hparams(checkpoint: dict[str, Any], lrs: Sequence[float], **settings: float) -> None:
-    """Replace, in place, a checkpoint's base learning rates and other settings of parameter groups by the config's.
+    """Replace, in place, a checkpoint's learning rates and other settings of parameter groups by the config's.
 
-    Otherwise they would silently win on resume. A checkpoint may have fewer groups than there are rates.
+    Otherwise the checkpoint's would win on resume. It may have fewer groups than there are rates.
     """
     for optimizer, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
         factors = [lr / base for lr, base in zip(lrs, scheduler["base_lrs"], strict=False)]

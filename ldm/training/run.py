@@ -45,7 +45,6 @@ class Run:
     """A training run: module, data and trainer of a config.
 
     Args:
-        config: what to train, on what, how.
         run_dir: gets `config.yaml`, `history.json`, `checkpoints/`, `images/` and the loggers' files.
         scale_lr: multiply the config's base learning rate by accumulation, processes and batch size.
 
@@ -70,18 +69,15 @@ class Run:
             self.module.options.base_lr *= self.global_batch
 
     def initialise(self, checkpoint: str | None, *, from_scratch: bool, resuming: bool) -> None:
-        """Load the initial weights and list the parts that stay random; see `TrainingModule.starting_weights`.
+        """Load the initial weights and list the parts that stay random; see `DiffusionTraining.starting_weights`.
 
-        Args:
-            checkpoint: file in the published layout.
-            from_scratch: whether every trained part may start from random weights.
-            resuming: the trainer will restore a whole state; nothing to load or check.
+        Nothing is loaded or checked when resuming: the trainer will restore a whole state.
         """
         if not resuming:
             state = to_module_keys(read_checkpoint(checkpoint)) if checkpoint else {}
             unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config's schedule; a random discriminator
             state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
-            state, optional = self.module.starting_weights(state, checkpoint, from_scratch=from_scratch)
+            state, optional = self.module.starting_weights(state, checkpoint, from_scratch)
             tensors = self.module.state_dict()
             expected = {name: tuple(x.shape) for name, x in tensors.items() if not name.startswith(unused)}
             missing = check_keys(expected, state, source=checkpoint or "", allow_missing=optional)
@@ -100,23 +96,16 @@ class Run:
             counts = [sum(size for size, trains in sizes if trains is trained) for trained in (True, False)]
             lines += [f"{name:<20}{counts[0]:>15,}{counts[1]:>15,}"] if any(counts) else []
         batches = len(self.data.train_set) // self.trainer.world_size // self.config.data.batch_size
-        return "\n".join(
-            [
-                *lines,
-                f"samples: {len(self.data.train_set):,} train, {len(self.data.val_set):,} validation",
-                f"batch: {self.global_batch} samples per step, learning rate {self.module.options.base_lr:g}",
-                f"steps per epoch: {math.ceil(batches / self.trainer.accumulate_grad_batches):,}",
-            ]
-        )
+        lines.append(f"samples: {len(self.data.train_set):,} train, {len(self.data.val_set):,} validation")
+        lines.append(f"batch: {self.global_batch} samples per step, learning rate {self.module.options.base_lr:g}")
+        lines.append(f"steps per epoch: {math.ceil(batches / self.trainer.accumulate_grad_batches):,}")
+        return "\n".join(lines)
 
     def fit(self, checkpoint: Path | None) -> int:
-        """Train, continuing from `checkpoint` if one is given.
-
-        Returns:
-            The exit status: 0, or 128 + the number of the signal that ended the run.
+        """Train, from `checkpoint` on if there is one; return 0, or 128 + the number of the signal that ended the run.
 
         Raises:
-            UserError: another process of the run has ended.
+            OSError, UserError: the run directory cannot be written, or another process of the run has ended.
         """
         leader = self.trainer.is_global_zero
         if leader:
@@ -133,11 +122,9 @@ class Run:
         except RuntimeError as error:  # a peer that is gone: NCCL's error type or a message of Gloo's
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
-            rank, reason = self.trainer.global_rank, str(error).splitlines()[0]
-            raise UserError(
-                f"process {rank} of {self.trainer.world_size}: another process of this run has ended ({reason}); "
-                f"see its own messages, then continue with --resume {self.run_dir}"
-            ) from error
+            ended = f"another process of this run has ended ({str(error).splitlines()[0]})"
+            remedy = f"see its own messages, then continue with --resume {self.run_dir}"
+            raise UserError(f"process {self.trainer.global_rank}: {ended}; {remedy}") from error
         return 0
 
     def _record(self, checkpoint: Path | None) -> None:
@@ -159,13 +146,9 @@ class Run:
             "versions": versions,
         }
         history = self.run_dir / "history.json"
-        try:
-            write_text(self.run_dir / "config.yaml", dump_config(self.config))
-            before = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
-            write_text(history, json.dumps([*before, start], indent=2) + "\n")
-        except OSError as error:
-            reason = f"cannot write here ({error.strerror}); choose another --logdir"
-            raise ConfigError(f"{self.run_dir}: {reason}") from error
+        write_text(self.run_dir / "config.yaml", dump_config(self.config))
+        before = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
+        write_text(history, json.dumps([*before, start], indent=2) + "\n")
 
 
 def _commit() -> str | None:

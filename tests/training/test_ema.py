@@ -39,9 +39,9 @@ def test_the_average_is_float32_and_gives_the_weights_back() -> None:
     checkpoint = {"state_dict": module.state_dict()}
     ema.on_save_checkpoint(trainer, module, checkpoint)  # pyright: ignore[reportArgumentType]
     assert float(checkpoint["state_dict"]["weight"]) == pytest.approx(2 - 0.999**100, rel=1e-5)
-    ema.swap_in(module)  # pyright: ignore[reportArgumentType]
+    ema.on_validation_epoch_start(trainer, module)  # pyright: ignore[reportArgumentType]
     assert module.weight.item() == pytest.approx(2 - 0.999**100, rel=2**-8)
-    ema.swap_out(module)  # pyright: ignore[reportArgumentType]
+    ema.on_validation_epoch_end(trainer, module)  # pyright: ignore[reportArgumentType]
     assert module.weight.item() == 2.0
     ema.on_save_checkpoint(trainer, module, checkpoint := {"state_dict": module.state_dict()})  # pyright: ignore[reportArgumentType]
     assert float(checkpoint["state_dict"]["weight"]) == pytest.approx(2 - 0.999**100, rel=1e-5)

@@ -135,7 +135,7 @@ def test_a_signal_saves_and_the_resumed_run_is_bit_identical(
     if "data.kind=shards" in overrides:
         overrides = (*overrides, shards)
     whole, expected_keys = uninterrupted(overrides)
-    resume, keys = None, []
+    resume, keys, at_step = None, [], {}
     for stop in stops:
         recorder = Recorder()
         run, code = fit(make_config(*overrides), tmp_path, resume=resume, callbacks=[recorder, stop])
@@ -235,6 +235,7 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bits(
     overrides = ["trainer.max_epochs=null", "trainer.max_steps=36", "trainer.accumulate_grad_batches=2"]
     overrides += ["data.batch_size=1", "data.num_workers=2", "model.unet.dropout=0.1", "logging.checkpoint_every=3"]
     rng, saved, steps, kills, deadline = random.Random(0), None, [0], 0, time.monotonic() + 300
+    run_dir = Path()
     while steps[-1] < 36:
         process, moment = fork([*command, "--resume", "auto", *overrides]), None
         while process.is_alive():

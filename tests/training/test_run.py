@@ -175,7 +175,7 @@ def test_weights_and_biases(fit: Fit, make_config: MakeConfig, tmp_path: Path, m
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = ("logging.loggers=[wandb,csv]", "trainer.max_epochs=1", "logging.image_every=2")
     run, code = fit(make_config(*options), tmp_path / "a run")
-    assert code == 0 and run.trainer.loggers[0].experiment.config["training"]["base_lr"] == 1e-3
+    assert code == 0 and run.trainer.loggers[0].experiment.config["training"]["base_lr"] == 1e-3  # pyright: ignore[reportAttributeAccessIssue]
     wandb.finish()
     assert list((tmp_path / "a run").rglob("media/images/grid*.png"))
 
@@ -221,7 +221,7 @@ def test_frozen_parts_have_no_moments_and_no_buckets(make_config: MakeConfig, fi
     module = DiffusionTraining(make_config())
     trained = [p for p in module.parameters() if p.requires_grad]
     assert 0 < len(trained) < len(list(module.parameters()))
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     try:
         facts = DistributedDataParallel(module)._get_ddp_logging_data()
     finally:
