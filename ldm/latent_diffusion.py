@@ -119,9 +119,7 @@ class LatentDiffusion(nn.Module):
     def context(self, exemplar: Tensor | None = None, prompts: Sequence[str] | None = None) -> Tensor:
         """Concatenate all tokens of the condition (B, L, D), the exemplar's, then the text's, if the model reads them.
 
-        Args:
-            exemplar: (B, L, D) from `encode_exemplar`; None: the learned token for "no exemplar".
-            prompts: B of them; None: the empty prompt. B is 1 without both.
+        Without an exemplar the learned token for "no exemplar" is used, without B prompts the empty one.
         """
         parts = []
         if self.reads_exemplars:
@@ -202,9 +200,6 @@ class LatentDiffusion(nn.Module):
             z_0: (B, Z, h, w) scaled latent to which noise is added as the start; None: noise alone.
             strength: of that noise, as the share of the timesteps, in (0, 1]; all steps are taken from there on.
             generator: source of all noise, one for the batch or one per sample.
-
-        Raises:
-            ValueError: unknown sampler, or a step count, eta or strength out of range.
         """
         device, ac = c_concat.device, self.schedule.alphas_cumprod
         null = self.null_context() if null_context is None else null_context
@@ -324,10 +319,7 @@ def load_model(
 def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, *, dtype: torch.dtype) -> None:
     """Give a model, built on the meta device or not, the tensors of a checkpoint in the published layout.
 
-    The model receives the tensors themselves where their type is already `dtype`. `source` is the file, for messages.
-
-    Raises:
-        CheckpointError: keys, shapes or the schedule differ.
+    Tensors of type `dtype` are not copied. Raises `CheckpointError`, which names `source`, if the model is another.
     """
     state = to_module_keys(state)
     expected = {name: x.shape for name, x in model.state_dict().items() if name not in SCHEDULE_BUFFERS}
@@ -350,10 +342,6 @@ def add_imagenet_tower(state: dict[str, Tensor], encoder: ExemplarEncoder) -> di
 
 def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> AsymmetricAutoencoderKL:
     """Return the first stage with a mask-conditioned decoder, whose width and depth are read from its file.
-
-    Args:
-        first_stage: its encoder stays.
-        path: see `decoder_file`.
 
     Raises:
         CheckpointError: the file is missing, holds no such decoder, does not fit, or belongs to another encoder.

@@ -46,10 +46,7 @@ def serving(
 ) -> Iterator[str]:
     """Serve the page inside the block and yield its address; its temporary files are removed afterwards.
 
-    Args:
-        make_service: makes the service from a folder for its files.
-        port: None takes the first free one from 7860 on.
-        auth: user and password to ask for.
+    The service gets a folder for its files. A port of None is the first free one from 7860 on.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also for Gradio's parts that do not know the page's setting
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio looks for new versions of itself at each start
@@ -57,8 +54,7 @@ def serving(
         temporary = tempfile.TemporaryDirectory(prefix="paint-by-example-", ignore_cleanup_errors=True)
         folder = os.environ["GRADIO_TEMP_DIR"] = stack.enter_context(temporary)
         service = stack.enter_context(closing(make_service(Path(folder))))
-        page = Page(service).blocks
-        page.queue(max_size=service.limits.waiting, api_open=False)
+        page = Page(service).blocks.queue(max_size=service.limits.waiting, api_open=False)
         css, size = (HERE / "page.css").read_text(encoding="utf-8"), service.limits.megabytes * 2**20
         try:
             _, url, _ = page.launch(

@@ -74,10 +74,8 @@ def offered_settings(model: LatentDiffusion, samples: int) -> dict[str, dict[str
     unused = () if model.reads_text else PROMPTS
     unused += () if model.reads_exemplars else ("reference_background", "reference_fit")
     schemas = {}
-    for name, option in OPTIONS.items():
-        if not option.label or name in unused:
-            continue
-        low, high, step = option.slider
+    for name in [name for name, option in OPTIONS.items() if option.label and name not in unused]:
+        option, (low, high, step) = OPTIONS[name], OPTIONS[name].slider
         schema = json_schema(name) | {"title": option.label, "default": defaults[name]}
         if high:
             schema |= {"minimum": low, "maximum": samples if name == "n_samples" else high, "step": step}
@@ -313,5 +311,4 @@ def call_names(scene: Path, hole_mask: Path, exemplar: Path | None) -> dict[str,
     names = {file.name.casefold() for file in files.values()}
     if len(names) == len(set(files.values())) and not any(name.startswith("-") for name in names):
         return {part: file.name for part, file in files.items()}
-    parts = zip(files.items(), EXAMPLE_PARTS, strict=False)
-    return {part: f"{name}{file.suffix}" for (part, file), name in parts}
+    return {part: f"{name}{files[part].suffix}" for part, name in zip(files, EXAMPLE_PARTS, strict=False)}
