@@ -24,10 +24,8 @@ def write_text(path: str | Path, text: str) -> None:
 def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside `path`, in a new folder if need be; rename it to `path` if the block succeeds.
 
-    With `sync` the finished file is on the disk before it gets its name.
-
-    Raises:
-        OSError: the disk is full or the folder is not writable; an existing file at `path` stays as it was.
+    With `sync` the finished file is on the disk before it gets its name. If the disk is full or the folder not
+    writable, an OSError is raised and an existing file at `path` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,10 +45,9 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; put it in the place of `path`, or of what that links to, on success.
+    """Yield a temporary folder beside `path`, and put it in the place of `path` (or its link's target) if all succeeds.
 
-    Raises:
-        OSError: the disk is full or the parent is not writable; an existing folder at `path` stays as it was.
+    Raises OSError, like `atomic_write`; an existing folder at `path` then stays as it was.
     """
     path = Path(path).resolve()
     partial, before = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "before"))

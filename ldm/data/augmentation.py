@@ -29,9 +29,8 @@ class PaperParams(NamedTuple):
 def draw_paper_params(rng: np.random.Generator, size: int, strength: float = 1.0) -> PaperParams:
     """Draw the paper's augmentation for an exemplar of side `size`; `strength` multiplies angles and lengths.
 
-    The paper uses albumentations 0.4.3 with HorizontalFlip, Rotate(limit=20), Blur(p=0.3), ElasticTransform(p=0.3).
-    The displacement field of the last one, at most 0.018 px, is left out; its random affine map moves three points by
-    up to 50 px each. Lengths in pixels are the paper's at 224 px, scaled to `size`.
+    The paper uses albumentations 0.4.3 with HorizontalFlip, Rotate(limit=20), Blur(p=0.3), ElasticTransform(p=0.3) at
+    224 px. The last one moves three points of an affine map; its displacement by at most 0.018 px is left out.
     """
     flip = rng.random() < 0.5
     angle = strength * float(rng.uniform(-20, 20)) if rng.random() < 0.5 else 0.0
@@ -42,10 +41,7 @@ def draw_paper_params(rng: np.random.Generator, size: int, strength: float = 1.0
 
 
 class PaperAugmentation(A.ImageOnlyTransform):
-    """Apply the `PaperParams` that the call passes as `paper_params`; borders are filled by reflection.
-
-    The transforms of albumentations 2 of the same names rotate about another centre and know no such affine map.
-    """
+    """Apply `paper_params` of the call. The transforms of albumentations 2 of the same names act differently."""
 
     @property
     def targets_as_params(self) -> list[str]:
@@ -75,12 +71,9 @@ def _warp(img: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def build_pipeline(size: int, settings: Mapping[str, Any] | None = None) -> A.Compose:
-    """Build the pipeline that squashes an exemplar to a square of side `size` and augments it.
+    """Build the pipeline that squashes an exemplar to a square of side `size` and augments it as in the paper.
 
-    `settings`, a serialised pipeline (`albumentations.to_dict`), replaces the paper's; it gets squares.
-
-    Raises:
-        ConfigError: `settings` is no such pipeline, or does not return RGB squares of side `size`.
+    `settings`, a serialised pipeline (`albumentations.to_dict`), replaces the augmentation; ConfigError if it cannot.
     """
     if settings is None:
         return A.Compose([A.Resize(size, size), PaperAugmentation(p=1.0)])
@@ -90,20 +83,16 @@ def build_pipeline(size: int, settings: Mapping[str, Any] | None = None) -> A.Co
             transform: Any = A.from_dict(dict(settings))
             pipeline = A.Compose([A.Resize(size, size), transform])
         result = augment(pipeline, np.zeros((size, size, 3), np.uint8), PaperParams(), seed=0)
+        if result.shape != (size, size, 3) or result.dtype != np.uint8:
+            raise ValueError(f"returns {result.dtype} of shape {result.shape}, expected RGB bytes of side {size}")
     except Exception as error:  # albumentations checks its arguments with errors of many classes
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"data.augmentation: not a pipeline of albumentations.to_dict: {reason}") from error
-    if result.shape != (size, size, 3) or result.dtype != np.uint8:
-        got = f"{result.dtype} of shape {result.shape}"
-        raise ConfigError(f"data.augmentation: returns {got}, expected uint8 of shape {(size, size, 3)}")
+        raise ConfigError(f"data.augmentation: not a usable pipeline of albumentations.to_dict: {reason}") from error
     return pipeline
 
 
 def augment(pipeline: A.Compose, pixels: np.ndarray, params: PaperParams, *, seed: int | None = None) -> np.ndarray:
-    """Squash an exemplar (H, W, 3) uint8 to a square and augment it: (E, E, 3) uint8.
-
-    `params` are for the paper's augmentation in the pipeline; `seed` decides what all other transforms draw.
-    """
+    """Squash and augment an exemplar (H, W, 3) to (E, E, 3) uint8; `seed` decides all draws except `params`."""
     if seed is not None:  # `set_random_seed` would give all transforms the same draws
         pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
     return pipeline(image=np.ascontiguousarray(pixels), paper_params=params)["image"]

@@ -27,13 +27,10 @@ FIELDS = ("image_moments", "masked_moments", "keep_mask", "exemplar")
 
 
 class CachedDataset(Dataset[Sample]):
-    """Read `ROOT/{split}.safetensors`; the file is mapped, not read into memory.
+    """Map `ROOT/{split}.safetensors` into memory.
 
     An item (epoch, index) has the arrays of a sample as float32, `keep_mask` in [0, 1] and `exemplar` (3, E, E)
     CLIP-normalised, and a `key`, on which alone the epoch has an effect.
-
-    Raises:
-        UserError: the file is missing or damaged, or lacks an array.
     """
 
     def __init__(self, root: str | Path, split: str, *, seed: int = 0, max_samples: int | None = None) -> None:
@@ -60,11 +57,7 @@ class CachedDataset(Dataset[Sample]):
 
 
 def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Write a cache of `num_samples` from batches of its arrays: memory does not grow with the number of samples.
-
-    Raises:
-        CheckpointError: the disk is full, or the folder is not writable.
-    """
+    """Write a cache of `num_samples` from batches of its arrays: memory does not grow with the number of samples."""
     batches = iter(batches)
     first = next(batches)
     layout = {

@@ -57,10 +57,7 @@ def outline_curves(box: Box, grown: Box) -> np.ndarray:
     """Return points on the four quadratic Bezier curves of an arbitrary shape, before jitter.
 
     A curve joins two neighbouring corners of the box. Its control point lies above the middle of that side, on the edge
-    of the grown box.
-
-    Returns:
-        (4, 20, 2) float64 x, y at t = 0 … 0.95: top, right, bottom, left; clockwise from the top left corner.
+    of the grown box. Shape (4, 20, 2), x and y at t = 0 … 0.95: top, right, bottom, left; clockwise from the top left.
     """
     left, top, right, bottom = box
     start = np.array([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=np.float64)
@@ -77,11 +74,8 @@ def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: in
     """Draw the outline of an arbitrary hole: the jittered curves between the corners of the box.
 
     The original's jitter cuts into the object, and makes the outline cross itself where points are close. Here a
-    jittered point never gets inside the box, and the points of a side keep their order along it: the polygon is simple
-    and contains the box.
-
-    Returns:
-        (80, 2) float64 x, y, clockwise from the top left corner of the box, each shifted by up to `jitter` per axis.
+    jittered point never gets inside the box, and the points of a side keep their order along it: the polygon, (80, 2)
+    x and y, is simple and contains the box.
     """
     curves = outline_curves(box, grown)
     curves[:, 1:] += rng.integers(-jitter, jitter, size=(4, 19, 2), endpoint=True)  # corners of the box stay

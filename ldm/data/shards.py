@@ -44,13 +44,10 @@ class Shard(NamedTuple):
 
 
 def write_shards(index: BoxIndex, out: Path, split: str, *, max_bytes: int = 2**28, workers: int = 1) -> list[Shard]:
-    """Pack the images of an index. An interrupted run is continued.
+    """Pack the images of an index into OUT/SPLIT-000000.tar and so on, listed in OUT/SPLIT.json.
 
-    Args:
-        index: images and boxes.
-        out: folder for `SPLIT-000000.tar` and so on, and at the end `SPLIT.json`.
-        max_bytes: largest sum of image sizes in a shard; one larger image gets a shard of its own.
-        workers: number of threads; the files do not depend on it.
+    A shard holds images of at most `max_bytes`, or a single larger one. An interrupted run is continued. The files do
+    not depend on the number of threads, `workers`.
 
     Raises:
         UserError: `out` holds shards of other images.
@@ -121,10 +118,6 @@ class Shards(Dataset[Sample]):
 
     Every process takes the same number of samples per epoch: a worker that runs out of images starts its shards again.
     A `DataLoader` requests places in order, batch by batch, from its workers in turn: each worker then reads a stream.
-    Any other order gives the same samples, slowly.
-
-    Raises:
-        UserError: the list of shards is missing or damaged.
     """
 
     root: str  # folder, http(s)://…, s3://… (read by the AWS command line), or pipe:COMMAND that prints the file {}
@@ -161,11 +154,8 @@ class Shards(Dataset[Sample]):
         return next(self._stream)
 
     def _samples(self, epoch: int, worker: int, start: int) -> Iterator[Sample]:
-        """Yield the endless samples of a worker, from the `start`th on.
-
-        An unreadable image is replaced by a second draw of the next one, so that the samples after it do not move.
-        """
-        failures = 0
+        """Yield the endless samples of a worker, from the `start`th on."""
+        failures = 0  # each is replaced by a second draw of the next image, so that the samples after it do not move
         for lap, i, members in islice(self._shuffled(epoch, worker), start, None):
             try:
                 entry, open_file = _unpacked(members)
@@ -201,18 +191,18 @@ class Shards(Dataset[Sample]):
         from webdataset.tariterators import tarfile_samples
 
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
-        consumer, consumers = worker * self.world_size + self.rank, self.world_size * self.workers
         # With fewer shards than consumers, those that share a shard take its images in turn.
-        mine = order[consumer::consumers] if len(order) >= consumers else order[[consumer % len(order)]]
-        sharing = range(consumer % len(order), consumers, len(order)) if len(order) < consumers else range(1)
+        turn, first = divmod(worker * self.world_size + self.rank, len(order))
+        consumers = self.world_size * self.workers
+        sharing = len(range(first, consumers, len(order)))
 
         def skip(error: Exception) -> bool:
             logger.warning("%s: the rest of a shard skipped (%s)", self.root, error)
             return True
 
-        urls = ({"url": _address(self.root, self.shards[k].name)} for k in mine.tolist())
+        urls = ({"url": _address(self.root, self.shards[k].name)} for k in order[first::consumers].tolist())
         for place, sample in enumerate(tarfile_samples(urls, handler=skip)):
-            if place % len(sharing) == consumer // len(order) % len(sharing):
+            if place % sharing == turn:
                 yield int(sample["__key__"]), {k: v for k, v in sample.items() if not k.startswith("__")}
 
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from ldm.data.annotations import OPEN_IMAGES_CSV
 from ldm.files import UserError
 from scripts.scenes.compose import (
-    OPEN_IMAGES_CSV,
     SceneSettings,
     compose_dataset,
     compose_scene,
@@ -301,7 +301,7 @@ def test_a_finished_dataset_is_left_alone(material: Path, tmp_path: Path) -> Non
 
 def test_other_settings_need_overwrite(material: Path, tmp_path: Path) -> None:
     out = compose(material, tmp_path / "out")
-    with pytest.raises(UserError, match=r"seed 3 \(now 4\).*--overwrite"):
+    with pytest.raises(UserError, match=r"seed 3 \(now 4\)"):
         compose(material, out, seed=4)
     (out / "mine.txt").write_text("kept")
     compose(material, out, seed=4, count=5, overwrite=True)
