@@ -29,10 +29,6 @@ class Box(NamedTuple):
     right: int
     bottom: int
 
-    def inside(self, width: int, height: int) -> bool:
-        """Tell whether the box lies within an image of that size."""
-        return self.clipped(width, height) == self
-
     def clipped(self, width: int, height: int) -> Box:
         """Return the part within an image of that size."""
         return Box(max(self.left, 0), max(self.top, 0), min(self.right, width), min(self.bottom, height))
@@ -47,10 +43,8 @@ def open_image(path: str | Path) -> Image.Image:
     """Read an image file as viewers show it: RGB, fully loaded.
 
     EXIF orientation is applied; palette, grey, CMYK and 16-bit images are converted; transparent parts are laid over
-    mid-grey, the model's value for unknown pixels. The first frame of an animation is read.
-
-    Raises:
-        UserError: the file is missing, damaged, not an image, or beyond Pillow's limit of 179 million pixels.
+    mid-grey, the model's value for unknown pixels. The first frame of an animation is read. UserError if the file is
+    missing, damaged, no image, or beyond Pillow's limit of 179 million pixels.
     """
     return _read(path, lambda image: flatten(image, MID_GREY))
 
@@ -63,11 +57,6 @@ def load_mask(path: str | Path) -> Image.Image:
 def open_upright(path: str | Path) -> Image.Image:
     """Read an image file like `open_image`, but keep transparency: RGBA if the file has some, else RGB."""
     return _read(path, _rgb_or_rgba)
-
-
-def to_rgba(image: Image.Image) -> Image.Image:
-    """Return `image` as RGBA; opaque images get a full alpha channel, transparent pixels keep their colour."""
-    return _rgb_or_rgba(image).convert("RGBA")
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             index = open_index(config.data, split)
             size = args.megabytes * 1_000_000
             shards = write_shards(index, args.out, split, max_bytes=size, workers=args.workers)
-            total = sum(shard.bytes for shard in shards)
+            total = sum(shard["bytes"] for shard in shards)
             print(f"{split}: {len(index):,} images in {len(shards)} shards, {total / 1e6:,.1f} MB, in {args.out}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

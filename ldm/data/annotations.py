@@ -60,10 +60,7 @@ def open_index(data: DataConfig, split: str, *, rebuild: bool = False) -> BoxInd
     """Open the index of a split; write it first if it is missing, older than the annotations, or with `rebuild`.
 
     Of several processes one writes and the others wait. A change inside an annotation file of a folder goes unnoticed
-    as long as no file is added or removed.
-
-    Raises:
-        UserError: the annotations cannot be read, they hold no usable box, or the folder is not writable.
+    as long as no file is added or removed. UserError if there is no usable box, or a file cannot be read or written.
     """
     path = index_path(data, split)
     try:
@@ -134,14 +131,13 @@ def held_out(names: Iterable[str]) -> set[str]:
 
 
 class UnusableImageError(Exception):
-    """An image that training cannot use. The message is the reason in a few words, by which images are counted."""
+    """An image that training cannot use. Images are counted by the message, a reason in a few words."""
 
 
 def stored_size(path: str | Path, *, ignore_exif: bool = False) -> tuple[int, int]:
-    """Read (width, height) of an image file as stored from its header; also detects truncated JPEGs.
+    """Read (width, height) of an image file as stored from its header.
 
-    Raises:
-        UnusableImageError: the file is missing, damaged, or no image; or EXIF rotates it and `ignore_exif` is false.
+    UnusableImageError if it is missing, damaged or a truncated JPEG, or if EXIF rotates it and `ignore_exif` is false.
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:
@@ -332,5 +328,5 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 def _rows(path: Path) -> list[list[float]]:
     """Read a text file of numbers."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [[float(word) for word in line.split()] for line in lines if line.strip()]
+    rows = ([float(word) for word in line.split()] for line in path.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row]

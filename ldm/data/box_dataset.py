@@ -1,12 +1,6 @@
 """Self-supervised samples: a box of a photograph becomes the hole, and its augmented content the exemplar.
 
-Deliberate differences from the original: the photograph is decoded once per sample; shrinking is antialiased, as in
-editing; items depend on (seed, epoch, index) alone; unreadable files are skipped, logged and counted. No image is
-squashed: a square that holds the grown box is cropped, or where none exists the image is padded with mid-grey that
-counts as kept. The hole must not reach into the padding, and grey, unlike reflected or stretched borders, tells nothing
-about the object.
-
-Dimension key: S side of the image, E side of the exemplar, pixels.
+docs/data.md lists the differences from the original. Dimension key: S side of the image, E of the exemplar, in pixels.
 """
 
 from __future__ import annotations
@@ -131,7 +125,7 @@ class SampleRecipe:
         """Decode the photograph as RGB, reduced by 1, 2, 4 or 8: as far as image and exemplar allow."""
         shortest, width = min(padded.right - padded.left, padded.bottom - padded.top), file.width
         spare = min(shortest // self.exemplar_size, (window.right - window.left) // self.image_size)
-        if spare >= 2 and window.inside(*file.size):
+        if spare >= 2 and window.clipped(*file.size) == window:
             reduction = 8 if spare >= 8 else 4 if spare >= 4 else 2
             file.draft("RGB", (width // reduction, file.height // reduction))  # only JPEG can do it
         decoded = file.convert("RGB")
@@ -210,11 +204,8 @@ def sample_key(draw: Sequence[int]) -> Tensor:
 def open_captions(source: str, index: BoxIndex, count: int) -> Captions:
     """Open the captions of the first `count` images of an index.
 
-    Args:
-        source: `classes`, or a CSV file with the columns file_name, relative to the folder of images, and caption.
-
-    Raises:
-        UserError: the index has no classes; the file is missing or damaged, or lacks images.
+    They are its classes if `source` is `classes`, or come from a CSV file with the columns file_name, relative to the
+    folder of images, and caption. UserError if the index has no classes, or the file is damaged or lacks images.
     """
     import pandas as pd  # part of the training extra
 

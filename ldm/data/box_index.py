@@ -25,19 +25,16 @@ from ldm.images import Box
 MIN_AREA, MAX_AREA = 0.02, 0.80  # fraction of the image that a usable box covers, inclusive
 _VERSION = "1"
 _MAX_SIDE = 65535  # pixels; the range of uint16, and JPEG's limit
-_COLUMNS = {  # type code of `array.array`, and shape
-    "names": ("B", -1), "name_ends": ("q", -1),  # (N,) paths relative to the folder of images, UTF-8
-    "sizes": ("H", (-1, 2)),  # (N, 2) width and height in pixels, as stored
-    "boxes": ("H", (-1, 4)), "box_ends": ("q", -1),  # (M, 4) as `Box`; (N,)
-    "points": ("f", (-1, 2)), "polygon_ends": ("q", -1), "shape_ends": ("q", -1),  # x, y of all polygons' corners; (M,)
-    "masks": ("B", -1), "mask_ends": ("q", -1),  # (N,) mask files
-    "classes": ("B", -1), "class_ends": ("q", -1), "box_classes": ("i", -1),  # class names; (M,) class of each box
+_COLUMNS = {  # type code of `array.array`; shape; column without which this one says nothing and is left out
+    "names": ("B", -1, "names"), "name_ends": ("q", -1, "names"),  # (N,) paths relative to the folder of images, UTF-8
+    "sizes": ("H", (-1, 2), "names"),  # (N, 2) width and height in pixels, as stored
+    "boxes": ("H", (-1, 4), "names"), "box_ends": ("q", -1, "names"),  # (M, 4) as `Box`; (N,)
+    "points": ("f", (-1, 2), "points"), "polygon_ends": ("q", -1, "points"),  # x, y of the corners of all polygons
+    "shape_ends": ("q", -1, "points"),  # (M,) polygons of each box
+    "masks": ("B", -1, "masks"), "mask_ends": ("q", -1, "masks"),  # (N,) mask files
+    "classes": ("B", -1, "classes"), "class_ends": ("q", -1, "classes"),  # class names
+    "box_classes": ("i", -1, "classes"),  # (M,) class of each box
 }  # fmt: skip
-_OPTIONAL = {  # column that is empty in datasets without this => columns that are then left out
-    "points": ("points", "polygon_ends", "shape_ends"),
-    "masks": ("masks", "mask_ends"),
-    "classes": ("classes", "class_ends", "box_classes"),
-}
 _REBUILD = "write it again with scripts/inspect_dataset.py --rebuild"
 Size = tuple[int, int]  # (width, height) in pixels as stored
 Boxes = Sequence[Sequence[float]]  # x_min, y_min, x_max, y_max
@@ -57,11 +54,7 @@ class Entry(NamedTuple):
 
 
 class BoxIndex:
-    """Read an index; its items are `Entry` objects.
-
-    Raises:
-        UserError: the file is missing, damaged, or of another version.
-    """
+    """Open an index of `Entry` objects; UserError if the file is missing, damaged, or of another version."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -107,16 +100,13 @@ class BoxIndex:
 
 
 class IndexWriter:
-    """Collect images, and write the index when the `with` block ends without an error.
-
-    Memory: 16 bytes per box, about 30 and the path per image, 8 per corner of an outline.
-    """
+    """Collect images in memory, and write the index when the `with` block ends without an error."""
 
     def __init__(self, path: str | Path, source: Mapping[str, str] | None = None) -> None:
         self.path, self.source = Path(path), dict(source or {})  # origin of the annotations, for `BoxIndex.metadata`
         self.dropped: Counter[str] = Counter()  # boxes and images left out, by reason
         self.images = self.boxes = 0  # kept so far
-        self._columns = {name: array(typecode) for name, (typecode, _) in _COLUMNS.items()}
+        self._columns = {name: array(typecode) for name, (typecode, *_) in _COLUMNS.items()}
         self._classes: dict[str, int] = {}
 
     def __enter__(self) -> IndexWriter:
@@ -167,15 +157,17 @@ class IndexWriter:
             raise UserError(f"{self.path}: not one usable box ({reasons}); check the paths and the annotations")
         for name in self._classes:
             self._append_text("classes", "class_ends", name)
-        unknown = {name for known, names in _OPTIONAL.items() if not self._columns[known] for name in names}
-        shapes = {name: shape for name, (_, shape) in _COLUMNS.items() if name not in unknown}
-        arrays = {name: np.asarray(self._columns[name]).reshape(shape) for name, shape in shapes.items()}
+        arrays = {
+            name: np.asarray(self._columns[name]).reshape(shape)
+            for name, (_, shape, needed) in _COLUMNS.items()
+            if self._columns[needed]
+        }
         metadata = {"version": _VERSION, "dropped": json.dumps(self.dropped), **self.source}
         with atomic_write(self.path) as partial:
             save_file(arrays, partial, metadata=metadata)
 
 
-def _unusable(x_min: float, y_min: float, x_max: float, y_max: float, size: tuple[int, int]) -> str:
+def _unusable(x_min: float, y_min: float, x_max: float, y_max: float, size: Size) -> str:
     """Return the reason why a box is left out, or an empty string."""
     width, height = size
     if not (x_min < x_max and y_min < y_max):  # also true of NaN

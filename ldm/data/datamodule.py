@@ -58,11 +58,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class DataModule(pl.LightningDataModule):
-    """Training and validation batches of a config, resumable in the middle of an epoch.
-
-    Raises:
-        UserError: the data are missing or too few, or do not suit the model.
-    """
+    """Training and validation batches of a config, resumable in the middle of an epoch."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -111,10 +107,10 @@ class DataModule(pl.LightningDataModule):
         """Return the epoch and the batch (of one rank) that follow the checkpoint."""
         assert self.trainer is not None
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # pyright: ignore[reportAttributeAccessIssue]
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        if progress.is_last_batch:
-            return {"epoch": epoch + 1, "batch": 0}
-        return {"epoch": epoch, "batch": progress.current.ready}
+        batch = self.trainer.fit_loop.epoch_loop.batch_progress
+        return (
+            {"epoch": epoch + 1, "batch": 0} if batch.is_last_batch else {"epoch": epoch, "batch": batch.current.ready}
+        )
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._position = {"epoch": 0, **state_dict}

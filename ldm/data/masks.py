@@ -79,15 +79,12 @@ def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: in
     """
     curves = outline_curves(box, grown)
     curves[:, 1:] += rng.integers(-jitter, jitter, size=(4, 19, 2), endpoint=True)  # corners of the box stay
-    top, right, bottom, left = curves
-    top[:, 1] = np.minimum(top[:, 1], box.top)
-    right[:, 0] = np.maximum(right[:, 0], box.right)
-    bottom[:, 1] = np.maximum(bottom[:, 1], box.bottom)
-    left[:, 0] = np.minimum(left[:, 0], box.left)
-    top[:, 0] = np.sort(top[:, 0].clip(box.left, box.right))
-    bottom[:, 0] = np.sort(bottom[:, 0].clip(box.left, box.right))[::-1]
-    right[:, 1] = np.sort(right[:, 1].clip(box.top, box.bottom))
-    left[:, 1] = np.sort(left[:, 1].clip(box.top, box.bottom))[::-1]
+    left, top, right, bottom = box
+    low = np.array([(left, -np.inf), (right, top), (left, bottom), (-np.inf, top)])
+    high = np.array([(right, top), (np.inf, bottom), (right, np.inf), (left, bottom)])
+    curves = curves.clip(low[:, None], high[:, None])
+    for side, axis, step in ((0, 0, 1), (1, 1, 1), (2, 0, -1), (3, 1, -1)):  # clockwise
+        curves[side, ::step, axis].sort()
     return curves.reshape(-1, 2)
 
 

@@ -1,9 +1,8 @@
 """Images and boxes packed into WebDataset tars, for local or remote storage that prefers few large files.
 
 A shard holds, per image, `NUMBER.json` with its size, boxes and outlines, the image file, and `NUMBER.mask.png` if it
-has a mask; NUMBER is the image's place in the index. `SPLIT.json` lists the shards. WebDataset's own shuffling cannot
-be resumed in mid-epoch bit for bit, so the order is made here: a function of (seed, epoch, processes, workers). The
-draws of a sample depend on (seed, epoch, NUMBER) alone, as for image files.
+has a mask; NUMBER is the image's place in the index. WebDataset's own shuffling cannot be resumed in mid-epoch bit for
+bit, so the order is made here. The draws of a sample depend on (seed, epoch, NUMBER) alone, as for image files.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -34,24 +33,13 @@ logger = logging.getLogger(__name__)
 Members = dict[str, bytes]  # content by extension
 
 
-class Shard(NamedTuple):
-    """A tar file and its number of images, size in bytes, and SHA-256."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-
-
-def write_shards(index: BoxIndex, out: Path, split: str, *, max_bytes: int = 2**28, workers: int = 1) -> list[Shard]:
+def write_shards(
+    index: BoxIndex, out: Path, split: str, *, max_bytes: int = 2**28, workers: int = 1
+) -> list[dict[str, Any]]:
     """Pack the images of an index into OUT/SPLIT-000000.tar and so on, listed in OUT/SPLIT.json.
 
-    A shard holds images of at most `max_bytes`, or a single larger one. An interrupted run is continued. The files do
-    not depend on the number of threads, `workers`.
-
-    Raises:
-        UserError: `out` holds shards of other images.
-        OSError: an image is missing, or the disk is full or not writable; finished shards stay.
+    A shard holds images of at most `max_bytes`, or a single larger one. An interrupted run is continued; UserError if
+    `out` holds shards of other images. The files do not depend on the number of threads, `workers`.
     """
     images = Path(index.metadata["images"])
     spans = list(_spans(index, images, max_bytes))
@@ -61,8 +49,7 @@ def write_shards(index: BoxIndex, out: Path, split: str, *, max_bytes: int = 2**
         raise UserError(f"{out}: holds shards of other images or another size; choose another folder or empty it")
     write_text(plan_path, plan)
 
-    def write_shard(number: int) -> Shard:
-        """Write a tar whose bytes depend on the images alone. An existing one is complete, and kept."""
+    def write_shard(number: int) -> dict[str, Any]:  # an existing one is complete, and kept
         path, (first, last) = out / f"{split}-{number:06d}.tar", spans[number]
         if not path.is_file():
             with atomic_write(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -72,12 +59,12 @@ def write_shards(index: BoxIndex, out: Path, split: str, *, max_bytes: int = 2**
                     tar.addfile(member, io.BytesIO(content))
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Shard(path.name, last - first, path.stat().st_size, digest)
+        return {"name": path.name, "samples": last - first, "bytes": path.stat().st_size, "sha256": digest}
 
     with ThreadPoolExecutor(workers) as pool:
         written = pool.map(write_shard, range(len(spans)))
         shards = list(tqdm(written, total=len(spans), desc=f"{split}: shards", unit="shard"))
-    write_text(out / f"{split}.json", json.dumps({"shards": [shard._asdict() for shard in shards]}, indent=1) + "\n")
+    write_text(out / f"{split}.json", json.dumps({"shards": shards}, indent=1) + "\n")
     return shards
 
 
@@ -130,7 +117,7 @@ class Shards(Dataset[Sample]):
     num_workers: int = 0  # as in the loader
     rank: int = 0
     world_size: int = 1
-    shards: list[Shard] = field(default_factory=list)  # read from SPLIT.json if empty
+    shards: list[tuple[str, int]] = field(default_factory=list)  # read from SPLIT.json if empty
 
     def __post_init__(self) -> None:
         self.shards = self.shards or listed_shards(self.root, self.split)
@@ -140,7 +127,7 @@ class Shards(Dataset[Sample]):
 
     def __len__(self) -> int:
         """Number of samples of an epoch in this process; the stream itself is endless."""
-        total = sum(shard.samples for shard in self.shards)
+        total = sum(samples for _, samples in self.shards)
         return min(total, self.max_samples or total) // self.world_size
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
@@ -200,20 +187,20 @@ class Shards(Dataset[Sample]):
             logger.warning("%s: the rest of a shard skipped (%s)", self.root, error)
             return True
 
-        urls = ({"url": _address(self.root, self.shards[k].name)} for k in order[first::consumers].tolist())
+        urls = ({"url": _address(self.root, self.shards[k][0])} for k in order[first::consumers].tolist())
         for place, sample in enumerate(tarfile_samples(urls, handler=skip)):
             if place % sharing == turn:
                 yield int(sample["__key__"]), {k: v for k, v in sample.items() if not k.startswith("__")}
 
 
-def listed_shards(root: str, split: str) -> list[Shard]:
-    """Read the list of the shards in a folder or at an address."""
+def listed_shards(root: str, split: str) -> list[tuple[str, int]]:
+    """Read the names and numbers of samples of the shards in a folder or at an address."""
     from webdataset.gopen import gopen
 
     address = _address(root, f"{split}.json")
     try:
         with gopen(address) as stream:
-            return [Shard(**shard) for shard in json.loads(stream.read())["shards"]]
+            return [(shard["name"], int(shard["samples"])) for shard in json.loads(stream.read())["shards"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{address}: no list of shards ({error}); check data.root, or run make_shards.py") from None
 

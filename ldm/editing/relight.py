@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.config import RELIGHTING_CHANNELS
-from ldm.editing.request import Picture, as_rgb
+from ldm.editing.request import Picture, as_rgb, upright
 from ldm.editing.settings import EditSettings
 from ldm.files import UserError
-from ldm.images import open_upright, tensor_to_pil, to_rgba
+from ldm.images import tensor_to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.samplers import OnStep
 
@@ -173,10 +173,7 @@ def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
     Raises:
         UserError: the mask has another size, or is black (transparent) everywhere.
     """
-    if isinstance(foreground, Image.Image):
-        image = to_rgba(ImageOps.exif_transpose(foreground))
-    else:
-        image = to_rgba(open_upright(foreground))
+    image = upright(foreground).convert("RGBA")
     matte = image.getchannel("A") if mask is None else as_rgb(mask).convert("L")
     if matte.size != image.size:
         raise UserError(f"the mask has size {matte.size}, the foreground {image.size}; give a mask of the same size")

@@ -193,7 +193,7 @@ def test_a_window_of_a_reduced_picture_stays_a_square_inside(side: int, x: int, 
     width, height = (max(edge + side, reduction) for edge in (x, y))
     size = -(-width // reduction), -(-height // reduction)  # what a JPEG decoder gives
     window = reduced_window(Box(x, y, x + side, y + side), size, reduction)
-    assert window.inside(*size)
+    assert window.clipped(*size) == window
     assert window.right - window.left == window.bottom - window.top
     assert abs(window.left * reduction - x) <= 1.5 * reduction
 

@@ -148,7 +148,7 @@ def degenerate(test: Any) -> Any:
 def test_grown_box_holds_the_box_and_leaves_most_of_the_free_space(case: Any, seed: int) -> None:
     size, box = case
     grown = masks.grow_box(box, Box(0, 0, *size), np.random.default_rng(seed))
-    assert contains(grown, box) and grown.inside(*size)
+    assert contains(grown, box) and (grown.clipped(*size) == grown)
     assert grown.left >= 0.6 * box.left and size[0] - grown.right >= 0.6 * (size[0] - box.right)
     assert grown.top >= 0.6 * box.top and size[1] - grown.bottom >= 0.6 * (size[1] - box.bottom)
 
@@ -197,7 +197,7 @@ def test_crop_is_a_square_that_holds_the_grown_box(case: Any, seed: int) -> None
     assert window.right - window.left == window.bottom - window.top > 0
     assert contains(window, grown)
     fits = max(grown.right - grown.left, grown.bottom - grown.top) <= min(size)
-    assert window.inside(*size) == fits
+    assert (window.clipped(*size) == window) == fits
 
 
 @given(images_with_boxes(), st.tuples(st.floats(0.01, 2), st.floats(0.01, 2)).map(sorted), st.integers(1, 80), seeds)
@@ -209,13 +209,13 @@ def test_context_window_is_the_box_and_its_margins(case: Any, margins: list[floa
     side, longest = window.right - window.left, max(box.right - box.left, box.bottom - box.top)
     assert side == window.bottom - window.top
     assert contains(window, box)
-    assert window.inside(*size) == (longest <= min(size))
+    assert (window.clipped(*size) == window) == (longest <= min(size))
     if longest <= min(size):
         # the margin is rounded to whole pixels
         assert side >= min(*size, max(min_side, longest * (1 + 2 * low) - 1))
         assert side <= min(*size, max(min_side, longest * (1 + 2 * high) + 1))
     frame = window.clipped(*size)
-    assert frame.inside(*size) and contains(window, frame)
+    assert (frame.clipped(*size) == frame) and contains(window, frame)
     grown = masks.grow_box(box, frame, rng)
     assert contains(frame, grown) and contains(grown, box)
 
@@ -256,7 +256,7 @@ def test_irregular_holes_are_large_varied_and_of_one_kind_at_every_size() -> Non
 def test_overhanging_crop_overhangs_evenly_along_the_short_side_only(case: Any, seed: int) -> None:
     (width, height), grown = case
     window = masks.crop_window((width, height), grown, np.random.default_rng(seed))
-    if not window.inside(width, height):
+    if window.clipped(width, height) != window:
         across = (window.top, window.bottom - height) if width > height else (window.left, window.right - width)
         along = (window.left, window.right, width) if width > height else (window.top, window.bottom, height)
         assert -1 <= across[0] + across[1] <= 0 and across[0] < 0
@@ -271,7 +271,7 @@ def test_clipped_box_is_inside_the_image_and_not_empty(
     size: tuple[int, int], corners: tuple[float, float, float, float]
 ) -> None:
     box = masks.clip_box(*corners, size)
-    assert box.inside(*size) and box.left < box.right and box.top < box.bottom
+    assert (box.clipped(*size) == box) and box.left < box.right and box.top < box.bottom
 
 
 def test_clip_box_truncates_like_the_original() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tarfile
@@ -70,11 +71,13 @@ def read(reader: Shards, epoch: int = 0, start: int = 0, count: int | None = Non
 
 
 def test_the_list_says_what_is_there(packed: Path) -> None:
-    shards = listed_shards(str(packed), "train")
+    shards = json.loads((packed / "train.json").read_text())["shards"]
+    assert [(shard["name"], shard["samples"]) for shard in shards] == listed_shards(str(packed), "train")
     assert len(shards) > 3
-    assert sum(shard.samples for shard in shards) == N
+    assert sum(shard["samples"] for shard in shards) == N
     for shard in shards:
-        assert (packed / shard.name).stat().st_size == shard.bytes
+        content = (packed / shard["name"]).read_bytes()
+        assert len(content) == shard["bytes"] and hashlib.sha256(content).hexdigest() == shard["sha256"]
 
 
 def test_samples_are_those_of_loose_files_each_once(packed: Path, images: Path) -> None:
@@ -127,7 +130,7 @@ def test_a_loader_goes_on_in_the_middle(packed: Path, workers: int, start: int) 
 
 def damage(root: Path) -> None:
     """The image of one member is no image; another shard lacks its end."""
-    first, second = (root / shard.name for shard in listed_shards(str(root), "train")[:2])
+    first, second = (root / name for name, _ in listed_shards(str(root), "train")[:2])
     with tarfile.open(first) as tar:
         member = next(m for m in tar if not m.name.endswith("json"))
         offset = member.offset_data
