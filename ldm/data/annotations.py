@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from filelock import FileLock
 from PIL import ExifTags, Image
@@ -294,8 +295,6 @@ def read_masks(data: DataConfig, split: str) -> Split:
     masks = {path.relative_to(folder).with_suffix(""): path for path in _files(folder, IMAGE_SUFFIXES)}
 
     def parse(name: str, mask: Path) -> AnnotatedImage:
-        import cv2  # part of the training extra
-
         with Image.open(mask) as file:
             white = (np.asarray(file.convert("L")) >= 128).astype(np.uint8)
         _, _, components, _ = cv2.connectedComponentsWithStats(white, connectivity=8)

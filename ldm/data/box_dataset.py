@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -78,8 +79,7 @@ class SampleRecipe:
         image, keep_mask = levels_to_tensor(square[:3]), 1 - square[3:].float() / 255
         if self.hard_edges:
             keep_mask = (keep_mask > 0.5).float()
-        left, top, right, bottom = (round(edge / reduction) for edge in padded)
-        exemplar = decoded.crop((left, top, right, bottom))
+        exemplar = decoded.crop(Box(*(round(edge / reduction) for edge in padded)))
         if data.grey_background and shape is not None:
             alpha = shape.crop(padded).resize(exemplar.size, Image.Resampling.BILINEAR)
             exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, MID_GREY), alpha)
@@ -111,8 +111,6 @@ class SampleRecipe:
         u, p_object, jitter = rng.random(), self.data.p_object_mask, round(masks.JITTER * masks.pixel_scale(size))
         if shape is not None:
             if u < p_object:
-                import cv2  # part of the training extra
-
                 # Wider by the jitter: edges of photographs are soft, and what is left of them would show the object.
                 side = 2 * jitter + 1
                 return Image.fromarray(cv2.dilate(np.asarray(shape), np.ones((side, side), np.uint8)))
@@ -154,9 +152,9 @@ def crop(image: Image.Image, hole: Image.Image, window: Box, size: int) -> Tenso
     square = Image.new("RGB", (window.right - window.left, window.bottom - window.top), MID_GREY)
     square.paste(image, (-window.left, -window.top))
     square.putalpha(hole.crop(window))
-    levels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    levels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
     # on bytes: the arithmetic of Pillow at several times its speed
-    return F.interpolate(levels[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    return F.interpolate(levels, size=(size, size), mode="bilinear", antialias=True)[0]
 
 
 def reduced_window(window: Box, size: tuple[int, int], reduction: int) -> Box:

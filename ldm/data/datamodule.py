@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -53,8 +54,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
         own = order[: len(self) * self.world_size][self.rank :: self.world_size]
         start, self.start = self.start, 0
-        for index in own[start:]:
-            yield self.epoch, int(index)
+        yield from ((self.epoch, index) for index in own[start:].tolist())
 
 
 class DataModule(pl.LightningDataModule):
@@ -118,8 +118,6 @@ class DataModule(pl.LightningDataModule):
 
 def set_up_worker(worker: int) -> None:
     """Keep OpenCV to one thread, and survive a signal to the process group: the trainer still needs its workers."""
-    import cv2
-
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

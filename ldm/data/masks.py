@@ -16,12 +16,11 @@ from ldm.images import Box
 GROWTH = 0.4  # share of the free space on a side that the hole may take
 ZOOM = 0.6  # share of the free space around the hole that the crop may cut off
 JITTER = 5  # pixels, of an arbitrary shape's outline
-REFERENCE_SIDE = 512  # short side from which on lengths in pixels are taken as they are
 
 
 def pixel_scale(size: tuple[int, int]) -> float:
     """Return the factor for the recipe's lengths in pixels, too long on small images: min(1, short side / 512)."""
-    return min(1.0, min(size) / REFERENCE_SIDE)
+    return min(1.0, min(size) / 512)
 
 
 def clip_box(x_min: float, y_min: float, x_max: float, y_max: float, size: tuple[int, int]) -> Box:
