@@ -1,9 +1,4 @@
-"""Read box annotations in common formats, and write the index (`ldm.data.box_index`) that training opens.
-
-docs/data.md describes the formats and their folders. Open Images' boxes refer to the pixels as stored, so its EXIF
-orientation is ignored. In the other formats nobody knows whether the boxes refer to the image before or after rotation:
-images that EXIF rotates are left out.
-"""
+"""Read box annotations in common formats (docs/data.md), and write the index that training opens."""
 
 from __future__ import annotations
 
@@ -195,8 +190,9 @@ def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.nda
         if "LabelName" in pd.read_csv(csv_path, nrows=0):
             types["LabelName"] = "category"
         boxes = pd.read_csv(csv_path, usecols=list(types), dtype=types)
-        if boxes.empty or (lacking := boxes.isna().any(axis=1)).any():
-            raise ValueError("no boxes" if boxes.empty else f"row {lacking.idxmax() + 1} lacks a value")
+        lacking = np.flatnonzero(boxes.isna().any(axis=1))
+        if boxes.empty or len(lacking):
+            raise ValueError("no boxes" if boxes.empty else f"row {lacking[0] + 1} lacks a value")
     except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
         raise UserError(f"{csv_path}: no readable CSV of boxes ({error}); download it, see dataset/README.md") from None
     descriptions: dict[str, str] = {}
@@ -209,7 +205,7 @@ def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.nda
     boxes["Class"] = labels.map(lambda label: descriptions.get(label, ""))
     boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
     area = (boxes.XMax - boxes.XMin) * (boxes.YMax - boxes.YMin)
-    kept = boxes[area.between(MIN_AREA, MAX_AREA)].sort_values("ImageID", kind="stable")
+    kept = boxes.loc[area.between(MIN_AREA, MAX_AREA)].sort_values("ImageID", kind="stable")
     codes, corners, names = kept.ImageID.cat.codes.to_numpy(), kept[_CORNERS].to_numpy(), kept.Class.to_numpy(object)
     starts = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()  # first box of each image
     spans = zip(kept.ImageID.cat.categories[codes[starts]], itertools.pairwise([*starts, len(kept)]), strict=True)
