@@ -93,7 +93,7 @@ def autoencoder_keys(state: State) -> dict[str, Tensor]:
     """
     if any(".mid_block." in name for name in state):
         state = to_original({"vae": state})
-    if any(name.startswith(FIRST_STAGE) for name in state):
+    if keys.holds(state, FIRST_STAGE):
         state = {name.removeprefix(FIRST_STAGE): x for name, x in state.items() if name.startswith(FIRST_STAGE)}
     return {name: tensor for name, tensor in state.items() if not name.startswith(_UNUSED_IN_VAE)}
 
@@ -223,10 +223,7 @@ _FAMILY_ALONE = "only Stable Diffusion 1 and what is made from it can be convert
 def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, Json]:
     """Return the JSON files that a folder needs beside the weights: path in the folder => content.
 
-    The components, as `to_diffusers` returns them, decide the pipeline: Paint by Example, or Stable Diffusion.
-
-    Raises:
-        CheckpointError: the config describes another model, or a component is incomplete.
+    The components decide the pipeline, Paint by Example or Stable Diffusion; they must be complete and fit the config.
     """
     check_family(components, {})
     for name, tensor in _NEEDED.items():
@@ -237,9 +234,7 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
         firsts = [f"{levels}.{level}.resnets.0.conv1.weight" for level in range(100)]
         widths = [components[name][first].shape[0] for first in firsts if first in components.get(name, {})]
         if name in components and widths != (expected := values[section]["widths"]):
-            raise CheckpointError(
-                f"got a {name} of widths {widths}, expected {expected}; pass its own config with --config"
-            )
+            raise CheckpointError(f"got a {name} of widths {widths}, expected {expected}; pass its --config")
     files: Any = OmegaConf.to_container(OmegaConf.create(_TEMPLATES | values), resolve=True)
     condition = "exemplar" if "image_encoder" in components else "text"
     parts = {"scheduler", *components} | ({"feature_extractor"} if condition == "exemplar" else set())
@@ -271,14 +266,13 @@ def _values(model: ModelConfig, components: Components) -> Json:
     }
     if text := components.get("text_encoder"):  # may come with the published model's config, which has none
         vocabulary, width = text["text_model.embeddings.token_embedding.weight"].shape
-        heads = width // 64 if model.condition == "exemplar" else model.text_encoder.num_heads  # as in all of CLIP's
         values["text_encoder"] = {
             "vocab_size": vocabulary,
-            "max_length": text["text_model.embeddings.position_embedding.weight"].shape[0],
+            "max_length": len(text["text_model.embeddings.position_embedding.weight"]),
             "hidden_size": width,
-            "intermediate_size": text["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+            "intermediate_size": len(text["text_model.encoder.layers.0.mlp.fc1.weight"]),
             "num_layers": len({name.split(".")[3] for name in text if ".layers." in name}),
-            "num_heads": heads,
+            "num_heads": width // 64 if model.condition == "exemplar" else model.text_encoder.num_heads,  # CLIP's
         }
     return values
 
@@ -288,17 +282,14 @@ def check_counterpart(model: ModelConfig, state: State) -> None:
 
     The config may be the published model's, which any Stable Diffusion 1 may come with.
     """
-
-    def holds(*prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in state)
-
     encoder, stage, inputs = model.exemplar_encoder, model.first_stage, model.input_channels
-    exemplar, text = holds(*keys.NEW_PARTS), model.condition == "text"
+    exemplar, text = keys.holds(state, *keys.NEW_PARTS), model.condition == "text"
     pipeline, fed = ("text", _TEXT_INPUTS[9]) if text else ("exemplars", _EXEMPLAR_INPUTS)
+    both = model.condition == "both" or (exemplar and keys.holds(state, keys.TEXT_TOWER, keys.TEXT_MODULE))
     layers, fixed = encoder.mapper_layers, (encoder.num_layers + 1) // 5
-    asymmetric = stage.decoder == "asymmetric" or holds(FIRST_STAGE + keys.CONDITION_ENCODER)
+    asymmetric = stage.decoder == "asymmetric" or keys.holds(state, FIRST_STAGE + keys.CONDITION_ENCODER)
     lacking = {
-        "condition both": model.condition == "both" or (exemplar and holds(keys.TEXT_TOWER, keys.TEXT_MODULE)),
+        "condition both": both,
         f"input_channels {', '.join(inputs)} (its pipeline with {pipeline} feeds {', '.join(fed)})": (
             (exemplar and inputs != _EXEMPLAR_INPUTS) or (text and inputs not in _TEXT_INPUTS.values())
         ),
@@ -333,9 +324,10 @@ def schedule_config(scheduler: Json) -> ScheduleConfig:
     """Return our noise schedule for a scheduler's config; refuse one that we lack."""
     known = _fields("scheduler/scheduler_config.json", ScheduleConfig).items()
     schedule = {field: scheduler[key] for field, key in known if key in scheduler}
-    if schedule.get("name") not in (None, "scaled_linear", "linear") or scheduler.get("trained_betas") is not None:
+    name = schedule.get("name", "scaled_linear")
+    if name not in ("scaled_linear", "linear") or scheduler.get("trained_betas") is not None:
         raise CheckpointError(
-            f"scheduler: got beta_schedule {schedule.get('name')!r} or trained betas, expected scaled_linear or linear"
+            f"scheduler: got beta_schedule {name!r} or trained betas, expected scaled_linear or linear"
         )
     return ScheduleConfig(**schedule)
 
@@ -392,7 +384,7 @@ def _fields(path: str, section: Any) -> dict[str, str]:
     """Return field of a section of our config => key in a JSON file, by the template's `${section.field}`."""
     own = {field.name for field in fields(section)}
     items = [(str(value).strip("${}").rpartition(".")[2], key) for key, value in _TEMPLATES[path].items()]
-    return {field: key for field, key in items if field in own}
+    return {field: key for field, key in reversed(items) if field in own}  # the first of several keys
 
 
 def _section(name: str, configs: Mapping[str, Json], section: Any) -> Json:

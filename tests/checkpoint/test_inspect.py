@@ -74,7 +74,7 @@ TEXT = TEXT_TOWER + "final_layer_norm.weight"
         (names("text_model.embeddings.x", "vision_model.embeddings.x"), "CLIP"),
         (names("down_blocks.0.attn1.processor.to_q_lora.down.weight"), "LoRA"),
         (names("input_hint_block.0.weight", "input_blocks.0.0.weight"), "ControlNet, CompVis' names"),
-        (names("up_blocks.1.resnets.0.conv1.weight"), "diffusers component: part of a UNet (one of several files)"),
+        (names("up_blocks.1.resnets.0.conv1.weight"), "diffusers component: part of a UNet"),
         (names(UNET + "double_blocks.0.img_attn.qkv.weight"), "unknown (another architecture)"),
         (
             names(UNET + "joint_blocks.0.x_block.attn.qkv.weight", "first_stage_model.x"),
