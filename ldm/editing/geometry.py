@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,41 +52,38 @@ class Window:
 
 
 def fit_window(
-    hole: tuple[int, int, int, int],
-    size: tuple[int, int],
-    *,
-    crop_margin: float = 0.5,
-    min_side: int = 1,
-    whole_image: bool = False,
+    hole: Box, size: tuple[int, int], *, crop_margin: float = 0.5, min_side: int = 1, whole_image: bool = False
 ) -> Window:
     """Choose the square that shows the hole with its surroundings.
 
-    The square's side is the hole's longer side plus `crop_margin` of it on both sides. Where that
-    is more than the scene's short side, the margin shrinks to fit, down to half; beyond that the
-    square reaches over the border. It is never larger than the scene's long side, is centred on the
-    hole, and is moved inside the scene on every axis on which it fits.
+    The square's side is the hole's longer side plus `crop_margin` of it on both sides. If that is more than the
+    scene's short side, the margin shrinks to fit, down to half; beyond that the square reaches over the border. It is
+    at most as large as the scene's long side, is centred on the hole, and is moved inside the scene where it fits.
 
     Args:
-        hole: bounding box of the hole: left, top, right, bottom in pixels, right and bottom exclusive.
+        hole: bounding box of the hole.
         size: (W, H) of the scene.
         crop_margin: surroundings on each side as a share of the hole's longer side, at least 0.
         min_side: least side in pixels, as far as the scene is that large.
         whole_image: take the smallest square that holds the whole scene.
     """
-    x0, y0, x1, y1 = hole
-    width, height = size
-    if whole_image:
-        side = max(size)
-    else:
-        longest = max(x1 - x0, y1 - y0)
+    side = max(size)
+    if not whole_image:
+        longest = longer_side(hole)
         wanted = max(round(longest * (1 + 2 * crop_margin)), min_side)
         least = round(longest * (1 + crop_margin))
-        side = min(wanted, max(min(size), least), max(size))
-    return Window(_place(x0, x1, width, side), _place(y0, y1, height, side), side)
+        side = min(wanted, max(min(size), least), side)
+    left, top = (_place(hole[axis], hole[axis + 2], size[axis], side) for axis in (0, 1))
+    return Window(left, top, side)
+
+
+def longer_side(box: Box) -> int:
+    """Return the longer side of a box."""
+    return max(box.right - box.left, box.bottom - box.top)
 
 
 def _place(start: int, stop: int, length: int, side: int) -> int:
-    """Left end of an interval of `side`: around [start, stop) inside [0, length) if it fits, else centred there."""
+    """Return the start of an interval of length `side` around [start, stop), inside [0, length) if it fits there."""
     if side > length:
         return -((side - length) // 2)
     return min(max((start + stop - side) // 2, 0), length - side)
@@ -118,7 +116,7 @@ class FittedScene:
         width, height = self.scene.size
         if abs(image.width * height - image.height * width) > sum((*image.size, width, height)):  # beyond rounding
             raise UserError(
-                f"the control image is {image.width}x{image.height}, the scene {width}x{height}; give one of its size"
+                f"the control image has size {image.size}, the scene {self.scene.size}; give one of its size"
             )
         square = self.window.cut(image.resize(self.scene.size, Image.Resampling.BICUBIC))
         square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
@@ -149,10 +147,9 @@ class FittedScene:
         return result
 
     def _weights(self, feather: int | None) -> Image.Image:
-        """Weights of the painted pixels, mode L: 0 outside the hole, 255 from feather + 1 pixels inside its edge on."""
+        """Return weights of the painted pixels, mode L: 0 outside the hole, rising over feather + 1 pixels to 255."""
         if feather is None:
-            left, top, right, bottom = hole_box(self.hole)
-            feather = round(max(right - left, bottom - top) * FEATHER_SHARE)
+            feather = round(longer_side(hole_box(self.hole)) * FEATHER_SHARE)
         if feather == 0:
             return self.hole
         share = np.minimum(self._depth, feather + 1, dtype=np.float32) / (feather + 1)
@@ -165,34 +162,18 @@ class FittedScene:
         return distance_transform(self.hole.crop(with_rim(self.hole)))
 
 
-def fit_scene(
-    scene: Image.Image,
-    hole: Image.Image,
-    image_size: int,
-    *,
-    crop_margin: float = 0.5,
-    whole_image: bool = False,
-) -> FittedScene:
+def fit_scene(scene: Image.Image, hole: Image.Image, image_size: int, **options: Any) -> FittedScene:
     """Crop the hole and its surroundings square and resize them to the model's size.
 
-    At the model's size a pixel is part of the hole when any scene pixel in it is, so that nothing of
-    what is to be replaced is shown to the model as something to keep.
+    At the model's size a pixel is part of the hole if any scene pixel in it is, so that the model never keeps pixels
+    that are to be replaced.
 
     Args:
-        scene: RGB.
-        hole: mode L, of the scene's size, 0 or 255, not empty.
-        image_size: S.
-        crop_margin, whole_image: as for `fit_window`.
+        scene, hole, image_size: see `FittedScene`; the hole is not empty.
+        **options: crop_margin and whole_image of `fit_window`.
     """
-    window = fit_window(
-        hole_box(hole),
-        scene.size,
-        crop_margin=crop_margin,
-        min_side=-(-image_size // MAX_ENLARGEMENT),
-        whole_image=whole_image,
-    )
-    # Beyond the border the hole is reflected with the scene, so that the mirror image of the hole's content is hidden
-    # from the model, too.
+    window = fit_window(hole_box(hole), scene.size, min_side=-(-image_size // MAX_ENLARGEMENT), **options)
+    # Beyond the border the hole is reflected with the scene, which hides the mirror image of its content, too.
     square, square_hole = window.cut(scene), window.cut(hole)
     if window.side != image_size:
         square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)

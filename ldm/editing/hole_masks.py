@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from ldm.data.masks import JITTER, arbitrary_polygon, clip_box, pixel_scale, polygon_hole, rectangle_hole
-from ldm.editing.settings import MASK_SHAPES
 from ldm.files import UserError
 from ldm.images import Box, flatten, load_mask, pad_box
 
@@ -34,8 +34,8 @@ def make_hole(
     Args:
         scene: upright; RGB, or RGBA where it has transparency.
         mask: see `as_hole`; a mask of another size is resized (nearest) with a warning.
-        boxes: rectangles, see `box_hole`; polygons: outlines, see `draw_polygon`. The hole is the union of all.
-            Without mask, boxes and polygons the hole is the scene's transparent part.
+        boxes, polygons: see `box_hole` and `draw_polygon`. The hole is the union of all; without mask, boxes and
+            polygons it is the scene's transparent part.
 
     Raises:
         UserError: the hole is empty, or both a mask and boxes or polygons are given.
@@ -45,10 +45,8 @@ def make_hole(
     if mask is not None:
         return _resized(as_hole(mask), scene.size)
     if boxes or polygons:
-        hole = Image.new("L", scene.size)
-        for part in (*(box_hole(scene.size, box) for box in boxes), *(draw_polygon(scene.size, p) for p in polygons)):
-            hole.paste(255, mask=part)
-        return hole
+        parts = [*(box_hole(scene.size, box) for box in boxes), *(draw_polygon(scene.size, p) for p in polygons)]
+        return reduce(ImageChops.lighter, parts)
     hole = transparent_part(scene)
     if hole.getbbox() is None:
         raise UserError("the scene has no transparent part to paint; give a mask, a box or a polygon")
@@ -74,14 +72,10 @@ def as_hole(mask: Image.Image | str | Path) -> Image.Image:
 def _resized(hole: Image.Image, size: tuple[int, int]) -> Image.Image:
     if hole.size == size:
         return hole
-    warnings.warn(
-        f"the mask is {hole.width}x{hole.height}, the scene {size[0]}x{size[1]}: "
-        "resized the mask to the scene (nearest)",
-        stacklevel=4,
-    )
+    warnings.warn(f"the mask has size {hole.size}, the scene {size}; the mask is resized (nearest)", stacklevel=4)
     hole = hole.resize(size, Image.Resampling.NEAREST)
     if hole.getbbox() is None:
-        raise UserError("the mask's hole vanished when it was resized to the scene; give a mask of the scene's size")
+        raise UserError("the mask is empty after resizing it to the scene; give a mask of the scene's size")
     return hole
 
 
@@ -97,8 +91,7 @@ def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
     is_inside = x0 < x1 and y0 < y1 and x1 > 0 and y1 > 0 and x0 < size[0] and y0 < size[1]
     if not (is_inside and np.isfinite(box).all()):
         raise UserError(
-            f"box: got {x0:g},{y0:g},{x1:g},{y1:g} in a scene of {size[0]}x{size[1]}, expected left,top,right,bottom "
-            "in pixels with left < right and top < bottom, inside the scene"
+            f"box: got {x0:g},{y0:g},{x1:g},{y1:g}, expected left < right, top < bottom in {size[0]}x{size[1]} pixels"
         )
     return rectangle_hole(size, clip_box(x0, y0, x1, y1, size))
 
@@ -156,15 +149,11 @@ def apply_shape(hole: Image.Image, shape: str, seed: int = 0) -> Image.Image:
 
     Source of arbitrary: Yang et al. 2023, section 3.2 (mask shape augmentation).
     """
-    if shape not in MASK_SHAPES:
-        raise UserError(f"shape: got {shape!r}, expected one of {', '.join(MASK_SHAPES)}")
     if shape == "given":
         return hole
     rng, result = np.random.default_rng(seed), Image.new("L", hole.size)
     for component in connected_components(hole):
-        bounds = component.getbbox()
-        assert bounds is not None
-        box = Box(*bounds)
+        box = Box(*component.getbbox())  # pyright: ignore[reportOptionalIterable]: components are not empty
         if shape == "box":
             drawn = rectangle_hole(hole.size, box)
         else:
@@ -185,7 +174,5 @@ def connected_components(hole: Image.Image) -> list[Image.Image]:
 
     labels, count = label(np.asarray(hole) > 0, structure=np.ones((3, 3)))  # pyright: ignore[reportGeneralTypeIssues]
     if count > MAX_COMPONENTS:
-        raise UserError(
-            f"the hole has {count} separate parts, expected at most {MAX_COMPONENTS}; clean the mask of specks"
-        )
+        raise UserError(f"the hole has {count} separate parts, expected {MAX_COMPONENTS} or fewer; remove specks")
     return [Image.fromarray(np.uint8(255) * (labels == number)) for number in range(1, count + 1)]

@@ -9,16 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageOps
 
 from ldm import images
+from ldm.editing import hole_masks
 from ldm.editing.geometry import pull_push_fill, with_rim
-from ldm.editing.hole_masks import (
-    TO_BINARY,
-    apply_shape,
-    as_hole,
-    connected_components,
-    dilate,
-    make_hole,
-    transparent_part,
-)
 from ldm.editing.settings import EditSettings
 from ldm.files import UserError
 from ldm.images import MID_GREY, flatten, mask_to_tensor, open_upright, pil_to_tensor, tensor_to_pil
@@ -48,11 +40,10 @@ class EditRequest:
         Raises:
             UserError: the numbers of components and exemplars differ.
         """
-        holes = connected_components(self.hole) if self.settings.per_component else [self.hole]
+        holes = hole_masks.connected_components(self.hole) if self.settings.per_component else [self.hole]
         if len(self.exemplars) not in (1, len(holes)):
             raise UserError(
-                f"got {len(self.exemplars)} exemplars for a hole of {len(holes)} separate parts, expected one or "
-                f"{len(holes)}, from top to bottom"
+                f"got {len(self.exemplars)} exemplars, expected one, or one per part of the hole: {len(holes)}"
             )
         return [(hole, self.exemplars[i % len(self.exemplars)]) for i, hole in enumerate(holes)]
 
@@ -83,33 +74,26 @@ def make_request(
     """
     settings = settings or EditSettings()
     upright_scene = upright(scene)
-    hole = make_hole(upright_scene, mask=mask, boxes=boxes, polygons=polygons)
-    hole = apply_shape(dilate(hole, settings.dilate), settings.mask_shape, settings.seeds[0])
-    if exemplar is None or isinstance(exemplar, (Image.Image, str, Path)):
-        exemplars = (exemplar,)
+    hole = hole_masks.make_hole(upright_scene, mask=mask, boxes=boxes, polygons=polygons)
+    hole = hole_masks.apply_shape(hole_masks.dilate(hole, settings.dilate), settings.mask_shape, settings.seeds[0])
+    if exemplar is None or isinstance(exemplar, Picture):
+        exemplars = [exemplar]
     else:
-        exemplars, settings = tuple(exemplar), replace(settings, per_component=True)
-    prepared = tuple(
-        image
-        if image is None
-        else prepare_exemplar(
-            image, reference_mask, background=settings.reference_background, fit=settings.reference_fit
-        )
-        for image in exemplars
-    )
-    return EditRequest(fill_transparent(upright_scene, hole), hole, prepared, settings)
+        exemplars, settings = list(exemplar), replace(settings, per_component=True)
+    options = {"background": settings.reference_background, "fit": settings.reference_fit}
+    prepared = (one if one is None else prepare_exemplar(one, reference_mask, **options) for one in exemplars)
+    return EditRequest(fill_transparent(upright_scene, hole), hole, tuple(prepared), settings)
 
 
 def fill_transparent(scene: Image.Image, hole: Image.Image) -> Image.Image:
-    """Return an upright scene as RGB, transparent parts over mid-grey.
+    """Return an upright scene as RGB: transparent parts are mid-grey, but inside the hole continue their surroundings.
 
-    Inside the hole transparent parts are continued from their surroundings: the feather fades into them, and would
-    show the grey.
+    The feather fades into the hole and would show the grey.
     """
     result = flatten(scene, MID_GREY)
     if scene.mode == "RGBA":
         box = with_rim(hole)
-        unknown = ImageChops.multiply(transparent_part(scene.crop(box)), hole.crop(box))
+        unknown = ImageChops.multiply(hole_masks.transparent_part(scene.crop(box)), hole.crop(box))
         colours = pil_to_tensor(result.crop(box))[None]
         filled = pull_push_fill(colours, mask_to_tensor(unknown)[None])[0]
         result.paste(tensor_to_pil(filled), box, unknown)
@@ -119,46 +103,35 @@ def fill_transparent(scene: Image.Image, hole: Image.Image) -> Image.Image:
 def prepare_exemplar(
     exemplar: Picture, mask: Picture | None = None, *, background: str = "keep", fit: str = "squash"
 ) -> Image.Image:
-    """Cut out an exemplar.
+    """Crop an exemplar to its object: RGB.
 
     Args:
         exemplar: image or path, any size and mode.
-        mask: white (>= 128) where the object is, of the exemplar's size; None takes the exemplar's alpha channel, if
-            it has one. The exemplar is cropped to it.
+        mask: white (>= 128) where the object is, of the exemplar's size; None takes the exemplar's alpha channel.
         background: keep, or replace by grey, which the model knows as "nothing".
         fit: squash, as the paper does when the encoder's square is filled; or pad to a square with grey.
 
-    Returns:
-        RGB.
-
     Raises:
-        UserError: the mask is empty or of another size, or an option is unknown.
+        UserError: the mask is empty or of another size.
     """
-    if background not in ("keep", "grey") or fit not in ("squash", "pad"):
-        raise UserError(f"got background={background!r}, fit={fit!r}, expected keep or grey, and squash or pad")
     image = upright(exemplar)
     if mask is not None:
-        shape = as_hole(mask)
-    elif image.mode == "RGBA":
-        shape = image.getchannel("A").point(TO_BINARY)
+        shape = hole_masks.as_hole(mask)
     else:
-        shape = Image.new("L", image.size, 255)
+        shape = image.convert("RGBA").getchannel("A").point(hole_masks.TO_BINARY)
     bounds = shape.getbbox()
     if bounds is None:
         raise UserError("the exemplar is transparent everywhere; give an opaque image, or its mask")
     image = flatten(image, MID_GREY)
     if shape.size != image.size:
         raise UserError(
-            f"the exemplar's mask is {shape.width}x{shape.height}, the exemplar {image.width}x{image.height}; "
-            "give a mask of its size"
+            f"the exemplar's mask has size {shape.size}, the exemplar {image.size}; give a mask of its size"
         )
     if background == "grey":
         image = Image.composite(image, Image.new("RGB", image.size, MID_GREY), shape)
     image = image.crop(bounds)
-    if fit == "squash":
-        return image
-    side = max(image.size)
-    return ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, MID_GREY)
+    side = (max(image.size),) * 2
+    return image if fit == "squash" else ImageOps.pad(image, side, Image.Resampling.BICUBIC, MID_GREY)
 
 
 def upright(image: Picture) -> Image.Image:

@@ -237,13 +237,11 @@ def test_exemplars_are_cut_out() -> None:
     picture.putalpha(mask)
     assert prepare_exemplar(picture).size == (20, 10)
     assert prepare_exemplar(Image.new("RGB", (7, 5))).size == (7, 5)
-    with pytest.raises(UserError, match=r"4x4.*7x5"):
+    with pytest.raises(UserError, match=r"\(4, 4\).*\(7, 5\)"):
         prepare_exemplar(Image.new("RGB", (7, 5)), Image.new("L", (4, 4), 255))
     picture.putalpha(100)
     with pytest.raises(UserError, match="transparent"):
         prepare_exemplar(picture)
-    with pytest.raises(UserError, match="crop"):
-        prepare_exemplar(picture, fit="crop")
 
 
 def test_what_is_transparent_of_an_exemplar_is_not_shown(editor: Editor) -> None:
@@ -331,7 +329,7 @@ def test_exif_orientation_is_applied_to_files_and_pictures(editor: Editor, tmp_p
 
 def test_mask_of_another_size_warns(editor: Editor) -> None:
     scene = photo(80, 60)
-    with pytest.warns(UserWarning, match="40x30.*80x60.*nearest"):
+    with pytest.warns(UserWarning, match=r"\(40, 30\).*\(80, 60\)"):
         result = pixels(editor.edit(scene, box_mask((40, 30), (10, 10, 20, 20)), RED))
     outside = np.ones((60, 80), bool)
     outside[20:40, 20:40] = False

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.editing.geometry import MAX_CORRECTION, Window, fit_window, match_boundary_colors
+from ldm.images import Box
 
 
 def keep_mask(height: int, width: int, box: tuple[int, int, int, int]) -> torch.Tensor:
@@ -80,7 +81,7 @@ def test_window_contains_the_hole_and_stays_inside_where_it_can(
     scene: tuple[tuple[int, int, int, int], tuple[int, int]], margin: float, min_side: int, whole: bool
 ) -> None:
     (x0, y0, x1, y1), size = scene
-    window = fit_window((x0, y0, x1, y1), size, crop_margin=margin, min_side=min_side, whole_image=whole)
+    window = fit_window(Box(x0, y0, x1, y1), size, crop_margin=margin, min_side=min_side, whole_image=whole)
     assert 1 <= window.side <= max(size)
     for start, (low, high), length in zip((window.left, window.top), ((x0, x1), (y0, y1)), size, strict=True):
         assert start <= low and high <= start + window.side
@@ -94,12 +95,12 @@ def test_window_contains_the_hole_and_stays_inside_where_it_can(
 
 def test_window_margins() -> None:
     # Room enough: half the longer side of the hole all around, centred.
-    assert fit_window((400, 300, 500, 350), (1000, 800)) == Window(350, 225, 200)
+    assert fit_window(Box(400, 300, 500, 350), (1000, 800)) == Window(350, 225, 200)
     # At a corner it is moved inside.
-    assert fit_window((0, 0, 100, 100), (1000, 800)) == Window(0, 0, 200)
+    assert fit_window(Box(0, 0, 100, 100), (1000, 800)) == Window(0, 0, 200)
     # A margin that does not fit shrinks to the short side …
-    assert fit_window((200, 0, 320, 120), (1000, 200)).side == 200
+    assert fit_window(Box(200, 0, 320, 120), (1000, 200)).side == 200
     # … but only to half of itself: then the window reaches over the border.
-    assert fit_window((200, 0, 380, 180), (1000, 200)) == Window(155, -35, 270)
+    assert fit_window(Box(200, 0, 380, 180), (1000, 200)) == Window(155, -35, 270)
     # A tiny hole is not enlarged without bound.
-    assert fit_window((50, 50, 51, 51), (1000, 800), min_side=128).side == 128
+    assert fit_window(Box(50, 50, 51, 51), (1000, 800), min_side=128).side == 128

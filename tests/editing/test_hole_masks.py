@@ -121,8 +121,6 @@ def test_holes_that_are_none() -> None:
         draw_polygon(SIZE, [0, 0, 5, 5])
     with pytest.raises(UserError, match=r"^polygon: .* 40x30"):
         draw_polygon(SIZE, [100, 100, 120, 100, 110, 120])
-    with pytest.raises(UserError, match="round"):
-        apply_shape(box_hole(SIZE, (4, 5, 10, 9)), "round")
     specks = np.zeros((40, 40), np.uint8)
     specks[::3, ::3] = 255
     with pytest.raises(UserError, match=str(MAX_COMPONENTS)):
