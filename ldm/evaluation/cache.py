@@ -55,13 +55,10 @@ class FeatureCache:
 
     def content_hash(self, path: Path) -> str:
         """Return the SHA-256 of a file, read once while its size and date stay the same."""
-        try:
-            stat = path.stat()
-            identity = (path, stat.st_size, stat.st_mtime_ns)
-            if identity not in self._hashes:
-                self._hashes[identity] = sha256_file(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        stat = path.stat()
+        identity = (path, stat.st_size, stat.st_mtime_ns)
+        if identity not in self._hashes:
+            self._hashes[identity] = sha256_file(path)
         return self._hashes[identity]
 
     def _path(self, key: str) -> Path:

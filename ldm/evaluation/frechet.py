@@ -46,11 +46,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read a file of `save`, or one with `mu`, `sigma` and `n` but no network's name.
-
-        Raises:
-            UserError: the file is missing or damaged, or holds no such statistics.
-        """
+        """Read a file of `save`, or one with `mu`, `sigma` and `n` but no network's name."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 mean, cov, n, network = *(file[name] for name in ("mu", "sigma", "n")), str(file.get("network", ""))
@@ -108,13 +104,10 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Compute the Fréchet distance of two normal distributions, |mean_a - mean_b|² + tr(A + B - 2 (A^½ B A^½)^½).
 
     The last trace is the sum of the singular values of F_aᵀ F_b, where A = F_a F_aᵀ: their squares are the
-    eigenvalues of the symmetric product A^½ B A^½. The factors hold only directions with variance beyond
-    rounding, so that covariances of fewer items than channels add no noise.
+    eigenvalues of A^½ B A^½. The factors hold only directions with variance beyond rounding, so that covariances of
+    fewer items than channels add no noise. Statistics of different networks are a `UserError`.
 
     Source: Dowson and Landau 1982; Heusel et al. 2017 (FID).
-
-    Raises:
-        UserError: the dimensions or the feature networks differ.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(f"got features of {a.mean.size} and of {b.mean.size} channels; use one network for both")
@@ -133,9 +126,6 @@ def frechet_estimate(features: np.ndarray, real: Statistics, *, num_resamples: i
     distance. The interval predicts the distance of other N items of the same kind, not the distance at another N. For
     small N it is conservative (in simulations it covers 98 to 99 % at N <= 4 D, 95 % at N = 60 D). Each resample costs
     one eigenvalue problem of side min(N, D).
-
-    Raises:
-        UserError: the dimensions or the networks differ, or N < 2.
     """
     x, n = features.astype(np.float64), len(features)
     value = frechet_distance(statistics_of(x, real.network), real)
@@ -181,22 +171,13 @@ def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def kid(
     x: np.ndarray, y: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Compute the kernel distance: the mean of `polynomial_mmd` over random subsets of both sets.
+    """Return the kernel distance of (N, D) and (M, D) features and its standard error, often printed x 1000.
 
-    Subsets hold at most half of the smaller set: the estimate is unbiased at any size, and subsets that are the whole
-    set would not vary. The standard error is the delete-d jackknife's, spread x sqrt(size / (N - size)) with N of the
-    smaller set: the standard deviation over other items of the same kind (somewhat too large if the other set is
-    larger). The spread of the subsets alone, which is often printed, depends on the subset size.
-
-    Args:
-        x, y: (N, D) and (M, D) features of one network.
-        subsets, subset_size: number of subsets, at least 2, and of their items from each set.
-
-    Returns:
-        The distance and its standard error; often printed x 1000.
-
-    Raises:
-        UserError: a set has fewer than 4 items.
+    It is the mean of `polynomial_mmd` over at least 2 random subsets, which hold at most half of the smaller set: the
+    estimate is unbiased at any size, and subsets that are the whole set would not vary. The standard error is the
+    delete-d jackknife's, spread x sqrt(size / (N - size)) with N of the smaller set: the standard deviation over other
+    items of the same kind (somewhat too large if the other set is larger). The spread of the subsets alone, which is
+    often printed, depends on the subset size.
     """
     n = min(len(x), len(y))
     if n < 4:
@@ -214,21 +195,13 @@ def kid(
 
 
 def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Find the fakes that lie among the real items, and the real items that lie among the fakes.
+    """Find the fakes (M, D) among the real items (N, D), and the real items among the fakes: (M,) and (N,) bool.
 
     An item lies among a set if some member of the set is at least as close to it as to that member's own k-th
-    neighbour. Distances are computed in blocks, so that memory does not grow with N x M.
+    neighbour. The means are precision and recall. Distances are computed in blocks, so that memory does not grow with
+    N x M.
 
     Source: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models".
-
-    Args:
-        real, fake: (N, D) and (M, D) features of one network.
-
-    Returns:
-        (M,) and (N,) bool; their means are precision and recall.
-
-    Raises:
-        UserError: a set has no more than k items.
     """
     real, fake = real.astype(np.float64), fake.astype(np.float64)
     if min(len(real), len(fake)) <= k:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint.io import read_checkpoint
-from ldm.evaluation.features import SQUASH, WHOLE, FeatureNetwork, Preprocess
+from ldm.evaluation.features import SQUASH, WHOLE, FeatureNetwork
 from ldm.evaluation.metrics import Estimate
 from ldm.files import UserError
 
@@ -92,5 +92,5 @@ def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> F
         pooled, logits = tower(x)
         return torch.cat([pooled, spatial.pop(), logits], dim=1)
 
-    preprocess = Preprocess({WHOLE: _SQUASHED, SQUASH: _SQUASHED})
-    return FeatureNetwork("Inception-v3 (2015, FID)", tower, embed, LOGITS.stop, preprocess).to(device)
+    modes = {WHOLE: _SQUASHED, SQUASH: _SQUASHED}
+    return FeatureNetwork("Inception-v3 (2015, FID)", tower, embed, LOGITS.stop, modes).to(device)

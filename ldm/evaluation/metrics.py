@@ -40,11 +40,7 @@ class Estimate:
 
 
 def hole_box(image: Image.Image, hole_mask: Image.Image) -> Box:
-    """Return the bounding box of the hole: grey levels of 128 and more of a mask in mode L.
-
-    Raises:
-        UserError: image and mask differ in size, or the hole is empty.
-    """
+    """Return the bounding box of the hole: grey levels of 128 and more of a mask in mode L, of the image's size."""
     if image.size != hole_mask.size:
         raise UserError(f"got an image of {image.size} and a mask of {hole_mask.size} pixels, expected equal sizes")
     box = hole_mask.point([0] * 128 + [255] * 128).getbbox()
@@ -71,9 +67,6 @@ def paper_box(hole_mask: Image.Image) -> Box | None:
 
 def cosine_scores(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return 100 times the cosine of paired features: (N, D) and (N, D) => (N,) float64 in [-100, 100].
-
-    Raises:
-        UserError: a feature is zero, so that no cosine is defined.
 
     Source: paper, section 4.1 (CLIP score), between the edited region and the exemplar.
     """
@@ -125,9 +118,6 @@ def identification(
 
     Returns:
         The share of all pairs, and (N,), the share of the pairs of each region.
-
-    Raises:
-        UserError: all items show the same exemplar, or a feature is zero.
     """
     labels = _numbers([row.tobytes() for row in exemplars] if exemplar_ids is None else exemplar_ids)
     comparable = labels[:, None] != labels[None, :]  # (N, N): whether pair (i, j) counts
@@ -201,11 +191,8 @@ def copied_background(edited: np.ndarray, exemplars: np.ndarray, true_images: np
     share over all items is sum(c d) / sum(d d): 0 for the true image, 1 for a pasted exemplar. An edit that misses the
     true background by chance is a little above 0, because c and d share the true image.
 
-    Args:
-        edited, exemplars, true_images: (N, 4, 3) `corner_colors`; of the hole boxes, except the exemplars'.
-
-    Returns:
-        (N,) contribution of each item times N: the mean is the share.
+    All three are (N, 4, 3) `corner_colors`, of the hole boxes except the exemplars'. The mean of the result (N,) is the
+    share.
     """
     d = exemplars - true_images
     return ((edited - true_images) * d).sum((1, 2)) / (d**2).sum((1, 2)).mean()

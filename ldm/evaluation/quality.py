@@ -15,6 +15,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +64,21 @@ def load_gmm(path: str | Path) -> GaussianMixture:
         UserError: scikit-learn is missing, or the file is missing, damaged, wants to run code or holds no density.
     """
     path = Path(path)
-    try:
-        import sklearn.mixture
-    except ImportError as error:
-        raise UserError(f'{error}: QS needs the "eval" extra; do pip install -e ".[eval]"') from error
+    if not find_spec("sklearn"):
+        raise UserError('QS needs scikit-learn; do pip install -e ".[eval]"')
     try:
         if path.is_file() and path.read_bytes()[:1] in (pickle.PROTO, pickle.GLOBAL):  # the latter: protocols 0 and 1
             mixture = _from_pickle(path)
         else:
             metadata, tensors = read_metadata(path), read_checkpoint(path)
-            arrays = (tensors[name].numpy() for name in _ARRAYS)
-            mixture = mixture_of(*arrays, metadata["covariance_type"], json.loads(metadata["provenance"]))
-        if not isinstance(mixture.estimator, sklearn.mixture.GaussianMixture):
-            raise TypeError(f"it holds a {type(mixture.estimator).__name__}")
-        weights = mixture.estimator.weights_
-        if (
-            abs(weights.sum() - 1) > 1e-6
-            or (weights < 0).any()
-            or not np.isfinite(mixture.log_density(mixture.estimator.means_)).all()
-        ):
-            raise ValueError("its numbers are not those of a density")
+            weights, means, covariances = (tensors[name].numpy() for name in _ARRAYS)
+            provenance = json.loads(metadata["provenance"])
+            mixture = mixture_of(weights, means, covariances, metadata["covariance_type"], provenance)
+        fitted = mixture.estimator
+        if abs(fitted.weights_.sum() - 1) > 1e-6 or (fitted.weights_ < 0).any():
+            raise ValueError("the weights are no shares")
+        if not np.isfinite(mixture.log_density(fitted.means_)).all():
+            raise ValueError("means or covariances are nan or infinite")
     except CheckpointError:
         raise  # names the file already
     except UserError as error:
@@ -96,11 +92,7 @@ def load_gmm(path: str | Path) -> GaussianMixture:
 
 
 def mixture_of(
-    weights: np.ndarray,
-    means: np.ndarray,
-    covariances: np.ndarray,
-    covariance_type: str,
-    provenance: Mapping[str, str],
+    weights: np.ndarray, means: np.ndarray, covariances: np.ndarray, covariance_type: str, provenance: Mapping[str, str]
 ) -> GaussianMixture:
     """Make a mixture from weights (K,), means (K, D) and covariances, whose shape depends on their type."""
     from sklearn.mixture import GaussianMixture as Estimator

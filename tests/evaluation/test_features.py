@@ -282,7 +282,8 @@ def test_what_names_no_network(spec: str) -> None:
 
 # ---- preprocessing ----
 
-CLIP_224 = normalised_square(224, CLIP_MEAN, CLIP_STD, short_side=224)
+CLIP_MODES = normalised_square(224, CLIP_MEAN, CLIP_STD, short_side=224)
+CLIP_224 = FeatureNetwork("CLIP", nn.Identity(), nn.Identity(), 0, CLIP_MODES).preprocess
 
 
 def pixels_of(x: Tensor) -> np.ndarray:

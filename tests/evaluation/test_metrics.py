@@ -190,10 +190,7 @@ def test_items_with_the_same_exemplar_are_not_compared() -> None:
 
 @pytest.mark.parametrize(
     ("regions", "exemplars", "message"),
-    [
-        (np.ones((3, 4)), np.ones((3, 4)), "two different exemplars"),
-        (np.zeros((2, 4)), np.eye(2, 4), "item 0"),
-    ],
+    [(np.ones((3, 4)), np.ones((3, 4)), "two different exemplars"), (np.zeros((2, 4)), np.eye(2, 4), "item 0")],
 )
 def test_unusable_features_are_refused(regions: np.ndarray, exemplars: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
