@@ -5,8 +5,8 @@
         --gmm coco2017_gmm_k20 --json metrics.json
 
 RESULTS is what scripts/inference_test_bench.py wrote (its OUTDIR, or the folder results/ in it); several are measured
-on the items that all of them hold, beside the bench's true pictures. Every figure is printed with its 95 % interval,
-the network and preprocessing of its features, and the paper's figure where the same thing is measured.
+on the items that all of them hold, beside the bench's true images. Every metric is printed with its 95 % interval,
+the network and preprocessing of its features, and the paper's number if the same thing is measured.
 """
 
 from __future__ import annotations
@@ -27,17 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("bench", type=Path, metavar="BENCH", help="folder in the layout of COCOEE")
-    add(
-        "results", nargs="+", metavar="[NAME=]RESULTS", help="edited pictures, ID.png; the first is the run of interest"
-    )
+    add("results", nargs="+", metavar="[NAME=]RESULTS", help="edited images, ID.png; the first is the run of interest")
     add("--metrics", nargs="+", metavar="METRIC", help="fid qs clip dino identification background copying foreground-fid kid precision-recall diversity inception; default: fid clip identification background")  # fmt: skip  # noqa: E501
     add("--features", default="efficientnet-lite0", metavar="NETWORK", help="efficientnet-lite0 (its weights come with the eval extra) | clip[:FOLDER, FILE or hub name] | open_clip:ARCH/TAG | dinov2[:…]; default: %(default)s")  # fmt: skip  # noqa: E501
     add("--dino", metavar="NETWORK", help="of the DINO score: dinov2[:FOLDER or hub name]")
     add("--inception", type=Path, metavar="FILE", help="weights of plain FID, sFID and IS: pt_inception-2015-12-05-6726825d.pth")  # fmt: skip  # noqa: E501
-    add("--real", type=Path, metavar="DIR", help="real pictures, or statistics of them (.npz); default: the bench's true pictures")  # fmt: skip  # noqa: E501
-    add(
-        "--write-real", type=Path, metavar="FILE.npz", help="write the statistics of the real pictures, to be read once"
-    )
+    add("--real", type=Path, metavar="DIR", help="real images, or statistics of them (.npz); default: the bench's true images")  # fmt: skip  # noqa: E501
+    add("--write-real", type=Path, metavar="FILE.npz", help="write the statistics of the real images, to be read once")
     add("--gmm", type=Path, metavar="FILE", help="of QS: the authors' pickle, or what scripts/fit_quality_gmm.py wrote")
     add(
         "--other-seeds", nargs="+", type=Path, default=[], metavar="RESULTS", help="of the first run, for the diversity"
@@ -59,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resamples", type=int, default=1000, help="of the bootstraps; default: %(default)s")
     add("--seed", type=int, default=0, help="of the bootstraps; default: %(default)s")
     add("--batch-size", type=int, default=32, help="default: %(default)s")
-    add("--workers", type=int, default=0, help="threads that read pictures; default: %(default)s")
+    add("--workers", type=int, default=0, help="threads that read images; default: %(default)s")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     return parser
 
@@ -75,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure, print the table, and write what was asked for."""
+    """Measure, print the table, and write the files."""
     from ldm.editing.editor import pick_device
     from ldm.evaluation.cache import open_cache
     from ldm.evaluation.cocoee import Bench
@@ -117,7 +113,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def named_run(text: str) -> Run:
-    """`[NAME=]FOLDER` as a run."""
+    """Return `[NAME=]FOLDER` as a run."""
     from ldm.evaluation.evaluate import Run
 
     name, separator, path = text.partition("=")
@@ -125,7 +121,7 @@ def named_run(text: str) -> Run:
 
 
 def print_table(record: Record) -> None:
-    """A section per figure: its name, how it was measured, and a line per run."""
+    """Print a section per metric: its name, how it was measured, and a line per run."""
     from rich.console import Console
     from rich.table import Table
 
@@ -139,15 +135,15 @@ def print_table(record: Record) -> None:
         table.add_column()
         table.add_column(justify="right")
         for name, run in record["runs"].items():
-            if figure := run["figures"].get(key):
-                table.add_row(f"  {name}", format_value(figure, figure["value"]), format_interval(figure))
+            if metric := run["figures"].get(key):
+                table.add_row(f"  {name}", format_value(metric, metric["value"]), format_interval(metric))
         if first["paper"] is not None:
             table.add_row("  the paper, on COCOEE", f"{first['paper']:.2f}")
         console.print(table)
 
 
 def markdown_table(record: Record) -> str:
-    """Figures as rows, runs as columns; below it how each figure was measured."""
+    """Format metrics as rows, runs as columns; below it how each metric was measured."""
     from ldm.evaluation.evaluate import ARROWS, format_interval, format_value, metric_rows
 
     runs, rows = record["runs"], metric_rows(record)
@@ -155,8 +151,8 @@ def markdown_table(record: Record) -> str:
     for key, first in rows.items():
         shown = [run["figures"].get(key) for run in runs.values()]
         values = [
-            "" if figure is None else f"{format_value(figure, figure['value'])} {format_interval(figure)}"
-            for figure in shown
+            "" if metric is None else f"{format_value(metric, metric['value'])} {format_interval(metric)}"
+            for metric in shown
         ]
         paper = "" if first["paper"] is None else f"{first['paper']:.2f}"
         lines.append([f"{first['name']} {ARROWS[first['better']]}", *values, paper])
@@ -166,7 +162,7 @@ def markdown_table(record: Record) -> str:
 
 
 def report(evaluation: Evaluation) -> dict[str, Any]:
-    """All that is known of the figures, for a JSON file; the first run's values stand at its top level too."""
+    """Return all metrics and their conditions, for a JSON file; the first run's values stand at its top level too."""
     import platform
     from dataclasses import asdict
     from importlib.metadata import version

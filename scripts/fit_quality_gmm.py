@@ -1,8 +1,8 @@
-"""Fit the Gaussian mixture of the quality score (QS) to a folder of real pictures.
+"""Fit the Gaussian mixture of the quality score (QS) to a folder of real images.
 
     python scripts/fit_quality_gmm.py coco/test2017_square --features clip --out gmm.safetensors
 
-The published figures use one particular mixture. Scores under a mixture of your own rank sets of pictures in the
+The published figures use one particular mixture. Scores under a mixture of your own rank sets of images in the
 same way, but are not comparable with published ones, and tables say so.
 """
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="real pictures, searched with its subfolders")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="real images, searched with its subfolders")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="mixture to write (.safetensors)")
     parser.add_argument(
         "--features",
@@ -41,10 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--covariance",
         choices=COVARIANCES,
         default="full",
-        help="full needs many more pictures per component than the network has channels (default: %(default)s)",
+        help="full needs many more images per component than the network has channels (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the starting point (default: %(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="take only the first N pictures, by name")
+    parser.add_argument("--limit", type=int, metavar="N", help="take only the first N images, by name")
     parser.add_argument("--cache", metavar="FOLDER", help="as for scripts/evaluate.py, which shares it")
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=0, help="threads that read images (default: %(default)s)")
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fit(args: argparse.Namespace) -> None:
-    """Read the pictures, fit, and write the mixture."""
+    """Read the images, fit, and write the mixture."""
     from ldm.editing.editor import pick_device
     from ldm.evaluation.cache import open_cache
     from ldm.evaluation.features import View, extract, load_network
@@ -77,8 +77,8 @@ def fit(args: argparse.Namespace) -> None:
     paths = find_images(args.folder)[: args.limit]
     if len(paths) < 2 * args.components:
         raise ValueError(
-            f"{args.folder}: got {len(paths)} picture(s) for {args.components} components, expected at least twice as "
-            "many; give more pictures or fewer --components"
+            f"{args.folder}: got {len(paths)} image(s) for {args.components} components, expected at least twice as "
+            "many; give more images or fewer --components"
         )
     network = load_network(args.features, pick_device(args.device))
     features = extract(
@@ -92,7 +92,7 @@ def fit(args: argparse.Namespace) -> None:
     per_component = len(paths) / args.components
     if args.covariance == "full" and per_component < features.shape[1]:
         print(
-            f"note: {per_component:.0f} pictures per component for full covariances of {features.shape[1]} channels: "
+            f"note: {per_component:.0f} images per component for full covariances of {features.shape[1]} channels: "
             "the density is very peaked; --covariance diag needs fewer",
             file=sys.stderr,
         )
@@ -110,7 +110,7 @@ def fit(args: argparse.Namespace) -> None:
         },
     )
     mixture.save(args.out)
-    print(f"{args.out}: {args.components} {args.covariance} components, {len(paths)} pictures, {network.name}")
+    print(f"{args.out}: {args.components} {args.covariance} components, {len(paths)} images, {network.name}")
 
 
 def content_digest(paths: list[Path]) -> str:

@@ -161,7 +161,7 @@ def choose_samples(values: Sequence[float], better: str) -> dict[str, list[int]]
 
 
 def bars(record: Record) -> Figure:
-    """One panel per figure: every run's value with its interval, and the paper's where it is the same measure."""
+    """Draw a panel per metric: every run's value with its interval, and the paper's if it is the same measurement."""
     from matplotlib.figure import Figure
 
     rows = list(metric_rows(record).items())
@@ -195,8 +195,8 @@ def sweeps(record: Record) -> dict[str, Figure]:
     """Plots over guidance scales and over step counts, as far as the runs differ in them alone.
 
     Returns:
-        Up to two plots by title: figures against the guidance scale, one line per sampler and step count; figures
-        against seconds per picture, one line per sampler, one point per step count.
+        Up to two plots by title: metrics against the guidance scale, one line per sampler and step count; metrics
+        against seconds per image, one line per sampler, one point per step count.
     """
     runs = [run for run in record["runs"].values() if run["settings"].get("method") == "model"]
     plots = {}
@@ -208,7 +208,7 @@ def sweeps(record: Record) -> dict[str, Figure]:
         plots["Steps: quality against time"] = _lines(
             by_steps,
             lambda run: run["timing"]["seconds_per_picture"],
-            "seconds per picture",
+            "seconds per image",
             label=lambda run: str(run["settings"]["num_steps"]),
         )
     return plots

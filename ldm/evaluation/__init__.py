@@ -1,1 +1,1 @@
-"""How well a set of edited pictures does: features, and the measures computed from them."""
+"""Evaluation of edited images: features, metrics, and the benchmark."""

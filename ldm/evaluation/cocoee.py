@@ -24,7 +24,7 @@ class BenchItem(NamedTuple):
     """One task: paint the exemplar into the hole of the scene."""
 
     id: str  # twelve digits, as in the file names
-    scene: Image.Image  # RGB; the true picture
+    scene: Image.Image  # RGB; the true image
     hole_mask: Image.Image  # mode L, of the scene's size, white = hole
     exemplar: Image.Image  # RGB, of any size
 

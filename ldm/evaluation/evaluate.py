@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -131,8 +130,6 @@ class Evaluation:
         self.paper_boxes: dict[str, Box] = {}  # without the holes that the paper's rule cannot crop
         for id_ in tqdm(self.ids, desc="masks", unit="item", disable=None, leave=False):
             self._read_hole(id_, [run.image(self.bench, id_) for run in edited])
-        if "clip" in self.names and (dropped := len(self.ids) - len(self.paper_boxes)):
-            warnings.warn(f"the paper's crop is empty for {dropped} items; its CLIP score omits them", stacklevel=2)
         self._exemplars: dict[FeatureNetwork, np.ndarray] = {}
 
     def _read_hole(self, id_: str, paths: Sequence[Path]) -> None:

@@ -184,12 +184,9 @@ def kid(
         raise UserError(f"got {n} images, expected at least 4 for KID")
     size = min(subset_size, n // 2)
     rng = np.random.default_rng(seed)
-    values = np.array(
-        [
-            polynomial_mmd(x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)])
-            for _ in tqdm(range(subsets), desc="KID", unit="subset", delay=3, leave=False)
-        ]
-    )
+    bar = tqdm(range(subsets), desc="KID", unit="subset", delay=3, leave=False)
+    drawn = (tuple(z[rng.choice(len(z), size, replace=False)] for z in (x, y)) for _ in bar)
+    values = np.array([polynomial_mmd(*pair) for pair in drawn])
     variance = values.var(ddof=1)  # the share 1 / subsets stems from the finite number of subsets
     return float(values.mean()), float(np.sqrt(variance * (size / (n - size) + 1 / subsets)))
 
