@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
     from ldm.editing.editor import Editor
     from ldm.editing.request import EditRequest
 
-UNUSED_ORIGINAL = ("H", "W", "C", "f", "n_rows", "n_imgs")  # options of the original that take a number and do nothing
-# Settings and options for a single edit only.
-SINGLE_SETTINGS = ("n_samples", "per_component")
+# Options and settings for a single edit only.
 SINGLE_OPTIONS = ("sort_by_similarity", "box", "polygon", "reference_mask", "control")
+SINGLE_SETTINGS = ("n_samples", "per_component")
+# Options that go into the metadata of a single edit; paths become text.
+RECORDED = ("image", "box", "polygon", "reference_mask", "decoder", "control", "control_image", "control_scale")
+RECORDED += ("guess_mode", "safety", "watermark")
 MIN_TILE_HEIGHT, MAX_TILE_HEIGHT, SHEET_COLUMNS, SHEET_GAP = 256, 512, 6, 8  # of the contact sheet; pixels, tiles
+FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 
 # ---- parsing ----
 
@@ -37,24 +41,22 @@ MIN_TILE_HEIGHT, MAX_TILE_HEIGHT, SHEET_COLUMNS, SHEET_GAP = 256, 512, 6, 8  # o
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Build the parser of all options."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    add = parser.add_argument_group("files", "without the first three: the bundled example").add_argument
-    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-    add("--image", "--image_path", help="the scene, of any size", **file)
-    add("--mask", "--mask_path", help="white where the scene is repainted", **file)
-    add("--reference", "--reference_path", nargs="+", help="the exemplar, or one per component of the hole", **file)
-    add("--outdir", type=Path, default=Path("results"), metavar="DIR", help="default: %(default)s")
-    add("--overwrite", action="store_true", help="replace results of the same name; else number them")
-    add = parser.add_argument_group("many edits", "or folders for the files above, matched by name").add_argument
-    add("--jobs", help="CSV or JSON lines, a row for each edit: docs/editing.md", **file)
-    add("--batch-size", type=int, default=4, help="edits painted together; default: %(default)s")
-    add("--workers", type=int, default=2, help="threads that read, and threads that write; default: %(default)s")
+    files = parser.add_argument_group("files", "without the first three: the bundled example")
+    files.add_argument("--image", "--image_path", help="the scene, of any size", **FILE)
+    files.add_argument("--mask", "--mask_path", help="white where the scene is repainted", **FILE)
+    files.add_argument("--reference", "--reference_path", nargs="+", help="one, or one per component", **FILE)
+    add_output_options(files)
+    many = parser.add_argument_group("many edits", "or folders for the files above, matched by name")
+    many.add_argument("--jobs", help="CSV or JSON lines, a row for each edit: docs/editing.md", **FILE)
+    many.add_argument("--batch-size", type=int, default=4, help="edits painted together; default: %(default)s")
+    many.add_argument("--workers", type=int, default=2, help="reading threads, and writing ones; default: %(default)s")
     hole = parser.add_argument_group("hole", "instead of --mask; without any, the scene's transparent part")
-    outline: dict[str, Any] = {"type": numbers, "action": "append", "default": []}
-    hole.add_argument("--box", metavar="X0,Y0,X1,Y1", help="a rectangle; repeatable", **outline)
-    hole.add_argument("--polygon", metavar="X0,Y0,X1,Y1,X2,Y2,…", help="an outline; repeatable", **outline)
+    repeatable: dict[str, Any] = {"action": "append", "default": []}
+    hole.add_argument("--box", type=numbers, metavar="X0,Y0,X1,Y1", help="a rectangle; repeatable", **repeatable)
+    hole.add_argument("--polygon", type=numbers, metavar="X0,Y0,X1,Y1,…", help="an outline; repeatable", **repeatable)
     add_options(hole, "dilate", "mask_shape", "per_component")
     exemplar = parser.add_argument_group("exemplar")
-    exemplar.add_argument("--reference-mask", help="white where its object is; default: its opaque part", **file)
+    exemplar.add_argument("--reference-mask", help="white where its object is; default: its opaque part", **FILE)
     add_options(exemplar, "reference_background", "reference_fit")
     text = parser.add_argument_group("text", "for models that read it, instead of --reference or with it")
     add_options(text, "prompt", "negative_prompt")
@@ -63,15 +65,24 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add_plms(sampling)
     sampling.add_argument("--ddim_steps", type=int, help="steps; without a sampler also --sampler ddim")
     sampling.add_argument("--n_iter", type=int, default=1, help="repeats --n-samples with further seeds")
-    network: dict[str, Any] = {"nargs": "?", "const": "efficientnet-lite0", "metavar": "NETWORK"}
     similarity = "best first, by features of a network of scripts/evaluate.py; default: %(const)s, from the eval extra"
-    sampling.add_argument("--sort-by-similarity", "--rank", help=similarity, **network)
+    network: dict[str, Any] = {"nargs": "?", "const": "efficientnet-lite0", "metavar": "NETWORK", "help": similarity}
+    sampling.add_argument("--sort-by-similarity", "--rank", **network)
     fit = parser.add_argument_group("fitting the scene to the model")
     add_options(fit, "crop_margin", "whole_image", "feather", "match_colors", "paste_back")
-    _add_control_options(parser)
+    control = parser.add_argument_group("control", "by ControlNets of Stable Diffusion v1; repeatable")
+    control.add_argument("--control", help="the network", **FILE, **repeatable)
+    control.add_argument("--control-image", help="its hint image, of the scene's size", **FILE, **repeatable)
+    control.add_argument("--control-scale", type=float, metavar="X", help="default: 1 for each", **repeatable)
+    control.add_argument("--guess-mode", action="store_true", help="follow the hint without words; try a scale of 4")
     add_model_options(parser.add_argument_group("model", "the bundled small one by default"))
-    _add_provenance_options(parser)
-    _add_original_options(parser)
+    add_safety_options(parser)
+    # Options of the original that have no effect: configs know the sizes, and seeds fix the noise.
+    for name in ("mode", "H", "W", "C", "f", "n_rows", "n_imgs"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    for name in ("fixed_code", "skip_save"):
+        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--skip_grid", action="store_true", help="write no contact sheet")
     return parser
 
 
@@ -81,58 +92,34 @@ def add_plms(group: Any) -> None:
     group.add_argument("--plms", help="the paper's: --sampler plms", **plms)
 
 
+def add_output_options(group: Any) -> None:
+    """Add the options that say where results go."""
+    group.add_argument("--outdir", type=Path, default=Path("results"), metavar="DIR", help="default: %(default)s")
+    group.add_argument("--overwrite", action="store_true", help="replace results of the same name; else number them")
+
+
 def add_model_options(group: Any) -> None:
     """Add the options that choose the model, its device and precision."""
-    add = group.add_argument
-    add("--checkpoint", "--ckpt", type=Path, metavar="FILE", help="weights, .ckpt or .safetensors")
-    add("--config", type=Path, metavar="FILE", help="their config; default: config.yaml beside them")
-    add("--decoder", type=Path, metavar="PATH", help="a decoder that reads the kept pixels: docs/asymmetric.md")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
-    precision = "of the weights; the original's full is fp32, its autocast fp16 on a GPU and fp32 elsewhere"
-    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16", "full", "autocast"), help=precision)
+    group.add_argument("--checkpoint", "--ckpt", help="weights, .ckpt or .safetensors", **FILE)
+    group.add_argument("--config", help="their config; default: config.yaml beside them", **FILE)
+    group.add_argument("--decoder", help="a decoder that reads the kept pixels: docs/asymmetric.md", **FILE)
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
+    help = "of the weights; the original's full is fp32, its autocast fp16 on a GPU and fp32 elsewhere"
+    group.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16", "full", "autocast"), help=help)
 
 
-def _add_control_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("control", "by ControlNets of Stable Diffusion v1; repeatable").add_argument
-    file: dict[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
-    add("--control", help="the network", **file)
-    add("--control-image", help="its hint image (edges, depth, a pose …) of the scene's size", **file)
-    add("--control-scale", type=number, action="append", default=[], metavar="X", help="default: 1 for each")
-    add("--guess-mode", action="store_true", help="follow the hint without words; a scale of 3 to 5 is advised")
-
-
-def _add_provenance_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("safety and provenance").add_argument
+def add_safety_options(parser: argparse.ArgumentParser) -> None:
+    """Add the content filter and the watermark."""
+    group = parser.add_argument_group("safety and provenance")
     safety = "withhold what a content filter flags: the folder of Stable Diffusion's safety checker, or %(const)s"
-    add("--safety", nargs="?", const="open-nsfw", metavar="FOLDER", help=safety)
+    group.add_argument("--safety", nargs="?", const="open-nsfw", metavar="FOLDER", help=safety)
     mark = "mark the whole image invisibly, as the original does; default text: %(const)s"
-    add("--watermark", nargs="?", const="StableDiffusionV1", metavar="TEXT", help=mark)
-
-
-def _add_original_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the original that have no effect: configs know the sizes, and seeds fix the noise."""
-    parser.add_argument("--mode", default="edit", choices=("edit", "relight"), help=argparse.SUPPRESS)
-    for name in UNUSED_ORIGINAL:
-        parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
-    for name in ("fixed_code", "skip_save"):
-        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--skip_grid", action="store_true", help="write no contact sheet")
-
-
-def number(text: str) -> float:
-    """Parse a finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number")
-    return value
+    group.add_argument("--watermark", nargs="?", const="StableDiffusionV1", metavar="TEXT", help=mark)
 
 
 def numbers(text: str) -> list[float]:
     """Parse `1,2,3` or `1,2 3,4`."""
-    try:
-        return [number(word) for word in text.replace(",", " ").split()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers with commas between them") from None
+    return [float(word) for word in text.replace(",", " ").split()]
 
 
 def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, EditSettings]:
@@ -143,82 +130,82 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     """
     parser = build_parser(description)
     args = parser.parse_args(argv)
-    if args.mode == "relight":
-        parser.error("--mode relight: relighting has a command of its own, scripts/relight.py")
     args.is_bulk = args.jobs is not None or (args.image is not None and args.image.is_dir())
     given = given_options(args)
     if args.ddim_steps is not None:
         given = {"sampler": "ddim", "num_steps": args.ddim_steps} | given
     args.samples_per_call = given.get("n_samples", 1)
+    args.control_scale = args.control_scale or [1.0] * len(args.control)
     try:
         given["n_samples"] = args.samples_per_call * args.n_iter
         settings = EditSettings(**given)
     except UserError as error:
         parser.error(str(error))
-    if args.is_bulk:
-        _check_bulk(parser, args, settings)
-    _check_files(parser, args, settings)
-    args.control_scale = args.control_scale or [1.0] * len(args.control)
-    if not len(args.control) == len(args.control_image) == len(args.control_scale):
-        parser.error("--control: give a --control-image, and a --control-scale or none, for each")
-    if args.guess_mode and not args.control:
-        parser.error("--guess-mode: goes with --control")
+    for is_wrong, message in _mistakes(args, settings):
+        if is_wrong:
+            parser.error(message)
     return args, settings
 
 
-def _check_files(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: EditSettings) -> None:
-    is_conditioned = bool(args.reference) or (settings.prompt is not None and not args.jobs)
-    if bool(args.image) != is_conditioned or ((args.mask or args.box or args.polygon) and not args.image):
-        parser.error(
-            "got some of --image, --mask, --reference (or --prompt); give all three, or none for the bundled example"
-        )
-    if args.sort_by_similarity and args.image and not args.reference:
-        parser.error("--sort-by-similarity: compares with an exemplar; give a --reference, too")
-    if args.mask and (args.box or args.polygon):
-        parser.error("got --mask and --box or --polygon; give either")
-    if args.reference_mask and len(args.reference or ()) > 1:
-        parser.error("--reference-mask: goes with a single --reference")
-    if args.config and not args.checkpoint:
-        parser.error("got --config without --checkpoint; name the weights too (--checkpoint FILE)")
-
-
-def _check_bulk(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: EditSettings) -> None:
-    if args.jobs and (args.image or args.mask or args.reference):
-        parser.error("--jobs: names all files itself; leave out --image, --mask and --reference")
-    if not args.jobs and not (args.mask and args.reference and len(args.reference) == 1):
-        parser.error(
-            f"--image: {args.image} is a folder; give folders for --mask and --reference, too, or one exemplar"
-        )
+def _mistakes(args: argparse.Namespace, settings: EditSettings) -> list[tuple[bool, str]]:
+    """Return what may be wrong with a command line: whether it is, and the message."""
+    references, outlines = args.reference or [], args.box or args.polygon
+    is_conditioned = bool(references) or (settings.prompt is not None and not args.jobs)
+    is_partial = bool(args.image) != is_conditioned or bool((args.mask or outlines) and not args.image)
     single = [name for name in SINGLE_OPTIONS if getattr(args, name)]
     single += [name for name in SINGLE_SETTINGS if name in settings.changed()]
     single += ["seed"] if isinstance(settings.seed, tuple) else []
-    if single:
-        names = ", ".join("--" + name.replace("_", "-") for name in single)
-        parser.error(f"{names}: not for many edits at once; give rows of --jobs what they need")
-    if min(args.batch_size, args.workers) < 1:
-        parser.error("--batch-size and --workers: expected 1 or more")
+    singles = ", ".join("--" + name.replace("_", "-") for name in single)
+    is_triple = len(args.control) == len(args.control_image) == len(args.control_scale)
+    bulk = [
+        (bool(args.jobs and (args.image or args.mask or references)), "--jobs: names all files itself"),
+        (
+            not args.jobs and not (args.mask and len(references) == 1),
+            f"--image: {args.image} is a folder; give folders for --mask and --reference, too, or one exemplar",
+        ),
+        (bool(single), f"{singles}: not for many edits at once; give rows of --jobs what they need"),
+        (min(args.batch_size, args.workers) < 1, "--batch-size and --workers: expected 1 or more"),
+    ]
+    return [
+        (args.mode == "relight", "--mode relight: relighting has a command of its own, scripts/relight.py"),
+        *(bulk if args.is_bulk else []),
+        (is_partial, "give all three of --image, --mask and --reference (or --prompt), or none for the example"),
+        (bool(args.sort_by_similarity and args.image and not references), "--sort-by-similarity: needs a --reference"),
+        (bool(args.mask and outlines), "got --mask and --box or --polygon; give either"),
+        (bool(args.reference_mask and len(references) > 1), "--reference-mask: goes with a single --reference"),
+        (bool(args.config and not args.checkpoint), "got --config without --checkpoint; name the weights, too"),
+        (not is_triple, "--control: give a --control-image, and a --control-scale or none, for each"),
+        (args.guess_mode and not args.control, "--guess-mode: goes with --control"),
+    ]
 
 
 def main(argv: list[str] | None = None, description: str = "Replace the hole of a scene by an exemplar.") -> int:
     """Edit, and return the exit status: 0, 1 if results are missing or withheld, 2 on errors."""
     args, settings = parse(argv, description)
-    remedy = "a smaller --batch-size" if args.is_bulk else "fewer --n-samples"
+    if args.is_bulk:
+        return run_command(lambda: edit_bulk(args, settings), "a smaller --batch-size", "; start it again to go on")
+    return run_command(lambda: edit(args, settings))
+
+
+def run_command(command: Callable[[], int], remedy: str = "fewer --n-samples", hint: str = "") -> int:
+    """Return a command's exit status, 2 after an error or 130 after an interruption; print each warning in a line.
+
+    Args:
+        remedy: what to try when memory runs out.
+        hint: what to say after an interruption.
+    """
+    from ldm.editing.editor import explained_out_of_memory
+
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            return edit_bulk(args, settings) if args.is_bulk else edit(args, settings)
+            with explained_out_of_memory(f"{remedy}, --precision bf16 or --device cpu"):
+                return command()
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except (MemoryError, RuntimeError) as error:
-            from ldm.editing.editor import is_out_of_memory
-
-            if not is_out_of_memory(error):
-                raise
-            print(f"error: out of memory; use {remedy}, --precision bf16 or --device cpu", file=sys.stderr)
-            return 2
         except KeyboardInterrupt:
-            print("interrupted" + ("; the same command goes on from here" if args.is_bulk else ""), file=sys.stderr)
+            print(f"interrupted{hint}", file=sys.stderr)
             return 130
 
 
@@ -230,9 +217,7 @@ def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
 
     Under torchrun every process takes its share of the rows.
     """
-    from ldm.checkpoint.io import sha256_file
     from ldm.editing.batch import edit_many, match_folders, process_rank, read_jobs
-    from ldm.editing.editor import checkpoint_file, pick_device, pick_dtype
     from ldm.editing.safety import load_filter
 
     if args.jobs:
@@ -240,9 +225,7 @@ def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
     else:
         jobs = match_folders(args.image, args.mask, args.reference[0], settings)
     rank, processes = process_rank()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.precision, device)
-    editor = load_editor(args, device, dtype)
+    editor = load_editor(args)
     args.outdir.mkdir(parents=True, exist_ok=True)
     report = edit_many(
         editor,
@@ -250,8 +233,8 @@ def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
         args.outdir,
         batch_size=args.batch_size,
         workers=args.workers,
-        metadata=model_metadata(args, dtype, sha256_file(checkpoint_file(args.checkpoint))),
-        content_filter=load_filter(args.safety, device) if args.safety else None,
+        metadata=model_metadata(args, editor.model.weight_dtype),
+        content_filter=load_filter(args.safety, editor.device) if args.safety else None,
         watermark=args.watermark,
     )
     path = args.outdir / ("report.jsonl" if processes == 1 else f"report-{rank + 1}-of-{processes}.jsonl")
@@ -262,25 +245,25 @@ def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
     return 1 if report.failed else 0
 
 
-def model_metadata(args: argparse.Namespace, dtype: torch.dtype, digest: str) -> dict[str, Any]:
+def model_metadata(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Return what decides images besides job and settings: version, weights, precision."""
     from ldm import __version__
     from ldm.checkpoint.io import sha256_file
+    from ldm.editing.editor import checkpoint_file
     from ldm.latent_diffusion import decoder_file
 
-    metadata = {
-        "version": __version__,
-        "checkpoint_sha256": digest,
-        "precision": str(dtype).removeprefix("torch."),
-    }
-    if args.decoder:
-        metadata["decoder_sha256"] = sha256_file(decoder_file(args.decoder))
-    return metadata
+    decoder = {"decoder_sha256": sha256_file(decoder_file(args.decoder))} if args.decoder else {}
+    digest = sha256_file(checkpoint_file(args.checkpoint))
+    precision = str(dtype).removeprefix("torch.")
+    return {"version": __version__, "checkpoint_sha256": digest, "precision": precision, **decoder}
 
 
-def load_editor(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Editor:
-    from ldm.editing.editor import Editor
+def load_editor(args: argparse.Namespace) -> Editor:
+    """Load the model that the options choose."""
+    from ldm.editing.editor import Editor, pick_device, pick_dtype
 
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.precision, device)
     return Editor.from_pretrained(args.checkpoint, config=args.config, decoder=args.decoder, device=device, dtype=dtype)
 
 
@@ -288,45 +271,34 @@ def load_editor(args: argparse.Namespace, device: torch.device, dtype: torch.dty
 
 
 def edit(args: argparse.Namespace, settings: EditSettings) -> int:
-    """Read the files, load the model, edit, write the results; return 1 if a content filter withheld some."""
-    from ldm.editing.editor import pick_device, pick_dtype
+    """Edit a scene, write the results and return the exit status: 1 if a content filter withheld some."""
+    from ldm.editing.editor import pick_device
     from ldm.editing.request import as_rgb, make_request
     from ldm.editing.safety import drop_unsafe, load_filter
     from ldm.editing.watermark import add_watermark, check_watermark
+    from ldm.evaluation.features import load_network
+    from ldm.evaluation.metrics import region_similarities
 
     name = args.image.stem if args.image else use_bundled_example(args)
     # The files come first: a wrong path should not wait for a large model.
     references = args.reference or [None]
-    request = make_request(
-        args.image,
-        references if len(references) > 1 else references[0],
-        settings,
-        mask=args.mask,
-        boxes=args.box,
-        polygons=args.polygon,
-        reference_mask=args.reference_mask,
-    )
+    hole: dict[str, Any] = {"mask": args.mask, "boxes": args.box, "polygons": args.polygon}
+    exemplar = references if len(references) > 1 else references[0]
+    request = make_request(args.image, exemplar, settings, **hole, reference_mask=args.reference_mask)
     if args.watermark:
         check_watermark(request.scene.size, args.watermark)
     device = pick_device(args.device)
-    dtype = pick_dtype(args.precision, device)
     args.outdir.mkdir(parents=True, exist_ok=True)
     content_filter = load_filter(args.safety, device) if args.safety else None
-    network = None
-    if args.sort_by_similarity:
-        from ldm.evaluation.features import load_network
+    network = load_network(args.sort_by_similarity, device) if args.sort_by_similarity else None
 
-        network = load_network(args.sort_by_similarity, device)
-
-    results, record = paint(args, request, device, dtype)
+    results, record = paint(args, request)
     seeds, safe = drop_unsafe(content_filter, settings.seeds, results, request.hole)
     if not safe:
         return 1
     exemplars = [image for image in request.exemplars if image is not None]
     details: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
     if network is not None:
-        from ldm.evaluation.metrics import region_similarities
-
         scores = region_similarities(network, safe, request.hole, exemplars)
         order = sorted(range(len(seeds)), key=lambda i: -scores[i])
         safe = [safe[i] for i in order]
@@ -343,75 +315,45 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     return 1 if len(safe) < len(results) else 0
 
 
-def paint(
-    args: argparse.Namespace, request: EditRequest, device: torch.device, dtype: torch.dtype
-) -> tuple[list[Image.Image], dict[str, Any]]:
+def paint(args: argparse.Namespace, request: EditRequest) -> tuple[list[Image.Image], dict[str, Any]]:
     """Load the model and paint all samples, with a progress bar.
 
     Returns:
-        The results, and the metadata of all of them.
+        The results, and metadata of them all.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from tqdm import tqdm
 
-    from ldm.checkpoint.io import sha256_file
-    from ldm.editing.editor import checkpoint_file
     from ldm.models.controlnet import Control
 
     settings, results = request.settings, []
-    with (
-        ThreadPoolExecutor(1) as hashing,
-        tqdm(total=args.n_iter * settings.steps, desc="loading the model", unit="step") as bar,
-    ):
-        editor = load_editor(args, device, dtype)
+    # Seeds that are painted together: all listed ones, or `--n-samples` of them `--n_iter` times.
+    size = len(settings.seeds) if isinstance(settings.seed, tuple) else args.samples_per_call
+    calls = [settings.seeds[i : i + size] for i in range(0, len(settings.seeds), size)]
+    with ThreadPoolExecutor(1) as hashing, tqdm(desc="loading the model", unit="step") as bar:
+        editor = load_editor(args)
         # Hashing a large file takes several seconds; meanwhile the device paints.
-        digest = hashing.submit(sha256_file, checkpoint_file(args.checkpoint))
+        metadata = hashing.submit(model_metadata, args, editor.model.weight_dtype)
 
         def on_step(_step: int, num_steps: int, *_: object) -> None:
-            bar.total = args.n_iter * num_steps  # samplers round some step counts up
+            bar.total = len(calls) * num_steps
             bar.update()
 
-        controls = [
-            Control(editor.load_controlnet(path), hint, scale, args.guess_mode)
-            for path, hint, scale in zip(args.control, args.control_image, args.control_scale, strict=True)
-        ]
+        hints = zip(args.control, args.control_image, args.control_scale, strict=True)
+        controls = [Control(editor.load_controlnet(path), hint, x, args.guess_mode) for path, hint, x in hints]
         bar.set_description("painting")
-        for seeds in _calls(args, settings):
-            part = replace(settings, seed=seeds, n_samples=len(seeds))
-            results += editor.edit_request(replace(request, settings=part), controls=controls, on_step=on_step)
-        record = settings.record()
-        if settings.crop_margin is None:
-            record["crop_margin"] = editor.model.config.crop_margin
-        record |= input_metadata(args) | model_metadata(args, dtype, digest.result()) | {"device": device.type}
-    return results, record
+        for seeds in calls:
+            part = replace(request, settings=replace(settings, seed=seeds, n_samples=len(seeds)))
+            results += editor.edit_request(part, controls=controls, on_step=on_step)
+    record = settings.record() | {name: getattr(args, name) for name in RECORDED} | metadata.result()
+    if settings.crop_margin is None:
+        record["crop_margin"] = editor.model.config.crop_margin
+    record |= {"mask": args.mask or "drawn", "reference": args.reference or [], "device": editor.device.type}
+    return results, record | checkpoint_metadata(args)
 
 
-def _calls(args: argparse.Namespace, settings: EditSettings) -> Iterator[tuple[int, ...]]:
-    """Yield the seeds that are painted together: all listed ones, or `--n-samples` of them `--n_iter` times."""
-    size = len(settings.seeds) if isinstance(settings.seed, tuple) else args.samples_per_call
-    for i in range(0, len(settings.seeds), size):
-        yield tuple(settings.seeds[i : i + size])
-
-
-def input_metadata(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the files of a single edit for its metadata."""
-    paths = {name: getattr(args, name) for name in ("reference_mask", "decoder")}
-    lists = {name: getattr(args, name) or [] for name in ("reference", "control", "control_image")}
-    return {
-        "image": str(args.image),
-        "mask": str(args.mask or "drawn"),
-        "box": args.box,
-        "polygon": args.polygon,
-        **{name: [str(path) for path in paths] for name, paths in lists.items()},
-        **{name: path and str(path) for name, path in paths.items()},
-        "control_scale": args.control_scale,
-        "guess_mode": args.guess_mode,
-        "checkpoint": str(args.checkpoint or "bundled"),
-        "config": str(args.config or "beside the checkpoint"),
-        "safety": args.safety,
-        "watermark": args.watermark,
-    }
+def checkpoint_metadata(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the names of the files with the weights and their config."""
+    return {"checkpoint": args.checkpoint or "bundled", "config": args.config or "beside the checkpoint"}
 
 
 def use_bundled_example(args: argparse.Namespace) -> str:
@@ -421,9 +363,7 @@ def use_bundled_example(args: argparse.Namespace) -> str:
     for folder in bundled_examples():
         args.image, args.mask, *args.reference = (folder / f"{part}.png" for part in EXAMPLE_PARTS)
         return folder.name
-    raise UserError(
-        f"{BUNDLED_MODEL / 'examples'}: the bundled example is not there; give --image, --mask and --reference"
-    )
+    raise UserError(f"{BUNDLED_MODEL / 'examples'}: no bundled example; give --image, --mask and --reference")
 
 
 # ---- results ----
@@ -440,30 +380,24 @@ def save_results(
 
     Args:
         images: by stem, each with metadata of its own.
-        record: metadata of all of them.
+        record: metadata of all of them, JSON values and paths.
 
     Raises:
         OSError: a file cannot be written.
     """
     from ldm.images import save_png
 
-    suffix = "" if overwrite else _free_suffix(folder, list(images))
+    suffix = ""
+    versions = count(2)
+    while not overwrite and any((folder / f"{stem}{suffix}.png").exists() for stem in images):
+        suffix = f"_v{next(versions)}"
     for stem, (image, detail) in images.items():
         path = folder / f"{stem}{suffix}.png"
         verb = "overwrote" if path.exists() else "wrote"
-        save_png(image, path, {"parameters": json.dumps({**record, **detail})})
+        save_png(image, path, {"parameters": json.dumps({**record, **detail}, default=str)})
         print(f"{verb} {path}")
     if suffix:
         print(f"kept the earlier results of the same name; these end in {suffix} (--overwrite replaces them)")
-
-
-def _free_suffix(folder: Path, stems: Sequence[str]) -> str:
-    """Return "", or the first of _v2, _v3 … with which none of the names is taken in the folder."""
-    suffix, version = "", 1
-    while any((folder / f"{stem}{suffix}.png").exists() for stem in stems):
-        version += 1
-        suffix = f"_v{version}"
-    return suffix
 
 
 def contact_sheet(
@@ -486,8 +420,7 @@ def contact_sheet(
     width = max(sum(image.width + SHEET_GAP for image in row) for row in rows) - SHEET_GAP
     sheet = Image.new("RGB", (width, len(rows) * (height + SHEET_GAP) - SHEET_GAP), "white")
     for number, row in enumerate(rows):
-        left = 0
-        for image in row:
+        lefts = accumulate((image.width + SHEET_GAP for image in row), initial=0)
+        for left, image in zip(lefts, row, strict=False):
             sheet.paste(image, (left, number * (height + SHEET_GAP)))
-            left += image.width + SHEET_GAP
     return sheet

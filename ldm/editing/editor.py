@@ -6,7 +6,9 @@ Dimension key: B samples · S the model's image side, pixels · E the exemplar e
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -264,9 +266,15 @@ def bundled_examples() -> list[Path]:
     return [folder for folder in folders if all((folder / f"{part}.png").is_file() for part in EXAMPLE_PARTS)]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out; the CPU's allocator raises a plain RuntimeError that says so."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error)
+@contextmanager
+def explained_out_of_memory(remedy: str) -> Iterator[None]:
+    """Raise a UserError that names the remedy if memory runs out, on the CPU or on a GPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # of the CPU's allocator: a plain RuntimeError
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("out of memory|allocate memory", str(error)):
+            raise UserError(f"out of memory; use {remedy}") from error
+        raise
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.checkpoint.io import sha256_file
-from ldm.editing.editor import EXAMPLE_PARTS, Editor, checkpoint_file, is_out_of_memory
+from ldm.editing.editor import EXAMPLE_PARTS, Editor, checkpoint_file, explained_out_of_memory
 from ldm.editing.hole_masks import as_hole
 from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
-from ldm.editing.settings import DEFAULTS, OPTIONS, EditSettings, check_setting, json_schema
+from ldm.editing.settings import CONTROLS, DEFAULTS, OPTIONS, EditSettings, check_setting, json_schema
 from ldm.editing.watermark import add_watermark, check_watermark
 from ldm.files import UserError
 from ldm.images import open_image, open_upright, save_png, tensor_to_pil
@@ -74,9 +74,9 @@ def offered_settings(model: LatentDiffusion, samples: int) -> dict[str, dict[str
     unused = () if model.reads_text else PROMPTS
     unused += () if model.reads_exemplars else ("reference_background", "reference_fit")
     schemas = {}
-    for name in [name for name, option in OPTIONS.items() if option.label and name not in unused]:
-        option, (low, high, step) = OPTIONS[name], OPTIONS[name].slider
-        schema = json_schema(name) | {"title": option.label, "default": defaults[name]}
+    for name in [name for name in CONTROLS if name not in unused]:
+        option, (label, low, high, step) = OPTIONS[name], CONTROLS[name]
+        schema = json_schema(name) | {"title": label, "default": defaults[name]}
         if high:
             schema |= {"minimum": low, "maximum": samples if name == "n_samples" else high, "step": step}
         if name in PROMPTS:
@@ -174,11 +174,8 @@ class EditService:
         try:
             while progress := steps.get():
                 yield progress
-            results = work.result()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError("out of memory; use fewer candidates or a smaller scene") from None
+            with explained_out_of_memory("fewer candidates or a smaller scene"):
+                results = work.result()
         finally:
             cancelled.set()
             work.cancel()

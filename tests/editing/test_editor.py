@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.diffusion import draw_noise
-from ldm.editing.editor import Editor, is_out_of_memory
+from ldm.editing.editor import Editor, explained_out_of_memory
 from ldm.editing.geometry import fit_scene
 from ldm.editing.hole_masks import make_hole
 from ldm.editing.request import prepare_exemplar
@@ -410,7 +410,18 @@ def test_device_names() -> None:
         pick_device("xpu")
 
 
-def test_memory_errors_are_told_from_others() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError()) and is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: out of memory"))
-    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+@pytest.mark.parametrize(
+    ("error", "is_explained"),
+    [
+        (torch.OutOfMemoryError(), True),
+        (MemoryError(), True),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000000000000 bytes."),
+            True,
+        ),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_memory_errors_are_told_from_others(error: Exception, is_explained: bool) -> None:
+    with pytest.raises(UserError if is_explained else type(error)), explained_out_of_memory("fewer samples"):
+        raise error

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ldm.editing.editor import Editor
-from ldm.editing.settings import OPTIONS
+from ldm.editing.settings import CONTROLS, OPTIONS
 from ldm.files import UserError
 from ldm.web.service import HOLE_PREFIX, Edited, EditService, Limits, Progress, Source, check
 from tests.web.conftest import HOLE, LIMITS, QUICK, SlowEditor, changed, pixels, run_calls
@@ -93,9 +93,9 @@ def test_settings_out_of_bounds(service: EditService, name: str, value: Any) -> 
     assert len(str(caught.value)) < 200
 
 
-def test_settings_are_those_with_a_label(service: EditService) -> None:
+def test_settings_are_those_of_the_controls(service: EditService) -> None:
     prompts = {"prompt", "negative_prompt"}  # for models that read text
-    assert service.settings.keys() == {name for name, option in OPTIONS.items() if option.label} - prompts
+    assert service.settings.keys() == CONTROLS.keys() - prompts
     assert service.settings["crop_margin"]["default"] == service.editor.model.config.crop_margin
     for name, schema in service.settings.items():
         check(name, schema["default"], schema)
