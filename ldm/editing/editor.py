@@ -272,7 +272,8 @@ def explained_out_of_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # of the CPU's allocator: a plain RuntimeError
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("out of memory|allocate memory", str(error)):
+        is_typed = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if is_typed or re.search("out of memory|allocate memory", str(error)):
             raise UserError(f"out of memory; use {remedy}") from error
         raise
 
