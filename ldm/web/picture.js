@@ -36,7 +36,7 @@ async function show() {
   img.src = props.picture;
   await img.decode();
   Object.assign(canvas, { width: img.naturalWidth, height: img.naturalHeight });
-  const height = props.painted ? 26 : 14; // rem, at most; small pictures are enlarged
+  const height = props.painted ? 26 : 14; // rem, at most; small images are enlarged
   stage.style.width = `min(100%, ${height * img.naturalWidth / img.naturalHeight}rem)`;
   if (!props.value) return;
   const hole = new Image();

@@ -257,7 +257,7 @@ def test_paint_a_box_and_run(page: Any, files: dict[str, Path], tmp_path: Path) 
     hole = pixels(downloaded(page, "#download-mask", tmp_path))[..., 0] >= 128
     assert result.name == "scene_0.png"
     rows, columns = np.nonzero(hole)
-    # The picture is 90 x 60: an edge may fall on either side of a pixel.
+    # The scene is 90 x 60: an edge may fall on either side of a pixel.
     for got, expected in zip((columns.min(), rows.min(), columns.max(), rows.max()), (18, 15, 53, 44), strict=True):
         assert abs(got - expected) <= 1
     assert hole.sum() == (np.ptp(columns) + 1) * (np.ptp(rows) + 1)
