@@ -13,16 +13,15 @@ from typing import Any
 from ldm.config import Config, ConfigError, dump_config, load_config
 from ldm.files import verify_zip
 
-DESCRIPTION = "Train or resume: a config to a run directory with checkpoints, curves and image grids."
 OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
 MEMORY = "lower data.batch_size, raise trainer.accumulate_grad_batches, model.unet.activation_checkpointing=true"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `overrides` collects the arguments of the form section.key=value."""
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog="Further arguments, section.key=value, override the config."
-    )
+    about = "Train or resume: a config to a run directory with checkpoints, curves and image grids."
+    more = "Further arguments, section.key=value, override the config."
+    parser = argparse.ArgumentParser(description=about, epilog=more)
     add = parser.add_argument
     flag: dict[str, Any] = {"nargs": "?", "const": True, "type": _boolean, "metavar": "BOOL"}
     add("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs, merged from left to right")
@@ -99,16 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         config, run_dir, checkpoint = resolve_run(args)
-    except ConfigError as error:
-        return _failed(str(error), debug=False)
+        from ldm.training.run import Run  # seconds of imports that a mistyped config should not cost
 
-    # Seconds of imports that a mistyped config should not cost.
-    import torch
-
-    from ldm.training.module import NonFiniteError
-    from ldm.training.run import Run
-
-    try:
         run = Run(config, run_dir, scale_lr=args.scale_lr and checkpoint is None)
         run.initialise(args.pretrained_model, from_scratch=args.train_from_scratch, resuming=checkpoint is not None)
         if not args.dry_run and args.train:
@@ -116,10 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.trainer.is_global_zero:
             print(f"{dump_config(config)}\n{run.summary()}")
         return 0
-    except torch.OutOfMemoryError as error:
-        return _failed(f"{str(error).splitlines()[0]} do: {MEMORY}", args.debug)
-    except (NonFiniteError, OSError, ValueError) as error:  # including UserError
+    except (OSError, ValueError) as error:  # including UserError
         return _failed(str(error), args.debug)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        return _failed(f"{str(error).splitlines()[0]} do: {MEMORY}", args.debug)
 
 
 def _failed(message: str, debug: bool) -> int:

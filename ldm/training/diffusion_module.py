@@ -88,18 +88,10 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         return self
 
     def starting_weights(self, state: Weights, source: str | None, from_scratch: bool) -> tuple[Weights, list[str]]:
-        """Choose what is loaded when training starts, and note in the config which tokenizer the model reads.
+        """Return what is loaded from a checkpoint's tensors (module names) and the names that may be missing there.
 
         Missing may be the parts that Paint by Example adds; from scratch, everything that is trained; never a frozen
-        part with an effect.
-
-        Args:
-            state: the checkpoint's tensors under module names, {} without one.
-            source: the checkpoint.
-            from_scratch: whether every trained part may start from random weights.
-
-        Returns:
-            The tensors to load, and prefixes of names that may be missing among them.
+        part with an effect. The config gets the tokenizer that the model reads.
 
         Raises:
             CheckpointError: a part that nothing would train has no weights.
@@ -259,16 +251,15 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
 
 
 class LossAwareTimesteps:
-    """Draws a timestep in proportion to the root mean square of its latest losses.
+    """Draws a timestep in proportion to the root mean square of its latest losses, once each has ten of them.
 
-    Uniform until every timestep has ten losses; afterwards 0.1 % of the draws stay uniform. Multiplied by `weight`,
-    losses keep the mean that they have with uniform draws, with less variance.
+    Multiplied by `weight`, losses keep the mean that they have with uniform draws, with less variance.
 
     Source: Nichol & Dhariwal 2021, section 3.3 (Eq. 18).
     """
 
     HISTORY = 10
-    UNIFORM = 0.001
+    UNIFORM = 0.001  # share of the draws that stay uniform
 
     def __init__(self, num_timesteps: int) -> None:
         losses = torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64, device="cpu")

@@ -85,9 +85,7 @@ class FirstStageTraining(TrainingModule):
     def losses(self, batch: dict[str, Tensor], *, adversarial: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss that is minimised, and its detached terms by name; `loss` among them is without the game.
 
-        Args:
-            batch: `image` (B, 3, H, W) in [-1, 1] and `key` (B,), which seeds the posterior noise and the masks.
-            adversarial: whether the discriminator takes part, once its step has come.
+        A sample's key seeds its posterior noise and mask. `adversarial` lets the discriminator play from its step on.
         """
         image, options = batch["image"], self.options
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]

@@ -13,9 +13,10 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from ldm.config import ConfigError
+from ldm.files import UserError
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """A loss or weight became NaN or infinite; the last checkpoint from before is untouched."""
 
     def __init__(self, problem: str) -> None:
