@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.checkpoint.io import sha256_file
 from ldm.files import UserError, atomic_write
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,6 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._hashes: dict[tuple[Path, int, int], str] = {}
         self._writing = True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -52,14 +50,6 @@ class FeatureCache:
         except OSError as error:
             self._writing = False
             log.warning("%s: cannot be written (%s); going on without storing features", self.folder, error)
-
-    def content_hash(self, path: Path) -> str:
-        """Return the SHA-256 of a file, read once while its size and date stay the same."""
-        stat = path.stat()
-        identity = (path, stat.st_size, stat.st_mtime_ns)
-        if identity not in self._hashes:
-            self._hashes[identity] = sha256_file(path)
-        return self._hashes[identity]
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.npy"  # 256 folders: file systems and people dislike huge ones

@@ -6,7 +6,6 @@ ROOT/GT_*/000000000007_GT.png · ROOT/Ref_*/000000000007_ref.png · ROOT/Mask_bb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,9 +57,6 @@ class Bench:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def __iter__(self) -> Iterator[BenchItem]:
-        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> BenchItem:
         scene_path, mask_path, exemplar_path = self.paths(self.ids[index])

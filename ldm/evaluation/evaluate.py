@@ -108,8 +108,8 @@ class Evaluation:
     num_resamples: int = 1000  # of the bootstraps
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)  # of `iter_features`
-    metrics: dict[str, dict[str, Metric]] = field(default_factory=dict)  # by run and key
-    per_item: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by run and key, in the order of `ids`
+    metrics: dict[str, dict[str, Metric]] = field(init=False)  # by run and key
+    per_item: dict[str, dict[str, list[float]]] = field(init=False)  # by run and key, in the order of `ids`
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.names) - METRICS.keys()):
@@ -121,7 +121,8 @@ class Evaluation:
             raise UserError("--focus: add identification to --metrics")
         edited = [*self.runs, *self.other_seeds]
         self.runs = [*self.runs, Run(TRUE_IMAGE, None)]
-        self.metrics, self.per_item = ({run.name: {} for run in self.runs} for _ in range(2))
+        self.metrics = {run.name: {} for run in self.runs}
+        self.per_item = {run.name: {} for run in self.runs}
         if len(self.metrics) < len(self.runs):
             raise UserError(f"two of {', '.join(run.name for run in self.runs)} are equal; name runs: NAME=FOLDER")
         self.ids = common_ids(self.bench, edited)

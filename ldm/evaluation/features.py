@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.checkpoint.io import read_checkpoint
+from ldm.checkpoint.io import read_checkpoint, sha256_file
 from ldm.evaluation.cache import FeatureCache
 from ldm.files import UserError
 from ldm.images import CLIP_MEAN, CLIP_STD, open_image
@@ -172,8 +172,6 @@ def iter_features(
 ) -> Iterator[np.ndarray]:
     """Stream the features of views: memory does not grow with their number.
 
-    Within a batch each file is decoded once, and equal views are computed once.
-
     Args:
         cache: holds known features, and gets the others.
         batch_size: views at a time; it changes the result by rounding errors at most.
@@ -195,41 +193,36 @@ def iter_features(
 
 
 def _features(network: FeatureNetwork, views: Sequence[View], cache: FeatureCache | None, pool: Executor) -> np.ndarray:
-    by_path: dict[Path, list[View]] = {}
-    for view in dict.fromkeys(views):
-        by_path.setdefault(view.path, []).append(view)
-    keys: dict[View, str] = {}
-    known: dict[View, np.ndarray] = {}
-    if cache is not None:
-        for same_file, content in zip(by_path.values(), pool.map(cache.content_hash, by_path), strict=True):
-            for view in same_file:
-                identity = repr((content, network.key, view.resize_mode, view.box))
-                keys[view] = hashlib.sha256(identity.encode()).hexdigest()
-        known = {view: found for view, key in keys.items() if (found := cache.get(key)) is not None}
+    def key(view: View) -> str:
+        identity = repr((sha256_file(view.path), network.key, view.resize_mode, view.box))
+        return hashlib.sha256(identity.encode()).hexdigest()
 
-    missing = [rest for same_file in by_path.values() if (rest := [view for view in same_file if view not in known])]
-    pixels = [x for xs in pool.map(lambda same_file: _preprocessed(network, same_file), missing) for x in xs]
+    known: dict[View, Any] = dict.fromkeys(views)
+    keys = dict(zip(known, pool.map(key, known), strict=True)) if cache else {}
+    if cache:
+        known = {view: cache.get(keys[view]) for view in known}
+    missing = [view for view, feature in known.items() if feature is None]
+    pixels = pool.map(lambda view: _preprocessed(network, view), missing)
     device = next(network.parameters()).device
     computed: list[np.ndarray] = []
     with torch.inference_mode():
         for _, same_shape in groupby(pixels, key=lambda x: x.shape):  # Inception takes images of any size
             computed += [*network(torch.stack(list(same_shape)).to(device)).cpu().numpy()]
-    for view, feature in zip((view for same_file in missing for view in same_file), computed, strict=True):
+    for view, feature in zip(missing, computed, strict=True):
         if not np.isfinite(feature).all():
             raise UserError(f"{view.path}: {network.name} gives features that are not finite; check its weights")
         known[view] = feature
-        if cache is not None:
+        if cache:
             cache.put(keys[view], feature)
     return np.stack([known[view] for view in views])
 
 
-def _preprocessed(network: FeatureNetwork, views: Sequence[View]) -> list[Tensor]:
-    """Make the network's input for views of one file."""
-    image = open_image(views[0].path)
+def _preprocessed(network: FeatureNetwork, view: View) -> Tensor:
+    image = open_image(view.path)
     try:
-        return [network.preprocess(image, view.resize_mode, view.box) for view in views]
+        return network.preprocess(image, view.resize_mode, view.box)
     except UserError as error:
-        raise UserError(f"{views[0].path}: {error}") from error
+        raise UserError(f"{view.path}: {error}") from error
 
 
 # ---- networks ----

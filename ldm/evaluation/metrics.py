@@ -22,7 +22,6 @@ from ldm.files import UserError
 
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # pixels: a Gaussian window of 11 x 11
 CORNER_CELLS = 8  # a corner is an eighth of the width by an eighth of the height
-BOOTSTRAP_BLOCK = 1 << 22  # indices drawn at a time: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -163,13 +162,8 @@ def mean_interval(
         return Estimate(float(mean), float("nan"), float("nan"), len(numbers))
     sums = np.bincount(labels, weights=numbers - mean)  # about the mean: no rounding error where values are large
     sizes = np.bincount(labels)
-    rng = np.random.default_rng(seed)
-    rows = max(1, BOOTSTRAP_BLOCK // m)
-    means = []
-    for start in range(0, num_resamples, rows):
-        drawn = rng.integers(m, size=(min(rows, num_resamples - start), m))
-        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
-    low, high = mean + np.quantile(np.concatenate(means), [0.025, 0.975])
+    drawn = np.random.default_rng(seed).integers(m, size=(num_resamples, m))
+    low, high = mean + np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
     return Estimate(float(mean), float(low), float(high), len(numbers))
 
 

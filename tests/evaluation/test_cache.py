@@ -41,25 +41,6 @@ def test_stored_features_are_found_again(tmp_path: Path) -> None:
     assert cache.get("unknown") is None
 
 
-def test_a_file_is_known_by_its_content_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ldm.evaluation import cache as module
-
-    read: list[Path] = []
-    original = module.sha256_file
-    monkeypatch.setattr(module, "sha256_file", lambda path: read.append(path) or original(path))
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_bytes(b"same")
-    b.write_bytes(b"same")
-    cache = FeatureCache(tmp_path / "cache")
-    first = cache.content_hash(a)
-    assert first == cache.content_hash(b) == cache.content_hash(a)
-    assert read == [a, b]
-    a.write_bytes(b"other")
-    assert cache.content_hash(a) != first
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / "c")):
-        cache.content_hash(tmp_path / "c")
-
-
 def write_for_ever(folder: Path, start: int) -> None:
     cache = FeatureCache(folder)
     for seed in range(start, start + 10**9):

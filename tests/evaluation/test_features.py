@@ -399,13 +399,13 @@ def test_nothing_is_computed_twice(tmp_path: Path, pictures: list[Path], monkeyp
     views = views_of(pictures)
     cache = FeatureCache(tmp_path / "cache")
     first = extract(network, views, cache=cache)
-    assert tower.batches == [len(set(views))]
-    assert opened == pictures  # each file once, whatever the number of views of it
+    assert tower.batches == [len(opened)] == [len(set(views))]
+    opened.clear()
     shutil.copy(pictures[0], tmp_path / "renamed.png")
     again = extract(network, [*views, View(tmp_path / "renamed.png", "whole")], cache=cache)
     assert np.array_equal(again[:-1], first)
     assert np.array_equal(again[-1], first[0])
-    assert (len(tower.batches), len(opened)) == (1, 5)
+    assert len(tower.batches) == 1 and not opened
 
     Image.new("RGB", (40, 40), (9, 99, 199)).save(pictures[0])  # another picture of the same name
     changed = extract(network, views[:1], cache=cache)
