@@ -149,8 +149,10 @@ def crop(image: Image.Image, hole: Image.Image, window: Box, size: int) -> Tenso
     Returns:
         (4, size, size) uint8: RGB and the hole. Outside the image lies mid-grey that is kept.
     """
-    square = Image.new("RGB", (window.right - window.left, window.bottom - window.top), MID_GREY)
-    square.paste(image, (-window.left, -window.top))
+    square = image.crop(window)
+    if window.clipped(*image.size) != window:
+        square.paste(MID_GREY, (0, 0, *square.size))
+        square.paste(image, (-window.left, -window.top))
     square.putalpha(hole.crop(window))
     levels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
     # on bytes: the arithmetic of Pillow at several times its speed
