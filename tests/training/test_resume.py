@@ -110,8 +110,13 @@ def shards(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
         pytest.param(("training.lora_rank=4",), [SignalAt(5)], id="LoRA"),
         # With two timesteps each has its ten losses after a few steps, and later draws depend on them.
         pytest.param(
-            ("training.timesteps=loss_aware", "model.schedule.num_timesteps=2", "trainer.max_epochs=5"),
-            [SignalAt(17)],
+            (
+                "training.timesteps=loss_aware",
+                "model.schedule.num_timesteps=2",
+                "trainer.max_epochs=5",
+                "data.batch_size=4",
+            ),
+            [SignalAt(8)],
             id="losses of timesteps",
         ),
         pytest.param(("data.kind=shards", "trainer.max_epochs=3"), [SignalAt(6)], id="shards"),
