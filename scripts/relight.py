@@ -110,11 +110,8 @@ def relight(args: argparse.Namespace, sampling: dict[str, Any], settings: EditSe
     seeds, safe = drop_unsafe(content_filter, settings.seeds, results, Image.new("L", results[0].size, 255))
     if args.watermark:
         safe = [add_watermark(result, args.watermark) for result in safe]
-    names = [f"{args.image.stem}_relit_{seed}" for seed in seeds]
-    details = [{"seed": seed} for seed in seeds]
-    save_results(
-        args.outdir, dict(zip(names, zip(safe, details, strict=True), strict=True)), record, overwrite=args.overwrite
-    )
+    named = {f"{args.image.stem}_relit_{k}": (result, {"seed": k}) for k, result in zip(seeds, safe, strict=True)}
+    save_results(args, named, record)
     return 1 if len(safe) < len(results) else 0
 
 

@@ -1,7 +1,7 @@
 """Many edits in one go: batched on the device, read and written in the background, resumed where they stopped.
 
 Tables, folders and the benchmark all become lists of `Job`. A job that fails is reported and the others go on. Results
-that are present, whole and made with the same settings are skipped. Each process of torchrun takes its share.
+that are present, whole and made with the same settings are skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ldm.images import find_images, save_png
 
 FILES = ("scene", "mask", "reference", "reference_mask")  # columns with files, relative to the table's folder
 OUTLINES = ("box", "polygon")
+DEFAULT_SETTINGS = EditSettings()
 
 # An edit without a model, such as pasting the exemplar.
 Baseline = Callable[[EditRequest], Image.Image]
@@ -53,7 +54,7 @@ class Job:
     name: str
     scene: str
     reference: str | None = None
-    settings: EditSettings = field(default_factory=EditSettings)
+    settings: EditSettings = DEFAULT_SETTINGS
     mask: str | None = None
     box: tuple[float, ...] = ()
     polygon: tuple[float, ...] = ()
@@ -61,15 +62,9 @@ class Job:
 
     def request(self) -> EditRequest:
         """Read the files."""
-        return make_request(
-            self.scene,
-            self.reference,
-            self.settings,
-            mask=self.mask,
-            boxes=[self.box] if self.box else [],
-            polygons=[self.polygon] if self.polygon else [],
-            reference_mask=self.reference_mask,
-        )
+        hole: dict[str, Any] = {"mask": self.mask, "boxes": [self.box] * bool(self.box)}
+        hole["polygons"] = [self.polygon] * bool(self.polygon)
+        return make_request(self.scene, self.reference, self.settings, **hole, reference_mask=self.reference_mask)
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -78,20 +73,20 @@ class Job:
 
     def parameters(self, metadata: Mapping[str, Any]) -> str:
         """Return the text in the result's metadata: job, settings and `metadata` as JSON."""
-        columns = {name: getattr(self, name) for name in ("name", *FILES, *OUTLINES)}
+        columns = {name: value for name, value in vars(self).items() if name != "settings"}
         return json.dumps({**columns, **self.settings.record(), **metadata}, sort_keys=True)
 
 
 # ---- jobs from tables and folders ----
 
 
-def read_jobs(path: Path, base: EditSettings | None = None) -> list[Job]:
+def read_jobs(path: Path, base: EditSettings = DEFAULT_SETTINGS) -> list[Job]:
     """Read a table of jobs.
 
     Args:
-        path: .csv with a header, or .jsonl with an object per line. Columns are the fields of `Job` and of
-            `EditSettings`, or an older name of a setting. Without `name` a result is called after its row and scene.
-            Files are relative to the table's folder.
+        path: .csv with a header, or .jsonl with an object per line. Columns are the fields of `Job`, and settings in
+            any spelling of the command line. Without `name` a result is called after its row and scene. Files are
+            relative to the table's folder.
         base: settings that a row leaves out.
 
     Raises:
@@ -108,11 +103,16 @@ def read_jobs(path: Path, base: EditSettings | None = None) -> list[Job]:
         raise UserError(f"{path}: not a readable table ({error}); expected CSV with a header, or JSON lines") from error
     if not rows:
         raise UserError(f"{path}: holds no rows")
-    jobs = [_job(row, f"{path}, row {number}", number, path.parent, base) for number, row in enumerate(rows, 1)]
-    return _check_names(jobs, str(path))
+    jobs = []
+    for number, row in enumerate(rows, 1):
+        try:
+            jobs.append(_job(row, number, path.parent, base))
+        except UserError as error:
+            raise UserError(f"{path}, row {number}: {error}") from None
+    return _check_names(jobs, path)
 
 
-def match_folders(scenes: Path, masks: Path, references: Path, base: EditSettings | None = None) -> list[Job]:
+def match_folders(scenes: Path, masks: Path, references: Path, base: EditSettings = DEFAULT_SETTINGS) -> list[Job]:
     """Make a job of every image in `scenes`, with the mask and the exemplar of the same stem.
 
     Args:
@@ -122,40 +122,34 @@ def match_folders(scenes: Path, masks: Path, references: Path, base: EditSetting
     Raises:
         UserError: an image lacks its mask or exemplar.
     """
-    jobs = [
-        Job(scene.stem, str(scene), _of_stem(references, scene), base or EditSettings(), _of_stem(masks, scene))
-        for scene in find_images(scenes)
-    ]
-    return _check_names(jobs, str(scenes))
+
+    def of_stem(folder: Path, scene: Path) -> str:
+        if folder.is_file():
+            return str(folder)
+        found = [path for path in find_images(folder) if path.stem == scene.stem]
+        if len(found) != 1:
+            raise UserError(f"{folder}: holds {len(found)} images called {scene.stem}, expected one for {scene}")
+        return str(found[0])
+
+    found = find_images(scenes)
+    jobs = [Job(scene.stem, str(scene), of_stem(references, scene), base, of_stem(masks, scene)) for scene in found]
+    return _check_names(jobs, scenes)
 
 
-def _of_stem(folder: Path, scene: Path) -> str:
-    if folder.is_file():
-        return str(folder)
-    found = [path for path in find_images(folder) if path.stem == scene.stem]
-    if len(found) != 1:
-        raise UserError(f"{folder}: holds {len(found)} images called {scene.stem}, expected one for {scene}")
-    return str(found[0])
-
-
-def _job(row: Any, where: str, number: int, folder: Path, base: EditSettings | None) -> Job:
+def _job(row: Any, number: int, folder: Path, base: EditSettings) -> Job:
     known = {"name", *FILES, *OUTLINES, *COLUMNS}
-    if not isinstance(row, dict) or row.keys() - known:
-        extra = ", ".join(sorted(map(str, row.keys() - known))) if isinstance(row, dict) else repr(row)
-        raise UserError(f"{where}: got {extra}, expected some of {', '.join(sorted(known))}")
+    unknown = row.keys() - known if isinstance(row, dict) else {row}
+    if unknown:
+        raise UserError(f"got {', '.join(sorted(map(str, unknown)))}, expected some of {', '.join(sorted(known))}")
     row = {key: value for key, value in row.items() if value is not None}
     files = {key: str(folder / str(row.pop(key))) for key in FILES if key in row}
-    try:
-        outlines = {key: _numbers(str(row.pop(key))) for key in OUTLINES if key in row}
-        name = str(row.pop("name", "")) or f"{number:06d}_{Path(files.get('scene', '')).stem}"
-        settings = settings_from(row, base)
-        if not settings.is_single or settings.per_component:
-            raise UserError("several samples, seeds or components are not for tables; give each its row")
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    box, polygon = (_numbers(str(row.pop(key, ""))) for key in OUTLINES)
+    name = str(row.pop("name", "")) or f"{number:06d}_{Path(files.get('scene', '')).stem}"
+    settings = settings_from(row, base)
+    if not settings.is_single or settings.per_component:
+        raise UserError("several samples, seeds or components are not for tables; give each its row")
     if "scene" not in files or ("reference" not in files and settings.prompt is None):
-        raise UserError(f"{where}: lacks {'reference or prompt' if 'scene' in files else 'scene'}")
-    box, polygon = (outlines.get(key, ()) for key in OUTLINES)
+        raise UserError(f"lacks {'reference or prompt' if 'scene' in files else 'scene'}")
     return Job(name=name, settings=settings, box=box, polygon=polygon, **files)
 
 
@@ -167,7 +161,7 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise UserError(f"got {text!r}, expected numbers with commas or spaces between them") from None
 
 
-def _check_names(jobs: list[Job], where: str) -> list[Job]:
+def _check_names(jobs: list[Job], where: Path) -> list[Job]:
     seen: set[str] = set()
     for job in jobs:
         if job.name in seen or Path(job.name).name != job.name:
@@ -190,8 +184,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write a JSON object per job, in no particular order."""
-        lines = [{"name": name, "status": "done"} for name in self.done]
-        lines += [{"name": name, "status": "skipped"} for name in self.skipped]
+        lines = [{"name": name, "status": status} for status in ("done", "skipped") for name in getattr(self, status)]
         lines += [{"name": name, "status": "failed", "reason": reason} for name, reason in self.failed.items()]
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -247,22 +240,56 @@ def edit_many(
     report, jobs = Report(), sorted(jobs, key=lambda job: [repr(value) for value in job.group])
 
     def read(job: Job) -> _Item | None:
-        return None if _is_done(outdir, job, metadata) else _prepare(editor, job)
+        try:
+            if not _is_done(outdir, job, metadata):
+                return _prepare(editor, job)
+            report.skipped.append(job.name)
+        except (ValueError, OSError) as error:
+            report.failed[job.name] = str(error)
+        return None
+
+    def items() -> Iterator[_Item]:
+        """Read jobs in the background, and yield those that are to be painted."""
+        waiting, reading = iter(jobs), deque[Future[_Item | None]]()
+        while True:
+            reading.extend(readers.submit(read, job) for job in islice(waiting, 2 * batch_size - len(reading)))
+            if not reading:
+                return
+            item = reading.popleft().result()
+            if item is not None:
+                yield item
+            else:
+                bar.update()
 
     def finish(item: _Item, painted: Tensor | Image.Image) -> None:
-        result = _finish(item, painted, content_filter, watermark)
+        name, settings = item.job.name, item.job.settings
+        if isinstance(painted, Image.Image):
+            result = painted
+        else:
+            assert item.fitted is not None
+            result = put_back(item.fitted, painted, settings)
+        try:
+            if content_filter is not None:
+                (reason,) = unsafe_reasons(content_filter, [result], item.request.hole)
+                if reason:
+                    raise UserError(f"withheld: {reason}")
+            result = add_watermark(result, watermark) if watermark else result
+        except UserError as error:  # withheld, or too small for its watermark
+            report.failed[name] = str(error)
+            return
         if on_result is not None:
             on_result(item.job, result)
         # Last: its presence says that the job is done.
-        save_png(result, outdir / f"{item.job.name}.png", {"parameters": item.job.parameters(metadata)})
+        save_png(result, outdir / f"{name}.png", {"parameters": item.job.parameters(metadata)})
+        report.done.append(name)
 
-    writing: deque[tuple[Job, Future[None]]] = deque()
+    writing: deque[Future[None]] = deque()
     with (
         ThreadPoolExecutor(workers) as readers,
         ThreadPoolExecutor(workers) as writers,
         tqdm(total=len(jobs), desc="editing", unit="image", disable=None) as bar,
     ):
-        for batch in _batches(_prepared(_ahead(readers, read, jobs, 2 * batch_size), report, bar), batch_size):
+        for batch in _batches(items(), batch_size):
             start = time.perf_counter()
             try:
                 results = _paint(editor, batch)
@@ -270,52 +297,18 @@ def edit_many(
                 report.failed |= {item.job.name: str(error) for item in batch}
                 results = []
             report.seconds += time.perf_counter() - start
-            writing += [(item.job, writers.submit(finish, item, x)) for item, x in zip(batch, results, strict=False)]
+            writing.extend(writers.submit(finish, *pair) for pair in zip(batch, results, strict=False))
             bar.update(len(batch))
             while len(writing) > 2 * batch_size:
-                _collect(*writing.popleft(), report)
-        for job, future in writing:
-            _collect(job, future, report)
+                writing.popleft().result()
+        for future in writing:
+            future.result()
     return report
-
-
-def _ahead(
-    readers: ThreadPoolExecutor, read: Callable[[Job], _Item | None], jobs: Sequence[Job], count: int
-) -> Iterator[tuple[Job, Future[_Item | None]]]:
-    """Read `count` jobs in advance of the one that is taken."""
-    pending: deque[tuple[Job, Future[_Item | None]]] = deque()
-    for job in jobs:
-        pending.append((job, readers.submit(read, job)))
-        if len(pending) > count:
-            yield pending.popleft()
-    while pending:
-        yield pending.popleft()
-
-
-def _prepared(reading: Iterable[tuple[Job, Future[_Item | None]]], report: Report, bar: tqdm[Any]) -> Iterator[_Item]:
-    """Yield the items that are to be painted; report those that are done already or cannot be read."""
-    for job, future in reading:
-        try:
-            item = future.result()
-        except (ValueError, OSError) as error:
-            report.failed[job.name] = str(error)
-        else:
-            if item is not None:
-                yield item
-                continue
-            report.skipped.append(job.name)
-        bar.update()
 
 
 def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
     for _, group in groupby(items, key=lambda item: item.job.group):
-        batch: list[_Item] = []
-        for item in group:
-            batch.append(item)
-            if len(batch) == size:
-                yield batch
-                batch = []
-        if batch:
+        while batch := list(islice(group, size)):
             yield batch
 
 
@@ -334,37 +327,10 @@ def _paint(editor: Editor | Baseline, batch: Sequence[_Item]) -> Sequence[Tensor
     fits = [item.fitted for item in batch if item.fitted is not None]
     exemplars = [item.pixel_values for item in batch if item.pixel_values is not None]
     prompts = [item.job.settings.prompt for item in batch if item.job.settings.prompt is not None]
-    painted = editor.paint(
-        torch.cat([fitted.image for fitted in fits]),
-        torch.cat([fitted.keep_mask for fitted in fits]),
-        torch.cat(exemplars) if exemplars else None,
-        [item.job.settings.seeds[0] for item in batch],
-        prompts=prompts or None,
-        **batch[0].job.settings.sampling,
-    )
-    return list(painted)
-
-
-def _finish(
-    item: _Item, painted: Tensor | Image.Image, content_filter: ContentFilter | None, watermark: str | None
-) -> Image.Image:
-    result = painted
-    if not isinstance(result, Image.Image):
-        assert item.fitted is not None
-        result = put_back(item.fitted, result, item.job.settings)
-    if content_filter is not None:
-        (reason,) = unsafe_reasons(content_filter, [result], item.request.hole)
-        if reason:
-            raise UserError(f"withheld: {reason}")
-    return add_watermark(result, watermark) if watermark else result
-
-
-def _collect(job: Job, writing: Future[None], report: Report) -> None:
-    try:
-        writing.result()
-        report.done.append(job.name)
-    except ValueError as error:  # withheld, or too small for its watermark
-        report.failed[job.name] = str(error)
+    image, keep_mask = (torch.cat([getattr(fitted, name) for fitted in fits]) for name in ("image", "keep_mask"))
+    pixel_values = torch.cat(exemplars) if exemplars else None
+    seeds, sampling = [item.job.settings.seeds[0] for item in batch], batch[0].job.settings.sampling
+    return list(editor.paint(image, keep_mask, pixel_values, seeds, prompts=prompts or None, **sampling))
 
 
 def _is_done(outdir: Path, job: Job, metadata: Mapping[str, Any]) -> bool:

@@ -157,12 +157,10 @@ def _mistakes(args: argparse.Namespace, settings: EditSettings) -> list[tuple[bo
     single += ["seed"] if isinstance(settings.seed, tuple) else []
     singles = ", ".join("--" + name.replace("_", "-") for name in single)
     is_triple = len(args.control) == len(args.control_image) == len(args.control_scale)
+    is_lone = not args.jobs and not (args.mask and len(references) == 1)
     bulk = [
         (bool(args.jobs and (args.image or args.mask or references)), "--jobs: names all files itself"),
-        (
-            not args.jobs and not (args.mask and len(references) == 1),
-            f"--image: {args.image} is a folder; give folders for --mask and --reference, too, or one exemplar",
-        ),
+        (is_lone, f"--image: {args.image} is a folder; give one for --mask and for --reference, too, or an exemplar"),
         (bool(single), f"{singles}: not for many edits at once; give rows of --jobs what they need"),
         (min(args.batch_size, args.workers) < 1, "--batch-size and --workers: expected 1 or more"),
     ]
@@ -220,23 +218,15 @@ def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
     from ldm.editing.batch import edit_many, match_folders, process_rank, read_jobs
     from ldm.editing.safety import load_filter
 
-    if args.jobs:
-        jobs = read_jobs(args.jobs, settings)
-    else:
-        jobs = match_folders(args.image, args.mask, args.reference[0], settings)
+    files = args.image, args.mask, *(args.reference or ())
+    jobs = read_jobs(args.jobs, settings) if args.jobs else match_folders(*files, settings)
     rank, processes = process_rank()
     editor = load_editor(args)
     args.outdir.mkdir(parents=True, exist_ok=True)
-    report = edit_many(
-        editor,
-        jobs[rank::processes],
-        args.outdir,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        metadata=model_metadata(args, editor.model.weight_dtype),
-        content_filter=load_filter(args.safety, editor.device) if args.safety else None,
-        watermark=args.watermark,
-    )
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("batch_size", "workers", "watermark")}
+    options["content_filter"] = load_filter(args.safety, editor.device) if args.safety else None
+    metadata = model_metadata(args, editor.model.weight_dtype)
+    report = edit_many(editor, jobs[rank::processes], args.outdir, metadata=metadata, **options)
     path = args.outdir / ("report.jsonl" if processes == 1 else f"report-{rank + 1}-of-{processes}.jsonl")
     report.write(path)
     for name, reason in report.failed.items():
@@ -311,7 +301,7 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     if not args.skip_grid:
         sheet = contact_sheet(as_rgb(args.image), request.hole, exemplars, safe)
         named[f"{name}_{settings.seeds[0]}_grid"] = (sheet, {"seed": [detail["seed"] for detail in details]})
-    save_results(args.outdir, named, record, overwrite=args.overwrite)
+    save_results(args, named, record)
     return 1 if len(safe) < len(results) else 0
 
 
@@ -370,29 +360,21 @@ def use_bundled_example(args: argparse.Namespace) -> str:
 
 
 def save_results(
-    folder: Path,
-    images: Mapping[str, tuple[Image.Image, Mapping[str, Any]]],
-    record: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
+    args: argparse.Namespace, images: Mapping[str, tuple[Image.Image, Mapping[str, Any]]], record: Mapping[str, Any]
 ) -> None:
-    """Write PNGs and report them; without `overwrite` all are numbered if one of the names is taken.
+    """Write images, by stem and each with its metadata, as PNGs; number all if a name is taken, without `--overwrite`.
 
     Args:
-        images: by stem, each with metadata of its own.
-        record: metadata of all of them, JSON values and paths.
-
-    Raises:
-        OSError: a file cannot be written.
+        args: outdir and overwrite.
+        record: metadata of all images, JSON values and paths.
     """
     from ldm.images import save_png
 
-    suffix = ""
-    versions = count(2)
-    while not overwrite and any((folder / f"{stem}{suffix}.png").exists() for stem in images):
+    suffix, versions = "", count(2)
+    while not args.overwrite and any((args.outdir / f"{stem}{suffix}.png").exists() for stem in images):
         suffix = f"_v{next(versions)}"
     for stem, (image, detail) in images.items():
-        path = folder / f"{stem}{suffix}.png"
+        path = args.outdir / f"{stem}{suffix}.png"
         verb = "overwrote" if path.exists() else "wrote"
         save_png(image, path, {"parameters": json.dumps({**record, **detail}, default=str)})
         print(f"{verb} {path}")

@@ -44,7 +44,7 @@ class Editor:
     def __init__(self, model: LatentDiffusion) -> None:
         parameter = next(model.parameters())
         if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
-            raise UserError("got float16 on the CPU, expected float32 or bfloat16 there; pass dtype=torch.float32")
+            raise UserError("got float16 on the CPU, expected float32 or bfloat16 there")
         self.model = model
         self.device = parameter.device
 
@@ -61,26 +61,20 @@ class Editor:
         """Load a model and return its editor.
 
         Args:
-            path: checkpoint file, or a folder with `config.yaml` and `model.safetensors`; None is the
-                bundled small model.
+            path: checkpoint file, or a folder with `model.safetensors`; None is the bundled small model.
             config: the model's config; None takes the `config.yaml` beside the checkpoint.
-            decoder: a mask-conditioned decoder for the model's first stage: a file or a folder of diffusers; see
-                `ldm.latent_diffusion.load_model`.
+            decoder: a mask-conditioned decoder for the model's first stage, see `load_model`.
             device: `cpu`, `cuda`, `mps`, or `auto` for the fastest one present.
-            dtype: type of the weights; float16 is refused on the CPU.
+            dtype: type of the weights.
 
         Raises:
-            UserError: the device, the checkpoint or its config is missing.
-            ConfigError, CheckpointError, ValueError: a file is unusable, or float16 is asked for on the CPU.
+            UserError: the device, the checkpoint or its config is missing, or float16 is asked for on the CPU.
+            ConfigError, CheckpointError: a file is unusable.
         """
-        chosen = pick_device(device)
-        checkpoint = checkpoint_file(path)
-        if config is None:
-            config = checkpoint.parent / "config.yaml"
-            if not config.is_file():
-                raise UserError(
-                    f"{checkpoint}: no config.yaml beside it; name its config (configs/v1.yaml for the published model)"
-                )
+        chosen, checkpoint = pick_device(device), checkpoint_file(path)
+        config = checkpoint.parent / "config.yaml" if config is None else config
+        if isinstance(config, Path) and not config.is_file():
+            raise UserError(f"{config}: no such file; name the config (configs/v1.yaml for the published model)")
         return cls(load_model(config, checkpoint, decoder=decoder, device=chosen, dtype=dtype))
 
     def edit(
@@ -95,17 +89,11 @@ class Editor:
     ) -> Image.Image | list[Image.Image]:
         """Replace the hole of a scene by the exemplar's object, or by what a prompt says if the model reads text.
 
-        The hole and its surroundings are cropped square, resized to the model's size, painted, and put
-        back at the scene's size. Every pixel outside the hole equals the scene's bit for bit. The scene is first
-        turned upright as its EXIF data say and converted to 8-bit RGB, transparent parts over mid-grey.
+        The hole and its surroundings are cropped square, resized to the model's size, painted, and put back at the
+        scene's size. Every pixel outside the hole equals the scene's bit for bit.
 
         Args:
-            scene: image or path, any size, aspect and mode. A colour profile stays with the result.
-            hole_mask: white (>= 128) is painted; a mask of another size is resized (nearest) with a warning.
-                A mask that is white everywhere is allowed. None paints the transparent part of the scene.
-            exemplar: image or path; cropped to its opaque part and squashed to the exemplar encoder's square, as in
-                the paper. None uses the model's null token, that is, inpaints without an exemplar. A list edits each
-                connected component of the hole by itself: one exemplar for each, from top to bottom, or one for all.
+            scene, hole_mask, exemplar: see `make_request`; without a mask the scene's transparent part is painted.
             controls: control networks (`load_controlnet`), each with its hint image.
             on_step: called after each step as `on_step(step, num_steps, x_t, x_0)`, component by component.
             **settings: fields of `EditSettings`, such as `seed`, `n_samples`, `sampler` or `guidance_scale`. Equal
@@ -126,11 +114,7 @@ class Editor:
     def edit_request(
         self, request: EditRequest, *, controls: Sequence[Control] = (), on_step: OnStep | None = None
     ) -> list[Image.Image]:
-        """Carry out a normalised request: fit, paint and put back each component of the hole in turn.
-
-        Returns:
-            One RGB image for each seed.
-        """
+        """Fit, paint and put back each component of the hole in turn; return an RGB image for each seed."""
         settings, count = request.settings, len(request.settings.seeds)
         results = [request.scene]  # until the first component is painted, all samples share the scene
         for hole, exemplar in request.components():
@@ -150,7 +134,7 @@ class Editor:
         return results
 
     def fit(self, scene: Image.Image, hole: Image.Image, settings: EditSettings) -> FittedScene:
-        """Crop the hole with its surroundings and resize it to the model's size; see `fit_scene`."""
+        """Crop the hole with its surroundings at the model's size, see `fit_scene`."""
         config = self.model.config
         margin = config.crop_margin if settings.crop_margin is None else settings.crop_margin
         return fit_scene(scene, hole, config.image_size, crop_margin=margin, whole_image=settings.whole_image)
@@ -186,7 +170,7 @@ class Editor:
             seeds: B seeds.
             prompts: one for all or B; None is the empty prompt.
             negative_prompt: the text from which guidance leads away; None is the null context.
-            **sampling: passed to `LatentDiffusion.sample`.
+            **sampling: for `LatentDiffusion.sample`.
 
         Returns:
             (B, 3, S, S) float32 in [-1, 1] on the CPU: the painted hole and the decoder's rendering of the rest.
@@ -219,18 +203,14 @@ class Editor:
             UserError: the model's latents have another resolution than Stable Diffusion's.
         """
         if self.model.downsampling != HINT_DOWNSAMPLING:
-            raise UserError(
-                f"{path}: control networks read {HINT_DOWNSAMPLING} pixels a latent cell, this model has "
-                f"{self.model.downsampling}; use a model of Stable Diffusion's size"
-            )
+            raise UserError(f"{path}: control networks go with models of {HINT_DOWNSAMPLING} pixels a latent cell only")
         return load_controlnet(path, self.model.config.unet, device=self.device, dtype=self.model.weight_dtype)
 
 
 def put_back(fitted: FittedScene, painted: Tensor, settings: EditSettings) -> Image.Image:
     """Paste a painted square (3, S, S) into its scene as the settings say."""
-    return fitted.put_back(
-        painted, feather=settings.feather, match_colors=settings.match_colors, whole=not settings.paste_back
-    )
+    is_whole = not settings.paste_back
+    return fitted.put_back(painted, feather=settings.feather, match_colors=settings.match_colors, whole=is_whole)
 
 
 def checkpoint_file(path: str | Path | None) -> Path:
@@ -240,28 +220,21 @@ def checkpoint_file(path: str | Path | None) -> Path:
         UserError: there is no such file.
     """
     checkpoint = BUNDLED_MODEL if path is None else Path(path)
-    if path is None and not (checkpoint / "model.safetensors").is_file():
-        raise UserError(
-            f"{checkpoint}: the bundled model is not there (an installed copy does not hold it); "
-            "run from a clone of the repository, or name a checkpoint"
-        )
-    if checkpoint.is_dir():
+    if checkpoint.is_dir() or path is None:
         checkpoint = checkpoint / "model.safetensors"
-    folder = checkpoint.parent
-    if not checkpoint.is_file() and (folder / "model_index.json").is_file():
-        raise UserError(
-            f"{folder}: a folder of diffusers; make a checkpoint of it with `python scripts/convert_checkpoint.py "
-            f"{folder} OUT.safetensors --to original`"
-        )
-    if not checkpoint.is_file():
-        raise UserError(
-            f"{checkpoint}: no such checkpoint; see pretrained_models/README.md for where weights come from"
-        )
-    return checkpoint
+    if checkpoint.is_file():
+        return checkpoint
+    remedy = "see pretrained_models/README.md for where weights come from"
+    if path is None:
+        remedy = "an installed copy lacks the bundled model; work in a clone of the repository, or name a checkpoint"
+    elif (checkpoint.parent / "model_index.json").is_file():
+        command = f"python scripts/convert_checkpoint.py {checkpoint.parent} OUT.safetensors --to original"
+        remedy = f"make a checkpoint of this folder of diffusers with `{command}`"
+    raise UserError(f"{checkpoint}: no such checkpoint; {remedy}")
 
 
 def bundled_examples() -> list[Path]:
-    """Return the folders of pretrained_models/mini/examples with scene.png, mask.png and exemplar.png, sorted."""
+    """Return the folders of examples beside the bundled model that hold all EXAMPLE_PARTS, sorted."""
     folders = sorted((BUNDLED_MODEL / "examples").glob("*/"))
     return [folder for folder in folders if all((folder / f"{part}.png").is_file() for part in EXAMPLE_PARTS)]
 
@@ -279,30 +252,23 @@ def explained_out_of_memory(remedy: str) -> Iterator[None]:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """Return the device of a name; `auto` is the first of cuda, mps and cpu that is present.
-
-    Under torchrun `cuda` is the GPU of the process.
+    """Return the device of a name; `auto` is the first of cuda, mps and cpu, under torchrun the process's GPU.
 
     Raises:
         UserError: the device is not present.
     """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name, there in present.items() if there)
-    chosen = torch.device(device)
-    if not present.get(chosen.type, False):
-        there = ", ".join(name for name, there in present.items() if there)
-        raise UserError(f"device: got {device}, which this machine or this PyTorch lacks; expected auto, {there}")
+    checks = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    present = [name for name, is_present in checks.items() if is_present()]
+    chosen = torch.device(present[0] if device == "auto" else device)
+    if chosen.type not in present:
+        raise UserError(f"device: got {device}, this machine or PyTorch has {', '.join(present)}")
     if chosen.type == "cuda" and chosen.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return chosen
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type of the weights for fp32 | bf16 | fp16, or the original's words.
-
-    The original's full is fp32; its autocast is fp16 on CUDA and fp32 elsewhere.
-    """
+    """Return the type of the weights for fp32 | bf16 | fp16, or for the original's words full | autocast."""
     if precision == "autocast":
         precision = "fp16" if device.type == "cuda" else "fp32"
     return {"fp32": torch.float32, "full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -391,13 +391,13 @@ def test_missing_models_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="no such checkpoint"):
         Editor.from_pretrained(tmp_path / "model.ckpt", config="configs/v1.yaml")
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match=r"no config\.yaml beside it"):
+    with pytest.raises(UserError, match=r"config\.yaml"):
         Editor.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model_index.json")
-    with pytest.raises(UserError, match=r"a folder of diffusers; .* scripts/convert_checkpoint\.py"):
+    with pytest.raises(UserError, match=r"scripts/convert_checkpoint\.py"):
         Editor.from_pretrained(tmp_path)
     monkeypatch.setattr("ldm.editing.editor.BUNDLED_MODEL", tmp_path / "mini")
-    with pytest.raises(UserError, match="bundled model is not there"):
+    with pytest.raises(UserError, match="mini"):
         Editor.from_pretrained()
 
 
