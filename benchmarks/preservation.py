@@ -31,7 +31,7 @@ from ldm.evaluation.metrics import background, seam
 from ldm.images import load_mask, open_image
 
 WAYS: dict[str, Callable[[FittedScene, Tensor], Image.Image]] = {
-    "decoded": lambda fitted, x: fitted.put_back(x, whole=True),
+    "decoded": lambda fitted, x: fitted.put_back(x, paste_back=False),
     "pasted": lambda fitted, x: fitted.put_back(x, match_colors=False),
     "feather": lambda fitted, x: fitted.put_back(x, match_colors=False, feather=None),
     "match colors": lambda fitted, x: fitted.put_back(x),

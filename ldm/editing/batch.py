@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.editing.editor import Editor, put_back
+from ldm.editing.editor import Editor
 from ldm.editing.geometry import FittedScene
 from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
@@ -262,12 +262,10 @@ def edit_many(
                 bar.update()
 
     def finish(item: _Item, painted: Tensor | Image.Image) -> None:
-        name, settings = item.job.name, item.job.settings
-        if isinstance(painted, Image.Image):
-            result = painted
-        else:
+        name, result = item.job.name, painted
+        if not isinstance(result, Image.Image):
             assert item.fitted is not None
-            result = put_back(item.fitted, painted, settings)
+            result = item.fitted.put_back(result, **item.job.settings.pasting)
         try:
             if content_filter is not None:
                 (reason,) = unsafe_reasons(content_filter, [result], item.request.hole)

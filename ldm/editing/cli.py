@@ -147,11 +147,11 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
     return args, settings
 
 
-def _mistakes(args: argparse.Namespace, settings: EditSettings) -> list[tuple[bool, str]]:
-    """Return what may be wrong with a command line: whether it is, and the message."""
+def _mistakes(args: argparse.Namespace, settings: EditSettings) -> list[tuple[Any, str]]:
+    """Return what may be wrong with a command line: a condition, and the message if it is true."""
     references, outlines = args.reference or [], args.box or args.polygon
     is_conditioned = bool(references) or (settings.prompt is not None and not args.jobs)
-    is_partial = bool(args.image) != is_conditioned or bool((args.mask or outlines) and not args.image)
+    is_partial = bool(args.image) != is_conditioned or ((args.mask or outlines) and not args.image)
     single = [name for name in SINGLE_OPTIONS if getattr(args, name)]
     single += [name for name in SINGLE_SETTINGS if name in settings.changed()]
     single += ["seed"] if isinstance(settings.seed, tuple) else []
@@ -159,19 +159,19 @@ def _mistakes(args: argparse.Namespace, settings: EditSettings) -> list[tuple[bo
     is_triple = len(args.control) == len(args.control_image) == len(args.control_scale)
     is_lone = not args.jobs and not (args.mask and len(references) == 1)
     bulk = [
-        (bool(args.jobs and (args.image or args.mask or references)), "--jobs: names all files itself"),
+        (args.jobs and (args.image or args.mask or references), "--jobs: names all files itself"),
         (is_lone, f"--image: {args.image} is a folder; give one for --mask and for --reference, too, or an exemplar"),
-        (bool(single), f"{singles}: not for many edits at once; give rows of --jobs what they need"),
+        (single, f"{singles}: not for many edits at once; give rows of --jobs what they need"),
         (min(args.batch_size, args.workers) < 1, "--batch-size and --workers: expected 1 or more"),
     ]
     return [
         (args.mode == "relight", "--mode relight: relighting has a command of its own, scripts/relight.py"),
         *(bulk if args.is_bulk else []),
         (is_partial, "give all three of --image, --mask and --reference (or --prompt), or none for the example"),
-        (bool(args.sort_by_similarity and args.image and not references), "--sort-by-similarity: needs a --reference"),
-        (bool(args.mask and outlines), "got --mask and --box or --polygon; give either"),
-        (bool(args.reference_mask and len(references) > 1), "--reference-mask: goes with a single --reference"),
-        (bool(args.config and not args.checkpoint), "got --config without --checkpoint; name the weights, too"),
+        (args.sort_by_similarity and args.image and not references, "--sort-by-similarity: needs a --reference"),
+        (args.mask and outlines, "got --mask and --box or --polygon; give either"),
+        (args.reference_mask and len(references) > 1, "--reference-mask: goes with a single --reference"),
+        (args.config and not args.checkpoint, "got --config without --checkpoint; name the weights, too"),
         (not is_triple, "--control: give a --control-image, and a --control-scale or none, for each"),
         (args.guess_mode and not args.control, "--guess-mode: goes with --control"),
     ]

@@ -130,7 +130,7 @@ class Editor:
                 **settings.sampling,
             )
             fits *= count // len(fits)
-            results = [put_back(fitted, pixels, settings) for fitted, pixels in zip(fits, painted, strict=True)]
+            results = [fitted.put_back(x, **settings.pasting) for fitted, x in zip(fits, painted, strict=True)]
         return results
 
     def fit(self, scene: Image.Image, hole: Image.Image, settings: EditSettings) -> FittedScene:
@@ -205,12 +205,6 @@ class Editor:
         if self.model.downsampling != HINT_DOWNSAMPLING:
             raise UserError(f"{path}: control networks go with models of {HINT_DOWNSAMPLING} pixels a latent cell only")
         return load_controlnet(path, self.model.config.unet, device=self.device, dtype=self.model.weight_dtype)
-
-
-def put_back(fitted: FittedScene, painted: Tensor, settings: EditSettings) -> Image.Image:
-    """Paste a painted square (3, S, S) into its scene as the settings say."""
-    is_whole = not settings.paste_back
-    return fitted.put_back(painted, feather=settings.feather, match_colors=settings.match_colors, whole=is_whole)
 
 
 def checkpoint_file(path: str | Path | None) -> Path:

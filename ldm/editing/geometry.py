@@ -123,7 +123,7 @@ class FittedScene:
         return (pil_to_tensor(square)[None] + 1) / 2
 
     def put_back(
-        self, painted: Tensor, *, feather: int | None = 0, match_colors: bool = True, whole: bool = False
+        self, painted: Tensor, *, feather: int | None = 0, match_colors: bool = True, paste_back: bool = True
     ) -> Image.Image:
         """Paste the painted square into the scene.
 
@@ -131,9 +131,9 @@ class FittedScene:
             painted: (3, S, S) in [-1, 1].
             feather: pixels over which the hole's edge fades; None is a fiftieth of the hole's longer side.
             match_colors: apply `match_boundary_colors` first.
-            whole: paste the whole square unchanged, not the hole alone.
+            paste_back: paste the hole alone, not the whole square.
         """
-        if match_colors and not whole:
+        if match_colors and paste_back:
             painted = match_boundary_colors(painted[None], self.image, self.keep_mask)[0]
         box, side = self.window.clipped(self.scene.size), self.window.side
         square = tensor_to_pil(painted)
@@ -143,7 +143,7 @@ class FittedScene:
         inside = square.crop((box.left - left, box.top - top, box.right - left, box.bottom - top))
         result = self.scene.copy()
         # Blending is exact at both ends: weight 255 takes the painted pixel, 0 leaves the scene's.
-        result.paste(inside, box[:2], None if whole else self._weights(feather).crop(box))
+        result.paste(inside, box[:2], self._weights(feather).crop(box) if paste_back else None)
         return result
 
     def _weights(self, feather: int | None) -> Image.Image:

@@ -160,6 +160,11 @@ class EditSettings:
         names = ("negative_prompt", "sampler", "guidance_scale", "guidance_interval", "eta")
         return {name: getattr(self, name) for name in names} | {"num_steps": self.steps}
 
+    @property
+    def pasting(self) -> dict[str, Any]:
+        """The keywords of `FittedScene.put_back`."""
+        return {name: getattr(self, name) for name in ("feather", "match_colors", "paste_back")}
+
     def record(self) -> dict[str, Any]:
         """Return all settings as JSON values, the number of steps resolved, for metadata."""
         values = vars(self) | {"num_steps": self.steps}
