@@ -90,8 +90,7 @@ def read_jobs(path: Path, base: EditSettings = DEFAULT_SETTINGS) -> list[Job]:
         base: settings that a row leaves out.
 
     Raises:
-        UserError: the table is missing, damaged or empty, or a row has an unknown column, a wrong value or a name that
-            another row has.
+        UserError: the table is missing, damaged or empty, or a row has an unknown column, a wrong value or a used name.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -113,14 +112,9 @@ def read_jobs(path: Path, base: EditSettings = DEFAULT_SETTINGS) -> list[Job]:
 
 
 def match_folders(scenes: Path, masks: Path, references: Path, base: EditSettings = DEFAULT_SETTINGS) -> list[Job]:
-    """Make a job of every image in `scenes`, with the mask and the exemplar of the same stem.
+    """Make a job with the settings `base` of every image in `scenes`, with the mask and exemplar of the same stem.
 
-    Args:
-        masks, references: folders; `references` may be a single file for all.
-        base: settings of all jobs.
-
-    Raises:
-        UserError: an image lacks its mask or exemplar.
+    `references` may be a single file for all. Raises UserError if an image lacks its mask or exemplar.
     """
 
     def of_stem(folder: Path, scene: Path) -> str:
@@ -216,9 +210,7 @@ def edit_many(
     watermark: str | None = None,
     on_result: Callable[[Job, Image.Image], None] | None = None,
 ) -> Report:
-    """Edit every job that has no result yet.
-
-    At most a few batches are in memory, whatever the number of jobs.
+    """Edit every job that has no result yet, with at most a few batches in memory.
 
     Args:
         editor: a model's editor, or a function that edits without a model.

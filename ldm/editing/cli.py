@@ -123,11 +123,7 @@ def numbers(text: str) -> list[float]:
 
 
 def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, EditSettings]:
-    """Parse and check the command line.
-
-    Returns:
-        The options, with `is_bulk`, and the settings of all samples.
-    """
+    """Parse and check the command line; return the options, with `is_bulk`, and the settings of all samples."""
     parser = build_parser(description)
     args = parser.parse_args(argv)
     args.is_bulk = args.jobs is not None or (args.image is not None and args.image.is_dir())
@@ -211,10 +207,7 @@ def run_command(command: Callable[[], int], remedy: str = "fewer --n-samples", h
 
 
 def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
-    """Edit the rows of a table, or folders, and return the exit status: 1 if rows failed.
-
-    Under torchrun every process takes its share of the rows.
-    """
+    """Edit this process's share of a table's rows, or of folders, and return the exit status: 1 if rows failed."""
     from ldm.editing.batch import edit_many, match_folders, process_rank, read_jobs
     from ldm.editing.safety import load_filter
 
@@ -306,11 +299,7 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
 
 
 def paint(args: argparse.Namespace, request: EditRequest) -> tuple[list[Image.Image], dict[str, Any]]:
-    """Load the model and paint all samples, with a progress bar.
-
-    Returns:
-        The results, and metadata of them all.
-    """
+    """Load the model and paint all samples, with a progress bar; return results, and metadata of them all."""
     from tqdm import tqdm
 
     from ldm.models.controlnet import Control

@@ -197,22 +197,14 @@ class Editor:
         return model.decode_latents(z, image, keep_mask).clamp(-1, 1).float().cpu()
 
     def load_controlnet(self, path: str | Path) -> ControlNet:
-        """Load a control network for the model, on its device; see `ldm.models.controlnet.load_controlnet`.
-
-        Raises:
-            UserError: the model's latents have another resolution than Stable Diffusion's.
-        """
+        """Load a control network for the model; UserError if its latents' resolution is not Stable Diffusion's."""
         if self.model.downsampling != HINT_DOWNSAMPLING:
             raise UserError(f"{path}: control networks go with models of {HINT_DOWNSAMPLING} pixels a latent cell only")
         return load_controlnet(path, self.model.config.unet, device=self.device, dtype=self.model.weight_dtype)
 
 
 def checkpoint_file(path: str | Path | None) -> Path:
-    """Return the file with the weights: a folder's `model.safetensors`; for None the bundled model's.
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """Return a checkpoint, a folder's `model.safetensors`, or the bundled model; raise UserError if it is missing."""
     checkpoint = BUNDLED_MODEL if path is None else Path(path)
     if checkpoint.is_dir() or path is None:
         checkpoint = checkpoint / "model.safetensors"
@@ -246,11 +238,7 @@ def explained_out_of_memory(remedy: str) -> Iterator[None]:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """Return the device of a name; `auto` is the first of cuda, mps and cpu, under torchrun the process's GPU.
-
-    Raises:
-        UserError: the device is not present.
-    """
+    """Return a present device, for `auto` the first of cuda, mps and cpu, under torchrun the process's GPU."""
     checks = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     present = [name for name, is_present in checks.items() if is_present()]
     chosen = torch.device(present[0] if device == "auto" else device)

@@ -61,25 +61,18 @@ def fit_window(
     at most as large as the scene's long side, is centred on the hole, and is moved inside the scene where it fits.
 
     Args:
-        hole: bounding box of the hole.
-        size: (W, H) of the scene.
-        crop_margin: surroundings on each side as a share of the hole's longer side, at least 0.
+        hole, size: bounding box of the hole; (W, H) of the scene.
         min_side: least side in pixels, as far as the scene is that large.
-        whole_image: take the smallest square that holds the whole scene.
+        whole_image: take the smallest square that holds the whole scene instead.
     """
     side = max(size)
     if not whole_image:
-        longest = longer_side(hole)
+        longest = max(hole.right - hole.left, hole.bottom - hole.top)
         wanted = max(round(longest * (1 + 2 * crop_margin)), min_side)
         least = round(longest * (1 + crop_margin))
         side = min(wanted, max(min(size), least), side)
     left, top = (_place(hole[axis], hole[axis + 2], size[axis], side) for axis in (0, 1))
     return Window(left, top, side)
-
-
-def longer_side(box: Box) -> int:
-    """Return the longer side of a box."""
-    return max(box.right - box.left, box.bottom - box.top)
 
 
 def _place(start: int, stop: int, length: int, side: int) -> int:
@@ -115,9 +108,7 @@ class FittedScene:
         """
         width, height = self.scene.size
         if abs(image.width * height - image.height * width) > sum((*image.size, width, height)):  # beyond rounding
-            raise UserError(
-                f"the control image has size {image.size}, the scene {self.scene.size}; give one of its size"
-            )
+            raise UserError(f"the control image has size {image.size}, expected the scene's: {self.scene.size}")
         square = self.window.cut(image.resize(self.scene.size, Image.Resampling.BICUBIC))
         square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
         return (pil_to_tensor(square)[None] + 1) / 2
@@ -149,7 +140,8 @@ class FittedScene:
     def _weights(self, feather: int | None) -> Image.Image:
         """Return weights of the painted pixels, mode L: 0 outside the hole, rising over feather + 1 pixels to 255."""
         if feather is None:
-            feather = round(longer_side(hole_box(self.hole)) * FEATHER_SHARE)
+            box = hole_box(self.hole)
+            feather = round(max(box.right - box.left, box.bottom - box.top) * FEATHER_SHARE)
         if feather == 0:
             return self.hole
         share = np.minimum(self._depth, feather + 1, dtype=np.float32) / (feather + 1)
@@ -201,12 +193,9 @@ def match_boundary_colors(painted: Tensor, image: Tensor, keep_mask: Tensor) -> 
     Just outside the hole's edge both the scene and the decoder's rendering of it are known, and so is the error there.
 
     Args:
-        painted: (B, 3, H, W), the decoded image, hole and surroundings.
+        painted: (B, 3, H, W), the decoded image; returned unchanged if the hole has no surroundings.
         image: (B, 3, H, W), the true pixels; those in the hole are not used.
         keep_mask: (B, 1, H, W), 0 in the hole, 1 elsewhere.
-
-    Returns:
-        (B, 3, H, W). A hole without surroundings is returned unchanged.
 
     Source: Pérez et al. 2003, Eq. 5 to 7 (the correction is a membrane over the hole, here interpolated from coarse to
         fine as in Gortler et al. 1996, section 3.4, instead of solved for).
