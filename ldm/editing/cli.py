@@ -211,8 +211,10 @@ def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
     from ldm.editing.batch import edit_many, match_folders, process_rank, read_jobs
     from ldm.editing.safety import load_filter
 
-    files = args.image, args.mask, *(args.reference or ())
-    jobs = read_jobs(args.jobs, settings) if args.jobs else match_folders(*files, settings)
+    if args.jobs:
+        jobs = read_jobs(args.jobs, settings)
+    else:
+        jobs = match_folders(args.image, args.mask, args.reference[0], settings)
     rank, processes = process_rank()
     editor = load_editor(args)
     args.outdir.mkdir(parents=True, exist_ok=True)

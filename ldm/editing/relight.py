@@ -104,7 +104,8 @@ class Relighter:
             OSError, ValueError: a file cannot be read.
         """
         self._check(background, light, highres_scale, highres_strength, sampling)
-        defaults = dict(negative_prompt=NEGATIVE_PROMPT, num_steps=25, guidance_scale=GUIDANCE[self.reads_background])
+        defaults: dict[str, Any] = {"negative_prompt": NEGATIVE_PROMPT, "num_steps": 25}
+        defaults["guidance_scale"] = GUIDANCE[self.reads_background]
         settings = EditSettings(prompt=prompt, **defaults | sampling)
         image = on_grey(foreground, mask)
         behind = as_rgb(background) if background is not None else None

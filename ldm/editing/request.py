@@ -130,8 +130,8 @@ def prepare_exemplar(
     if background == "grey":
         image = Image.composite(image, Image.new("RGB", image.size, MID_GREY), shape)
     image = image.crop(bounds)
-    side = (max(image.size),) * 2
-    return image if fit == "squash" else ImageOps.pad(image, side, Image.Resampling.BICUBIC, MID_GREY)
+    side = max(image.size)
+    return image if fit == "squash" else ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, MID_GREY)
 
 
 def upright(image: Picture) -> Image.Image:

@@ -223,11 +223,14 @@ def _check_item(name: str, value: Any) -> Any:
             return value
         expected = f"one of {', '.join(option.choices)}" if option.choices else f"a {kind.__name__}"
         raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or (kind is int and value % 1) or not option.low <= value <= option.high:
+    if not _is_finite(value) or (kind is int and value % 1) or not option.low <= value <= option.high:
         expected = f"a finite {kind.__name__} from {option.low:g} to {option.high:g}"
         raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
     return kind(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def settings_from(values: Mapping[str, Any], base: EditSettings | None = None) -> EditSettings:
