@@ -77,9 +77,6 @@ class Job:
         return json.dumps({**columns, **self.settings.record(), **metadata}, sort_keys=True)
 
 
-# ---- jobs from tables and folders ----
-
-
 def read_jobs(path: Path, base: EditSettings = DEFAULT_SETTINGS) -> list[Job]:
     """Read a table of jobs.
 
@@ -162,9 +159,6 @@ def _check_names(jobs: list[Job], where: Path) -> list[Job]:
             raise UserError(f"{where}: the name {job.name!r} is there twice or is no file name; give each row its own")
         seen.add(job.name)
     return jobs
-
-
-# ---- the engine ----
 
 
 @dataclass

@@ -35,8 +35,6 @@ RECORDED += ("guess_mode", "safety", "watermark")
 MIN_TILE_HEIGHT, MAX_TILE_HEIGHT, SHEET_COLUMNS, SHEET_GAP = 256, 512, 6, 8  # of the contact sheet; pixels, tiles
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 
-# ---- parsing ----
-
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Build the parser of all options."""
@@ -203,9 +201,6 @@ def run_command(command: Callable[[], int], remedy: str = "fewer --n-samples", h
             return 130
 
 
-# ---- many edits ----
-
-
 def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
     """Edit this process's share of a table's rows, or of folders, and return the exit status: 1 if rows failed."""
     from ldm.editing.batch import edit_many, match_folders, process_rank, read_jobs
@@ -250,9 +245,6 @@ def load_editor(args: argparse.Namespace) -> Editor:
     device = pick_device(args.device)
     dtype = pick_dtype(args.precision, device)
     return Editor.from_pretrained(args.checkpoint, config=args.config, decoder=args.decoder, device=device, dtype=dtype)
-
-
-# ---- one edit ----
 
 
 def edit(args: argparse.Namespace, settings: EditSettings) -> int:
@@ -345,9 +337,6 @@ def use_bundled_example(args: argparse.Namespace) -> str:
         args.image, args.mask, *args.reference = (folder / f"{part}.png" for part in EXAMPLE_PARTS)
         return folder.name
     raise UserError(f"{BUNDLED_MODEL / 'examples'}: no bundled example; give --image, --mask and --reference")
-
-
-# ---- results ----
 
 
 def save_results(

@@ -34,16 +34,7 @@ INITIAL_LIGHT = (255, 0)  # grey levels of the initial image, from the lit side 
 BACKGROUND_LIGHT = (224, 32)  # the same for a generated background
 AMBIENT = (64, 64)  # the background without a direction of light
 GUIDANCE = {False: 2.0, True: 7.0}  # default scale by whether the model reads a background
-SAMPLING = {
-    "negative_prompt",
-    "sampler",
-    "num_steps",
-    "guidance_scale",
-    "guidance_interval",
-    "eta",
-    "seed",
-    "n_samples",
-}
+SAMPLING = {*EditSettings().sampling, "seed", "n_samples"}
 
 
 class Relighter:
