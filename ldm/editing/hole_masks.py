@@ -42,14 +42,21 @@ def make_hole(
     """
     if mask is not None and (boxes or polygons):
         raise UserError("got a mask and boxes or polygons, expected one of them")
+    size = scene.size
     if mask is not None:
-        return _resized(as_hole(mask), scene.size)
-    if boxes or polygons:
-        parts = [*(box_hole(scene.size, box) for box in boxes), *(draw_polygon(scene.size, p) for p in polygons)]
-        return reduce(ImageChops.lighter, parts)
-    hole = transparent_part(scene)
+        hole = as_hole(mask)
+        if hole.size != size:
+            warnings.warn(f"the mask has size {hole.size}, the scene {size}; the mask is resized", stacklevel=3)
+            hole = hole.resize(size, Image.Resampling.NEAREST)
+    elif boxes or polygons:
+        parts = [*(box_hole(size, box) for box in boxes), *(draw_polygon(size, polygon) for polygon in polygons)]
+        hole = reduce(ImageChops.lighter, parts)
+    else:
+        hole = transparent_part(scene)
     if hole.getbbox() is None:
-        raise UserError("the scene has no transparent part to paint; give a mask, a box or a polygon")
+        raise UserError(
+            f"no mask, outline or transparent part in the scene of {size[0]}x{size[1]}; give a mask of its size"
+        )
     return hole
 
 
@@ -67,16 +74,6 @@ def as_hole(mask: Image.Image | str | Path) -> Image.Image:
     if lightest < 128:
         raise UserError(f"{name}: empty, got no grey level above {lightest}; paint what is to be replaced white (255)")
     return grey.point(TO_BINARY)
-
-
-def _resized(hole: Image.Image, size: tuple[int, int]) -> Image.Image:
-    if hole.size == size:
-        return hole
-    warnings.warn(f"the mask has size {hole.size}, the scene {size}; the mask is resized (nearest)", stacklevel=4)
-    hole = hole.resize(size, Image.Resampling.NEAREST)
-    if hole.getbbox() is None:
-        raise UserError("the mask is empty after resizing it to the scene; give a mask of the scene's size")
-    return hole
 
 
 def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:

@@ -304,7 +304,7 @@ def test_mask_of_another_size_is_a_plain_warning(
 ) -> None:
     Image.open(files["mask"]).resize((45, 30)).save(files["mask"])
     assert run(tiny_folder, files, tmp_path / "out") == 0
-    assert "warning: the mask is 45x30" in capsys.readouterr().err
+    assert "warning: the mask has size (45, 30)" in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy() -> None:
