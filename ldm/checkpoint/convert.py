@@ -20,16 +20,13 @@ from torch import Tensor
 
 from ldm.checkpoint import keys
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
-from ldm.checkpoint.keys import FIRST_STAGE, UNET
+from ldm.checkpoint.keys import FIRST_STAGE, UNET, State
 from ldm.config import ModelConfig, ScheduleConfig
 from ldm.diffusion import make_schedule
 from ldm.files import write_text
 
 Components = dict[str, dict[str, Tensor]]  # component of the folder => its tensors
 Json = dict[str, Any]
-State = Mapping[str, Tensor]
-
-# --- the table of names ----------------------------------------------------------------------------
 
 # JSON files by path and the two pipelines' indexes; `${section.field}` stands for a field of `ModelConfig`.
 _TEMPLATES: dict[str, Json] = json.loads(Path(__file__).with_name("diffusers.json").read_text(encoding="utf-8"))
@@ -140,14 +137,10 @@ def _located(names: Collection[str], modules: Collection[str]) -> dict[str, tupl
             module = module.rpartition(".")[0]
         found[name] = module, name.removeprefix(module)
     if unknown := [name for name, (module, _) in found.items() if not module]:
-        raise CheckpointError(
-            f"cannot be converted\n{keys.listing('names without a counterpart', unknown)}"
-            "\ndo: pass Paint by Example or Stable Diffusion 1; scripts/inspect_checkpoint.py says what a file is"
-        )
+        listed = keys.listing("names without a counterpart", unknown)
+        raise CheckpointError(f"cannot be converted\n{listed}\ndo: pass Paint by Example or Stable Diffusion 1")
     return found
 
-
-# --- the folder ------------------------------------------------------------------------------------
 
 # Component => its file of weights, as the libraries call it, without the ending.
 _STEM = "diffusion_pytorch_model"
@@ -278,10 +271,7 @@ def _values(model: ModelConfig, components: Components) -> Json:
 
 
 def check_counterpart(model: ModelConfig, state: State) -> None:
-    """Refuse a model that diffusers cannot build, or whose pipelines would feed it something else.
-
-    The config may be the published model's, which any Stable Diffusion 1 may come with.
-    """
+    """Refuse a model that diffusers cannot build, or whose pipelines would feed it something else."""
     encoder, stage, inputs = model.exemplar_encoder, model.first_stage, model.input_channels
     exemplar, text = keys.holds(state, *keys.NEW_PARTS), model.condition == "text"
     pipeline, fed = ("text", _TEXT_INPUTS[9]) if text else ("exemplars", _EXEMPLAR_INPUTS)
@@ -389,7 +379,8 @@ def _fields(path: str, section: Any) -> dict[str, str]:
 
 def _section(name: str, configs: Mapping[str, Json], section: Any) -> Json:
     """Read a section's fields from a component's config; refuse numbers that vary by level, which ours cannot."""
-    source, found = _OMITTED | configs[name], {}
+    source: Json = _OMITTED | configs[name]
+    found: Json = {}
     for field, key in _fields(f"{name}/config.json", section).items():
         numbers = {source[key]} if isinstance(source[key], int) else set(source[key])
         if len(numbers) != 1:

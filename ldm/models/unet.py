@@ -64,12 +64,9 @@ class Stage(nn.ModuleList):
 
 
 class UNetEncoder(nn.Module):
-    """The UNet down to its middle; control networks have a copy of it.
+    """The UNet down to its middle; control networks have a copy of it. Norm groups and heads must divide the widths.
 
     `skip_channels` holds the widths of the input blocks' outputs, in order.
-
-    Raises:
-        ConfigError: the norm groups or the heads do not divide a width.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -147,16 +144,13 @@ class UNetModel(UNetEncoder):
                 module.activation_checkpointing = config.activation_checkpointing
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, residuals: Sequence[Tensor] | None = None) -> Tensor:
-        """Predict from a noisy latent.
+        """Predict from a noisy latent: (B, out_channels, h, w) in the dtype of the computation.
 
         Args:
             x: (B, in_channels, h, w), for Paint by Example `[x_t, z_masked, keep_mask]`; h and w can be halved evenly.
             t: (B,) timesteps in [0, T).
             context: (B, L, D) tokens.
             residuals: from `ControlNet`, added to the outputs of the input blocks and of the middle block, one each.
-
-        Returns:
-            (B, out_channels, h, w) in the dtype of the computation.
         """
         embedding = self.embed(t, context.dtype)
         skips = []
