@@ -174,9 +174,6 @@ class Editor:
 
         Returns:
             (B, 3, S, S) float32 in [-1, 1] on the CPU: the painted hole and the decoder's rendering of the rest.
-
-        Raises:
-            UserError: the model does not inpaint, or read exemplars or prompts.
         """
         model = self.model
         if not model.inpaints:

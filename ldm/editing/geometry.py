@@ -101,11 +101,7 @@ class FittedScene:
     keep_mask: Tensor
 
     def same_square(self, image: Image.Image, image_size: int) -> Tensor:
-        """Cut the same square from another image of the scene, RGB: (1, 3, S, S) in [0, 1].
-
-        Raises:
-            UserError: the image's aspect differs from the scene's.
-        """
+        """Cut the same square from another image of the scene, RGB: (1, 3, S, S) in [0, 1]."""
         width, height = self.scene.size
         if abs(image.width * height - image.height * width) > sum((*image.size, width, height)):  # beyond rounding
             raise UserError(f"the control image has size {image.size}, expected the scene's: {self.scene.size}")

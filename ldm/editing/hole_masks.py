@@ -61,11 +61,7 @@ def make_hole(
 
 
 def as_hole(mask: Image.Image | str | Path) -> Image.Image:
-    """Return a mask as mode L: 255 where its grey level is 128 or more, and 0 elsewhere.
-
-    Raises:
-        UserError: the hole is empty.
-    """
+    """Return a mask as mode L: 255 where its level is 128 or more, else 0; raise UserError if it is all 0."""
     if isinstance(mask, Image.Image):
         grey, name = flatten(ImageOps.exif_transpose(mask), (0, 0, 0)).convert("L"), "the mask"
     else:
@@ -77,11 +73,7 @@ def as_hole(mask: Image.Image | str | Path) -> Image.Image:
 
 
 def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
-    """Draw a rectangle: left, top, right, bottom in pixels, right and bottom exclusive; cut off at the borders.
-
-    Raises:
-        UserError: the rectangle is empty, or outside a scene of `size` (W, H).
-    """
+    """Draw a rectangle: left, top, right, bottom in pixels, right and bottom exclusive; cut off at the borders."""
     if len(box) != 4:
         raise UserError(f"box: got {len(box)} numbers, expected four: left,top,right,bottom")
     x0, y0, x1, y1 = box
@@ -94,11 +86,7 @@ def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
 
 
 def draw_polygon(size: tuple[int, int], polygon: Sequence[float]) -> Image.Image:
-    """Draw the inside of a polygon: x0, y0, x1, y1, x2, y2 … in pixels.
-
-    Raises:
-        UserError: fewer than three corners, an odd number of coordinates, or no pixel in a scene of `size` (W, H).
-    """
+    """Draw the inside of a polygon: x0, y0, x1, y1, x2, y2 … in pixels."""
     if len(polygon) < 6 or len(polygon) % 2 or not np.isfinite(polygon).all():
         raise UserError(f"polygon: got {len(polygon)} numbers, expected pairs, three or more: x0,y0 x1,y1 x2,y2 …")
     hole = polygon_hole(size, np.asarray(polygon, dtype=np.float64).reshape(-1, 2))
@@ -162,11 +150,7 @@ def apply_shape(hole: Image.Image, shape: str, seed: int = 0) -> Image.Image:
 
 
 def connected_components(hole: Image.Image) -> list[Image.Image]:
-    """Split a hole into its 8-connected components, ordered by their uppermost, leftmost pixel.
-
-    Raises:
-        UserError: there are more than MAX_COMPONENTS.
-    """
+    """Split a hole into its 8-connected components, ordered by their uppermost, leftmost pixel."""
     from scipy.ndimage import label
 
     labels, count = label(np.asarray(hole) > 0, structure=np.ones((3, 3)))  # pyright: ignore[reportGeneralTypeIssues]

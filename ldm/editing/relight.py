@@ -160,11 +160,7 @@ class Relighter:
 
 
 def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
-    """Lay a foreground over grey, with `mask` or its own alpha channel as opacity: RGB of the foreground's size.
-
-    Raises:
-        UserError: the mask has another size, or is black (transparent) everywhere.
-    """
+    """Lay a foreground over grey, with `mask`, of its size, or its alpha channel as opacity: RGB."""
     image = upright(foreground).convert("RGBA")
     matte = image.getchannel("A") if mask is None else as_rgb(mask).convert("L")
     if matte.size != image.size:

@@ -35,11 +35,7 @@ class EditRequest:
     settings: EditSettings
 
     def components(self) -> list[tuple[Image.Image, Image.Image | None]]:
-        """Return the parts of the hole that are edited one after the other, each with its exemplar.
-
-        Raises:
-            UserError: the numbers of components and exemplars differ.
-        """
+        """Return the parts of the hole that are edited one after the other, each with its exemplar."""
         holes = hole_masks.connected_components(self.hole) if self.settings.per_component else [self.hole]
         if len(self.exemplars) not in (1, len(holes)):
             raise UserError(
@@ -110,9 +106,6 @@ def prepare_exemplar(
         mask: white (>= 128) where the object is, of the exemplar's size; None takes the exemplar's alpha channel.
         background: keep, or replace by grey, which the model knows as "nothing".
         fit: squash, as the paper does when the encoder's square is filled; or pad to a square with grey.
-
-    Raises:
-        UserError: the mask is empty or of another size.
     """
     image = upright(exemplar)
     if mask is not None:

@@ -201,11 +201,7 @@ COLUMNS = {
 
 
 def check_setting(name: str, value: Any) -> Any:
-    """Return a setting's value in its own type.
-
-    Raises:
-        UserError: another type, or out of bounds.
-    """
+    """Return a setting's value in its own type, or raise UserError."""
     option = OPTIONS[name]
     if value is None and DEFAULTS[name] is None:
         return None
@@ -234,11 +230,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def settings_from(values: Mapping[str, Any], base: EditSettings | None = None) -> EditSettings:
-    """Return `base`, by default the defaults, with `values`: by name or column, texts as from a table's cells.
-
-    Raises:
-        UserError: an unknown name or a wrong value.
-    """
+    """Return `base`, by default the defaults, with `values`: by name or column, texts as from a table's cells."""
     if unknown := sorted(values.keys() - COLUMNS.keys()):
         raise UserError(f"got the setting {unknown[0]}, expected one of {', '.join(OPTIONS)}")
     known = {COLUMNS[name]: value for name, value in values.items()}
