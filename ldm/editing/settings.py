@@ -279,7 +279,7 @@ def add_options(parser: Any, *names: str, **helps: str) -> None:
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that were given on a command line; a single seed is a number."""
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    if len(given.get("seed", ())) == 1:
+    if isinstance(given.get("seed"), list) and len(given["seed"]) == 1:
         (given["seed"],) = given["seed"]
     return given
 
