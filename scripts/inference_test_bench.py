@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plms(sampling)
     add_options(sampling, *SETTINGS)
     sampling.add_argument("--ddim_steps", dest="num_steps", type=int, default=argparse.SUPPRESS, help="--steps")
-    sampling.add_argument("--seed", type=int, default=0, help="item k uses seed + k; default: %(default)s")
+    sampling.add_argument("--seed", type=int, nargs=1, default=[0], help="item k uses seed + k; default: 0")
     machine = parser.add_argument_group("machine").add_argument
     machine("--batch-size", "--n_samples", type=int, default=16, help="per process; default: %(default)s")
     machine("--workers", type=int, default=2, help="threads that read, and that write; default: %(default)s")
