@@ -136,7 +136,7 @@ class BenchmarkRun:
             on_result=self._write_source if self.has_source else None,
         )
         if report.failed:
-            name, reason = next(iter(report.failed.items()))
+            name, reason = min(report.failed.items())
             raise UserError(f"{len(report.failed)} items failed, the first {name}: {reason}")
         if rank == 0 and report.done:
             timing = {"seconds_per_picture": report.seconds / len(report.done), "pictures": len(report.done)}
