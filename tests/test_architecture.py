@@ -163,6 +163,8 @@ def test_heavy_packages_that_are_always_imported_late() -> None:
         brought = {name.partition(".")[0] for name in names}
         if module == "ldm.web.page":  # it consists of Gradio, and is itself always imported late
             brought.remove("gradio")
+        if within(module, "ldm.data"):  # making training samples needs OpenCV, which albumentations imports too
+            brought.discard("cv2")
         assert not brought & {"transformers", "cv2", "gradio", "pandas", "diffusers"}, module
 
 
