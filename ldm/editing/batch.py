@@ -287,6 +287,7 @@ def edit_many(
                 writing.popleft().result()
         for future in writing:
             future.result()
+    report.failed = {job.name: report.failed[job.name] for job in jobs if job.name in report.failed}
     return report
 
 
