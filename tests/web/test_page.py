@@ -193,13 +193,18 @@ def page(browser: Any, url: str) -> Iterator[Any]:
     asked, failed = list[str](), list[str]()
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: failed.append(str(error)))
-    page.goto(url)
+    open_page(page, url)
     page.wait_for_selector("#exemplar .picture.plain")
-    page.wait_for_selector("#upload-exemplar input[type=file]", state="attached")  # the last part of the page
     yield page
     page.close()
     assert asked and not [address for address in asked if not address.startswith((url, "data:", "blob:"))]
     assert not failed
+
+
+def open_page(page: Any, address: str) -> None:
+    page.goto(address)
+    page.wait_for_selector("#scene .chosen", state="attached")  # its script has run
+    page.wait_for_selector("#upload-exemplar input[type=file]", state="attached")  # the last part of the page
 
 
 def upload(page: Any, part: str, path: Path) -> None:
@@ -306,7 +311,7 @@ def test_a_model_that_reads_text(browser: Any, text_folder: Path, tmp_path: Path
         results, python, _ = client.predict(**sent(files), **QUICK, prompt="a dog", api_name="/edit")
         assert changed(files["scene"], results[0]).any() and "prompt='a dog'" in python
         page = browser.new_page()
-        page.goto(address)
+        open_page(page, address)
         page.wait_for_selector("#status:has-text('Paint the hole, write a prompt, run.')")
         assert not page.locator("#exemplar").is_visible()
         upload(page, "scene", files["scene"])
