@@ -101,15 +101,15 @@ def test_another_model_s_decoder(
     foreign = tmp_path / "foreign.safetensors"
     state = read_checkpoint(decoder)
     write_safetensors(foreign, {**state, "encoder.conv_in.weight": state["encoder.conv_in.weight"] + 1})
-    for path, reason in (
-        (foreign, "was trained for another encoder"),
-        (tiny_folder / "model.safetensors", "holds no mask-conditioned decoder"),
-        (tmp_path, "no weights in this folder"),
-        (tmp_path / "none.ckpt", "none.ckpt: no such file"),
+    for path, named in (
+        (foreign, "encoder.conv_in.weight"),
+        (tiny_folder / "model.safetensors", "model.safetensors"),
+        (tmp_path, tmp_path.name),
+        (tmp_path / "none.ckpt", "none.ckpt"),
     ):
         assert run(tiny_folder, files, tmp_path / "out", "--decoder", str(path)) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert reason in line
+        assert named in line
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"])
