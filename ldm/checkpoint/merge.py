@@ -1,7 +1,7 @@
 """Merging checkpoints, and making Stable Diffusion a starting point for other models: pure functions on named tensors.
 
 A merge is checked first and computed while it is written, so that one tensor at a time is in memory if the checkpoints
-are memory-mapped. Sums are in float32, results in A's type.
+are memory-mapped. Sums are in float32, a few rows at a time; results are in A's type.
 
 Dimensions: D channels · C input channels (4 in Stable Diffusion; 9 for inpainting, 8 and 12 for IC-Light).
 """
@@ -22,6 +22,7 @@ from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, UNET, Sta
 
 Multipliers = Mapping[str, float]  # tensor name => M
 
+PIECE = 2**20  # numbers that are merged at a time
 INPUT_CONVS = (INPUT_CONV, DIFFUSERS_INPUT_CONV)
 _NO_WEIGHTS = (*keys.SCHEDULE_BUFFERS, *keys.EMA_COUNTERS, "position_ids")
 
@@ -45,11 +46,15 @@ class Merge(NamedTuple):
     names: list[str]  # of the tensors that change, in A's order
     formula: Callable[..., Tensor]  # (M, A's tensor, the others' tensors) => float32
 
-    def changed(self, name: str, m: float) -> Tensor:
-        """Compute what a tensor of A becomes, in float32."""
-        own, *others = (source.state[name] for source in self.sources)
+    def pieces(self, name: str, m: float, own: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield A's tensor `own` in slices of a few rows, each with what it becomes: float32 copies stay small."""
+        a, *others = (torch.atleast_1d(x) for x in (own, *(source.state[name] for source in self.sources[1:])))
+        if a.shape != others[0].shape:  # a wider input convolution: its further channels stay
+            a = a[:, : others[0].shape[1]]
+        rows = max(1, len(a) * PIECE // max(1, a.numel()))
         try:
-            return self.formula(m, _shared(own, others[0]), *others)
+            for one, *rest in zip(*(x.split(rows) for x in (a, *others)), strict=True):
+                yield one, self.formula(m, one, *rest)
         except RuntimeError as error:  # of a type that torch cannot compute with, or without memory
             raise CheckpointError(f"{name}: cannot be merged, nothing was changed: {error}") from error
 
@@ -95,24 +100,16 @@ def merged(merge: Merge, multipliers: Multipliers) -> Iterator[tuple[str, Tensor
     """Yield (name, tensor) of the result, in A's order and types; refuse a sum that does not fit into A's type."""
     names = set(merge.names)
     for name, own in merge.sources[0].state.items():
-        yield name, _rounded(name, merge.changed(name, multipliers[name]), own) if name in names else own
-
-
-def _rounded(name: str, value: Tensor, own: Tensor) -> Tensor:
-    largest = torch.finfo(own.dtype).max  # beyond it some types have Inf, some NaN, and some stay there
-    if value.numel() and not all(abs(bound.item()) <= largest for bound in value.aminmax()):
-        kind = str(own.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{name}: the sum does not fit into {kind}, or an input is not finite (see --scan)")
-    if value.shape == own.shape:
-        return value.to(own.dtype)
-    result = own.clone()  # the input convolution: further channels stay
-    _shared(result, value).copy_(value)
-    return result
-
-
-def _shared(own: Tensor, other: Tensor) -> Tensor:
-    """Return A's tensor, cut to the other's channels if it is a wider input convolution."""
-    return own if own.shape == other.shape else own[:, : other.shape[1]]
+        if name in names:
+            own, largest = own.clone(), torch.finfo(own.dtype).max  # beyond it some types have Inf, some NaN
+            for piece, value in merge.pieces(name, multipliers[name], own):
+                if value.numel() and not all(abs(bound.item()) <= largest for bound in value.aminmax()):
+                    kind = str(own.dtype).removeprefix("torch.")
+                    raise CheckpointError(
+                        f"{name}: the sum does not fit into {kind}, or an input is not finite (--scan)"
+                    )
+                piece.copy_(value)
+        yield name, own
 
 
 class BlockNorm(NamedTuple):
@@ -125,14 +122,15 @@ class BlockNorm(NamedTuple):
 
 def block_norms(merge: Merge, multipliers: Multipliers) -> dict[str, BlockNorm]:
     """Compute the norms of the change and of what is changed by block, ordered by names and numbers."""
-    squares: dict[str, list[tuple[float, float]]] = {}
+    sums: dict[str, list[float]] = {}  # block => number of tensors, squared change, squared size
     for name in tqdm(merge.names, desc="comparing", unit="tensor", delay=3):
-        own, value = merge.sources[0].state[name].float(), merge.changed(name, multipliers[name])
-        change, before = (torch.linalg.vector_norm(x).item() ** 2 for x in (value.sub_(_shared(own, value)), own))
-        squares.setdefault(block_of(name), []).append((change, before))
-    norms = {block: [sum(part) ** 0.5 for part in zip(*values, strict=True)] for block, values in squares.items()}
-    ordered = sorted(norms, key=lambda block: [int(part) if part.isdigit() else part for part in block.split(".")])
-    return {block: BlockNorm(len(squares[block]), *norms[block]) for block in ordered}
+        block = sums.setdefault(block_of(name), [0, 0, 0])
+        block[0] += 1
+        for piece, value in merge.pieces(name, multipliers[name], merge.sources[0].state[name]):
+            block[1] += torch.linalg.vector_norm(value.sub_(piece)).item() ** 2
+            block[2] += torch.linalg.vector_norm(piece.float()).item() ** 2
+    ordered = sorted(sums, key=lambda block: [int(part) if part.isdigit() else part for part in block.split(".")])
+    return {block: BlockNorm(int(n), change**0.5, size**0.5) for block in ordered for n, change, size in [sums[block]]}
 
 
 def block_of(name: str) -> str:
