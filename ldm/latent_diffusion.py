@@ -25,7 +25,7 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import CONDITION_ENCODER, SCHEDULE_BUFFERS, TOWER, check_keys, check_schedule, to_module_keys
 from ldm.config import INPUT_CHANNELS, RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
 from ldm.diffusion import Generators, draw_noise, make_schedule, q_sample, target, to_eps
-from ldm.models.autoencoder import AsymmetricAutoencoderKL, AutoencoderKL, build_autoencoder
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.controlnet import Steering
 from ldm.models.efficientnet import EfficientNetTower
 from ldm.models.exemplar_encoder import ExemplarEncoder
@@ -53,7 +53,7 @@ class LatentDiffusion(nn.Module):
         # attention to a context of one token needs no queries and keys
         self.single_token = not self.reads_text and config.exemplar_encoder.tokens == "pooled"
         self.model = nn.ModuleDict({"diffusion_model": UNetModel(config.unet)})  # names as in published checkpoints
-        self.first_stage_model = build_autoencoder(config.first_stage)
+        self.first_stage_model = AutoencoderKL(config.first_stage)
         self.downsampling = self.first_stage_model.downsampling  # pixels per latent cell and side
         if self.reads_exemplars:
             self.cond_stage_model = ExemplarEncoder(config.exemplar_encoder)
@@ -340,7 +340,7 @@ def add_imagenet_tower(state: dict[str, Tensor], encoder: ExemplarEncoder) -> di
     return {**state, **{TOWER + name: tensor for name, tensor in tower.imagenet_state().items()}}
 
 
-def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> AsymmetricAutoencoderKL:
+def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> AutoencoderKL:
     """Return the first stage with a mask-conditioned decoder, whose width and depth are read from its file.
 
     Raises:
@@ -362,7 +362,7 @@ def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> AsymmetricA
     blocks = {name.split(".")[4] for name in state if name.startswith("decoder.up.0.block.")}
     with torch.device("meta"):
         config = replace(config, decoder="asymmetric", decoder_width=width, decoder_res_blocks=len(blocks) - 1)
-        result = AsymmetricAutoencoderKL(config)
+        result = AutoencoderKL(config)
     check_keys({name: x.shape for name, x in result.state_dict().items()}, state, source=file)
     encoder = {n: x for n, x in first_stage.state_dict().items() if n.startswith(("encoder.", "quant_conv."))}
     for name, x in encoder.items():

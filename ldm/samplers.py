@@ -28,21 +28,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion import posterior_coefficients
 
-EpsModel = Callable[[Tensor, int], Tensor]
-"""(x_t, t) => eps_pred, in the shape of x_t."""
-Noise = Callable[[], Tensor]
-"""Draws a fresh standard normal tensor in the shape of x."""
-OnStep = Callable[[int, int, Tensor, Tensor], None]
-"""(step, num_steps, x_t, x_0_pred): step counts from 1 to num_steps, x_t is the result of the step."""
-Steps = Iterator[tuple[Tensor, Tensor]]
-"""(x, x_0_pred) after each step."""
+EpsModel = Callable[[Tensor, int], Tensor]  # (x_t, t) => eps_pred, in the shape of x_t
+Noise = Callable[[], Tensor]  # draws a fresh standard normal tensor in the shape of x
+OnStep = Callable[[int, int, Tensor, Tensor], None]  # (step from 1, num_steps, x_t after it, x_0_pred)
+Steps = Iterator[tuple[Tensor, Tensor]]  # (x, x_0_pred) after each step
 
 
 def sample(
@@ -148,40 +144,29 @@ def ddpm(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int], nois
         yield x, x_0
 
 
-class DDIMStep(NamedTuple):
-    """A step from timestep t to the one before: ac at both, and the standard deviation of the noise added."""
-
-    t: int
-    ac_t: float
-    ac_prev: float
-    sigma: float
-
-
-def ddim_steps(ac: Tensor, timesteps: Sequence[int], eta: float = 0.0) -> list[DDIMStep]:
-    """Return the steps through `timesteps` and from the last one to timestep 0. Source: DDIM, Eq. 16 (sigma)."""
-    steps, acs = [], ac.tolist()
+def ddim_steps(ac: Tensor, timesteps: Sequence[int], eta: float) -> Iterator[tuple[int, float, float, float]]:
+    """Yield (t, ac_t, ac_prev, sigma) of the steps through `timesteps` and to timestep 0. Source: DDIM, Eq. 16."""
+    acs = ac.tolist()
     for t, t_prev in pairwise([*timesteps, 0]):
         ac_t, ac_prev = acs[t], acs[t_prev]
-        # sigma = eta sqrt((1 - ac_prev) / (1 - ac_t)) sqrt(1 - ac_t / ac_prev)
-        sigma = eta * math.sqrt((1 - ac_prev) / (1 - ac_t) * (1 - ac_t / ac_prev))
-        steps.append(DDIMStep(t, ac_t, ac_prev, sigma))
-    return steps
+        # sigma, of the noise added, = eta sqrt((1 - ac_prev) / (1 - ac_t)) sqrt(1 - ac_t / ac_prev)
+        yield t, ac_t, ac_prev, eta * math.sqrt((1 - ac_prev) / (1 - ac_t) * (1 - ac_t / ac_prev))
 
 
-def _ddim_step(x: Tensor, eps: Tensor, step: DDIMStep) -> tuple[Tensor, Tensor]:
+def _ddim_step(x: Tensor, eps: Tensor, ac_t: float, ac_prev: float, sigma: float) -> tuple[Tensor, Tensor]:
     """Return x_prev without its fresh noise, and the predicted x_0. Source: DDIM, Eq. 12."""
     eps = eps.to(x.dtype)
-    x_0 = predict_x_0(x, eps, step.ac_t)
+    x_0 = predict_x_0(x, eps, ac_t)
     # x_prev = alpha_prev x_0 + sqrt(1 - ac_prev - sigma^2) eps
-    return step.ac_prev**0.5 * x_0 + (1 - step.ac_prev - step.sigma**2) ** 0.5 * eps, x_0
+    return ac_prev**0.5 * x_0 + (1 - ac_prev - sigma**2) ** 0.5 * eps, x_0
 
 
 def ddim(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int], eta: float, noise: Noise) -> Steps:
     """Sample by DDIM, deterministically if eta = 0. Source: DDIM, Eq. 12 and 16."""
-    for step in ddim_steps(ac, timesteps, eta):
-        x, x_0 = _ddim_step(x, eps_fn(x, step.t), step)
+    for t, ac_t, ac_prev, sigma in ddim_steps(ac, timesteps, eta):
+        x, x_0 = _ddim_step(x, eps_fn(x, t), ac_t, ac_prev, sigma)
         if eta > 0:
-            x = x + step.sigma * noise()  # the last term of Eq. 12
+            x = x + sigma * noise()  # the last term of Eq. 12
         yield x, x_0
 
 
@@ -197,39 +182,27 @@ def plms(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int]) -> S
     Source: PNDM, Eq. 12, with lower-order starts in place of its Runge-Kutta steps.
     """
     history: list[Tensor] = []  # predictions, newest first
-    for step in ddim_steps(ac, timesteps):
-        history = [eps_fn(x, step.t).to(x.dtype), *history[:3]]
+    for t, *acs_and_sigma in ddim_steps(ac, timesteps, eta=0.0):
+        history = [eps_fn(x, t).to(x.dtype), *history[:3]]
         if len(history) == 1:
-            x_prev, _ = _ddim_step(x, history[0], step)
-            t_prev = timesteps[:2][-1]
-            eps = (history[0] + eps_fn(x_prev, t_prev).to(x.dtype)) / 2
+            x_prev, _ = _ddim_step(x, history[0], *acs_and_sigma)
+            eps = (history[0] + eps_fn(x_prev, timesteps[:2][-1]).to(x.dtype)) / 2
         else:
             weights = ADAMS_BASHFORTH[len(history)]
             eps = torch.stack([w * e for w, e in zip(weights, history, strict=True)]).sum(0)
-        x, x_0 = _ddim_step(x, eps, step)
+        x, x_0 = _ddim_step(x, eps, *acs_and_sigma)
         yield x, x_0
 
 
 # --- High-order solvers of the probability-flow ODE, in x_0 and lambda ------------------------------------------------
 
 
-class _Knot(NamedTuple):
+class _Knot:
     """A point of the solvers' grid."""
 
-    t: int
-    ac: float
-
-    @property
-    def alpha(self) -> float:
-        return math.sqrt(self.ac)
-
-    @property
-    def sigma(self) -> float:
-        return math.sqrt(1 - self.ac)
-
-    @property
-    def lam(self) -> float:
-        return math.log(self.alpha / self.sigma) if self.ac < 1 else math.inf
+    def __init__(self, t: int, ac: float) -> None:
+        self.t, self.ac, self.alpha, self.sigma = t, ac, math.sqrt(ac), math.sqrt(1 - ac)
+        self.lam = math.log(self.alpha / self.sigma) if ac < 1 else math.inf
 
 
 def dpm_solver_pp(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int], corrector: bool = False) -> Steps:

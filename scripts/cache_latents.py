@@ -27,7 +27,7 @@ from ldm.data.datamodule import box_dataset
 from ldm.files import write_text
 from ldm.images import exemplar_to_pixels
 from ldm.latent_diffusion import add_imagenet_tower, latent_mask
-from ldm.models.autoencoder import AutoencoderKL, build_autoencoder
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.exemplar_encoder import ExemplarEncoder
 
 LATENTS_CONFIG = "latents.yaml"
@@ -43,7 +43,7 @@ def load_part(module: nn.Module, state: dict[str, Tensor], prefix: str, source: 
 def load_encoders(config: Config, checkpoint: Path, device: str) -> tuple[AutoencoderKL, ExemplarEncoder | None]:
     """Load the first stage and, if its tower is frozen, the exemplar encoder without its mapper."""
     state = to_module_keys(read_checkpoint(checkpoint))
-    first_stage = build_autoencoder(config.model.first_stage)
+    first_stage = AutoencoderKL(config.model.first_stage)
     load_part(first_stage, state, FIRST_STAGE, checkpoint)
     exemplar_encoder = None
     if not config.training.train_tower:

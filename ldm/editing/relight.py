@@ -140,7 +140,7 @@ class Relighter:
         x = torch.from_numpy(levels / 127 - 1).movedim(-1, 1)  # grey levels [0, 255] => about [-1, 1]
         model = self.model
         posterior = model.first_stage_model.encode(x.to(model.betas.device, model.weight_dtype))
-        return model.config.scale_factor * posterior.mode().float()
+        return model.config.scale_factor * posterior.mean.float()
 
     def _paint(
         self, read: list[Image.Image], settings: EditSettings, generators: list[torch.Generator], **start: Any

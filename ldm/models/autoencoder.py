@@ -22,15 +22,14 @@ from ldm.models.layers import Upsample, attention
 
 
 class DiagonalGaussian:
-    """A Gaussian posterior with a diagonal covariance, from moments (B, 2Z, h, w): means, then log variances."""
+    """A Gaussian posterior with a diagonal covariance, from moments (B, 2Z, h, w): means, then log variances.
+
+    `mean`, (B, Z, h, w), is also its mode.
+    """
 
     def __init__(self, moments: Tensor) -> None:
         self.mean, logvar = moments.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
-
-    def mode(self) -> Tensor:
-        """Return the most likely latent, (B, Z, h, w)."""
-        return self.mean
 
     def sample(self, generator: Generators = None) -> Tensor:
         """Draw a latent, (B, Z, h, w): mean + std noise; `generator` may be one per sample."""
@@ -96,15 +95,12 @@ class Downsample(nn.Module):
 class Level(nn.Module):
     """Blocks of one resolution, followed by the change of resolution where the level has one."""
 
-    def __init__(
-        self, config: AutoencoderConfig, in_channels: int, out_channels: int, num_blocks: int, change: str | None
-    ) -> None:
+    def __init__(self, config: AutoencoderConfig, widths: list[int], change: str | None) -> None:
         super().__init__()
-        pairs = pairwise([in_channels] + [out_channels] * num_blocks)
-        self.block = nn.ModuleList(ResnetBlock(config, a, b) for a, b in pairs)
+        self.block = nn.ModuleList(ResnetBlock(config, a, b) for a, b in pairwise(widths))
         self.change = change
         if change is not None:
-            self.add_module(change, {"downsample": Downsample, "upsample": Upsample}[change](out_channels))
+            self.add_module(change, {"downsample": Downsample, "upsample": Upsample}[change](widths[-1]))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -128,7 +124,7 @@ class Encoder(nn.Module):
         self.patch_size = config.patch_size
         self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, config.ch, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(config, a, b, config.num_res_blocks, "downsample" if i < len(widths) else None)
+            Level(config, [a] + config.num_res_blocks * [b], "downsample" if i < len(widths) else None)
             for i, (a, b) in enumerate(pairwise([config.ch, *widths]), 1)
         )
         self.mid = _middle(config, widths[-1])
@@ -153,7 +149,7 @@ class Decoder(nn.Module):
         self.mid = _middle(config, widths[-1])
         # `up` is indexed by resolution, finest first, and run from the coarsest.
         self.up = nn.ModuleList(
-            Level(config, a, b, config.num_res_blocks + 1, "upsample" if i else None)
+            Level(config, [a] + (config.num_res_blocks + 1) * [b], "upsample" if i else None)
             for i, (b, a) in enumerate(pairwise([*widths, widths[-1]]))
         )
         self.norm_out = _norm(config.norm_groups, widths[0])
@@ -223,13 +219,13 @@ def _insert_known(x: Tensor, features: Tensor, kept: Tensor) -> Tensor:
 
 
 class AutoencoderKL(nn.Module):
-    """KL-regularised autoencoder with a Gaussian posterior."""
+    """KL-regularised autoencoder with a Gaussian posterior, and the decoder that the config names."""
 
-    def __init__(self, config: AutoencoderConfig, decoder: Decoder | None = None) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config) if decoder is None else decoder
+        self.decoder = (MaskConditionedDecoder if config.decoder == "asymmetric" else Decoder)(config)
         self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
@@ -249,15 +245,3 @@ class AutoencoderKL(nn.Module):
         0.5; it returns known pixels about, not exactly, as they were. Without either no pixels are known.
         """
         return self.decoder(self.post_quant_conv(z), image, keep_mask)
-
-
-class AsymmetricAutoencoderKL(AutoencoderKL):
-    """The KL-regularised autoencoder with a mask-conditioned decoder."""
-
-    def __init__(self, config: AutoencoderConfig) -> None:
-        super().__init__(config, MaskConditionedDecoder(config))
-
-
-def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
-    """Build the first stage of a config, with random weights."""
-    return (AsymmetricAutoencoderKL if config.decoder == "asymmetric" else AutoencoderKL)(config)

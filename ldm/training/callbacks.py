@@ -38,7 +38,7 @@ from ldm.training.module import NonFiniteError, logs_step
 
 MODULES = {"diffusion": DiffusionTraining, "first_stage": FirstStageTraining}
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PARTS = {  # prefixes of parameter names => the part of the model, as the curves name it
+PARTS = {  # prefixes of parameter names => the part of the model, as the curves name it; others: mapper
     "learnable_vector": "null_token",
     "model.": "unet",
     "first_stage_model.": "first_stage",
@@ -67,10 +67,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             reason = error if isinstance(error, OSError) else error.__context__  # PyTorch's writer hides the OSError
             if not isinstance(reason, OSError):
                 raise
-            remedy = f"make room, then continue with --resume {Path(path).parents[1]}"
-            raise CheckpointError(
-                f"{path}: cannot be saved ({reason.strerror}), the last is intact; {remedy}"
-            ) from error
+            remedy = f"the last is intact; make room, then continue with --resume {Path(path).parents[1]}"
+            raise CheckpointError(f"{path}: cannot be saved ({reason.strerror}); {remedy}") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
         try:
@@ -121,8 +119,7 @@ class Checkpoints(Callback):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if not stepped or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        number = self._agreed(trainer)
-        every = self.options.checkpoint_every
+        number, every = self._agreed(trainer), self.options.checkpoint_every
         periodic = every > 0 and trainer.global_step % every == 0
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         ends = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch) or trainer.should_stop
@@ -225,7 +222,8 @@ class Monitor(Callback):
             gradients: dict[str, list[Tensor]] = defaultdict(list)
             for name, parameter in pl_module.named_parameters():
                 if parameter.grad is not None:
-                    gradients[part_of(name)].append(parameter.grad)
+                    part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "mapper")
+                    gradients[part].append(parameter.grad)
             norms = {part: fsdp.total_norm(tensors) for part, tensors in gradients.items()}
             pl_module.log("train/grad_norm", fsdp.total_norm(norms.values()))
             pl_module.log_dict({f"train/grad_norm_{part}": norm for part, norm in norms.items()})
@@ -260,11 +258,6 @@ def batch_flops(config: Config, batch: dict[str, Any]) -> int:
         return measure_flops(module, lambda: module.losses(shapes)[0].mean(), lambda loss: loss)
 
 
-def part_of(name: str) -> str:
-    """Return the part of the model that a parameter belongs to."""
-    return next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "mapper")
-
-
 class ImageGrid(Callback):
     """Writes a grid of validation samples at intervals, as PNG and to the loggers that take images.
 
@@ -275,12 +268,19 @@ class ImageGrid(Callback):
         self.options, self.directory, self.ema = options, directory, ema
         self._last_step = 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, *args: Any, **kwargs: Any) -> None:
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         step, every = trainer.global_step, self.options.image_every
         if every == 0 or step % every != 0 or step == self._last_step:
             return
         self._last_step = step
-        rows = self._rows(trainer, pl_module)  # in all processes: a sharded model needs them
+        samples = trainer.datamodule.first_val_samples(self.options.num_images)  # type: ignore[attr-defined]
+        batch = pl_module.transfer_batch_to_device(default_collate(samples), pl_module.device, 0)
+        self.ema.on_validation_epoch_start(trainer, pl_module)
+        pl_module.eval()
+        rows = pl_module.preview(batch, self.options)  # in all processes: a sharded model needs them
+        pl_module.train()
+        self.ema.on_validation_epoch_end(trainer, pl_module)
         if trainer.is_global_zero:
             size = max(row.shape[-1] for row in rows)
             rows = [torch.nn.functional.interpolate(row.float().cpu(), size=(size, size)) for row in rows]
@@ -294,29 +294,18 @@ class ImageGrid(Callback):
                 elif isinstance(logger, WandbLogger):
                     logger.log_image("grid", [image], step=step)
 
-    @torch.no_grad()
-    def _rows(self, trainer: Trainer, module: Any) -> list[Tensor]:
-        samples = trainer.datamodule.first_val_samples(self.options.num_images)  # type: ignore[attr-defined]
-        batch = module.transfer_batch_to_device(default_collate(samples), module.device, 0)
-        self.ema.on_validation_epoch_start(trainer, module)
-        module.eval()
-        rows = module.preview(batch, self.options)
-        module.train()
-        self.ema.on_validation_epoch_end(trainer, module)
-        return rows
-
 
 def run_callbacks(config: Config, run_dir: Path) -> list[Callback]:
     """Make the callbacks of a run, in the order in which they act: average, speed, images, then saving."""
-    directory, options = run_dir / "checkpoints", config.logging
+    directory = run_dir / "checkpoints"
     stage = config.training if config.stage == "diffusion" else config.first_stage_training
     ema = (fsdp.ShardedEMA if config.trainer.get("strategy") == "fsdp2" else EMA)(stage.ema_decay)
     return [
         *([RichProgressBar()] if config.trainer.get("enable_progress_bar", True) else []),
         *([ema] if ema.decay > 0 else []),
         Monitor(config),
-        ImageGrid(options, run_dir / "images", ema),
-        Checkpoints(options, directory),
+        ImageGrid(config.logging, run_dir / "images", ema),
+        Checkpoints(config.logging, directory),
         # only when there is a fresh val/loss
         ModelCheckpoint(directory, "best", "val/loss", enable_version_counter=False, save_on_train_epoch_end=False),
     ]

@@ -49,12 +49,10 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         for tower in self.towers:
             tower.requires_grad_(self.options.train_tower)
         if self.options.trainable != "all":
+            attention = CrossAttention if self.options.trainable == "input_conv_attention" else ()
             self.requires_grad_(False)
-            self.unet.input_blocks[0].requires_grad_(True)
-        if self.options.trainable == "input_conv_attention":
-            for module in self.unet.modules():
-                if isinstance(module, CrossAttention):
-                    module.requires_grad_(True)
+            for module in [self.unet.input_blocks[0], *(m for m in self.unet.modules() if isinstance(m, attention))]:
+                module.requires_grad_(True)
         for parameter in self.unet.single_token_dead_parameters() if self.single_token else ():
             parameter.requires_grad_(False)
 
@@ -163,26 +161,23 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
     def latents(self, batch: dict[str, Any], generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Encode image and masked image in one call, or sample cached posteriors, as scaled latents (B, Z, h, w)."""
         if "image_moments" in batch:
-            posteriors = [DiagonalGaussian(batch[name]) for name in ("image_moments", "masked_moments")]
+            posteriors = (DiagonalGaussian(batch[name]) for name in ("image_moments", "masked_moments"))
             z_0, z_masked = (self.config.scale_factor * p.sample(generators) for p in posteriors)
-            return z_0, z_masked
-        pixels = torch.cat([batch["image"], batch["masked_image"]])
-        z_0, z_masked = self.encode_image(pixels, [*generators, *generators]).chunk(2)
+        else:
+            pixels = torch.cat([batch["image"], batch["masked_image"]])
+            z_0, z_masked = self.encode_image(pixels, [*generators, *generators]).chunk(2)
         return z_0, z_masked
 
     def draw(self, shape: torch.Size, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """Draw what the loss is an expectation over, one sample after the other, on the CPU.
 
-        Returns:
-            t (B,) int64 in [0, T); eps (B, Z, h, w) in the given shape; dropped (B,), whose condition is dropped.
+        t is (B,) int64 in [0, T), eps (B, Z, h, w) of the given shape, dropped (B,) bool for the condition.
         """
-        draws = (
+        draws = [
             (self._draw_timestep(g), self._draw_eps(shape[1:], g), torch.rand((), generator=g)) for g in generators
-        )
+        ]
         t, eps, u = (torch.stack(column) for column in zip(*draws, strict=True))
-        if self.options.null_drop == "per_batch":
-            u = u[:1].expand_as(u)
-        dropped = u < self.options.p_uncond
+        dropped = (u[:1].expand_as(u) if self.options.null_drop == "per_batch" else u) < self.options.p_uncond
         if self.device.type == "cuda":  # pinned memory is copied without waiting for the GPU
             t, eps, dropped = (x.pin_memory() for x in (t, eps, dropped))
         return t, eps, dropped
@@ -218,8 +213,8 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         z_0, z_masked = self.latents(batch, generators)
         c_concat, context = self.c_concat(z_masked, batch["keep_mask"]), self.batch_context(batch)
-        steps, scale = options.sampler_steps, options.guidance_scale
-        sample = self.sample(c_concat, context, num_steps=steps, guidance_scale=scale, generator=generators)
+        settings: dict[str, Any] = {"num_steps": options.sampler_steps, "guidance_scale": options.guidance_scale}
+        sample = self.sample(c_concat, context, **settings, generator=generators)
         scene, masked, sample = (self.decode_latents(z) for z in (z_0, z_masked, sample))
         exemplars = [exemplar_to_pixels(batch["exemplar"])] if self.reads_exemplars else []
         return [scene, masked, *exemplars, sample]

@@ -20,7 +20,7 @@ from ldm.checkpoint.keys import CONDITION_ENCODER, FIRST_STAGE
 from ldm.config import Config, FirstStageTrainingConfig, LoggingConfig
 from ldm.data.masks import irregular_hole
 from ldm.images import mask_to_tensor
-from ldm.models.autoencoder import AsymmetricAutoencoderKL, build_autoencoder
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.efficientnet import efficientnet_stages, load_feature_network, normalise
 from ldm.training.module import TrainingModule, override_optimizer_hparams
 
@@ -40,8 +40,8 @@ class FirstStageTraining(TrainingModule):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.options: FirstStageTrainingConfig = config.first_stage_training
-        self.first_stage_model = model = build_autoencoder(config.model.first_stage)
-        self.frozen_encoder = isinstance(model, AsymmetricAutoencoderKL)
+        self.first_stage_model = model = AutoencoderKL(config.model.first_stage)
+        self.frozen_encoder = config.model.first_stage.decoder == "asymmetric"
         if self.frozen_encoder:
             for part in (model.encoder, model.quant_conv, model.post_quant_conv):
                 part.requires_grad_(False)
@@ -135,7 +135,7 @@ class FirstStageTraining(TrainingModule):
     def preview(self, batch: dict[str, Tensor], options: LoggingConfig) -> list[Tensor]:
         """Return scenes and reconstructions, an asymmetric decoder's without and with pixels; (B, 3, H, W)."""
         model, image, keep_mask = self.first_stage_model, batch["image"], batch["keep_mask"]
-        z = model.encode(image).mode()
+        z = model.encode(image).mean
         return [image, model.decode(z), *([model.decode(z, image, keep_mask)] if self.frozen_encoder else [])]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -17,7 +17,7 @@ from ldm.checkpoint.io import read_checkpoint, write_safetensors
 from ldm.config import load_config
 from ldm.editing.editor import Editor
 from ldm.latent_diffusion import load_model
-from ldm.models.autoencoder import AsymmetricAutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, MaskConditionedDecoder
 
 NAMED = ("model.first_stage.decoder=asymmetric", "model.first_stage.decoder_width=2.0")
 FAST = ["--steps", "2", "--device", "cpu"]
@@ -27,7 +27,7 @@ FAST = ["--steps", "2", "--device", "cpu"]
 def decoder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For the tiny model's encoder: twice as wide, random."""
     torch.manual_seed(1)
-    model = AsymmetricAutoencoderKL(load_config(tiny_folder / "config.yaml", overrides=NAMED).model.first_stage)
+    model = AutoencoderKL(load_config(tiny_folder / "config.yaml", overrides=NAMED).model.first_stage)
     own = load_model(tiny_folder / "config.yaml", tiny_folder / "model.safetensors").first_stage_model.state_dict()
     model.load_state_dict({n: x for n, x in own.items() if not n.startswith("decoder.")}, strict=False)
     path = tmp_path_factory.mktemp("decoder") / "decoder.safetensors"
@@ -116,7 +116,7 @@ def test_another_model_s_decoder(
 def test_folders_of_diffusers(name: str, tiny_folder: Path, decoder: Path, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to(decoder)
     editor = Editor.from_pretrained(tiny_folder, decoder=tmp_path)
-    assert isinstance(editor.model.first_stage_model, AsymmetricAutoencoderKL)
+    assert isinstance(editor.model.first_stage_model.decoder, MaskConditionedDecoder)
 
 
 def test_bulk(tiny_folder: Path, decoder: Path, files: dict[str, Path], tmp_path: Path) -> None:
