@@ -46,17 +46,14 @@ class ControlNet(UNetEncoder):
         self.input_hint_block = nn.Sequential(
             *hint, zero_init(nn.Conv2d(HINT_CHANNELS[-1], config.model_channels, 3, padding=1))
         )
-        self.zero_convs = nn.ModuleList(nn.Sequential(_zero_conv(width)) for width in self.skip_channels)
-        self.middle_block_out = nn.Sequential(_zero_conv(self.skip_channels[-1]))
-
-    def encode_hint(self, picture: Tensor) -> Tensor:
-        """Encode the image, (B, 3, H, W) in [0, 1], on the latent grid: (B, C, h, w), the same at every step."""
-        return self.input_hint_block(picture)
+        widths = [*self.skip_channels, self.skip_channels[-1]]
+        *outs, middle_out = (nn.Sequential(zero_init(nn.Conv2d(width, width, 1))) for width in widths)
+        self.zero_convs, self.middle_block_out = nn.ModuleList(outs), middle_out
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
         """Compute the residuals, from the finest to the middle, as `UNetModel.forward` takes them.
 
-        The UNet's x_t (B, 4, h, w) is the noisy latent alone; hint (B or 1, C, h, w) comes from `encode_hint`.
+        x_t (B, 4, h, w) is the noisy latent alone; hint (B or 1, C, h, w) the output of `input_hint_block`.
         """
         embedding = self.embed(t, context.dtype)
         x, residuals = x_t, []
@@ -66,10 +63,6 @@ class ControlNet(UNetEncoder):
                 x = x + hint
             residuals.append(zero_conv(x))
         return [*residuals, self.middle_block_out(self.middle_block(x, embedding, context))]
-
-
-def _zero_conv(channels: int) -> nn.Module:
-    return zero_init(nn.Conv2d(channels, channels, 1))
 
 
 @dataclass(frozen=True)
@@ -88,11 +81,9 @@ class Control:
             raise ValueError(f"control scale: got {self.scale}, expected a finite number")
 
     def scales(self, count: int) -> list[float]:
-        """Return the factor of each residual, from the finest to the middle."""
-        if not self.guess_mode:
-            return [self.scale] * count
-        # geometric from 0.1 to 1: scale 0.1^(1 - i / (count - 1))
-        return [self.scale * GUESS_LOWEST ** (1 - i / (count - 1)) for i in range(count)]
+        """Return the factor of each residual, from the finest to the middle; in guess mode geometric, from 0.1 to 1."""
+        lowest = GUESS_LOWEST if self.guess_mode else 1.0
+        return [self.scale * lowest ** (1 - i / (count - 1)) for i in range(count)]
 
 
 class Steering:
@@ -102,7 +93,7 @@ class Steering:
     def __init__(self, controls: Sequence[Control], pictures: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.controls = controls
         self.hints = [
-            control.network.encode_hint(picture.to(next(control.network.parameters()).device, dtype))
+            control.network.input_hint_block(picture.to(next(control.network.parameters()).device, dtype))
             for control, picture in zip(controls, pictures, strict=True)
         ]
 
@@ -152,8 +143,6 @@ def control_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]
     if conv is None or not holds(state, "zero_convs."):
         raise CheckpointError(f"{source}: not a control network; pass a file such as control_v11p_sd15_canny.pth")
     if conv.shape[1] != 4:
-        raise CheckpointError(
-            f"{source}: its input conv has {conv.shape[1]} channels, expected 4: it reads the noisy latent alone; use "
-            "one that was made from Stable Diffusion itself, which steers inpainting models as it is"
-        )
+        remedy = "use one for Stable Diffusion itself, which steers inpainting models as it is"
+        raise CheckpointError(f"{source}: its input conv has {conv.shape[1]} channels, expected 4; {remedy}")
     return dict(state)

@@ -35,18 +35,14 @@ def load_feature_network(device: str | torch.device = "cpu") -> nn.Module:
     return network.eval().requires_grad_(False).to(device)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """Scale pixel values in [0, 255] to the input range of EfficientNet-Lite0."""
-    return (pixels - LITE_MEAN) / LITE_STD
+def efficientnet_stages(network: Any, pixels: Tensor) -> list[Tensor]:
+    """Compute the normalised input of EfficientNet-Lite0 and the last features at each of its resolutions.
 
-
-def efficientnet_stages(network: Any, x: Tensor) -> list[Tensor]:
-    """Compute the last features of EfficientNet-Lite0, a network of `load_feature_network`, at each of its resolutions.
-
-    (B, 3, H, W) from `normalise`, multiples of 32, to five (B, C, H / f, W / f); C, f are (16, 2), (24, 4), (40, 8),
-    (112, 16), (320, 32).
+    Pixels (B, 3, H, W) in [-1, 1], multiples of 32, to six (B, C, H / f, W / f); C, f are (3, 1), (16, 2), (24, 4),
+    (40, 8), (112, 16), (320, 32).
     """
-    last: dict[torch.Size, Tensor] = {}
+    x = (127.5 * (pixels + 1.0) - LITE_MEAN) / LITE_STD
+    last = {x.shape[2:]: x}
     x = network._swish(network._bn0(network._conv_stem(x)))
     for block in network._blocks:
         x = block(x)
@@ -80,9 +76,8 @@ class EfficientNetTower(nn.Module):
         """(B, 3, S, S), normalised as for CLIP, to (B, L, NUM_FEATURES); the first token is the whole image's."""
         # in float32: a CPU cannot antialias in bfloat16
         x = F.interpolate(pixel_values.float(), (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
-        x = normalise(127.5 * (exemplar_to_pixels(x.to(pixel_values.dtype)) + 1.0))
-        stages = efficientnet_stages(self.network, x)
-        maps = [features / scale for features, scale in zip([x, *stages], self.SCALES, strict=True)]
+        stages = efficientnet_stages(self.network, exemplar_to_pixels(x.to(pixel_values.dtype)))
+        maps = [features / scale for features, scale in zip(stages, self.SCALES, strict=True)]
         whole = _pooled(maps)[:, None]
         if not self.all_tokens:
             return whole

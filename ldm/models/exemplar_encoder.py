@@ -47,22 +47,6 @@ class MapperBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def _clip_tower(config: ExemplarEncoderConfig) -> nn.Module:
-    from transformers import CLIPVisionConfig, CLIPVisionModel  # takes a second, which only this tower needs
-
-    return CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            projection_dim=config.hidden_size,  # CLIP's own projection is not used
-        )
-    )
-
-
 class ExemplarEncoder(nn.Module):
     """Image tower, mapper and final norm."""
 
@@ -70,7 +54,18 @@ class ExemplarEncoder(nn.Module):
         super().__init__()
         self.config = config
         if config.tower == "clip":
-            self.transformer: Any = _clip_tower(config)
+            from transformers import CLIPVisionConfig, CLIPVisionModel  # takes a second, which only this tower needs
+
+            tower = CLIPVisionConfig(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+                projection_dim=config.hidden_size,  # CLIP's own projection is not used
+            )
+            self.transformer: Any = CLIPVisionModel(tower)
         else:
             self.transformer = EfficientNetTower(all_tokens=config.tokens == "all")
             self.reduce = nn.Linear(EfficientNetTower.NUM_FEATURES, config.hidden_size)
@@ -93,16 +88,15 @@ class ExemplarEncoder(nn.Module):
         return self.transformer.post_layernorm(tower.last_hidden_state)
 
     def tokens(self, features: Tensor) -> Tensor:
-        """Map the tower's features (B, L, F) to tokens (B, L, D): mapper, then norm.
+        """Map the tower's features (B, L, F) to tokens (B, L, D): mapper, then norm; of the first one if `pooled`.
 
-        With `tokens: pooled` the first feature is taken; a ValueError says that all are wanted, and there is one.
+        Raises ValueError for features of one token, from a cache, where the config asks for all.
         """
         if self.config.tokens == "pooled":
             features = features[:, :1]
         elif features.shape[1] == 1:
             raise ValueError(
-                "got features of one token, expected all tokens: they were cached for tokens: pooled; "
-                "write them again with scripts/cache_latents.py"
+                "got cached features of one token, expected all; cache again with scripts/cache_latents.py"
             )
         if self.config.tower != "clip":
             features = self.reduce(features)

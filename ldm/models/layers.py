@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from ldm.config import UNetConfig
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Embed timesteps (B,), integer or fractional, by sinusoids, cosines first: (B, dim) float32 in [-1, 1].
 
     Source: Ho et al. 2020 (DDPM), section 4, after Vaswani et al. 2017.
     """
     half = dim // 2
-    # frequency_i = max_period^(-i / half), in the published code's order of operations: one unit in the last place of a
+    # frequency_i = 10000^(-i / half), in the published code's order of operations: one unit in the last place of a
     # frequency moves the angle at t = 999 by 6e-5
-    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    exponents = -math.log(10_000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = t[:, None].float() * exponents.exp()[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -38,9 +38,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 class CrossAttention(nn.Module):
     """Attention from N positions to L context tokens; without a context, self-attention."""
 
-    def __init__(self, query_dim: int, context_dim: int | None, num_heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, query_dim: int, context_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        context_dim = query_dim if context_dim is None else context_dim
         self.num_heads = num_heads
         self.to_q = nn.Linear(query_dim, query_dim, bias=False)
         self.to_k = nn.Linear(context_dim, query_dim, bias=False)
@@ -51,13 +50,6 @@ class CrossAttention(nn.Module):
         """(B, N, C), (B, L, D) -> (B, N, C)."""
         context = x if context is None else context
         return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads))
-
-    def single_token(self, context: Tensor) -> Tensor:
-        """Compute `forward` for a context of one token, equal at every position: (B, 1, D) -> (B, 1, C).
-
-        Exact: a softmax over one key is 1, so the norm before, queries and keys have no effect.
-        """
-        return self.to_out(self.to_v(context))  # softmax(q k) v = 1 v
 
 
 class GEGLU(nn.Module):
@@ -77,20 +69,20 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, context_dim: int, dropout: float) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(dim, None, num_heads, dropout)
+        self.attn1 = CrossAttention(dim, dim, num_heads, dropout)
         self.ff = nn.Sequential(
             OrderedDict(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)))
         )
         self.attn2 = CrossAttention(dim, context_dim, num_heads, dropout)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, N, C), (B, L, D) -> (B, N, C)."""
         x = x + self.attn1(self.norm1(x))
-        single = context.shape[1] == 1
-        x = x + (self.attn2.single_token(context) if single else self.attn2(self.norm2(x), context))
+        if context.shape[1] == 1:  # a softmax over one key is 1: softmax(q k) v = v, equal at every position
+            x = x + self.attn2.to_out(self.attn2.to_v(context))
+        else:
+            x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 

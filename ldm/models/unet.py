@@ -75,10 +75,8 @@ class UNetEncoder(nn.Module):
         widths = [config.model_channels * multiplier for multiplier in config.channel_mult]
         for width in [config.model_channels, *widths]:
             if width % config.norm_groups or width % config.num_heads:
-                raise ConfigError(
-                    f"model.unet: a width of {width} channels is not divisible by {config.norm_groups} groups and "
-                    f"{config.num_heads} heads; change model_channels, channel_mult or num_heads"
-                )
+                divisors = f"norm_groups ({config.norm_groups}) and num_heads ({config.num_heads})"
+                raise ConfigError(f"model.unet: got a width of {width} channels, expected a multiple of {divisors}")
         embedded = 4 * config.model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, embedded), nn.SiLU(), nn.Linear(embedded, embedded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import pdb
 import re
 import sys
 from collections.abc import Sequence
@@ -67,9 +68,7 @@ def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
         given = Path(args.resume)
         run_dir = given.parent.parent if given.is_file() else given
         if not (run_dir / "config.yaml").is_file():
-            raise ConfigError(
-                f"--resume {given}: not a run directory or its checkpoint; there is no {run_dir}/config.yaml"
-            )
+            raise ConfigError(f"--resume {given}: not a run directory or a checkpoint of one: no {run_dir}/config.yaml")
         if given.is_file() and (damage := verify_zip(given)):
             raise ConfigError(f"--resume {given}: damaged ({damage}); give {run_dir} for the last whole checkpoint")
         checkpoint = given if given.is_file() else _newest_checkpoint(run_dir)
@@ -107,18 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.trainer.is_global_zero:
             print(f"{dump_config(config)}\n{run.summary()}")
         return 0
-    except (OSError, ValueError) as error:  # including UserError
-        return _failed(str(error), args.debug)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's
-            raise
-        return _failed(f"{str(error).splitlines()[0]} do: {MEMORY}", args.debug)
-
-
-def _failed(message: str, debug: bool) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    if debug:
-        import pdb
-
-        pdb.post_mortem()
-    return 2
+    except (OSError, ValueError, RuntimeError) as error:  # including UserError
+        message = str(error)
+        if isinstance(error, RuntimeError):
+            if type(error).__name__ != "OutOfMemoryError":  # torch's
+                raise
+            message = f"{message.splitlines()[0]} do: {MEMORY}"
+        print(f"error: {message}", file=sys.stderr)
+        if args.debug:
+            pdb.post_mortem()
+        return 2

@@ -21,7 +21,7 @@ from ldm.config import Config, FirstStageTrainingConfig, LoggingConfig
 from ldm.data.masks import irregular_hole
 from ldm.images import mask_to_tensor
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.efficientnet import efficientnet_stages, load_feature_network, normalise
+from ldm.models.efficientnet import efficientnet_stages, load_feature_network
 from ldm.training.module import TrainingModule, override_optimizer_hparams
 
 Weights = dict[str, Tensor]
@@ -64,10 +64,8 @@ class FirstStageTraining(TrainingModule):
         if not self.frozen_encoder:
             return state, []
         decoder, branch = FIRST_STAGE + "decoder.", FIRST_STAGE + CONDITION_ENCODER
-        shapes = {
-            n: x.shape for n, x in self.state_dict().items() if n.startswith(decoder) and not n.startswith(branch)
-        }
-        if all(name in state and state[name].shape == shape for name, shape in shapes.items()):
+        plain = {n: x for n, x in self.state_dict().items() if n.startswith(decoder) and not n.startswith(branch)}
+        if all(name in state and state[name].shape == x.shape for name, x in plain.items()):
             return state, [branch]
         return {name: tensor for name, tensor in state.items() if not name.startswith(decoder)}, [decoder]
 
@@ -173,5 +171,5 @@ class PerceptualDistance:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the distance (a scalar) of pixels (B, 3, H, W) in [-1, 1], differentiable in both; 0 if equal."""
         self.network = self.network or load_feature_network(x.device)
-        stages = (efficientnet_stages(self.network, normalise(127.5 * (pixels + 1.0))) for pixels in (x, y))
+        stages = (efficientnet_stages(self.network, pixels)[1:] for pixels in (x, y))
         return torch.stack([F.l1_loss(a, b) for a, b in zip(*stages, strict=True)]).mean()

@@ -93,7 +93,7 @@ def test_the_unet_takes_them_as_diffusers_does(network: ControlNet, call: dict[s
     state = {UNET + name: tensor for name, tensor in ours.state_dict().items()}
     theirs.load_state_dict(convert_ldm_unet_checkpoint(state, theirs.config))
     x = torch.cat([call["x_t"], torch.randn(2, 5, 8, 8, generator=torch.Generator().manual_seed(2))], dim=1)
-    *down, middle = network(call["x_t"], call["t"], call["context"], network.encode_hint(call["picture"]))
+    *down, middle = network(call["x_t"], call["t"], call["context"], network.input_hint_block(call["picture"]))
     got = ours(x, call["t"], call["context"], [*down, middle])
     expected = theirs.eval()(
         x,

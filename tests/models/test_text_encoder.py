@@ -414,7 +414,7 @@ def test_a_prompt_on_the_command_line(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt", "a dog"], "got some of --image, --mask, --reference (or --prompt)"),
+        (["--prompt", "a dog"], "--image, --mask and --reference"),
         (
             ["--image", "{scene}", "--box", "2,2,9,9", "--prompt", "a dog", "--rank"],
             "--sort-by-similarity",
