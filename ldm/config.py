@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, cast, dataclass_transform
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -55,14 +55,13 @@ class Section:
 
     def __post_init__(self) -> None:
         for key in fields(self):  # pyright: ignore[reportArgumentType]: the subclasses are dataclasses
-            value, rules = getattr(self, key.name), key.metadata
-            bounds = {rule: bound for rule, bound in rules.items() if rule in SIGNS}
+            value, bounds = getattr(self, key.name), dict(key.metadata)
+            choices = bounds.pop("choices", None)
             for item in value if isinstance(value, list) else [value]:
-                if item not in rules.get("choices", [item]):
-                    raise self.error(key.name, f"one of {', '.join(rules['choices'])}", item)
+                if choices and item not in choices:
+                    raise self.error(key.name, f"one of {', '.join(choices)}", item)
                 if item is not None and not all(getattr(operator, rule)(item, bounds[rule]) for rule in bounds):
-                    expected = " and ".join(f"{SIGNS[rule]} {bound}" for rule, bound in bounds.items())
-                    raise self.error(key.name, expected, item)
+                    raise self.error(key.name, " and ".join(f"{SIGNS[rule]} {bounds[rule]}" for rule in bounds), item)
         self.check_together()
 
     def check_together(self) -> None:
@@ -279,11 +278,7 @@ class Config(Section):
 
 
 def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[str] = ()) -> Config:
-    """Merge config files and overrides into a validated `Config`.
-
-    Args:
-        sources: YAML paths, OmegaConf nodes or `Config` objects, merged from left to right.
-        overrides: `section.key=value` strings, applied last.
+    """Merge `sources` from left to right, then `overrides`, `section.key=value`, into a validated `Config`.
 
     Raises:
         ConfigError: a file is missing or is not YAML, a key is unknown, or a value is of the wrong type or range.
@@ -296,11 +291,9 @@ def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[
     for override in overrides:
         merged = _merge(merged, f"override {override!r}", OmegaConf.from_dotlist, [override])
     try:
-        config = OmegaConf.to_object(merged)
+        return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:  # a value refers to another one that is not there
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}; give it a value") from error
-    assert isinstance(config, Config)
-    return config
 
 
 def dump_config(config: Config) -> str:

@@ -65,7 +65,7 @@ class LatentDiffusion(nn.Module):
         for name, values in self.schedule.buffers().items():
             self.register_buffer(name, values)  # for the file format; computations use `ac`
         self._ac: Tensor | None = None
-        self._empty_prompt_cache: tuple[tuple[Any, ...], Tensor] | None = None
+        self._empty_prompt_cache: tuple[Any, Tensor] | None = None
 
     @property
     def unet(self) -> UNetModel:
@@ -117,9 +117,9 @@ class LatentDiffusion(nn.Module):
         return self._empty_prompt_cache[1]
 
     def context(self, exemplar: Tensor | None = None, prompts: Sequence[str] | None = None) -> Tensor:
-        """Concatenate all tokens of the condition (B, L, D), the exemplar's, then the text's, if the model reads them.
+        """Concatenate the tokens (B, L, D) that the model reads: of exemplars, then of B prompts.
 
-        Without an exemplar the learned token for "no exemplar" is used, without B prompts the empty one.
+        Without an exemplar the learned token for "no exemplar" is used, without prompts the empty one.
         """
         parts = []
         if self.reads_exemplars:
@@ -290,7 +290,6 @@ def load_model(
     The modules are built without memory and take the checkpoint's tensors: there is one copy of the weights.
 
     Args:
-        config: path of a YAML file, or a loaded config.
         checkpoint: `.ckpt` or `.safetensors` in the published layout; None leaves the weights random.
         decoder: a mask-conditioned decoder for the first stage, a file or folder for `replace_decoder`.
         dtype: type of the weights; the noise schedule stays float32.
@@ -355,18 +354,17 @@ def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> Autoencoder
     last = state.get("decoder.conv_out.weight")
     if last is None or not any(name.startswith(CONDITION_ENCODER) for name in state):
         raise CheckpointError(
-            f"{file}: holds no mask-conditioned decoder ({CONDITION_ENCODER}…); see docs/asymmetric.md"
+            f"{file}: holds no mask-conditioned decoder ({CONDITION_ENCODER}…), see docs/asymmetric.md"
         )
     config, dtype = first_stage.config, first_stage.quant_conv.weight.dtype
     width = last.shape[1] / (config.ch * config.ch_mult[0])
     blocks = {name.split(".")[4] for name in state if name.startswith("decoder.up.0.block.")}
+    config = replace(config, decoder="asymmetric", decoder_width=width, decoder_res_blocks=len(blocks) - 1)
     with torch.device("meta"):
-        config = replace(config, decoder="asymmetric", decoder_width=width, decoder_res_blocks=len(blocks) - 1)
         result = AutoencoderKL(config)
     check_keys({name: x.shape for name, x in result.state_dict().items()}, state, source=file)
     encoder = {n: x for n, x in first_stage.state_dict().items() if n.startswith(("encoder.", "quant_conv."))}
-    for name, x in encoder.items():
-        # the bounds admit equal weights that were rounded to half precision
+    for name, x in encoder.items():  # the bounds admit equal weights that were rounded to half precision
         if not torch.allclose(x.float(), state[name].to(x.device).float(), rtol=1e-2, atol=1e-3):
             raise CheckpointError(f"{file}: trained for another encoder ({name} differs); use this model's own decoder")
     result.load_state_dict({name: x.to(dtype) for name, x in state.items()} | encoder, assign=True)

@@ -84,11 +84,7 @@ def sample(
 
 
 def choose_timesteps(sampler: str, T: int, num_steps: int) -> list[int]:
-    """Return the timesteps of a sampler, the noisiest first; it starts with the noise of that one.
-
-    Raises:
-        ValueError: unknown sampler, or a step count out of range.
-    """
+    """Return the timesteps of a sampler, the noisiest first; it starts with the noise of that one."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
     if not 1 <= num_steps <= T:
@@ -106,10 +102,7 @@ def uniform_timesteps(T: int, num_steps: int) -> list[int]:
 
 
 def quadratic_timesteps(T: int, num_steps: int) -> list[int]:
-    """Return num_steps distinct timesteps from T - 1 down to 0, about proportional to squares.
-
-    Source: DDIM, appendix D.2 (quadratic selection).
-    """
+    """Return num_steps distinct timesteps from T - 1 down to 0, about proportional to squares: DDIM, appendix D.2."""
     if num_steps == 1:
         return [T - 1]
     timesteps = [0]
@@ -127,11 +120,9 @@ def predict_x_0(x: Tensor, eps: Tensor, ac_t: float) -> Tensor:
 
 
 def ddpm(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int], noise: Noise) -> Steps:
-    """Sample ancestrally: x_prev ~ q(x_prev | x_t, x_0_pred).
+    """Sample ancestrally: x_prev ~ q(x_prev | x_t, x_0_pred). Source: DDPM, Algorithm 2 with the variance of Eq. 7.
 
     Fewer steps than T skip timesteps; the posterior then spans the gap (iDDPM, section 4).
-
-    Source: DDPM, Algorithm 2 with the variance of Eq. 7.
     """
     ac_ts = ac.double()[timesteps]
     ac_prevs = torch.cat([ac_ts[1:], ac_ts.new_ones(1)])  # the last step leads to ac = 1, no noise
@@ -178,7 +169,6 @@ def plms(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int]) -> S
     """Sample by pseudo linear multistep: DDIM's step with a multistep combination of noise predictions.
 
     The first step averages the predictions at both of its ends (improved Euler): one prediction more than steps.
-
     Source: PNDM, Eq. 12, with lower-order starts in place of its Runge-Kutta steps.
     """
     history: list[Tensor] = []  # predictions, newest first
@@ -249,12 +239,9 @@ def _extrapolate(knots: list[_Knot], i: int, x_0s: list[Tensor]) -> Tensor:
 
 
 def _interpolate(knots: list[_Knot], i: int, x_0s: list[Tensor]) -> Tensor:
-    """Estimate the mean x_0 over the step from knot i by the predictions up to its end, knot i + 1.
-
-    Source: UniPC, section 3 (UniC), of order 1 for the first step and 2 thereafter.
-    """
+    """Estimate the mean x_0 over the step from knot i by predictions up to its end. Source: UniPC, section 3 (UniC)."""
     change = x_0s[-1] - x_0s[-2]
-    if i == 0:
+    if i == 0:  # the first step is of order 1, the others of order 2
         return x_0s[-2] + change / 2
     h_last, h = knots[i].lam - knots[i - 1].lam, knots[i + 1].lam - knots[i].lam
     # For data prediction z = -h, phi_1(z) = (e^z - 1) / z and phi_k+1(z) = (phi_k(z) - 1 / k!) / z. The names below

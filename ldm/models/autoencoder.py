@@ -92,20 +92,12 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Level(nn.Module):
-    """Blocks of one resolution, followed by the change of resolution where the level has one."""
-
-    def __init__(self, config: AutoencoderConfig, widths: list[int], change: str | None) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(config, a, b) for a, b in pairwise(widths))
-        self.change = change
-        if change is not None:
-            self.add_module(change, {"downsample": Downsample, "upsample": Upsample}[change](widths[-1]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x if self.change is None else getattr(self, self.change)(x)
+def _level(config: AutoencoderConfig, widths: list[int], change: str | None) -> nn.Sequential:
+    """Build blocks of one resolution, followed by the change of resolution where the level has one."""
+    level = nn.Sequential(OrderedDict(block=nn.Sequential(*(ResnetBlock(config, a, b) for a, b in pairwise(widths)))))
+    if change is not None:
+        level.add_module(change, {"downsample": Downsample, "upsample": Upsample}[change](widths[-1]))
+    return level
 
 
 def _middle(config: AutoencoderConfig, channels: int) -> nn.Sequential:
@@ -124,7 +116,7 @@ class Encoder(nn.Module):
         self.patch_size = config.patch_size
         self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, config.ch, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(config, [a] + config.num_res_blocks * [b], "downsample" if i < len(widths) else None)
+            _level(config, [a] + config.num_res_blocks * [b], "downsample" if i < len(widths) else None)
             for i, (a, b) in enumerate(pairwise([config.ch, *widths]), 1)
         )
         self.mid = _middle(config, widths[-1])
@@ -149,7 +141,7 @@ class Decoder(nn.Module):
         self.mid = _middle(config, widths[-1])
         # `up` is indexed by resolution, finest first, and run from the coarsest.
         self.up = nn.ModuleList(
-            Level(config, [a] + (config.num_res_blocks + 1) * [b], "upsample" if i else None)
+            _level(config, [a] + (config.num_res_blocks + 1) * [b], "upsample" if i else None)
             for i, (b, a) in enumerate(pairwise([*widths, widths[-1]]))
         )
         self.norm_out = _norm(config.norm_groups, widths[0])
@@ -187,8 +179,7 @@ class MaskConditionedDecoder(Decoder):
     """The plain decoder, wider and deeper if the config says so, with a branch for known pixels.
 
     At every resolution the branch's features replace the decoder's own where pixels are known. The encoder, hence the
-    latents, are the plain ones. The published decoders are as wide as Stable Diffusion's (`decoder_width` 1,
-    `decoder_res_blocks` 2), 1.5 times (3 blocks) and twice as wide (5 blocks).
+    latents, are the plain ones.
 
     Source: Zhu et al. 2023, section 3. Their masks and those of `diffusers` are 1 in the hole; `keep_mask` is 1 where
     pixels are known, as everywhere in this project.

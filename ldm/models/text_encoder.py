@@ -30,20 +30,19 @@ class TextEncoder(nn.Module):
 
         self.config = config
         self.folder = Path(config.tokenizer) if config.tokenizer else None
-        self.transformer: Any = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=config.vocab_size,
-                max_position_embeddings=config.max_length,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                projection_dim=config.hidden_size,  # CLIP's own projection is not used
-                bos_token_id=config.vocab_size - 2,
-                eos_token_id=config.vocab_size - 1,
-                pad_token_id=config.vocab_size - 1,
-            )
+        tower = CLIPTextConfig(
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_length,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            projection_dim=config.hidden_size,  # CLIP's own projection is not used
+            bos_token_id=config.vocab_size - 2,
+            eos_token_id=config.vocab_size - 1,
+            pad_token_id=config.vocab_size - 1,
         )
+        self.transformer: Any = CLIPTextModel(tower)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Encode token ids (B, L) int64 as (B, L, D)."""

@@ -77,12 +77,9 @@ class UNetEncoder(nn.Module):
             if width % config.norm_groups or width % config.num_heads:
                 divisors = f"norm_groups ({config.norm_groups}) and num_heads ({config.num_heads})"
                 raise ConfigError(f"model.unet: got a width of {width} channels, expected a multiple of {divisors}")
-        embedded = 4 * config.model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(config.model_channels, embedded), nn.SiLU(), nn.Linear(embedded, embedded)
-        )
+        channels, embedded, factor = config.model_channels, 4 * config.model_channels, 1
+        self.time_embed = nn.Sequential(nn.Linear(channels, embedded), nn.SiLU(), nn.Linear(embedded, embedded))
 
-        channels, factor = config.model_channels, 1
         input_blocks = [Stage(nn.Conv2d(config.in_channels, channels, 3, padding=1))]
         skip_channels = [channels]
         for level, width in enumerate(widths):

@@ -31,9 +31,8 @@ Weights = dict[str, Tensor]
 class DiffusionTraining(LatentDiffusion, TrainingModule):
     """The diffusion model with its training step; keys in checkpoints are those of the plain model.
 
-    Trained: UNet (`training.trainable`: all of it or some layers), with exemplars also mapper, final norm, projection
-    and null token, and the image and text towers if the config asks for it. Frozen: the rest, and parameters without
-    effect on a one-token context.
+    Trained: UNet, with exemplars also mapper, final norm, projection and null token, and the towers if the config asks
+    for it; or some layers alone. Frozen: the rest, and parameters without effect on a one-token context.
     """
 
     def __init__(self, config: Config) -> None:
@@ -89,11 +88,7 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         """Return what is loaded from a checkpoint's tensors (module names) and the names that may be missing there.
 
         Missing may be the parts that Paint by Example adds; from scratch, everything that is trained; never a frozen
-        part with an effect. The config gets the tokenizer that the model reads.
-
-        Raises:
-            CheckpointError: a part that nothing would train has no weights.
-            UserError: the model reads captions, and there is no tokenizer.
+        part with an effect, which raises CheckpointError. The config gets the tokenizer that the model reads.
         """
         options = self.options
         if self.reads_exemplars:
@@ -109,8 +104,7 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         if refused := missing.keys() - (set() if options.lora_rank else random):  # LoRA trains none of them
             raise CheckpointError(
                 f"{source or 'no checkpoint given'}: {len(refused)} tensors would stay random: {parts_of(refused)}. "
-                "Prepare one complete file with scripts/modify_checkpoints.py and pass it as --pretrained-model; "
-                "--train-from-scratch allows trained parts, never frozen ones, to start from nothing"
+                "Pass a complete file, see scripts/modify_checkpoints.py; --train-from-scratch frees trained parts only"
             )
         if self.reads_text:
             folder = self.text_encoder.find_tokenizer(Path(source or "").parent)
@@ -183,18 +177,16 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         return t, eps, dropped
 
     def _draw_timestep(self, generator: torch.Generator) -> Tensor:
-        """Draw from logit_normal as Esser et al. 2024 (Stable Diffusion 3), Eq. 19 with location 0 and scale 1."""
         T = self.config.schedule.num_timesteps
         if self.timesteps is not None and self.training:
             return self.timesteps.draw(generator)
-        if self.options.timesteps == "logit_normal":
+        if self.options.timesteps == "logit_normal":  # Esser et al. 2024, Eq. 19 with location 0 and scale 1
             return (T * torch.randn((), generator=generator).sigmoid()).long().clamp(max=T - 1)
         return torch.randint(T, (), generator=generator)
 
     def _draw_eps(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Draw noise, with an offset per channel as Guttenberg 2023 (Diffusion with Offset Noise)."""
         eps = torch.randn(shape, generator=generator)
-        if self.options.offset_noise > 0:
+        if self.options.offset_noise > 0:  # per channel: Guttenberg 2023 (Diffusion with Offset Noise)
             eps += self.options.offset_noise * torch.randn(shape[0], *[1] * (len(shape) - 1), generator=generator)
         return eps
 
@@ -248,9 +240,8 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
 class LossAwareTimesteps:
     """Draws a timestep in proportion to the root mean square of its latest losses, once each has ten of them.
 
-    Multiplied by `weight`, losses keep the mean that they have with uniform draws, with less variance.
-
-    Source: Nichol & Dhariwal 2021, section 3.3 (Eq. 18).
+    Multiplied by `weight`, losses keep the mean of uniform draws, with less variance. Source: Nichol & Dhariwal 2021,
+    section 3.3 (Eq. 18).
     """
 
     HISTORY = 10

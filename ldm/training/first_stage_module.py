@@ -106,8 +106,13 @@ class FirstStageTraining(TrainingModule):
             loss = loss + options.perceptual_weight * terms["perceptual"]
         terms["psnr"] = -10.0 * torch.log10(F.mse_loss(reconstruction.clamp(-1, 1), image) / 4.0)
         terms["loss"] = loss
-        if adversarial and self.discriminator is not None and self.global_step >= options.adversarial_start:
-            terms["generator"], terms["discriminator"] = self.game(self.discriminator, image, reconstruction)
+        D = self.discriminator
+        if adversarial and D is not None and self.global_step >= options.adversarial_start:
+            constant = {name: p.detach() for name, p in D.named_parameters()}
+            terms["generator"] = -functional_call(D, constant, (reconstruction,)).mean()  # -E D(x_rec)
+            real, fake = D(image), D(reconstruction.detach())
+            # 1/2 (E max(0, 1 - D(x)) + E max(0, 1 + D(x_rec)))
+            terms["discriminator"] = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
             loss = loss + options.adversarial_weight * terms["generator"] + terms["discriminator"]
         return loss, {name: value.detach() for name, value in terms.items()}
 
@@ -120,15 +125,6 @@ class FirstStageTraining(TrainingModule):
             if rng.random() >= self.options.p_no_condition:
                 mask.copy_(mask_to_tensor(irregular_hole((width, height), rng)))
         return masks.to(batch["image"])
-
-    @staticmethod
-    def game(discriminator: nn.Module, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the losses of the autoencoder and of the discriminator, D, in the hinge game."""
-        constant = {name: p.detach() for name, p in discriminator.named_parameters()}
-        generator = -functional_call(discriminator, constant, (reconstruction,)).mean()  # -E D(x_rec)
-        real, fake = discriminator(image), discriminator(reconstruction.detach())
-        # 1/2 (E max(0, 1 - D(x)) + E max(0, 1 + D(x_rec)))
-        return generator, 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
     def preview(self, batch: dict[str, Tensor], options: LoggingConfig) -> list[Tensor]:
         """Return scenes and reconstructions, an asymmetric decoder's without and with pixels; (B, 3, H, W)."""

@@ -38,12 +38,9 @@ class TrainingModule(pl.LightningModule):
         return {**super().transfer_batch_to_device(tensors, device, dataloader_idx), "key": batch["key"]}
 
     def check_finite(self, loss: Tensor, batch_idx: int) -> None:
-        """Stop all processes with a NonFiniteError when the loss of one is NaN or infinite, at a logged step.
-
-        At others, reading the loss would wait for the GPU; `Checkpoints` saves no weights that are not finite.
-        """
+        """Stop all processes with a NonFiniteError when the loss of one is NaN or infinite, at a logged step."""
         if not logs_step(self.trainer, self.global_step + 1):
-            return
+            return  # reading the loss would wait for the GPU; `Checkpoints` saves no weights that are not finite
         value = loss.item()
         if self.trainer.strategy.reduce_boolean_decision(not math.isfinite(value), all=False):
             process = "" if not math.isfinite(value) else " here, NaN or infinite in another process,"
@@ -68,9 +65,8 @@ def logs_step(trainer: pl.Trainer, step: int) -> bool:
 def lr_factor(warmup_steps: int, schedule: str, total_steps: float) -> Callable[[int], float]:
     """Return the learning rate relative to its base value, as a function of the optimizer step.
 
-    It rises linearly from 1e-6 to 1 over `warmup_steps`, then stays, or falls as a cosine to 0.05 at `total_steps`.
-
-    Source: the original's `LambdaLinearScheduler` (warm-up); Loshchilov & Hutter 2017, Eq. 5 (cosine).
+    It rises linearly from 1e-6 to 1 over `warmup_steps`, as the original's `LambdaLinearScheduler`, then stays, or
+    falls as a cosine to 0.05 at `total_steps` (Loshchilov & Hutter 2017, Eq. 5).
     """
 
     def factor(step: int) -> float:
@@ -85,10 +81,7 @@ def lr_factor(warmup_steps: int, schedule: str, total_steps: float) -> Callable[
 
 
 def adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """Return the AdamW that `training.optimizer` names; all compute the same, at different speed and memory.
-
-    Source: Loshchilov and Hutter 2019; adamw_8bit: Dettmers et al. 2022, through bitsandbytes.
-    """
+    """Return the AdamW (Loshchilov & Hutter 2019) of `training.optimizer`; adamw_8bit: Dettmers et al. 2022."""
     if name != "adamw_8bit":
         return partial(torch.optim.AdamW, fused=name == "adamw_fused" or None)
     try:
@@ -99,7 +92,7 @@ def adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def override_optimizer_hparams(checkpoint: dict[str, Any], lrs: Sequence[float], **settings: float) -> None:
-    """Replace, in place, a checkpoint's learning rates and other settings of parameter groups by the config's.
+    """Replace, in place, learning rates and other settings of a checkpoint's parameter groups by the config's.
 
     Otherwise the checkpoint's would win on resume. It may have fewer groups than there are rates.
     """

@@ -78,8 +78,7 @@ class Run:
             unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config's schedule; a random discriminator
             state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
             state, optional = self.module.starting_weights(state, checkpoint, from_scratch)
-            tensors = self.module.state_dict()
-            expected = {name: tuple(x.shape) for name, x in tensors.items() if not name.startswith(unused)}
+            expected = {n: x.shape for n, x in self.module.state_dict().items() if not n.startswith(unused)}
             missing = check_keys(expected, state, source=checkpoint or "", allow_missing=optional)
             self.module.load_state_dict(state, strict=False)
             if missing and self.trainer.is_global_zero:
@@ -107,17 +106,16 @@ class Run:
         Raises:
             OSError, UserError: the run directory cannot be written, or another process of the run has ended.
         """
-        leader = self.trainer.is_global_zero
-        if leader:
+        if self.trainer.is_global_zero:
             self._record(checkpoint)
             print(f"run directory: {self.run_dir}\n{self.summary()}")
         try:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint)
         except Interrupted as stop:
-            if not leader:
+            if not self.trainer.is_global_zero:
                 return 0  # Lightning kills the first process as soon as another one reports a failure
-            saved = f"saved {stop.saved}; continue with --resume {self.run_dir}"
-            print(f"{stop}: {saved if stop.saved else 'nothing to save yet'}")
+            saved = stop.saved and f"saved {stop.saved}; continue with --resume {self.run_dir}"
+            print(f"{stop}: {saved or 'nothing to save yet'}")
             return 128 + stop.number
         except RuntimeError as error:  # a peer that is gone: NCCL's error type or a message of Gloo's
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
