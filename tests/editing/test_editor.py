@@ -350,11 +350,11 @@ def test_settings_out_of_range(editor: Editor, options: dict[str, Any], message:
 
 
 def test_float16_on_the_cpu_is_refused(editor: Editor, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="float16 on the CPU"):
+    with pytest.raises(UserError, match="float16"):
         Editor(deepcopy(editor.model).half())
     for name in ("config.yaml", "model.safetensors"):
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="float16 on the CPU"):
+    with pytest.raises(ValueError, match="float16"):
         Editor.from_pretrained(tmp_path, dtype=torch.float16)
 
 

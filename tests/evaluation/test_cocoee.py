@@ -66,5 +66,5 @@ def test_unusable_items_name_their_file(root: Path) -> None:
     bench = Bench(root)
     with pytest.raises(UserError, match=r"000000000139_mask\.png: got"):
         bench[1]
-    with pytest.raises(UserError, match=r"000000000285_ref\.png: no such file"):
+    with pytest.raises(UserError, match=r"000000000285_ref\.png"):
         bench[2]

@@ -125,13 +125,13 @@ def test_wrong_questions(
 
 
 def test_what_all_runs_hold_is_measured(bench: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere: no such folder"):
+    with pytest.raises(UserError, match="nowhere"):
         Run.read(tmp_path / "nowhere")
     made = Bench(bench)
     run = tmp_path / "run"
     run.mkdir()
     Image.new("RGB", (32, 32)).save(run / f"{IDS[1]}.png")
-    with pytest.raises(UserError, match="got 1 items of the benchmark in common"):
+    with pytest.raises(UserError, match="1 items"):
         common_ids(made, [Run.read(run)])
     Image.new("RGB", (32, 32)).save(run / f"{IDS[3]}.png")
     assert common_ids(made, [Run.read(run), Run("true picture", None)]) == [IDS[1], IDS[3]]
@@ -151,7 +151,7 @@ def test_bench_items_know_their_cut_outs(tmp_path: Path) -> None:
     assert exemplar_labels(tmp_path, ids) is None
     (tmp_path / "items.csv").write_text("ID,Cutout,XMin\n1,a.png,0\n12,b.png,0\n")
     assert exemplar_labels(tmp_path, ids) == ["a.png", "b.png"]
-    with pytest.raises(UserError, match="lists no item 000000000013"):
+    with pytest.raises(UserError, match="000000000013"):
         exemplar_labels(tmp_path, ["000000000013"])
 
 

@@ -227,7 +227,7 @@ def pickled() -> bytes:
 def test_other_files_are_named(tmp_path: Path) -> None:
     mixture = pytest.importorskip("sklearn.mixture")
     path = tmp_path / "gmm.pkl"
-    with pytest.raises(UserError, match=r"gmm\.pkl: no such file"):
+    with pytest.raises(UserError, match=r"gmm\.pkl"):
         load_gmm(path)
     path.write_bytes(b"<!DOCTYPE html><html>sign in</html>")
     with pytest.raises(UserError, match="a web page"):

@@ -70,7 +70,7 @@ def test_equal_generators_equal_samples_whatever_the_batch() -> None:
     for i, seed in enumerate((7, 8, 9)):
         alone = DiagonalGaussian(moments[i : i + 1]).sample([torch.Generator().manual_seed(seed)])
         assert torch.equal(together[i : i + 1], alone)
-    with pytest.raises(ValueError, match="got 2 generators for a batch of 3"):
+    with pytest.raises(ValueError, match=r"got 2 .* 3"):
         DiagonalGaussian(moments).sample([torch.Generator(), torch.Generator()])
 
 

@@ -228,7 +228,7 @@ def test_tokens(editor: Editor) -> None:
     start, end = 56, 57
     dog, cat, a = 53, 55, 26
     assert encoder.tokenize(["a dog", ""]).tolist() == [[start, a, dog] + [end] * 9, [start] + [end] * 11]
-    with pytest.warns(UserWarning, match=r"22 tokens, cut to the first 12"):
+    with pytest.warns(UserWarning, match=r"22 .* 12"):
         cut = encoder.tokenize(["a dog " * 10])
     assert cut.tolist() == [[start, *[a, dog] * 5, end]]
     encoder.train()
@@ -349,7 +349,7 @@ def test_a_ckpt_loads_strictly(text_config: Config, text_folder: Path, tmp_path:
         model.text_encoder.transformer.final_layer_norm.weight, state[f"{TEXT_TOWER}final_layer_norm.weight"]
     )
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    with pytest.raises(UserError, match=r"tokenizer: got no tokenizer there, expected vocab.json and merges.txt; "):
+    with pytest.raises(UserError, match=r"vocab\.json .*merges\.txt"):
         model.encode_text(["a dog"])
 
 
@@ -373,20 +373,20 @@ def test_wrong_files(text_config: Config, text_folder: Path, tiny_folder: Path, 
 
 def test_wrong_tokenizers(text_config: Config, text_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     encoder = replace(text_config.model.text_encoder, vocab_size=60, tokenizer=str(tokenizer_folder))
-    with pytest.raises(UserError, match="got a tokenizer of 58 tokens, expected 60"):
+    with pytest.raises(UserError, match=r"58 .* 60"):
         TextEncoder(encoder).tokenize(["dog"])
     (tmp_path / "merges.txt").write_text("")
     (tmp_path / "vocab.json").write_text("<html>")
     with pytest.raises(UserError, match="not a readable tokenizer"):
         TextEncoder(replace(encoder, tokenizer=str(tmp_path))).tokenize(["dog"])
-    with pytest.raises(ConfigError, match=r"text_encoder\.hidden_size: got 32, expected model\.unet\.context_dim, 16"):
+    with pytest.raises(ConfigError, match=r"text_encoder\.hidden_size: got 32, .*context_dim, 16"):
         LatentDiffusion(replace(text_config.model, text_encoder=replace(encoder, hidden_size=32)))
 
 
 def test_what_a_model_does_not_read(editor: Editor, tiny_folder: Path, scene: Image.Image, hole: Image.Image) -> None:
-    with pytest.raises(UserError, match="got an exemplar for a model that reads text; give a prompt"):
+    with pytest.raises(UserError, match=r"exemplar .* text"):
         editor.edit(scene, hole, scene)
-    with pytest.raises(UserError, match="got a prompt for a model that reads exemplars, not text"):
+    with pytest.raises(UserError, match=r"prompt .* exemplars"):
         Editor.from_pretrained(tiny_folder).edit(scene, hole, negative_prompt="blurred")
 
 

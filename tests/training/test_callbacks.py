@@ -114,7 +114,7 @@ def test_operations_are_counted_without_a_trace(make_config: MakeConfig, batch: 
 def test_resuming_from_weights_alone(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
     path = tmp_path / "weights.ckpt"
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(CheckpointError, match="no training state"):
+    with pytest.raises(CheckpointError, match="--pretrained-model"):
         fit(make_config(), tmp_path / "run", resume=path)
 
 
