@@ -353,9 +353,7 @@ def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> Autoencoder
         raise CheckpointError(f"{file}: {error}") from None
     last = state.get("decoder.conv_out.weight")
     if last is None or not any(name.startswith(CONDITION_ENCODER) for name in state):
-        raise CheckpointError(
-            f"{file}: holds no mask-conditioned decoder ({CONDITION_ENCODER}…), see docs/asymmetric.md"
-        )
+        raise CheckpointError(f"{file}: holds no mask-conditioned decoder ({CONDITION_ENCODER}…): docs/asymmetric.md")
     config, dtype = first_stage.config, first_stage.quant_conv.weight.dtype
     width = last.shape[1] / (config.ch * config.ch_mult[0])
     blocks = {name.split(".")[4] for name in state if name.startswith("decoder.up.0.block.")}

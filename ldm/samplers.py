@@ -1,7 +1,8 @@
 """Samplers: pure functions from noise x_T to x_0, by a noise prediction eps_fn(x_t, t).
 
-Notation: ac = alphas_cumprod, alpha = sqrt(ac), sigma = sqrt(1 - ac), lambda = log(alpha / sigma). Coefficients are
-Python floats (float64) from the CPU, so nothing waits for the device. x is float32, or float64 if x_T is.
+Notation: B batch · T diffusion steps · x (B, ...), float32, or float64 if x_T is · ac = alphas_cumprod ·
+alpha = sqrt(ac) · sigma = sqrt(1 - ac) · lambda = log(alpha / sigma). Coefficients are Python floats (float64) from the
+CPU, so nothing waits for the device.
 
 Two choices of timesteps:
 
@@ -15,8 +16,6 @@ Two choices of timesteps:
 
 Every sampler takes `eps_fn`, x (B, ...) at the first timestep, ac (T,) on the CPU, and its timesteps, the noisiest
 first. It is a generator: each step yields its result x and the x_0 that was predicted. `sample` runs it to the end.
-
-Dimensions: B batch · T diffusion steps · x (B, ...), any further axes.
 
 Sources: Ho et al. 2020 (DDPM, arXiv:2006.11239); Song et al. 2021 (DDIM, arXiv:2010.02502); Liu et al. 2022 (PNDM,
 arXiv:2202.09778); Lu et al. 2022 (DPM-Solver++, arXiv:2211.01095); Zhao et al. 2023 (UniPC, arXiv:2302.04867).

@@ -22,10 +22,7 @@ from ldm.models.layers import Upsample, attention
 
 
 class DiagonalGaussian:
-    """A Gaussian posterior with a diagonal covariance, from moments (B, 2Z, h, w): means, then log variances.
-
-    `mean`, (B, Z, h, w), is also its mode.
-    """
+    """A Gaussian posterior with a diagonal covariance, from moments (B, 2Z, h, w): means (the mode), log variances."""
 
     def __init__(self, moments: Tensor) -> None:
         self.mean, logvar = moments.chunk(2, dim=1)
@@ -57,13 +54,13 @@ class ResnetBlock(nn.Module):
         self.norm2 = _norm(config.norm_groups, out_channels)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + hidden
+        return self.nin_shortcut(x) + hidden
 
 
 class AttnBlock(nn.Module):

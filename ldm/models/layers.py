@@ -38,13 +38,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 class CrossAttention(nn.Module):
     """Attention from N positions to L context tokens; without a context, self-attention."""
 
-    def __init__(self, query_dim: int, context_dim: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, config: UNetConfig, dim: int, context_dim: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.to_q = nn.Linear(query_dim, query_dim, bias=False)
-        self.to_k = nn.Linear(context_dim, query_dim, bias=False)
-        self.to_v = nn.Linear(context_dim, query_dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim), nn.Dropout(dropout))
+        self.num_heads = config.num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(d, dim, bias=False) for d in (dim, context_dim, context_dim))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(config.dropout))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, N, C), (B, L, D) -> (B, N, C)."""
@@ -67,13 +65,12 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward, each pre-normed and residual."""
 
-    def __init__(self, dim: int, num_heads: int, context_dim: int, dropout: float) -> None:
+    def __init__(self, config: UNetConfig, dim: int) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(dim, dim, num_heads, dropout)
-        self.ff = nn.Sequential(
-            OrderedDict(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)))
-        )
-        self.attn2 = CrossAttention(dim, context_dim, num_heads, dropout)
+        self.attn1 = CrossAttention(config, dim, dim)
+        feed_forward = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(config.dropout), nn.Linear(4 * dim, dim))
+        self.ff = nn.Sequential(OrderedDict(net=feed_forward))
+        self.attn2 = CrossAttention(config, dim, config.context_dim)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -93,10 +90,8 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, config.num_heads, config.context_dim, config.dropout)
-            for _ in range(config.transformer_depth)
-        )
+        blocks = (TransformerBlock(config, channels) for _ in range(config.transformer_depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

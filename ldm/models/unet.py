@@ -23,9 +23,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(config.norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        convolution = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.in_layers = nn.Sequential(nn.GroupNorm(config.norm_groups, channels), nn.SiLU(), convolution)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * config.model_channels, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(config.norm_groups, out_channels),

@@ -196,10 +196,7 @@ class MetricsFile(Logger):
 
 
 class Monitor(Callback):
-    """Logs how fast a run is, what it waits for, and how large gradients and weights are.
-
-    `docs/training.md` explains the curves. The operations of a step are counted with the first batch.
-    """
+    """Logs how fast a run is, what it waits for, and how large gradients and weights are; see `docs/training.md`."""
 
     def __init__(self, config: Config) -> None:
         self.config, self._flops_per_batch, self._step = config, 0, 0  # the last step that was logged
@@ -259,10 +256,7 @@ def batch_flops(config: Config, batch: dict[str, Any]) -> int:
 
 
 class ImageGrid(Callback):
-    """Writes a grid of validation samples at intervals, as PNG and to the loggers that take images.
-
-    Its rows are those of the module's `preview`, under the averaged weights where EMA is on.
-    """
+    """Writes the module's `preview` of validation samples at intervals, by averaged weights, as PNG and to loggers."""
 
     def __init__(self, options: LoggingConfig, directory: Path, ema: EMA) -> None:
         self.options, self.directory, self.ema = options, directory, ema

@@ -104,7 +104,7 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         if refused := missing.keys() - (set() if options.lora_rank else random):  # LoRA trains none of them
             raise CheckpointError(
                 f"{source or 'no checkpoint given'}: {len(refused)} tensors would stay random: {parts_of(refused)}. "
-                "Pass a complete file, see scripts/modify_checkpoints.py; --train-from-scratch frees trained parts only"
+                "Pass a complete file (scripts/modify_checkpoints.py); --train-from-scratch allows it for trained parts"
             )
         if self.reads_text:
             folder = self.text_encoder.find_tokenizer(Path(source or "").parent)
