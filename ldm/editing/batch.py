@@ -177,16 +177,6 @@ class Report:
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A job whose files are read; fitted to the model, unless a baseline edits it."""
-
-    job: Job
-    request: EditRequest
-    fitted: FittedScene | None = None
-    pixel_values: Tensor | None = None
-
-
 def process_rank() -> tuple[int, int]:
     """Return this process's rank and the number of processes, as torchrun sets them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -223,106 +213,133 @@ def edit_many(
     if min(batch_size, workers) < 1:
         raise UserError(f"got batch_size={batch_size}, workers={workers}, expected 1 or more")
     metadata = {**metadata, "watermark": watermark} if watermark else metadata
-    report, jobs = Report(), sorted(jobs, key=lambda job: [repr(value) for value in job.group])
-
-    def read(job: Job) -> _Item | None:
-        try:
-            if not _is_done(outdir, job, metadata):
-                return _prepare(editor, job)
-            report.skipped.append(job.name)
-        except (ValueError, OSError) as error:
-            report.failed[job.name] = str(error)
-        return None
-
-    def items() -> Iterator[_Item]:
-        """Read jobs in the background, and yield those that are to be painted."""
-        waiting, reading = iter(jobs), deque[Future[_Item | None]]()
-        while True:
-            reading.extend(readers.submit(read, job) for job in islice(waiting, 2 * batch_size - len(reading)))
-            if not reading:
-                return
-            item = reading.popleft().result()
-            if item is not None:
-                yield item
-            else:
-                bar.update()
-
-    def finish(item: _Item, painted: Tensor | Image.Image) -> None:
-        name, result = item.job.name, painted
-        if not isinstance(result, Image.Image):
-            assert item.fitted is not None
-            result = item.fitted.put_back(result, **item.job.settings.pasting)
-        try:
-            if content_filter is not None:
-                (reason,) = unsafe_reasons(content_filter, [result], item.request.hole)
-                if reason:
-                    raise UserError(f"withheld: {reason}")
-            result = add_watermark(result, watermark) if watermark else result
-        except UserError as error:  # withheld, or too small for its watermark
-            report.failed[name] = str(error)
-            return
-        if on_result is not None:
-            on_result(item.job, result)
-        # Last: its presence says that the job is done.
-        save_png(result, outdir / f"{name}.png", {"parameters": item.job.parameters(metadata)})
-        report.done.append(name)
-
+    run = _Run(editor, outdir, metadata, content_filter, watermark, on_result)
+    jobs = sorted(jobs, key=lambda job: [repr(value) for value in job.group])
     writing: deque[Future[None]] = deque()
     with (
         ThreadPoolExecutor(workers) as readers,
         ThreadPoolExecutor(workers) as writers,
         tqdm(total=len(jobs), desc="editing", unit="image", disable=None) as bar,
     ):
-        for batch in _batches(items(), batch_size):
-            start = time.perf_counter()
-            try:
-                results = _paint(editor, batch)
-            except ValueError as error:  # e.g. more steps than the model has timesteps: true of the whole batch
-                report.failed |= {item.job.name: str(error) for item in batch}
-                results = []
-            report.seconds += time.perf_counter() - start
-            writing.extend(writers.submit(finish, *pair) for pair in zip(batch, results, strict=False))
+        for batch in run.batches(readers, jobs, batch_size, bar):
+            pairs = zip(batch, run.paint(batch), strict=False)
+            writing.extend(writers.submit(run.finish, *pair) for pair in pairs)
             bar.update(len(batch))
             while len(writing) > 2 * batch_size:
                 writing.popleft().result()
         for future in writing:
             future.result()
-    report.failed = {job.name: report.failed[job.name] for job in jobs if job.name in report.failed}
-    return report
+    failed = run.report.failed
+    run.report.failed = {job.name: failed[job.name] for job in jobs if job.name in failed}
+    return run.report
 
 
-def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    for _, group in groupby(items, key=lambda item: item.job.group):
-        while batch := list(islice(group, size)):
-            yield batch
+@dataclass(frozen=True)
+class _Item:
+    """A job whose files are read; fitted to the model, unless a baseline edits it."""
+
+    job: Job
+    request: EditRequest
+    fitted: FittedScene | None = None
+    pixel_values: Tensor | None = None
 
 
-def _prepare(editor: Editor | Baseline, job: Job) -> _Item:
-    request = job.request()
-    if not isinstance(editor, Editor):
-        return _Item(job, request)
-    (exemplar,) = request.exemplars
-    pixel_values = None if exemplar is None else editor.exemplar_tensor(exemplar)
-    return _Item(job, request, editor.fit(request.scene, request.hole, job.settings), pixel_values)
+@dataclass
+class _Run:
+    """A run of `edit_many`: its arguments, and the outcome so far."""
 
+    editor: Editor | Baseline
+    outdir: Path
+    metadata: Mapping[str, Any]
+    content_filter: ContentFilter | None
+    watermark: str | None
+    on_result: Callable[[Job, Image.Image], None] | None
+    report: Report = field(default_factory=Report)
 
-def _paint(editor: Editor | Baseline, batch: Sequence[_Item]) -> Sequence[Tensor | Image.Image]:
-    if not isinstance(editor, Editor):
-        return [editor(item.request) for item in batch]
-    fits = [item.fitted for item in batch if item.fitted is not None]
-    exemplars = [item.pixel_values for item in batch if item.pixel_values is not None]
-    prompts = [item.job.settings.prompt for item in batch if item.job.settings.prompt is not None]
-    image, keep_mask = (torch.cat([getattr(fitted, name) for fitted in fits]) for name in ("image", "keep_mask"))
-    pixel_values = torch.cat(exemplars) if exemplars else None
-    seeds, sampling = [item.job.settings.seeds[0] for item in batch], batch[0].job.settings.sampling
-    return list(editor.paint(image, keep_mask, pixel_values, seeds, prompts=prompts or None, **sampling))
+    def batches(self, readers: ThreadPoolExecutor, jobs: list[Job], size: int, bar: Any) -> Iterator[list[_Item]]:
+        """Read jobs in the background, two batches ahead, and yield those that are to be painted, by group."""
 
+        def items() -> Iterator[_Item]:
+            waiting, reading = iter(jobs), deque[Future[_Item | None]]()
+            while True:
+                reading.extend(readers.submit(self.read, job) for job in islice(waiting, 2 * size - len(reading)))
+                if not reading:
+                    return
+                item = reading.popleft().result()
+                if item is not None:
+                    yield item
+                else:
+                    bar.update()
 
-def _is_done(outdir: Path, job: Job, metadata: Mapping[str, Any]) -> bool:
-    """Tell whether a job's result is present, whole, and made with the same settings."""
-    try:
-        with Image.open(outdir / f"{job.name}.png") as image:
-            image.load()
-            return image.info.get("parameters") == job.parameters(metadata)
-    except (OSError, ValueError, SyntaxError):
-        return False
+        for _, group in groupby(items(), key=lambda item: item.job.group):
+            while batch := list(islice(group, size)):
+                yield batch
+
+    def read(self, job: Job) -> _Item | None:
+        """Read a job's files; None if there is a result, or if they cannot be used."""
+        try:
+            if self.is_done(job):
+                self.report.skipped.append(job.name)
+                return None
+            request = job.request()
+            if not isinstance(self.editor, Editor):
+                return _Item(job, request)
+            (exemplar,) = request.exemplars
+            pixel_values = None if exemplar is None else self.editor.exemplar_tensor(exemplar)
+            return _Item(job, request, self.editor.fit(request.scene, request.hole, job.settings), pixel_values)
+        except (ValueError, OSError) as error:
+            self.report.failed[job.name] = str(error)
+            return None
+
+    def is_done(self, job: Job) -> bool:
+        """Tell whether a job's result is present, whole, and made with the same settings."""
+        try:
+            with Image.open(self.outdir / f"{job.name}.png") as image:
+                image.load()
+                return image.info.get("parameters") == job.parameters(self.metadata)
+        except (OSError, ValueError, SyntaxError):
+            return False
+
+    def paint(self, batch: Sequence[_Item]) -> Iterable[Tensor | Image.Image]:
+        """Paint a batch: (3, S, S) pixels in [-1, 1] each, whole images from a baseline, nothing if it fails."""
+        start, settings = time.perf_counter(), [item.job.settings for item in batch]
+        exemplars = [item.pixel_values for item in batch if item.pixel_values is not None]
+        prompts = [one.prompt for one in settings if one.prompt is not None]
+        try:
+            if not isinstance(self.editor, Editor):
+                return [self.editor(item.request) for item in batch]
+            fits = [item.fitted for item in batch if item.fitted is not None]
+            return self.editor.paint(
+                torch.cat([fitted.image for fitted in fits]),
+                torch.cat([fitted.keep_mask for fitted in fits]),
+                torch.cat(exemplars) if exemplars else None,
+                [one.seeds[0] for one in settings],
+                prompts=prompts or None,
+                **settings[0].sampling,
+            )
+        except ValueError as error:  # e.g. more steps than the model has timesteps: true of the whole batch
+            self.report.failed |= {item.job.name: str(error) for item in batch}
+            return []
+        finally:
+            self.report.seconds += time.perf_counter() - start
+
+    def finish(self, item: _Item, painted: Tensor | Image.Image) -> None:
+        """Put a painted square back, judge it, mark it and write it."""
+        name, result = item.job.name, painted
+        if not isinstance(result, Image.Image):
+            assert item.fitted is not None
+            result = item.fitted.put_back(result, **item.job.settings.pasting)
+        try:
+            if self.content_filter is not None:
+                (reason,) = unsafe_reasons(self.content_filter, [result], item.request.hole)
+                if reason:
+                    raise UserError(f"withheld: {reason}")
+            result = add_watermark(result, self.watermark) if self.watermark else result
+        except UserError as error:  # withheld, or too small for its watermark
+            self.report.failed[name] = str(error)
+            return
+        if self.on_result is not None:
+            self.on_result(item.job, result)
+        # Last: its presence says that the job is done.
+        save_png(result, self.outdir / f"{name}.png", {"parameters": item.job.parameters(self.metadata)})
+        self.report.done.append(name)
