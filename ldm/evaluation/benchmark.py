@@ -51,8 +51,9 @@ class BenchmarkConfig:
     decoder: Path | None = None
     precision: str = "fp32"  # see `pick_dtype`
 
+    @cached_property
     def record(self) -> dict[str, Any]:
-        """Return the content of settings.json, with the weights by their hash."""
+        """The content of settings.json, with the weights by their hash."""
         if self.method in BASELINES:
             return {"method": self.method}
         weights = {"checkpoint_sha256": sha256_file(checkpoint_file(self.checkpoint))}
@@ -97,7 +98,7 @@ class BenchmarkRun:
         """
         if min(devices, 1 if self.limit is None else self.limit) < 1:
             raise UserError(f"got devices={devices}, limit={self.limit}, expected 1 or more")
-        _check_settings(self.outdir / "settings.json", self.record)
+        _check_settings(self.outdir / "settings.json", self.config.record)
         if devices == 1 or "RANK" in os.environ:
             self.edit_share()
         else:
@@ -107,10 +108,6 @@ class BenchmarkRun:
                 reason = str(error).strip().splitlines()[-1]
                 raise (UserError(reason) if UserError.__name__ in reason else error) from None
         return len(self.bench.ids[: self.limit])
-
-    @cached_property
-    def record(self) -> dict[str, Any]:
-        return self.config.record()
 
     def jobs(self) -> list[Job]:
         jobs, ids = [], self.bench.ids
@@ -132,7 +129,7 @@ class BenchmarkRun:
             self.outdir / "results",
             batch_size=self.batch_size,
             workers=self.workers,
-            metadata=self.record,
+            metadata=self.config.record,
             on_result=self._write_source if self.has_source else None,
         )
         if report.failed:

@@ -197,10 +197,9 @@ def _features(network: FeatureNetwork, views: Sequence[View], cache: FeatureCach
         identity = repr((sha256_file(view.path), network.key, view.resize_mode, view.box))
         return hashlib.sha256(identity.encode()).hexdigest()
 
-    known: dict[View, Any] = dict.fromkeys(views)
-    keys = dict(zip(known, pool.map(key, known), strict=True)) if cache else {}
-    if cache:
-        known = {view: cache.get(keys[view]) for view in known}
+    distinct = dict.fromkeys(views)
+    keys = dict(zip(distinct, pool.map(key, distinct), strict=True)) if cache else {}
+    known: dict[View, Any] = {view: cache.get(keys[view]) if cache else None for view in distinct}
     missing = [view for view, feature in known.items() if feature is None]
     pixels = pool.map(lambda view: _preprocessed(network, view), missing)
     device = next(network.parameters()).device
@@ -244,10 +243,8 @@ def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwor
     """
     kind, _, argument = spec.partition(":")
     if kind not in _LOADERS or (kind == "efficientnet-lite0" and argument):
-        raise UserError(
-            f"got the feature network {spec!r}, expected efficientnet-lite0, clip[:NAME, FOLDER or FILE], "
-            "open_clip:ARCH/TAG or dinov2[:NAME or FOLDER]"
-        )
+        networks = "efficientnet-lite0, clip[:NAME, FOLDER or FILE], open_clip:ARCH/TAG or dinov2[:NAME or FOLDER]"
+        raise UserError(f"got the feature network {spec!r}, expected {networks}")
     return _LOADERS[kind](argument).to(device)
 
 
@@ -319,9 +316,8 @@ def _pretrained(kind: Any, name: str, spec: str) -> Any:
             raise UserError(f"{len(missing)} weights are missing, {missing[0]} for one")
     except Exception as error:  # several libraries read the files and the hub, each with errors of its own
         raise UserError(
-            f"{spec}:{name}: cannot be loaded ({_first_line(error)}); expected a folder with config.json and "
-            f"model.safetensors, or a model on the Hugging Face hub; without a network connection do `hf download "
-            f"{name} --local-dir FOLDER` elsewhere and name it {spec}:FOLDER"
+            f"{spec}:{name}: cannot be loaded ({_first_line(error)}); expected a model on the Hugging Face hub or its "
+            f"folder; offline, do `hf download {name} --local-dir FOLDER` elsewhere and name it {spec}:FOLDER"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -346,8 +342,8 @@ def _open_clip(argument: str) -> FeatureNetwork:
         tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # the name is unknown or the download fails; several libraries, each with its own errors
         raise UserError(
-            f"open_clip:{argument}: {_first_line(error)}; open_clip.list_pretrained() lists the names, and the first "
-            "use needs a network connection"
+            f"open_clip:{argument}: {_first_line(error)}; the first use needs a network connection, and "
+            "open_clip.list_pretrained() lists the names"
         ) from error
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
@@ -366,12 +362,7 @@ def _open_clip(argument: str) -> FeatureNetwork:
     )
 
 
-_LOADERS: dict[str, Callable[[str], FeatureNetwork]] = {
-    "efficientnet-lite0": _efficientnet,
-    "clip": _clip,
-    "open_clip": _open_clip,
-    "dinov2": _dinov2,
-}
+_LOADERS = {"efficientnet-lite0": _efficientnet, "clip": _clip, "open_clip": _open_clip, "dinov2": _dinov2}
 
 # OpenAI's name => transformers' name, beside `attn.in_proj_*`, which transformers keeps in three tensors, and `proj`.
 _OPENAI_NAMES = {
@@ -424,11 +415,10 @@ def openai_to_transformers(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
     multiplies from the right.
     """
     mapped: dict[str, Tensor] = {}
-    for name, tensor in visual.items():
-        renamed = name
+    for renamed, tensor in visual.items():
         for pattern, replacement in _OPENAI_NAMES.items():
             renamed = re.sub(pattern, replacement, renamed)
-        if name == "proj":
+        if renamed == "proj":
             mapped["visual_projection.weight"] = tensor.T.contiguous()
         elif ".in_proj_" in renamed:
             for letter, third in zip("qkv", tensor.chunk(3), strict=True):

@@ -50,14 +50,6 @@ def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = 0) -> E
     return Estimate(float(np.mean(scores)), float("nan"), float("nan"), len(logits), note)
 
 
-def _to_bytes(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-# The network resizes images itself: it takes their bytes, (3, H, W) uint8.
-_SQUASHED = ("squashed to 299 px (bilinear, not antialiased, TensorFlow 1's grid)", _to_bytes)
-
-
 def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> FeatureNetwork:
     """Load the Inception network of 2015 from WEIGHTS, a file of pytorch-fid or torch-fidelity.
 
@@ -92,5 +84,9 @@ def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> F
         pooled, logits = tower(x)
         return torch.cat([pooled, spatial.pop(), logits], dim=1)
 
-    modes = {WHOLE: _SQUASHED, SQUASH: _SQUASHED}
+    def to_bytes(image: Image.Image) -> Tensor:  # (3, H, W) uint8: the network resizes images itself
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    squashed = "squashed to 299 px (bilinear, not antialiased, TensorFlow 1's grid)", to_bytes
+    modes = {WHOLE: squashed, SQUASH: squashed}
     return FeatureNetwork("Inception-v3 (2015, FID)", tower, embed, LOGITS.stop, modes).to(device)

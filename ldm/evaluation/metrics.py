@@ -212,7 +212,7 @@ def background(result: Image.Image, scene: Image.Image, hole_mask: Image.Image) 
     """
     hole = torch.from_numpy(np.array(hole_mask.convert("L"))) >= 128
     if hole.all():
-        return BackgroundError(ssim=float("nan"), psnr=float("nan"), max_abs=float("nan"))
+        return BackgroundError(float("nan"), float("nan"), float("nan"))
     # (3, H, W) float64 grey levels, 0 to 255
     x, y = (torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1).double() for i in (result, scene))
     difference = (x - y)[:, ~hole]
