@@ -316,9 +316,7 @@ def schedule_config(scheduler: Json) -> ScheduleConfig:
     schedule = {field: scheduler[key] for field, key in known if key in scheduler}
     name = schedule.get("name", "scaled_linear")
     if name not in ("scaled_linear", "linear") or scheduler.get("trained_betas") is not None:
-        raise CheckpointError(
-            f"scheduler: got beta_schedule {name!r} or trained betas, expected scaled_linear or linear"
-        )
+        raise CheckpointError(f"scheduler: got beta_schedule {name!r} or trained betas, expected (scaled_)linear")
     return ScheduleConfig(**schedule)
 
 

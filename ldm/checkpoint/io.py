@@ -70,9 +70,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         what = f"keys {', '.join(map(repr, list(found)[:5]))}" if found else f"a {type(content).__name__}"
         what += f" and objects of {', '.join(dropped[:5])}" if dropped else ""
-        raise CheckpointError(
-            f"{path}: holds no named tensors, but {what}; save the `state_dict()` of the model instead"
-        )
+        raise CheckpointError(f"{path}: holds no named tensors, but {what}; save the model's `state_dict()` instead")
     if dropped:
         log.warning("%s: dropped what is not a tensor: objects of %s", path, ", ".join(dropped))
     return tensors
@@ -159,9 +157,7 @@ def _is_mappable(path: Path, head: bytes) -> bool:
         raise CheckpointError("a zip archive, but not one that torch.save wrote; pass the checkpoint inside it")
     unpacked, size = sum(member.file_size for member in members), path.stat().st_size
     if unpacked > _LARGEST_EXPANSION * size:
-        raise CheckpointError(
-            f"refused: {size:,} bytes that unpack to {unpacked:,}, a zip bomb; get the weights elsewhere"
-        )
+        raise CheckpointError(f"refused: {size:,} bytes that unpack to {unpacked:,}; get the weights elsewhere")
     if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():  # torch.load would run it
         raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
@@ -223,7 +219,7 @@ def _safe_unpickler() -> Any:
             plain = module in ("builtins", "__builtin__") and name in _DATA_BUILTINS
             if module.partition(".")[0] in _REFUSED_MODULES and not plain:
                 raise CheckpointError(
-                    f"refused: the pickle wants to call {full_name}, which no weights need; get them elsewhere"
+                    f"refused: the pickle calls {full_name}, which no weights need; get them elsewhere"
                 )
             if not plain:
                 self.dropped.add(full_name)

@@ -105,9 +105,7 @@ def merged(merge: Merge, multipliers: Multipliers) -> Iterator[tuple[str, Tensor
             for piece, value in merge.pieces(name, multipliers[name], own):
                 if value.numel() and not all(abs(bound.item()) <= largest for bound in value.aminmax()):
                     kind = str(own.dtype).removeprefix("torch.")
-                    raise CheckpointError(
-                        f"{name}: the sum does not fit into {kind}, or an input is not finite (--scan)"
-                    )
+                    raise CheckpointError(f"{name}: the sum does not fit into {kind} (inspect_checkpoint.py --scan)")
                 piece.copy_(value)
         yield name, own
 
@@ -171,10 +169,8 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
         facts = [(keys.family(state), keys.context_width(state)) for state in (first.state, other.state)]
         (own, own_width), (theirs, width) = facts
         if any(None not in pair and pair[0] != pair[1] for pair in ((own, theirs), (own_width, width))):
-            raise CheckpointError(
-                f"{other.label} is {theirs} (context of {width} channels), {first.label} is {own} ({own_width}); "
-                "pass checkpoints of one family"
-            )
+            both = f"{other.label} is {theirs} (context of {width} channels), {first.label} is {own} ({own_width})"
+            raise CheckpointError(f"{both}; pass checkpoints of one family")
     channels = {source.label: count for source in sources if (count := source.in_channels) is not None}
     different = set(channels.values())
     if depth := [label for label, count in channels.items() if count == 5 and len(different) > 1]:
@@ -241,9 +237,7 @@ _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layerno
 def input_conv(state: State) -> str:
     """Return the name of the UNet's first convolution (D, C, 3, 3), in the published layout or diffusers'."""
     if keys.holds(state, *keys.CONTROL):
-        raise CheckpointError(
-            "this is a ControlNet, which reads four channels beside any UNet; pass the UNet's checkpoint"
-        )
+        raise CheckpointError("a ControlNet reads four channels beside any UNet; pass the checkpoint of the UNet")
     for key in INPUT_CONVS:
         if key in state and state[key].ndim == 4:
             return key
@@ -262,9 +256,7 @@ def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = 
     weight = state[key]
     old, latent = weight.shape[1], keys.latent_channels(state)
     if old > latent:
-        raise CheckpointError(
-            f"{key}: got {old} input channels, expected {latent}; it is inflated already, use it as it is"
-        )
+        raise CheckpointError(f"{key}: got {old} input channels, expected {latent}; it is inflated already")
     if in_channels <= old:
         raise CheckpointError(f"{key}: has {old} input channels, and {in_channels} are asked for; ask for more")
     inflated = weight.new_zeros(weight.shape[0], in_channels, *weight.shape[2:])
@@ -289,14 +281,10 @@ def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
     layers = len({name.split(".")[2] for name in tower if name.startswith("encoder.layers.")})
     patches, positions = (tower.get(f"embeddings.{x}.weight") for x in ("patch_embedding", "position_embedding"))
     if patches is None or positions is None or not layers or len(tower) != 7 + 16 * layers:
-        raise CheckpointError(
-            f"no complete CLIP image tower: {len(tower)} tensors in {layers} layers; pass CLIPModel or CLIPVisionModel"
-        )
+        raise CheckpointError(f"no complete CLIP image tower: {len(tower)} tensors, {layers} layers; pass a CLIPModel")
     size = {"width": len(patches), "layers": layers, "patch": patches.shape[-1], "positions": len(positions)}
     if INPUT_CONV in state and len(state[INPUT_CONV]) == _FULL_SIZE and size != _VIT_L_14:
         got, expected = (", ".join(f"{what} {value}" for what, value in sizes.items()) for sizes in (size, _VIT_L_14))
-        raise CheckpointError(
-            f"the CLIP image tower has {got}, expected ViT-L/14 with {expected}; pass openai/clip-vit-large-patch14"
-        )
+        raise CheckpointError(f"the CLIP image tower has {got}, expected ViT-L/14 with {expected}")
     kept = {name: x for name, x in state.items() if not name.startswith((keys.FILE_TOWER, keys.TEXT_TOWER))}
     return kept | keys.to_file_keys({keys.TOWER + name: tensor for name, tensor in tower.items()})

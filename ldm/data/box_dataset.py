@@ -221,7 +221,6 @@ def open_captions(source: str, index: BoxIndex, count: int) -> Captions:
     captions: dict[str, str] = dict(zip(table.file_name, table.caption, strict=True))
     if missing := [name for name in (index[i].name for i in range(count)) if name not in captions]:
         raise UserError(
-            f"{source}: lacks {len(missing):,} of {count:,} images, {missing[0]} first; name each as it is below "
-            f"{index.metadata['images']}, with an empty caption where there is nothing to say"
+            f"{source}: lacks {len(missing):,} of {count:,} images, {missing[0]} first; captions may be empty"
         )
     return lambda entry, _: captions[entry.name]

@@ -54,9 +54,7 @@ def make_hole(
     else:
         hole = transparent_part(scene)
     if hole.getbbox() is None:
-        raise UserError(
-            f"no mask, outline or transparent part in the scene of {size[0]}x{size[1]}; give a mask of its size"
-        )
+        raise UserError(f"no mask, outline or transparent part in the scene; give a mask of its size {size}")
     return hole
 
 
@@ -79,9 +77,7 @@ def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
     x0, y0, x1, y1 = box
     is_inside = x0 < x1 and y0 < y1 and x1 > 0 and y1 > 0 and x0 < size[0] and y0 < size[1]
     if not (is_inside and np.isfinite(box).all()):
-        raise UserError(
-            f"box: got {x0:g},{y0:g},{x1:g},{y1:g}, expected left < right, top < bottom in {size[0]}x{size[1]} pixels"
-        )
+        raise UserError(f"box: got {x0:g},{y0:g},{x1:g},{y1:g}, expected left < right, top < bottom within {size}")
     return rectangle_hole(size, clip_box(x0, y0, x1, y1, size))
 
 

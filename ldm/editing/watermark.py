@@ -67,9 +67,9 @@ def check_watermark(size: tuple[int, int], text: str) -> None:
     """Raise UserError unless an image of size (W, H) has `MIN_PIXELS` and four blocks per bit of a non-empty text."""
     num_bits, num_blocks = 8 * len(text.encode()), (size[0] // 8) * (size[1] // 8)
     if size[0] * size[1] < MIN_PIXELS or not 0 < num_bits <= num_blocks // 4:
+        limits = f"1 to {num_blocks // 32} bytes and {MIN_PIXELS} pixels or more"
         raise UserError(
-            f"watermark: got a text of {num_bits // 8} bytes for an image of {size[0]} x {size[1]}, expected 1 to "
-            f"{num_blocks // 32} bytes and {MIN_PIXELS} pixels or more; leave out the watermark"
+            f"watermark: got {num_bits // 8} bytes for an image of {size[0]} x {size[1]}, expected {limits}"
         )
 
 

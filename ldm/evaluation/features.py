@@ -341,10 +341,8 @@ def _open_clip(argument: str) -> FeatureNetwork:
         )
         tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # the name is unknown or the download fails; several libraries, each with its own errors
-        raise UserError(
-            f"open_clip:{argument}: {_first_line(error)}; the first use needs a network connection, and "
-            "open_clip.list_pretrained() lists the names"
-        ) from error
+        remedy = "open_clip.list_pretrained() lists the names; the first use needs a network connection"
+        raise UserError(f"open_clip:{argument}: {_first_line(error)}; {remedy}") from error
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
     modes = normalised_square(size, config["mean"], config["std"])
@@ -401,10 +399,8 @@ def _openai_tower(path: Path) -> Any:
         tower = CLIPVisionModelWithProjection(config)
         tower.load_state_dict(openai_to_transformers(visual), strict=True)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: {' '.join(str(error).split())} is missing or does not fit; expected a CLIP image tower with "
-            "OpenAI's names (visual.*); a file with transformers' names belongs in a folder with its config.json"
-        ) from error
+        reason = f"{' '.join(str(error).split())} is missing or does not fit OpenAI's CLIP (visual.*)"
+        raise UserError(f"{path}: {reason}; transformers' files need a folder with config.json") from error
     return tower
 
 

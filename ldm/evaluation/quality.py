@@ -84,10 +84,8 @@ def load_gmm(path: str | Path) -> GaussianMixture:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(
-            f"{path}: neither a mixture of scripts/fit_quality_gmm.py nor a pickled GaussianMixture of scikit-learn, "
-            f"or damaged ({type(error).__name__}: {error}); download it again or fit one"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: no GaussianMixture ({reason}); fit one with scripts/fit_quality_gmm.py") from error
     return mixture
 
 

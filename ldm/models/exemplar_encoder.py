@@ -95,9 +95,7 @@ class ExemplarEncoder(nn.Module):
         if self.config.tokens == "pooled":
             features = features[:, :1]
         elif features.shape[1] == 1:
-            raise ValueError(
-                "got cached features of one token, expected all; cache again with scripts/cache_latents.py"
-            )
+            raise ValueError("got cached features of one token, expected all; run scripts/cache_latents.py again")
         if self.config.tower != "clip":
             features = self.reduce(features)
         return self.final_ln(self.mapper(features))

@@ -66,9 +66,8 @@ class TextEncoder(nn.Module):
         folder = self.folder or Path("tokenizer")
         if not _holds_tokenizer(folder):
             raise UserError(
-                f"{folder}: got no tokenizer there, expected {' and '.join(TOKENIZER_FILES)}; download both from "
-                "https://huggingface.co/openai/clip-vit-large-patch14 and name their folder with "
-                "model.text_encoder.tokenizer, or put them into a folder `tokenizer` beside the checkpoint"
+                f"{folder}: got no tokenizer there, expected {' and '.join(TOKENIZER_FILES)} (on the hub: openai/"
+                "clip-vit-large-patch14) in `tokenizer` beside the checkpoint, or in model.text_encoder.tokenizer"
             )
         from transformers import CLIPTokenizer
 
