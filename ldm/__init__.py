@@ -4,8 +4,6 @@
 Both are imported on first use, so that importing a part of the package does not import all of it.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -4,8 +4,6 @@ A config file is YAML with the sections of `Config`. The schemas alone give each
 range. `docs/config.md` maps the keys of the original `configs/v1.yaml` to these.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields

@@ -1,7 +1,5 @@
 """Writing files and folders whole or not at all, and checking them; the error class for bad input."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import zipfile

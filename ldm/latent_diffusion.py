@@ -6,8 +6,6 @@ text, 78 with both.
 Source: Yang et al. 2023, "Paint by Example: Exemplar-based Image Editing with Diffusion Models".
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

@@ -5,8 +5,6 @@ that vary. Names below a module are the same on either side. A folder lacks the 
 `position_ids`, which follow from its configs bit for bit.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
@@ -196,8 +194,6 @@ def write_folder(folder: Path, components: Components, files: Mapping[str, Json]
     for name, part in components.items():
         write_safetensors(folder / name / f"{STEMS[name]}.safetensors", part, metadata)
 
-
-# --- configs ---------------------------------------------------------------------------------------
 
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _OMITTED = {"norm_num_groups": 32, "transformer_layers_per_block": 1}  # defaults that older folders leave out

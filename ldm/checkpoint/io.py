@@ -228,8 +228,6 @@ def _safe_unpickler() -> Any:
     return Unpickler
 
 
-# --- writing ---------------------------------------------------------------------------------------
-
 _DTYPE_NAMES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}  # torch.float32 => F32, …
 
 

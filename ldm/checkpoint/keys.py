@@ -4,8 +4,6 @@ The published model's names are the file format. Modules use the same names exce
 project's trainer wrote hold module names.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 

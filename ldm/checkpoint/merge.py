@@ -6,8 +6,6 @@ are memory-mapped. Sums are in float32, a few rows at a time; results are in A's
 Dimensions: D channels · C input channels (4 in Stable Diffusion; 9 for inpainting, 8 and 12 for IC-Light).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
@@ -226,8 +224,6 @@ def _common_names(a: Source, *others: Source) -> list[str]:
         raise CheckpointError(f"the checkpoints do not fit each other\n{what}\n{remedy}")
     return names
 
-
-# --- starting points for training ------------------------------------------------------------------
 
 _FULL_SIZE = 320  # channels of the UNet of Stable Diffusion v1, whose exemplar encoder is CLIP ViT-L/14
 _VIT_L_14 = {"width": 1024, "layers": 24, "patch": 14, "positions": 257}

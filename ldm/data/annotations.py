@@ -1,7 +1,5 @@
 """Read box annotations in common formats (docs/data.md), and write the index that training opens."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

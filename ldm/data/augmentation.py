@@ -1,7 +1,5 @@
 """Augment exemplars with albumentations, which takes seconds to import and which editing works without."""
 
-from __future__ import annotations
-
 import os
 import random
 import warnings

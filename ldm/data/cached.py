@@ -6,8 +6,6 @@ image; `keep_mask` (N, 1, h, w) uint8, 255 = keep; `exemplar` (N, E, E, 3) uint8
 `exemplar_features` (N, L, F) float16 hold its output for the exemplars.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Mapping
 from itertools import chain

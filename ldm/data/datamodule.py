@@ -5,8 +5,6 @@ every sample carries a `key` from which the training step draws its noise. A sam
 number of workers nor on the number of processes.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from dataclasses import replace

@@ -4,8 +4,6 @@ Sizes are (width, height) in pixels. Every random number comes from the `numpy.r
 the order of the original code, so its recorded draws can be replayed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ has a mask; NUMBER is the image's place in the index. WebDataset's own shuffling
 bit, so the order is made here. The draws of a sample depend on (seed, epoch, NUMBER) alone, as for image files.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

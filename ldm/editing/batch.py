@@ -4,8 +4,6 @@ Tables, folders and the benchmark all become lists of `Job`. A job that fails is
 that are present, whole and made with the same settings are skipped.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -3,8 +3,6 @@
 Dimension key: B images · C channels · S the model's image side, pixels · H, W image size, pixels.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any

@@ -3,8 +3,6 @@
 A hole mask is an image of mode L of the scene's size: 255 where the scene is painted, 0 elsewhere.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from functools import reduce

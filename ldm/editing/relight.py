@@ -8,8 +8,6 @@ Source: Zhang et al. 2025, "Scaling In-the-Wild Training for Diffusion-based Ill
 Imposing Consistent Light Transport" (IC-Light). The steps and numbers are those of its published demonstrations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

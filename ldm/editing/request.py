@@ -1,7 +1,5 @@
 """The inputs of an edit, normalised once: every way in makes an `EditRequest`, and the editor reads nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

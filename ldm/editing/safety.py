@@ -3,8 +3,6 @@
 Dimension key: B images · D width of CLIP's shared space · K concepts · S side of an image, pixels.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

@@ -3,8 +3,6 @@
 Command-line options, columns of job tables, JSON schemas and the call as text are generated from `EditSettings`.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Dimension key: W, H image size, pixels · N blocks · n bits of the text.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image
 

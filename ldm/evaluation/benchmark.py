@@ -4,8 +4,6 @@ The noise of an item derives from its number alone, so that its image depends ne
 processes. OUTDIR/results/ID.png · source/ID_{GT,inpaint,mask,ref}.png · grid/grid-ID.png · settings.json · timing.json
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -5,8 +5,6 @@ of the image, the network, the view): a renamed image is found again, a changed 
 atomically, so processes may share the folder and may be killed.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -4,8 +4,6 @@ ROOT/GT_*/000000000007_GT.png · ROOT/Ref_*/000000000007_ref.png · ROOT/Mask_bb
 · ROOT/id_list.npy. The digits after the underscore of the folders' names (their number of images, 3500) do not matter.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,9 +73,6 @@ class Bench:
             got = ", ".join(path.name for path in found) or "none"
             raise UserError(f"{self.root}: expected one folder {name}_…, got {got}; unpack the benchmark there")
         return found[0]
-
-
-# ---- edits without a model, which put the numbers of models into perspective ----
 
 
 def copy_paste(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image) -> Image.Image:

@@ -295,8 +295,6 @@ def exemplar_labels(root: Path, ids: Sequence[str]) -> list[str] | None:
     return [cutouts[id_] for id_ in ids]
 
 
-# ---- metrics ----
-
 # What a metric yields, in the order of its rows: values of items, or an estimate; None: there is nothing to measure.
 Values = Sequence[np.ndarray | Estimate | None]
 
@@ -423,8 +421,6 @@ ROWS = [
     Row("diversity", "diversity", "diversity ({net})", _SEEDS),
 ]
 
-
-# ---- how records of scripts/evaluate.py are shown ----
 
 Record = Mapping[str, Any]
 ARROWS = {"higher": "↑", "lower": "↓"}  # the direction of better values

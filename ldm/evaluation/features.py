@@ -6,8 +6,6 @@ wheel. A figure depends on the weights and on the preprocessing, so both have na
 Dimension key: N images · B batch · D feature channels · S side of the network's input, pixels · W width of a tower.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,9 +39,6 @@ PAPER_REGION = "paper region"  # to a square without antialiasing, as the paper'
 DEFAULT_CLIP, DEFAULT_DINOV2 = "openai/clip-vit-base-patch32", "facebook/dinov2-base"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIZE_LETTERS = {384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}  # of a ViT, by its width
-
-
-# ---- preprocessing ----
 
 
 @dataclass(frozen=True)
@@ -153,9 +148,6 @@ class FeatureNetwork(nn.Module):
         return self._embed_text(list(texts)).float().cpu().numpy()
 
 
-# ---- extraction ----
-
-
 def extract(network: FeatureNetwork, views: Sequence[View], **options: Any) -> np.ndarray:
     """Compute the features (N, D) float32 of N views, in their order; `iter_features` has the options."""
     return np.concatenate([np.empty((0, network.dim), np.float32), *iter_features(network, views, **options)])
@@ -222,9 +214,6 @@ def _preprocessed(network: FeatureNetwork, view: View) -> Tensor:
         return network.preprocess(image, view.resize_mode, view.box)
     except UserError as error:
         raise UserError(f"{view.path}: {error}") from error
-
-
-# ---- networks ----
 
 
 def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwork:

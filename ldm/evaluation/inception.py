@@ -8,8 +8,6 @@ no sFID. The features of an image are of three kinds, side by side:
 - LOGITS without bias, for the Inception score (1008).
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ values that are not finite.
 Dimension key: N items · D feature channels · R bootstrap resamples · H, W pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,9 +33,6 @@ class Estimate:
     note: str = ""  # added to the description of the metric
 
 
-# ---- regions ----
-
-
 def hole_box(image: Image.Image, hole_mask: Image.Image) -> Box:
     """Return the bounding box of the hole: grey levels of 128 and more of a mask in mode L, of the image's size."""
     if image.size != hole_mask.size:
@@ -59,9 +54,6 @@ def paper_box(hole_mask: Image.Image) -> Box | None:
     if not len(rows) or columns[-1] <= columns[0] or rows[-1] <= rows[0]:
         return None
     return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
-
-
-# ---- features of regions and exemplars ----
 
 
 def cosine_scores(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -167,9 +159,6 @@ def mean_interval(
     return Estimate(float(mean), float(low), float(high), len(numbers))
 
 
-# ---- copied background ----
-
-
 def corner_colors(image: Image.Image) -> np.ndarray:
     """Return (4, 3), the mean colours of the corners, grey levels 0 to 255; a corner is 1/8 of each side long."""
     cells = np.array(image.convert("RGB").resize((CORNER_CELLS, CORNER_CELLS), Image.Resampling.BOX), dtype=np.float64)
@@ -190,9 +179,6 @@ def copied_background(edited: np.ndarray, exemplars: np.ndarray, true_images: np
     """
     d = exemplars - true_images
     return ((edited - true_images) * d).sum((1, 2)) / (d**2).sum((1, 2)).mean()
-
-
-# ---- what an edit changed; holes are grey levels of 128 and more of a mask ----
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ counts.
 Dimensions: N images · D feature channels · K components.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import warnings

@@ -5,8 +5,6 @@ Sources: Rombach et al. 2022, section 3.1 and appendix G (KL-regularised autoenc
 Better Asymmetric VQGAN for StableDiffusion" (mask-conditioned decoder).
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import replace
 from itertools import pairwise

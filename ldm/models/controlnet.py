@@ -4,8 +4,6 @@ Dimensions: B batch · H, W pixels · h, w latent cells (H / 8, W / 8) · L cont
 Source: Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models", section 3.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

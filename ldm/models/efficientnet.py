@@ -4,8 +4,6 @@ Dimensions: B batch · C channels · H, W pixels · S side of the exemplar in pi
 Source: Tan & Le 2019 (EfficientNet).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

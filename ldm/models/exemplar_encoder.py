@@ -5,8 +5,6 @@ Source: Yang et al. 2023 (Paint by Example), section 3.2. Only the pooled CLIP t
 keeps the network from copying the exemplar. The paper's ablation without it uses all tokens (257 for ViT-L/14).
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

@@ -3,8 +3,6 @@
 Dimensions: B batch · C channels · H, W grid · N = H·W positions · L context tokens · D token channels.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 

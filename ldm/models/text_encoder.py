@@ -4,8 +4,6 @@ Dimensions: B batch · L tokens (77) · D tower width (768).
 Source: Rombach et al. 2022; the tower is CLIP's (Radford et al. 2021), its output the last normed hidden state.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from functools import cached_property

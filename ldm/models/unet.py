@@ -5,8 +5,6 @@ Sources: Dhariwal & Nichol 2021 (ADM) for the layout, Rombach et al. 2022 for th
 Yang et al. 2023 (Paint by Example) for the nine input channels and the one-token context.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What a run does besides stepping: checkpoints, curves, speed, image grids, signals."""
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The command line of training: options, the run to resume, errors in one line."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import pdb

@@ -1,7 +1,5 @@
 """The average of the weights over a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -3,8 +3,6 @@
 Dimensions: B batch · H, W pixels.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

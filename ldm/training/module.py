@@ -1,7 +1,5 @@
 """What the training modules of both stages share: batches, the check of the loss, optimizers and learning rates."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """A training run: a config becomes module, data and Lightning trainer."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import importlib.metadata

@@ -1,7 +1,5 @@
 """Edits for remote users: bounded settings, checked uploads, limits, the same call as text; independent of Gradio."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math
