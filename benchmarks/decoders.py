@@ -19,11 +19,12 @@ from PIL import ImageChops
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from seams import seam
 
 from ldm.editing.editor import BUNDLED_MODEL, Editor
 from ldm.editing.geometry import fit_scene
 from ldm.evaluation.cocoee import Bench
-from ldm.evaluation.metrics import background, seam
+from ldm.evaluation.metrics import background
 from ldm.images import tensor_to_pil
 from ldm.latent_diffusion import replace_decoder
 

@@ -22,12 +22,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from seams import seam
 from torch import Tensor
 
 from ldm.editing.editor import BUNDLED_MODEL, Editor
 from ldm.editing.geometry import FittedScene, fit_scene
 from ldm.evaluation.cocoee import Bench
-from ldm.evaluation.metrics import background, seam
+from ldm.evaluation.metrics import background
 from ldm.images import load_mask, open_image
 
 WAYS: dict[str, Callable[[FittedScene, Tensor], Image.Image]] = {
