@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.checkpoint.io import read_checkpoint, sha256_file
+from ldm.checkpoint.io import sha256_file
 from ldm.evaluation.cache import FeatureCache
 from ldm.files import UserError
 from ldm.images import CLIP_MEAN, CLIP_STD, open_image
@@ -222,8 +222,7 @@ def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwor
     Args:
         spec: one of
             `efficientnet-lite0`;
-            `clip`, `clip:NAME` (on the Hugging Face hub), `clip:FOLDER` (in the hub's layout) or `clip:FILE` (tensors
-            with OpenAI's names `visual.*`, of a tower with QuickGELU and heads of 64 channels as OpenAI's are);
+            `clip`, `clip:NAME` (on the Hugging Face hub) or `clip:FOLDER` (in the hub's layout);
             `open_clip:ARCH/TAG`, weights that the package open_clip knows (TAG may be a file);
             `dinov2`, `dinov2:NAME` or `dinov2:FOLDER`.
 
@@ -232,7 +231,7 @@ def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwor
     """
     kind, _, argument = spec.partition(":")
     if kind not in _LOADERS or (kind == "efficientnet-lite0" and argument):
-        networks = "efficientnet-lite0, clip[:NAME, FOLDER or FILE], open_clip:ARCH/TAG or dinov2[:NAME or FOLDER]"
+        networks = "efficientnet-lite0, clip[:NAME or FOLDER], open_clip:ARCH/TAG or dinov2[:NAME or FOLDER]"
         raise UserError(f"got the feature network {spec!r}, expected {networks}")
     return _LOADERS[kind](argument).to(device)
 
@@ -248,14 +247,10 @@ def _efficientnet(_: str) -> FeatureNetwork:
 def _clip(argument: str) -> FeatureNetwork:
     from transformers import CLIPVisionModelWithProjection
 
-    name, path = argument or DEFAULT_CLIP, Path(argument)
-    if argument and path.is_file():
-        tower, source = _openai_tower(path), path.stem
-    else:
-        tower = _pretrained(CLIPVisionModelWithProjection, name, "clip")
-        source = "OpenAI" if name.startswith("openai/") else _source(name)
-    config = tower.config
-    size = config.image_size
+    name = argument or DEFAULT_CLIP
+    tower = _pretrained(CLIPVisionModelWithProjection, name, "clip")
+    source = "OpenAI" if name.startswith("openai/") else _source(name)
+    config, size = tower.config, tower.config.image_size
     title = f"CLIP {_vit(config.hidden_size, config.patch_size)}{f'@{size}' * (size != 224)} ({source})"
     modes = normalised_square(size, CLIP_MEAN, CLIP_STD, short_side=size)
     return FeatureNetwork(title, tower, lambda x: tower(x).image_embeds, config.projection_dim, modes)
@@ -350,64 +345,3 @@ def _open_clip(argument: str) -> FeatureNetwork:
 
 
 _LOADERS = {"efficientnet-lite0": _efficientnet, "clip": _clip, "open_clip": _open_clip, "dinov2": _dinov2}
-
-# OpenAI's name => transformers' name, beside `attn.in_proj_*`, which transformers keeps in three tensors, and `proj`.
-_OPENAI_NAMES = {
-    r"^(class_embedding)$": r"vision_model.embeddings.\1",
-    r"^positional_embedding$": "vision_model.embeddings.position_embedding.weight",
-    r"^conv1\.": "vision_model.embeddings.patch_embedding.",
-    r"^ln_pre\.": "vision_model.pre_layrnorm.",
-    r"^ln_post\.": "vision_model.post_layernorm.",
-    r"^transformer\.resblocks\.": "vision_model.encoder.layers.",
-    r"\.ln_([12])\.": r".layer_norm\1.",
-    r"\.attn\.": ".self_attn.",
-    r"\.mlp\.c_fc\.": ".mlp.fc1.",
-    r"\.mlp\.c_proj\.": ".mlp.fc2.",
-}
-
-
-def _openai_tower(path: Path) -> Any:
-    """Build the tower whose sizes are those of the file's tensors, which have OpenAI's names."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    state = read_checkpoint(path)
-    names = [name for name in state if name.startswith("visual.")] or list(state)
-    visual = {name.removeprefix("visual."): state[name].float() for name in names}
-    try:
-        width, _, patch, _ = visual["conv1.weight"].shape
-        config = CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=len(visual["transformer.resblocks.0.mlp.c_fc.bias"]),
-            num_hidden_layers=sum(name.endswith(".ln_1.weight") for name in visual),
-            num_attention_heads=width // 64,
-            image_size=round((len(visual["positional_embedding"]) - 1) ** 0.5) * patch,
-            patch_size=patch,
-            projection_dim=visual["proj"].shape[1],
-            hidden_act="quick_gelu",
-        )
-        tower = CLIPVisionModelWithProjection(config)
-        tower.load_state_dict(openai_to_transformers(visual), strict=True)
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = f"{' '.join(str(error).split())} is missing or does not fit OpenAI's CLIP (visual.*)"
-        raise UserError(f"{path}: {reason}; transformers' files need a folder with config.json") from error
-    return tower
-
-
-def openai_to_transformers(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a CLIP image tower as CLIPVisionModelWithProjection of transformers names them.
-
-    OpenAI's names come without `visual.`. There queries, keys and values are one tensor, and the projection (W, D)
-    multiplies from the right.
-    """
-    mapped: dict[str, Tensor] = {}
-    for renamed, tensor in visual.items():
-        for pattern, replacement in _OPENAI_NAMES.items():
-            renamed = re.sub(pattern, replacement, renamed)
-        if renamed == "proj":
-            mapped["visual_projection.weight"] = tensor.T.contiguous()
-        elif ".in_proj_" in renamed:
-            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                mapped[renamed.replace(".in_proj_", f".{letter}_proj.")] = third
-        else:
-            mapped[renamed] = tensor
-    return mapped
