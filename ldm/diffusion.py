@@ -26,15 +26,10 @@ from ldm.config import ScheduleConfig
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Variances of the forward process.
+    """Variances of the forward process, float64 on the CPU."""
 
-    Attributes:
-        betas: (T,) float64 on the CPU, in (0, 1): variance added by step t.
-        alphas_cumprod: (T,) float64 on the CPU, in (0, 1), decreasing: share of x_0's variance left in x_t.
-    """
-
-    betas: Tensor
-    alphas_cumprod: Tensor
+    betas: Tensor  # (T,) in (0, 1): variance added by step t
+    alphas_cumprod: Tensor  # (T,) in (0, 1), decreasing: share of x_0's variance left in x_t
 
     def buffers(self) -> dict[str, Tensor]:
         """Compute the 12 schedule buffers of a checkpoint, (T,) float32 each, by their names in the file."""

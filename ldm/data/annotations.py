@@ -22,11 +22,8 @@ from ldm.data.box_index import MAX_AREA, MIN_AREA, Boxes, BoxIndex, IndexWriter,
 from ldm.files import UserError
 from ldm.images import IMAGE_SUFFIXES, UNREADABLE
 
-OPEN_IMAGES_CSV = {
-    "train": "oidv6-train-annotations-bbox.csv",
-    "validation": "validation-annotations-bbox.csv",
-    "test": "test-annotations-bbox.csv",
-}
+OPEN_IMAGES_CSV = {split: f"{split}-annotations-bbox.csv" for split in ("validation", "test")}
+OPEN_IMAGES_CSV["train"] = "oidv6-train-annotations-bbox.csv"
 VALIDATION_SHARE, MIN_VALIDATION = 0.05, 8  # of the images, where a dataset has no validation split
 _CORNERS = ["XMin", "YMin", "XMax", "YMax"]  # columns of Open Images' CSV
 _MIN_COMPONENT = 16  # pixels of a mask's connected component that counts as an object

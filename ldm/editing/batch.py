@@ -40,22 +40,15 @@ Baseline = Callable[[EditRequest], Image.Image]
 
 @dataclass(frozen=True)
 class Job:
-    """One edit of many.
+    """One edit of many; `make_request` explains its files."""
 
-    Attributes:
-        name: unique; the result is NAME.png.
-        scene, mask, reference, reference_mask: files, see `make_request`.
-        box, polygon: the hole, instead of a mask.
-        settings: of one sample; components of the hole are edited together.
-    """
-
-    name: str
+    name: str  # unique; the result is NAME.png
     scene: str
     reference: str | None = None
-    settings: EditSettings = DEFAULT_SETTINGS
+    settings: EditSettings = DEFAULT_SETTINGS  # of one sample; components of the hole are edited together
     mask: str | None = None
-    box: tuple[float, ...] = ()
-    polygon: tuple[float, ...] = ()
+    box: tuple[float, ...] = ()  # the hole, instead of a mask
+    polygon: tuple[float, ...] = ()  # likewise
     reference_mask: str | None = None
 
     def request(self) -> EditRequest:

@@ -82,21 +82,13 @@ def _place(start: int, stop: int, length: int, side: int) -> int:
 
 @dataclass(frozen=True)
 class FittedScene:
-    """A scene, and the square of it in the model's size.
+    """A scene, and the square of it in the model's size."""
 
-    Attributes:
-        scene: the whole scene, RGB.
-        hole: its hole mask, mode L, 0 or 255.
-        window: the square's place in the scene.
-        image: (1, 3, S, S) in [-1, 1], the square's pixels.
-        keep_mask: (1, 1, S, S), 0 in the hole, 1 elsewhere.
-    """
-
-    scene: Image.Image
-    hole: Image.Image
-    window: Window
-    image: Tensor
-    keep_mask: Tensor
+    scene: Image.Image  # the whole scene, RGB
+    hole: Image.Image  # its hole mask, mode L, 0 or 255
+    window: Window  # the square's place in the scene
+    image: Tensor  # (1, 3, S, S) in [-1, 1], the square's pixels
+    keep_mask: Tensor  # (1, 1, S, S), 0 in the hole, 1 elsewhere
 
     def same_square(self, image: Image.Image, image_size: int) -> Tensor:
         """Cut the same square from another image of the scene, RGB: (1, 3, S, S) in [0, 1]."""

@@ -18,18 +18,11 @@ Picture = Image.Image | str | Path
 
 @dataclass(frozen=True)
 class EditRequest:
-    """A scene with its hole, exemplars and settings.
+    """A scene with its hole, exemplars and settings."""
 
-    Attributes:
-        scene: RGB, upright. Transparent parts are mid-grey, but inside the hole a continuation of their surroundings.
-        hole: hole mask, mode L, 0 or 255, of the scene's size, not empty.
-        exemplars: RGB, cropped to the object; None is the null token. One, or one for each component of the hole.
-        settings: how to edit.
-    """
-
-    scene: Image.Image
-    hole: Image.Image
-    exemplars: tuple[Image.Image | None, ...]
+    scene: Image.Image  # RGB, upright; transparent parts are mid-grey, inside the hole they continue their surroundings
+    hole: Image.Image  # hole mask, mode L, 0 or 255, of the scene's size, not empty
+    exemplars: tuple[Image.Image | None, ...]  # RGB, cropped to the object; None: null token; one, or one a component
     settings: EditSettings
 
     def components(self) -> list[tuple[Image.Image, Image.Image | None]]:

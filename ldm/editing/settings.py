@@ -39,24 +39,15 @@ _MARGIN = "surroundings shown on each side, as a share of the hole's longer side
 
 @dataclass(frozen=True)
 class Option:
-    """How a setting is spelled, bounded and explained.
+    """How a setting is spelled, bounded and explained."""
 
-    Attributes:
-        flags: command-line spellings, the preferred one first; further ones are those of the original or of old.
-        help: one phrase, without the default.
-        choices: the allowed words of a string.
-        low, high: inclusive bounds of a number.
-        nargs: as in argparse; a setting with it may be a tuple of numbers.
-        default_text: the default in words, where it is computed.
-    """
-
-    flags: tuple[str, ...]
-    help: str
-    choices: tuple[str, ...] = ()
-    low: float = -math.inf
+    flags: tuple[str, ...]  # on the command line, the preferred one first; then those of the original and of old
+    help: str  # one phrase, without the default
+    choices: tuple[str, ...] = ()  # the allowed words of a string
+    low: float = -math.inf  # inclusive, as `high`
     high: float = math.inf
-    nargs: str | int | None = None
-    default_text: str = ""
+    nargs: str | int | None = None  # as in argparse; a setting with it may be a tuple of numbers
+    default_text: str = ""  # the default in words, where it is computed
 
 
 def _set(default: Any, flags: str, help: str, **option: Any) -> Any:

@@ -304,11 +304,6 @@ def _kid(s: Subject) -> Values:
     return [Estimate(1000 * value, 1000 * (value - 1.96 * error), 1000 * (value + 1.96 * error), len(s.images))]
 
 
-def _quality(s: Subject) -> Values:
-    assert s.ev.gmm is not None
-    return [quality_scores(s.ev.gmm.log_density(s.images))]
-
-
 def _similarity(s: Subject) -> Values:
     return [cosine_scores(s.regions, s.ev.exemplars(s.network))]
 
@@ -375,7 +370,7 @@ METRICS: dict[str, Callable[[Subject], Values]] = {
     "fid": lambda s: [s.distance(s.images, s.ev.real_statistics)],
     "kid": _kid,
     "precision-recall": lambda s: frechet.neighbours(s.ev.real_sample, s.images),
-    "qs": _quality,
+    "qs": lambda s: [s.ev.gmm and quality_scores(s.ev.gmm.log_density(s.images))],
     "clip": _clip,
     "identification": _identification,
     "foreground-fid": lambda s: [s.distance(s.regions, s.ev.exemplar_statistics)],
