@@ -170,14 +170,8 @@ def draw_noise(
     """Draw standard normal noise of shape (B, …).
 
     The numbers are drawn on the generators' own device, CPU as a rule, and then moved: equal seeds give equal noise on
-    every device.
-
-    Args:
-        generator: one generator for the whole batch, or B of them, so that a sample's noise does not depend on its
-            neighbours; None takes torch's global one.
-
-    Raises:
-        ValueError: the number of generators is not B.
+    every device. With one generator per sample the noise of a sample does not depend on its neighbours; None takes
+    torch's global generator. ValueError if there are neither one nor B generators.
     """
     if generator is None or isinstance(generator, torch.Generator):
         source = generator.device if generator is not None else torch.device("cpu")

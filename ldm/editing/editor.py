@@ -32,14 +32,7 @@ EXAMPLE_PARTS = ("scene", "mask", "exemplar")
 
 
 class Editor:
-    """Edit images with an inpainting model.
-
-    Args:
-        model: from `load_model`, on its device and in its precision.
-
-    Raises:
-        UserError: the model is float16 on the CPU.
-    """
+    """Edit images with an inpainting model from `load_model`, on its device and in its precision."""
 
     def __init__(self, model: LatentDiffusion) -> None:
         parameter = next(model.parameters())

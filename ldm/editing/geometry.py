@@ -144,11 +144,7 @@ def fit_scene(scene: Image.Image, hole: Image.Image, image_size: int, **options:
     """Crop the hole and its surroundings square and resize them to the model's size.
 
     At the model's size a pixel is part of the hole if any scene pixel in it is, so that the model never keeps pixels
-    that are to be replaced.
-
-    Args:
-        scene, hole, image_size: see `FittedScene`; the hole is not empty.
-        **options: crop_margin and whole_image of `fit_window`.
+    that are to be replaced. The hole is not empty; `options` are crop_margin and whole_image of `fit_window`.
     """
     window = fit_window(hole_box(hole), scene.size, min_side=-(-image_size // MAX_ENLARGEMENT), **options)
     # Beyond the border the hole is reflected with the scene, which hides the mirror image of its content, too.

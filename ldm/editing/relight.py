@@ -38,11 +38,8 @@ SAMPLING = {*EditSettings().sampling, "seed", "n_samples"}
 class Relighter:
     """IC-Light for images of any size.
 
-    Args:
-        model: from `load_model`, with the input channels `[x_t, z_foreground]` or `[x_t, z_foreground, z_background]`.
-
-    Raises:
-        UserError: the model has other input channels or does not read text.
+    The model, from `load_model`, reads text and has the input channels `[x_t, z_foreground]` or `[x_t, z_foreground,
+    z_background]`; others are a `UserError`.
     """
 
     def __init__(self, model: LatentDiffusion) -> None:

@@ -71,11 +71,7 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """Edits of the items that have no result yet; a run that was stopped goes on.
-
-    Raises:
-        UserError: the config or the folder does not fit.
-    """
+    """Edits of the items that have no result yet; a run that was stopped goes on."""
 
     bench: Bench
     outdir: Path  # gets the images; a folder begun with another config is refused
@@ -87,12 +83,9 @@ class BenchmarkRun:
     has_source: bool = True  # write source/ and grid/ too, as the original does
 
     def edit(self, devices: int = 1) -> int:
-        """Edit all items in several processes, one per device, and return their number.
+        """Edit all items in several processes, one per device, and return their number; UserError if items failed.
 
         Under torchrun, which starts the processes itself, `devices` is ignored.
-
-        Raises:
-            UserError: items failed.
         """
         if min(devices, 1 if self.limit is None else self.limit) < 1:
             raise UserError(f"got devices={devices}, limit={self.limit}, expected 1 or more")

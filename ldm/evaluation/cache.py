@@ -18,11 +18,7 @@ DEFAULT_PATH = Path.home() / ".cache" / "paint-by-example" / "features"
 
 
 class FeatureCache:
-    """Features (D,) float32 by key, in a folder that is created if missing.
-
-    Raises:
-        UserError: the folder cannot be created.
-    """
+    """Features (D,) float32 by key, in a folder that is created if missing."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

@@ -121,11 +121,9 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def frechet_estimate(features: np.ndarray, real: Statistics, *, num_resamples: int = 200, seed: int = 0) -> Estimate:
     """Compute the Fréchet distance of N items to fixed statistics, with a bootstrap over the items.
 
-    A resample holds fewer distinct items than the set, so its distance is larger on average, just as the distance of N
-    items exceeds that of infinitely many. The quantiles are shifted by the resamples' mean excess over the measured
-    distance. The interval predicts the distance of other N items of the same kind, not the distance at another N. For
-    small N it is conservative (in simulations it covers 98 to 99 % at N <= 4 D, 95 % at N = 60 D). Each resample costs
-    one eigenvalue problem of side min(N, D).
+    A resample holds fewer distinct items than the set, so its distance is larger on average; the quantiles are shifted
+    by this mean excess. The interval predicts the distance of other N items of the same kind. For small N it is
+    conservative (in simulations it covers 98 to 99 % at N <= 4 D, 95 % at N = 60 D).
     """
     x, n = features.astype(np.float64), len(features)
     value = frechet_distance(statistics_of(x, real.network), real)
@@ -173,11 +171,9 @@ def kid(
 ) -> tuple[float, float]:
     """Return the kernel distance of (N, D) and (M, D) features and its standard error, often printed x 1000.
 
-    It is the mean of `polynomial_mmd` over at least 2 random subsets, which hold at most half of the smaller set: the
-    estimate is unbiased at any size, and subsets that are the whole set would not vary. The standard error is the
-    delete-d jackknife's, spread x sqrt(size / (N - size)) with N of the smaller set: the standard deviation over other
-    items of the same kind (somewhat too large if the other set is larger). The spread of the subsets alone, which is
-    often printed, depends on the subset size.
+    It is the mean of `polynomial_mmd` over at least 2 random subsets of at most half the smaller set. The standard
+    error is the delete-d jackknife's, spread x sqrt(size / (N - size)) with N of the smaller set: the standard
+    deviation over other items of the same kind. The spread of the subsets alone depends on their size.
     """
     n = min(len(x), len(y))
     if n < 4:

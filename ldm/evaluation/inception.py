@@ -49,11 +49,7 @@ def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = 0) -> E
 
 
 def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """Load the Inception network of 2015 from WEIGHTS, a file of pytorch-fid or torch-fidelity.
-
-    Raises:
-        UserError: torch-fidelity is not installed, or the file is missing or holds another network.
-    """
+    """Load the Inception network of 2015 from WEIGHTS, a file of pytorch-fid or torch-fidelity; both must be there."""
     if not Path(weights).is_file():
         raise UserError(f"{weights}: no such file; download {WEIGHTS_URL}")
     try:

@@ -97,10 +97,8 @@ def identification(
     """Compute the share of pairs in which a region is closer (cosine) to its own exemplar than to another one.
 
     An ordered pair (i, j) of items with different exemplars is identified if region i is closer to exemplar i than to
-    exemplar j; a tie counts one half. Regions that say nothing about their exemplars score 0.5.
-
-    The interval resamples exemplars, each with all its items: pairs share items, and items share exemplars. Treating
-    them as independent would make it far too narrow.
+    exemplar j; a tie counts one half. Regions that say nothing about their exemplars score 0.5. The interval resamples
+    exemplars, each with all its items, because pairs share items, and items share exemplars.
 
     Args:
         regions, exemplars: (N, D) features.
@@ -168,11 +166,10 @@ def corner_colors(image: Image.Image) -> np.ndarray:
 def copied_background(edited: np.ndarray, exemplars: np.ndarray, true_images: np.ndarray) -> np.ndarray:
     """Measure how far the corners of edited regions moved from the scene's colours to the exemplar's.
 
-    Pasting the exemplar is the trivial solution of training on an image's own crops (paper, section 3.2). The
-    exemplar's background, which objects hardly ever cover in the corners, reveals it. With d the difference between
-    the exemplar's corners and the true image's, and c between the edit's and the true image's, the least-squares
-    share over all items is sum(c d) / sum(d d): 0 for the true image, 1 for a pasted exemplar. An edit that misses the
-    true background by chance is a little above 0, because c and d share the true image.
+    Pasting the exemplar is the trivial solution of training on an image's own crops (paper, section 3.2); the corners,
+    which objects hardly ever cover, reveal it. With d the difference between the exemplar's corners and the true
+    image's, and c between the edit's and the true image's, the least-squares share over all items is
+    sum(c d) / sum(d d): 0 for the true image, 1 for a pasted exemplar, a little above 0 for errors by chance.
 
     All three are (N, 4, 3) `corner_colors`, of the hole boxes except the exemplars'. The mean of the result (N,) is the
     share.

@@ -58,8 +58,7 @@ def quality_scores(log_density: np.ndarray) -> np.ndarray:
 def load_gmm(path: str | Path) -> GaussianMixture:
     """Read a mixture from `GaussianMixture.save` or from a pickle of scikit-learn, without running code in it.
 
-    Raises:
-        UserError: scikit-learn is missing, or the file is missing, damaged, wants to run code or holds no density.
+    UserError if scikit-learn is missing, or if the file is missing, damaged, wants to run code or holds no density.
     """
     path = Path(path)
     if not find_spec("sklearn"):

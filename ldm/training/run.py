@@ -99,11 +99,7 @@ class Run:
         return "\n".join(lines)
 
     def fit(self, checkpoint: Path | None) -> int:
-        """Train, from `checkpoint` on if there is one; return 0, or 128 + the number of the signal that ended the run.
-
-        Raises:
-            OSError, UserError: the run directory cannot be written, or another process of the run has ended.
-        """
+        """Train, from `checkpoint` on if there is one; return 0, or 128 + the signal that ended the run."""
         if self.trainer.is_global_zero:
             self._record(checkpoint)
             print(f"run directory: {self.run_dir}\n{self.summary()}")

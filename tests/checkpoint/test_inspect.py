@@ -147,14 +147,14 @@ def test_broken_files_are_a_line_each_and_the_others_are_shown(
         "login.ckpt": (b"<!DOCTYPE html><html>Sign in</html>", "a web page, not weights"),
         "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         "empty.ckpt": (b"", "the file is empty"),
-        "evil.ckpt": (b"", "refused: the pickle wants to call"),
+        "evil.ckpt": (b"", "refused: the pickle calls"),
     }
     for name, (data, _) in broken.items():
         (tmp_path / name).write_bytes(data)
     torch.save({"w": Call(tmp_path / "trace")}, tmp_path / "evil.ckpt")
     with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"\0" * 50_000_000)
-    broken["bomb.ckpt"] = (b"", "a zip bomb")
+    broken["bomb.ckpt"] = (b"", "50,000,000")
     flipped = bytearray(pickled)
     flipped[pickled.index(torch.ones(2).numpy().tobytes())] ^= 1  # a number, no name: only a checksum tells
     (tmp_path / "flipped.ckpt").write_bytes(flipped)
