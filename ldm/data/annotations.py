@@ -196,15 +196,16 @@ def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.nda
             path, header=None, usecols=[0, 1], dtype=str, keep_default_na=False, encoding_errors="replace"
         )
         descriptions |= dict(table.itertuples(index=False))
-    labels = boxes.pop("LabelName") if "LabelName" in boxes else pd.Series("", boxes.index)
-    boxes["Class"] = labels.map(lambda label: descriptions.get(label, ""))
-    boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
     area = (boxes.XMax - boxes.XMin) * (boxes.YMax - boxes.YMin)
-    kept = boxes.loc[area.between(MIN_AREA, MAX_AREA)].sort_values("ImageID", kind="stable")
-    codes, corners, names = kept.ImageID.cat.codes.to_numpy(), kept[_CORNERS].to_numpy(), kept.Class.to_numpy(object)
+    boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
+    rows, boxes = len(boxes), boxes.loc[area.between(MIN_AREA, MAX_AREA)]  # frees the others
+    kept = boxes.sort_values("ImageID", kind="stable")
+    codes, corners = kept.ImageID.cat.codes.to_numpy(), kept[_CORNERS].to_numpy()
+    labels = kept.LabelName if "LabelName" in kept else pd.Series("", kept.index)
+    names = labels.map(lambda label: descriptions.get(label, "")).to_numpy(object)
     starts = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()  # first box of each image
     spans = zip(kept.ImageID.cat.categories[codes[starts]], itertools.pairwise([*starts, len(kept)]), strict=True)
-    return len(boxes), len(kept), ((id_, corners[i:j], names[i:j].tolist()) for id_, (i, j) in spans)
+    return rows, len(kept), ((id_, corners[i:j], names[i:j].tolist()) for id_, (i, j) in spans)
 
 
 def read_coco(data: DataConfig, split: str) -> Split:
