@@ -4,6 +4,7 @@ ROOT/GT_*/000000000007_GT.png · ROOT/Ref_*/000000000007_ref.png · ROOT/Mask_bb
 · ROOT/id_list.npy. The digits after the underscore of the folders' names (their number of images, 3500) do not matter.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,9 @@ class Bench:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __iter__(self) -> Iterator[BenchItem]:
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> BenchItem:
         scene_path, mask_path, exemplar_path = self.paths(self.ids[index])
