@@ -18,8 +18,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ldm.evaluation.metrics import Estimate
 from ldm.files import UserError, atomic_write
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number from n items with the limits of its 95 % interval (nan if there is none)."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    note: str = ""  # added to the description of the metric
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.checkpoint.io import read_checkpoint
 from ldm.evaluation.features import SQUASH, WHOLE, FeatureNetwork
-from ldm.evaluation.metrics import Estimate
+from ldm.evaluation.frechet import Estimate
 from ldm.files import UserError
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"

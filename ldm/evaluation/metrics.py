@@ -16,21 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.evaluation.features import SQUASH, Box, FeatureNetwork
+from ldm.evaluation.frechet import Estimate
 from ldm.files import UserError
 
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # pixels: a Gaussian window of 11 x 11
 CORNER_CELLS = 8  # a corner is an eighth of the width by an eighth of the height
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number from n items with the limits of its 95 % interval (nan if there is none)."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    note: str = ""  # added to the description of the metric
 
 
 def hole_box(image: Image.Image, hole_mask: Image.Image) -> Box:
