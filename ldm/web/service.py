@@ -137,7 +137,9 @@ class EditService:
         self.settings = offered_settings(editor.model, limits.samples)
         # one worker: a cancelled edit ends its step before the next one begins
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
-        self._digest = self._worker.submit(sha256_file, checkpoint_file(source.checkpoint))
+        beside = ThreadPoolExecutor(1)  # the first edit paints while a large file is hashed
+        self._digest = beside.submit(sha256_file, checkpoint_file(source.checkpoint))
+        beside.shutdown(wait=False)
 
     def close(self) -> None:
         """Cancel what waits, and wait for the running step."""
