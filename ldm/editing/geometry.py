@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.editing.hole_masks import distance_transform
+from ldm.editing.hole_masks import distance_transform, hole_box
 from ldm.files import UserError
 from ldm.images import Box, mask_to_tensor, pad_box, pil_to_tensor, tensor_to_pil
 
@@ -154,13 +154,6 @@ def fit_scene(scene: Image.Image, hole: Image.Image, image_size: int, **options:
         share = square_hole.convert("F").resize((image_size, image_size), Image.Resampling.BOX)
         square_hole = Image.fromarray(np.uint8(255) * (np.asarray(share) > 0))
     return FittedScene(scene, hole, window, pil_to_tensor(square)[None], mask_to_tensor(square_hole)[None])
-
-
-def hole_box(hole: Image.Image) -> Box:
-    """Return the bounding box of a hole that is not empty."""
-    bounds = hole.getbbox()
-    assert bounds is not None
-    return Box(*bounds)
 
 
 def with_rim(hole: Image.Image) -> Box:

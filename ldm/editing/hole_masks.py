@@ -110,6 +110,13 @@ def dilate(hole: Image.Image, pixels: int) -> Image.Image:
     return result
 
 
+def hole_box(hole: Image.Image) -> Box:
+    """Return the bounding box of a hole that is not empty."""
+    bounds = hole.getbbox()
+    assert bounds is not None
+    return Box(*bounds)
+
+
 def distance_transform(hole: Image.Image) -> np.ndarray:
     """Measure how deep in the hole each pixel lies (chessboard distance): 0 outside, 1 next to a kept pixel.
 
@@ -132,7 +139,7 @@ def apply_shape(hole: Image.Image, shape: str, seed: int = 0) -> Image.Image:
         return hole
     rng, result = np.random.default_rng(seed), Image.new("L", hole.size)
     for component in connected_components(hole):
-        box = Box(*component.getbbox())  # pyright: ignore[reportOptionalIterable]: components are not empty
+        box = hole_box(component)
         if shape == "box":
             drawn = rectangle_hole(hole.size, box)
         else:
