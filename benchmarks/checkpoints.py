@@ -12,8 +12,6 @@ needs room. Outputs are removed at once, inputs at the end.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import re
 import shutil
 import subprocess
@@ -37,16 +35,14 @@ ROOT = Path(__file__).parent.parent
 
 def write_procedural(path: Path, dtype: torch.dtype) -> None:
     """Write Stable Diffusion v1-4 with weights by name, averaged copies left out."""
-    from tests.procweights import weight
+    from tests.procweights import layout, weight
 
-    with open(ROOT / "tests" / "golden" / "sd_v1_4_state_dict.tsv", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    shapes = {row["name"]: json.loads(row["shape"]) for row in rows if not row["name"].startswith(EMA)}
+    shapes = {name: tensor.shape for name, tensor in layout("sd_v1_4").items() if not name.startswith(EMA)}
     fixed: dict[str, Tensor] = dict(make_schedule(ScheduleConfig()).buffers())
     fixed |= {name: torch.arange(shape[-1])[None] for name, shape in shapes.items() if name.endswith("position_ids")}
-    layout = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()} | fixed
-    pieces = ((name, fixed[name] if name in fixed else weight(name, shapes[name]).to(dtype)) for name in layout)
-    write_safetensors(path, layout, pieces=pieces)
+    names = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()} | fixed
+    pieces = ((name, fixed[name] if name in fixed else weight(name, shapes[name]).to(dtype)) for name in names)
+    write_safetensors(path, names, pieces=pieces)
 
 
 def write_scaled(path: Path, state: dict[str, Tensor], factor: float, dtype: torch.dtype) -> None:

@@ -9,9 +9,7 @@ GB), edits with both from the same noise, and prints the largest difference. Rem
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
-import json
 import shutil
 import subprocess
 import sys
@@ -31,11 +29,10 @@ ROOT = Path(__file__).parent.parent
 
 def published_layout() -> dict[str, Tensor]:
     """Return the published names and shapes as meta tensors, without those that follow from the config."""
-    with open(ROOT / "tests" / "golden" / "official_state_dict.tsv", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    shapes = {row["name"]: json.loads(row["shape"]) for row in rows}
+    from tests.procweights import layout
+
     left_out = (*SCHEDULE_BUFFERS, "cond_stage_model.transformer.vision_model.embeddings.position_ids")
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name not in left_out}
+    return {name: tensor for name, tensor in layout("official").items() if name not in left_out}
 
 
 def theirs(folder: Path, inputs: dict[str, Tensor], steps: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The tiny model with the reference's weights, and what the reference computed with it.
 
-`golden/tiny_golden.safetensors` holds inputs and outputs of the published code in float32 on a CPU, run with the
-weights of `golden/tiny_model.safetensors`. The reference repeated differs from itself by up to 6e-6.
+`golden/tiny_golden.safetensors` holds inputs and outputs of the published code in float32 on a CPU, run with weights
+that are a function of their names (procweights.py). The reference repeated differs from itself by up to 6e-6.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from ldm.config import (
     load_config,
 )
 from ldm.latent_diffusion import LatentDiffusion, load_model
+from tests.procweights import GOLDEN, write_tiny_model
 
-GOLDEN = Path(__file__).parent / "golden"
 TINY_CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
-TINY_CHECKPOINT = GOLDEN / "tiny_model.safetensors"
 
 Close = Callable[[Tensor, Tensor], None]
 
@@ -56,20 +55,20 @@ def tiny_config() -> Config:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint() -> Path:
-    return TINY_CHECKPOINT
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("reference") / "tiny_model.safetensors")
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> LatentDiffusion:
+def tiny_model(tiny_checkpoint: Path) -> LatentDiffusion:
     """Shared: tests leave its weights and modes as they are."""
-    return load_model(TINY_CONFIG, TINY_CHECKPOINT)
+    return load_model(TINY_CONFIG, tiny_checkpoint)
 
 
 @pytest.fixture
-def trainable_model() -> LatentDiffusion:
+def trainable_model(tiny_checkpoint: Path) -> LatentDiffusion:
     """A copy of one's own, with gradients."""
-    return load_model(TINY_CONFIG, TINY_CHECKPOINT).requires_grad_(True).train()
+    return load_model(TINY_CONFIG, tiny_checkpoint).requires_grad_(True).train()
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,20 @@ Source: Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generator
 
 from __future__ import annotations
 
+import csv
+import json
+import lzma
 import math
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+GOLDEN = Path(__file__).parent / "golden"
 _BLOCK = 1 << 20  # elements at a time: a few arrays of 8 MiB, which stay in the cache
 
 
@@ -49,3 +55,31 @@ def weight(name: str, shape: Sequence[int]) -> Tensor:
     if name.endswith(".weight"):  # of a norm
         return u * float(np.float32(0.2)) + 1.0
     return u * float(np.float32(0.1))
+
+
+def layout(name: str) -> dict[str, Tensor]:
+    """A state dict that the reference wrote, as tensors without memory.
+
+    `official` is the published checkpoint, `sd_v1_4` Stable Diffusion's, `tiny` that of configs/tiny.yaml.
+    """
+    with lzma.open(GOLDEN / f"{name}_state_dict.tsv.xz", "rt", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return {
+            row["name"]: torch.empty(json.loads(row["shape"]), dtype=getattr(torch, row["dtype"]), device="meta")
+            for row in rows
+        }
+
+
+def write_tiny_model(path: Path) -> Path:
+    """Write the tiny model's checkpoint as the reference wrote it, and return the path."""
+    golden = load_file(GOLDEN / "tiny_golden.safetensors")
+    state = {}
+    for name, tensor in layout("tiny").items():
+        if not tensor.is_floating_point():
+            state[name] = torch.arange(tensor.shape[1])[None]  # position_ids
+        elif f"schedule/{name}" in golden:
+            state[name] = golden[f"schedule/{name}"]
+        else:
+            state[name] = weight(name, tensor.shape)
+    save_file(state, path)
+    return path

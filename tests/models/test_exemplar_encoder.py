@@ -17,9 +17,7 @@ from ldm.models.layers import restore_position_ids
 
 Close = Callable[[Tensor, Tensor], None]
 
-TESTS = Path(__file__).parents[1]
-TINY_CONFIG = TESTS.parent / "configs" / "tiny.yaml"
-TINY_CHECKPOINT = TESTS / "golden" / "tiny_model.safetensors"
+TINY_CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 def test_every_stage(golden: dict[str, Tensor], tiny_model: LatentDiffusion, close: Close) -> None:
@@ -54,10 +52,10 @@ def test_position_ids_are_restored_after_a_build_without_memory(tiny_model: Late
 
 
 @pytest.fixture(scope="module")
-def all_tokens_model() -> LatentDiffusion:
+def all_tokens_model(tiny_checkpoint: Path) -> LatentDiffusion:
     """The tiny model of the published layout, read as one that passes every token on."""
     config = load_config(TINY_CONFIG, overrides=["model.exemplar_encoder.tokens=all"])
-    return load_model(config, TINY_CHECKPOINT)
+    return load_model(config, tiny_checkpoint)
 
 
 def test_all_tokens(golden: dict[str, Tensor], all_tokens_model: LatentDiffusion, close: Close) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import struct
 import subprocess
@@ -16,17 +15,15 @@ from benchmarks.parity import FULL_PARTS, compare_full
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, to_file_keys, to_module_keys
 from ldm.config import ModelConfig
 from ldm.latent_diffusion import LatentDiffusion
+from tests.procweights import layout
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @pytest.fixture(scope="module")
 def published() -> Layout:
     """Names, shapes and types of the published checkpoint."""
-    with open(GOLDEN / "official_state_dict.tsv", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return {row["name"]: (tuple(json.loads(row["shape"])), getattr(torch, row["dtype"])) for row in rows}
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layout("official").items()}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import replace
@@ -26,8 +25,8 @@ from ldm.images import mask_to_tensor, pil_to_tensor
 from ldm.latent_diffusion import LatentDiffusion, latent_hole, load_model, load_weights
 from ldm.models.text_encoder import TextEncoder
 from tests.conftest import write_tokenizer
+from tests.procweights import layout
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -326,9 +325,7 @@ def test_exemplar_and_text_together(text_config: Config, tokenizer_folder: Path)
 
 def test_stable_diffusion_inpaintings_file_at_full_size() -> None:
     """The published names and shapes of v1-4, but for the five further input channels that inpainting has."""
-    with open(GOLDEN / "sd_v1_4_state_dict.tsv", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    published = {row["name"]: tuple(json.loads(row["shape"])) for row in rows if not row["name"].startswith(EMA)}
+    published = {name: tuple(tensor.shape) for name, tensor in layout("sd_v1_4").items() if not name.startswith(EMA)}
     published[INPUT_CONV] = (320, 9, 3, 3)
     with torch.device("meta"):
         model = LatentDiffusion(load_config(CONFIGS / "inpaint-text.yaml").model)
