@@ -24,7 +24,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,7 +37,6 @@ from ldm.models.unet import UNetModel
 from ldm.samplers import sample
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden"
 
 
 class Run(NamedTuple):
@@ -179,9 +177,9 @@ def loss_and_gradients(model: LatentDiffusion, golden: dict[str, Tensor], branch
 
 def compare_tiny() -> Iterator[Comparison]:
     """Compare networks, loss and trajectories of the tiny model."""
-    from tests.procweights import write_tiny_model
+    from tests.procweights import read_golden, write_tiny_model
 
-    golden = load_file(GOLDEN / "tiny_golden.safetensors")
+    golden = read_golden("tiny_golden")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_tiny_model(Path(folder) / "model.safetensors")
         model = load_model(ROOT / "configs" / "tiny.yaml", checkpoint)
@@ -213,7 +211,9 @@ FULL_PARTS = ("unet", "vae", "exemplar")
 @torch.no_grad()
 def compare_full(part: str) -> Iterator[Comparison]:
     """Compare one network of the full-size model; one at a time, the largest needs 3.4 GB."""
-    golden, config = load_file(GOLDEN / "full_golden.safetensors"), ModelConfig()
+    from tests.procweights import normal, read_golden
+
+    golden, config = read_golden("full_golden"), ModelConfig()
     if part == "unet":
         with torch.device("meta"):
             unet = UNetModel(config.unet)
@@ -233,7 +233,7 @@ def compare_full(part: str) -> Iterator[Comparison]:
         _fill(encoder, "cond_stage_model.")
         _fill(proj_out, "proj_out.")
         restore_position_ids(encoder, "cpu")
-        ours = _exemplar_stages(encoder, proj_out, golden["exemplar/ref"])
+        ours = _exemplar_stages(encoder, proj_out, normal("full/exemplar/ref", (1, 3, 224, 224)))
         del ours["exemplar/clip_last_hidden"]  # not recorded at this size
     for name, got in ours.items():
         yield Comparison(f"full size: {name}", got, golden[name], None)

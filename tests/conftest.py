@@ -1,6 +1,6 @@
 """The tiny model with the reference's weights, and what the reference computed with it.
 
-`golden/tiny_golden.safetensors` holds inputs and outputs of the published code in float32 on a CPU, run with weights
+`golden/tiny_golden.safetensors.xz` holds inputs and outputs of the published code in float32 on a CPU, run with weights
 that are a function of their names (procweights.py). The reference repeated differs from itself by up to 6e-6.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.checkpoint.io import write_safetensors
@@ -31,7 +30,7 @@ from ldm.config import (
     load_config,
 )
 from ldm.latent_diffusion import LatentDiffusion, load_model
-from tests.procweights import GOLDEN, write_tiny_model
+from tests.procweights import read_golden, write_tiny_model
 
 TINY_CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 
@@ -46,7 +45,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "tiny_golden.safetensors")
+    return read_golden("tiny_golden")
 
 
 @pytest.fixture(scope="session")

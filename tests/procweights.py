@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -57,6 +57,18 @@ def weight(name: str, shape: Sequence[int]) -> Tensor:
     return u * float(np.float32(0.1))
 
 
+def normal(name: str, shape: Sequence[int]) -> Tensor:
+    """Inputs of the reference: float32 from a standard normal distribution (Box and Muller's)."""
+    a, b = ((uniform(f"{name}/{part}", math.prod(shape)).double().numpy() + 1) / 2 for part in "ab")
+    values = np.sqrt(-2 * np.log(np.maximum(a, 1e-30))) * np.cos(2 * np.pi * b)
+    return torch.from_numpy(values.astype(np.float32)).reshape(tuple(shape))
+
+
+def read_golden(name: str) -> dict[str, Tensor]:
+    """The tensors of `golden/NAME.safetensors.xz`."""
+    return load(lzma.decompress((GOLDEN / f"{name}.safetensors.xz").read_bytes()))
+
+
 def layout(name: str) -> dict[str, Tensor]:
     """A state dict that the reference wrote, as tensors without memory.
 
@@ -72,7 +84,7 @@ def layout(name: str) -> dict[str, Tensor]:
 
 def write_tiny_model(path: Path) -> Path:
     """Write the tiny model's checkpoint as the reference wrote it, and return the path."""
-    golden = load_file(GOLDEN / "tiny_golden.safetensors")
+    golden = read_golden("tiny_golden")
     state = {}
     for name, tensor in layout("tiny").items():
         if not tensor.is_floating_point():

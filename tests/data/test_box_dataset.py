@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from ldm import images
@@ -26,8 +25,8 @@ from ldm.images import Box
 from scripts import inspect_dataset, read_bbox
 from tests.data.test_annotations import coco, voc
 from tests.data.test_annotations import images as write_images
+from tests.procweights import GOLDEN, read_golden
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 SIZES = [(96, 72), (72, 96), (64, 64), (120, 40), (9, 7)]
 
 
@@ -181,8 +180,8 @@ def test_reduced_decoding_changes_little(tmp_path: Path, monkeypatch: pytest.Mon
 def test_crop_shows_the_window_that_the_original_showed() -> None:
     """Its tensors are reproduced by its own resize (bilinear, not antialiased) of our window, exactly."""
     window = Box(13, 37, 179, 203)
-    golden = load_file(GOLDEN / "tensors_64.safetensors")["b_tall_s1/GT"]
-    image = Image.open(GOLDEN / "b_tall.png").convert("RGB")
+    golden = read_golden("data/tensors_64")["b_tall_s1/GT"]
+    image = Image.open(GOLDEN / "data" / "b_tall.png").convert("RGB")
     cropped = images.levels_to_tensor(crop(image, Image.new("L", image.size), window, 166)[:3])
     resized = torch.nn.functional.interpolate(cropped[None], size=(64, 64), mode="bilinear")[0]
     torch.testing.assert_close(resized, golden, rtol=0, atol=1e-6)

@@ -19,7 +19,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.evaluation.cache import FeatureCache
@@ -34,7 +33,7 @@ from ldm.evaluation.features import (
 from ldm.evaluation.metrics import cosine_scores, paper_box
 from ldm.files import UserError
 from ldm.images import CLIP_MEAN, CLIP_STD
-from tests.procweights import weight
+from tests.procweights import read_golden, weight
 
 try:
     import open_clip
@@ -133,12 +132,12 @@ def test_features_and_scores_of_the_reference(tmp_path: Path) -> None:
     save_tower(tmp_path / "B32", width=768, layers=12, patch=32, image_size=224, dim=512)
     network = load_network(f"clip:{tmp_path / 'B32'}")
     assert (network.name, network.dim) == ("CLIP ViT-B/32 (B32)", 512)
-    golden = load_file(GOLDEN / "features.safetensors")
+    golden = read_golden("eval/features")
     for folder in ("gt", "gen"):
         views = [View(path, "whole") for path in sorted((GOLDEN / folder).glob("*.png"))]
         assert_relative(extract(network, views), golden[f"feat_{folder}"][: len(views)].numpy(), 2e-5)
 
-    golden = load_file(GOLDEN / "region_feats_antialias_false.safetensors")
+    golden = read_golden("eval/region_feats_antialias_false")
     scores = json.loads((GOLDEN / "golden_eval.json").read_text())["region_clip_antialias_False"]["per_id"]
     for id_, score in scores.items():
         result, exemplar, mask = (

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from ldm.evaluation import frechet
 from ldm.evaluation.frechet import (
@@ -25,13 +24,14 @@ from ldm.evaluation.frechet import (
     statistics_of,
 )
 from ldm.files import UserError
+from tests.procweights import read_golden
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "eval"
 
 
 @pytest.fixture(scope="module")
 def features() -> dict[str, np.ndarray]:
-    return load_file(GOLDEN / "features.safetensors")
+    return {name: tensor.numpy() for name, tensor in read_golden("eval/features").items()}
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from ldm.evaluation.quality import load_gmm, mixture_of, quality_scores
 from ldm.files import UserError
+from tests.procweights import read_golden
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "eval"
 TYPES = ("full", "tied", "diag", "spherical")
@@ -45,7 +46,9 @@ def dump(path: Path, content: object, protocol: int = 4) -> Path:
 
 @pytest.mark.parametrize("name", ["k20_diag", "k20_spherical"])
 def test_golden(name: str) -> None:
-    features, arrays = load_file(GOLDEN / "features.safetensors"), load_file(GOLDEN / "gmm.safetensors")
+    features, arrays = (
+        {name: tensor.numpy() for name, tensor in read_golden(f"eval/{file}").items()} for file in ("features", "gmm")
+    )
     expected = json.loads((GOLDEN / "golden_eval.json").read_text())[f"qs_{name}"]
     parts = (arrays[f"{name}/{part}"] for part in ("weights", "means", "covariances"))
     gmm = mixture_of(*parts, covariance_type=name.removeprefix("k20_"), provenance={})
