@@ -175,8 +175,16 @@ def draw_noise(
     """
     if generator is None or isinstance(generator, torch.Generator):
         source = generator.device if generator is not None else torch.device("cpu")
-        return torch.randn(tuple(shape), generator=generator, device=source).to(device, dtype)
+        return send(torch.randn(tuple(shape), generator=generator, device=source), device).to(dtype)
     if len(generator) != shape[0]:
         raise ValueError(f"got {len(generator)} generators for a batch of {shape[0]}, expected one per sample")
-    samples = [torch.randn(tuple(shape[1:]), generator=g, device=g.device).to(device, dtype) for g in generator]
-    return torch.stack(samples)
+    samples = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
+    return send(torch.stack(samples), device).to(dtype)
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on a device; from the CPU to a GPU without waiting for the GPU."""
+    on_cpu = tensor.device.type == "cpu"
+    if on_cpu and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=on_cpu)  # to the CPU it would return before the values are there

@@ -32,9 +32,10 @@ from ldm.training import fsdp
 from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.ema import EMA, trained_parameters
 from ldm.training.first_stage_module import FirstStageTraining
-from ldm.training.module import NonFiniteError, logs_step
+from ldm.training.module import NonFiniteError, logs_step, mean_of
 
 MODULES = {"diffusion": DiffusionTraining, "first_stage": FirstStageTraining}
+SHOWN = ("train/loss", "train/psnr", "train/samples_per_s")  # in the progress bar
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PARTS = {  # prefixes of parameter names => the part of the model, as the curves name it; others: mapper
     "learnable_vector": "null_token",
@@ -103,6 +104,8 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         self.on_sanity_check_start(trainer, pl_module)
+        # Lightning would wait for the GPU in every step to hear of a SIGTERM that `_agreed` hears of
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         epochs = trainer.fit_loop.epoch_progress.total
         if trainer.fit_loop.restarted_mid_epoch and epochs.completed == epochs.ready:
             # Resumed behind the last step of an epoch: Lightning completes that epoch and would not count the next.
@@ -117,31 +120,40 @@ class Checkpoints(Callback):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if not stepped or trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        number, every = self._agreed(trainer), self.options.checkpoint_every
+        every = self.options.checkpoint_every
         periodic = every > 0 and trainer.global_step % every == 0
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         ends = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch) or trainer.should_stop
+        number = self._agreed(trainer, trainer.global_step, at_once=periodic or ends)
         if periodic or number or ends:
             self._save(trainer, pl_module, periodic=periodic)
         if number:
             raise Interrupted(number, self.last)
 
-    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._agreed(trainer):
+    def on_validation_batch_end(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        if self._agreed(trainer, batch_idx):
             raise StopIteration  # ends the validation in good order; averaged weights are swapped back
 
     def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         if not trainer.sanity_checking and trainer.callback_metrics.get("val/loss", torch.zeros(())).isnan():
             raise NonFiniteError(f"val/loss is NaN after step {trainer.global_step}")  # before `best.ckpt` is saved
-        if number := self._agreed(trainer):
+        if number := self._agreed(trainer, 0):
             if trainer.global_step > 0 and not trainer.sanity_checking:
                 self._save(trainer, pl_module, periodic=False)
             raise Interrupted(number, self.last if self.last.is_file() else None)
 
-    def _agreed(self, trainer: Trainer) -> int:
-        """Return the signal that any process received, or 0: all must agree, or one would save while another steps."""
+    def _agreed(self, trainer: Trainer, step: int, *, at_once: bool = False) -> int:
+        """Return the signal that any process received, or 0: all must agree, or one would save while another steps.
+
+        Several processes ask each other, and wait for their devices, at every `log_every_n_steps`-th step, or at once.
+        """
         if trainer.world_size == 1:
             return self.received
+        every = max(1, trainer.log_every_n_steps)  # pyright: ignore[reportAttributeAccessIssue]
+        if step % every and not at_once:
+            return 0
         number = torch.tensor(self.received, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(number, reduce_op="max"))
 
@@ -194,17 +206,22 @@ class MetricsFile(Logger):
 
 
 class Monitor(Callback):
-    """Logs how fast a run is, what it waits for, and how large gradients and weights are; see `docs/training.md`."""
+    """Logs the module's curves, speed, what a run waits for, and norms; see `docs/training.md`."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self._flops_per_batch, self._step = config, 0, 0  # the last step that was logged
+        self.config, self._flops_per_batch, self._lr = config, 0, 0.0
+        self._step = 0  # the last one that was logged
         self._begin()
 
     def _begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = self._batch_end = time.perf_counter()
         self._samples, self._batches, self._waited = 0, 0, 0.0
 
-    on_train_start = on_validation_end = _begin  # validation does not count
+    on_validation_end = _begin  # validation does not count
+
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self._step = trainer.global_step
+        self._begin()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
         self._waited += time.perf_counter() - self._batch_end
@@ -212,31 +229,38 @@ class Monitor(Callback):
             self._flops_per_batch = batch_flops(self.config, batch)
             self._begin()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Module, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         if logs_step(trainer, trainer.global_step + 1):
             gradients: dict[str, list[Tensor]] = defaultdict(list)
             for name, parameter in pl_module.named_parameters():
                 if parameter.grad is not None:
                     part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "mapper")
                     gradients[part].append(parameter.grad)
-            norms = {part: fsdp.total_norm(tensors) for part, tensors in gradients.items()}
-            pl_module.log("train/grad_norm", fsdp.total_norm(norms.values()))
-            pl_module.log_dict({f"train/grad_norm_{part}": norm for part, norm in norms.items()})
-            pl_module.log("train/param_norm", fsdp.total_norm(p.detach() for _, p in trained_parameters(pl_module)))
-            pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
+            norms = {f"grad_norm_{part}": fsdp.total_norm(tensors) for part, tensors in gradients.items()}
+            norms["grad_norm"] = fsdp.total_norm(norms.values())
+            norms["param_norm"] = fsdp.total_norm(p.detach() for _, p in trained_parameters(pl_module))
+            pl_module.record({f"train/{name}": mean_of(norm) for name, norm in norms.items()})
+            self._lr = optimizer.param_groups[0]["lr"]
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._samples += len(batch["key"]) * trainer.world_size
         self._batches += 1
-        self._batch_end = now = time.perf_counter()
+        self._batch_end = time.perf_counter()
         if trainer.global_step > self._step and logs_step(trainer, trainer.global_step):
-            seconds = now - self._start
-            pl_module.log("train/samples_per_s", self._samples / seconds, prog_bar=True)
-            pl_module.log("train/step_s", seconds / self._batches * trainer.accumulate_grad_batches)
-            pl_module.log("train/data_wait", self._waited / seconds)
-            pl_module.log("train/tflops", self._flops_per_batch * self._batches / seconds / 1e12)
+            curves: dict[str, float] = pl_module.read_curves()  # waits for the GPU: before the time is taken
+            pl_module.check_finite(curves, batch_idx)
+            seconds = time.perf_counter() - self._start
+            curves["train/lr"] = self._lr
+            curves["train/samples_per_s"] = self._samples / seconds
+            curves["train/step_s"] = seconds / self._batches * trainer.accumulate_grad_batches
+            curves["train/data_wait"] = self._waited / seconds
+            curves["train/tflops"] = self._flops_per_batch * self._batches / seconds / 1e12
             if torch.cuda.is_available():
-                pl_module.log("train/memory_gib", torch.cuda.max_memory_allocated() / 2**30)
+                curves["train/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            # not by `log`, which copies every value to the GPU, and reads those of the progress bar in every step
+            for logger in trainer.loggers:
+                logger.log_metrics({"epoch": trainer.current_epoch, **curves}, trainer.global_step - 1)
+            trainer.progress_bar_metrics.update({name: curves[name] for name in SHOWN if name in curves})
             self._begin()
             self._step = trainer.global_step
 

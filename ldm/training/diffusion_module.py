@@ -16,14 +16,14 @@ from torch import Tensor
 from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import NEW_PARTS
 from ldm.config import Config, LoggingConfig, TrainingConfig
-from ldm.diffusion import min_snr_weight
+from ldm.diffusion import min_snr_weight, send
 from ldm.images import exemplar_to_pixels
 from ldm.latent_diffusion import LatentDiffusion, add_imagenet_tower
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.layers import CrossAttention
 from ldm.training import fsdp
 from ldm.training.ema import trained_parameters
-from ldm.training.module import TrainingModule, adamw, override_optimizer_hparams, parts_of
+from ldm.training.module import TrainingModule, adamw, mean_of, override_optimizer_hparams, parts_of
 
 Weights = dict[str, Tensor]
 
@@ -113,23 +113,23 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         return state, list(missing)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        torch.manual_seed(int(batch["key"][0]))  # dropout: the only draw that is not made per sample
+        torch.manual_seed(batch["key"].tolist()[0])  # dropout: the only draw that is not made per sample
+        if self.timesteps is not None:
+            self.timesteps.update(self.trainer.log_every_n_steps)  # pyright: ignore[reportAttributeAccessIssue]
         losses, t = self.losses(batch)
         weighted, uniform = losses, torch.ones_like(losses)
         if (gamma := self.options.min_snr_gamma) > 0:
             weighted = min_snr_weight(t, gamma, self.config.parameterization, self.ac) * losses
         if self.timesteps is not None:
-            uniform = self.timesteps.weight(t).to(losses)  # 1 / (T p(t)): the objective of uniform timesteps
-        loss = (uniform * weighted).mean()
-        self.check_finite(loss, batch_idx)
-        if self.timesteps is not None:
-            history: Any = self.all_gather((t.to(losses.device), weighted.detach()))
-            self.timesteps.update(*(values.flatten() for values in history))
-        self.log("train/loss", (uniform * losses.detach()).mean(), prog_bar=True)
+            uniform = self.timesteps.weight(t)  # 1 / (T p(t)): the objective of uniform timesteps
+            history: Any = self.all_gather((t, weighted.detach()))
+            self.timesteps.record(*(values.flatten() for values in history))
         quartile = 4 * t // self.config.schedule.num_timesteps
-        for q in quartile.unique().tolist():
-            self.log(f"train/loss_t{q + 1}of4", losses.detach()[quartile == q].mean())
-        return loss
+        pairs = torch.stack((losses.detach(), torch.ones_like(losses)))
+        pairs = pairs.new_zeros(2, 4).scatter_add(1, quartile.expand(2, -1), pairs)  # sums and numbers of losses
+        self.record({f"train/loss_t{q + 1}of4": pairs[:, q] for q in range(4)})
+        self.record({"train/loss": mean_of(uniform * losses.detach())})
+        return (uniform * weighted).mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the prediction error, under the EMA weights where EMA is on; the noise is the same in every epoch."""
@@ -137,19 +137,18 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         self.log("val/loss", losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Compute each sample's `LatentDiffusion.loss` (B,), with its timestep (B,) on the CPU.
+        """Compute each sample's `LatentDiffusion.loss` (B,), with its timestep (B,).
 
         Every draw comes from the sample's own generator, seeded by its `key`, in the order: posterior noise of image
         and masked image, t, eps, null-drop. A sample's loss does not depend on its neighbours.
         """
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         z_0, z_masked = self.latents(batch, generators)  # pixels [-1, 1] => scaled latents (B, Z, h, w)
-        drawn = self.draw(z_0.shape, generators)
-        t, eps, dropped = (x.to(z_0.device, non_blocking=True) for x in drawn)
+        t, eps, dropped = (send(x, z_0.device) for x in self.draw(z_0.shape, generators))
         context = self.batch_context(batch)  # exemplars, captions => tokens (B, L, D)
         context = self.drop_condition(context, dropped)  # the null token with probability p_uncond
         # || eps - eps_theta([x_t, z_masked, keep_mask], t, context) ||^2 with x_t = alpha_t z_0 + sigma_t eps
-        return self.loss(z_0, z_masked, batch["keep_mask"], context, t, eps), drawn[0]
+        return self.loss(z_0, z_masked, batch["keep_mask"], context, t, eps), t
 
     @torch.no_grad()
     def latents(self, batch: dict[str, Any], generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -172,8 +171,6 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         ]
         t, eps, u = (torch.stack(column) for column in zip(*draws, strict=True))
         dropped = (u[:1].expand_as(u) if self.options.null_drop == "per_batch" else u) < self.options.p_uncond
-        if self.device.type == "cuda":  # pinned memory is copied without waiting for the GPU
-            t, eps, dropped = (x.pin_memory() for x in (t, eps, dropped))
         return t, eps, dropped
 
     def _draw_timestep(self, generator: torch.Generator) -> Tensor:
@@ -257,27 +254,42 @@ class LossAwareTimesteps:
         return torch.searchsorted(self._cumulated, u, right=True).clamp(max=len(self.counts) - 1)
 
     def weight(self, t: Tensor) -> Tensor:
-        """Return 1 / (T p(t)), (B,) float32, for timesteps (B,) on the CPU."""
-        return (1.0 / (len(self.counts) * self._p[t])).float()
+        """Return 1 / (T p(t)), (B,) float32, for timesteps (B,)."""
+        self._weights = self._weights.to(t.device)
+        return self._weights[t]
 
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        """Store the losses (B,) of timesteps (B,), from all processes in the same order."""
-        for k, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            self.losses[k, self.counts[k] % self.HISTORY] = loss
-            self.counts[k] += 1
+    def record(self, t: Tensor, losses: Tensor) -> None:
+        """Note the losses (B,) of timesteps (B,) on any device, from all processes in the same order."""
+        self._pending.append(torch.stack((t.to(losses), losses)))
+
+    def update(self, every: int) -> None:
+        """Draw by the recorded losses, once there are `every` batches of them: reading waits for the device."""
+        if len(self._pending) < max(1, every):
+            return
+        pending = torch.cat([batch.to(self._pending[-1].device) for batch in self._pending], 1)
+        history, counts = self.losses.numpy(), self.counts.numpy()  # the same memory
+        for k, loss in pending.T.tolist():
+            history[int(k), counts[int(k)] % self.HISTORY] = loss
+            counts[int(k)] += 1
+        self._pending = []
         self._refresh()
 
     def _refresh(self) -> None:
         T = len(self.counts)
         p = torch.full((T,), 1.0 / T, dtype=torch.float64, device="cpu")
-        if int(self.counts.min()) >= self.HISTORY:
+        if min(self.counts.tolist()) >= self.HISTORY:
             scale = self.losses.square().mean(1).sqrt()  # p(t) ~ sqrt(E[L_t^2])
             p = (1.0 - self.UNIFORM) * scale / scale.sum() + self.UNIFORM / T
-        self._p, self._cumulated = p, p.cumsum(0)
+        self._cumulated, self._weights = p.cumsum(0), (1.0 / (T * p)).float()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"losses": self.losses, "counts": self.counts}
+        return {
+            "losses": self.losses,
+            "counts": self.counts,
+            "pending": torch.stack(self._pending or [torch.zeros(2, 0)]),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
+        self._pending = list(state.get("pending", torch.zeros(0, 2, 0)))  # of batches; older checkpoints have none
         self._refresh()

@@ -17,10 +17,11 @@ from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import CONDITION_ENCODER, FIRST_STAGE
 from ldm.config import Config, FirstStageTrainingConfig, LoggingConfig
 from ldm.data.masks import irregular_hole
+from ldm.diffusion import send
 from ldm.images import mask_to_tensor
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.efficientnet import efficientnet_stages, load_feature_network
-from ldm.training.module import TrainingModule, override_optimizer_hparams
+from ldm.training.module import TrainingModule, mean_of, override_optimizer_hparams
 
 Weights = dict[str, Tensor]
 
@@ -69,8 +70,7 @@ class FirstStageTraining(TrainingModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, terms = self.losses(batch)
-        self.log_dict({f"train/{name}": value for name, value in terms.items()}, prog_bar=True)
-        self.check_finite(loss, batch_idx)
+        self.record({f"train/{name}": mean_of(value) for name, value in terms.items()})
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -122,7 +122,7 @@ class FirstStageTraining(TrainingModule):
             rng = np.random.default_rng(key)
             if rng.random() >= self.options.p_no_condition:
                 mask.copy_(mask_to_tensor(irregular_hole((width, height), rng)))
-        return masks.to(batch["image"])
+        return send(masks, batch["image"].device).to(batch["image"].dtype)
 
     def preview(self, batch: dict[str, Tensor], options: LoggingConfig) -> list[Tensor]:
         """Return scenes and reconstructions, an asymmetric decoder's without and with pixels; (B, 3, H, W)."""

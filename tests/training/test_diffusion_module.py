@@ -77,17 +77,13 @@ def test_a_trained_tower_sees_the_exemplar_though_features_are_cached(
 
 
 def test_min_snr_weights_scale_the_optimised_loss_and_not_the_logged_one(
-    make_module: Callable[..., DiffusionTraining], batch: Batch, monkeypatch: pytest.MonkeyPatch
+    make_module: Callable[..., DiffusionTraining], batch: Batch
 ) -> None:
-    logged: list[float] = []
-    optimised = []
+    logged, optimised = [], []
     for gamma in (0, 5):
         module = make_module(f"training.min_snr_gamma={gamma}")
-        monkeypatch.setattr(module, "check_finite", lambda *_: None)
-        monkeypatch.setattr(
-            module, "log", lambda name, value, **_: logged.append(float(value)) if name == "train/loss" else None
-        )
         optimised.append(module.training_step(batch, 0).item())
+        logged.append(module.read_curves()["train/loss"])
     losses, t = module.losses(batch)
     snr = module.alphas_cumprod[t] / (1 - module.alphas_cumprod[t])
     assert optimised[0] == pytest.approx(losses.mean().item(), rel=1e-6)
@@ -223,7 +219,8 @@ LOSSES = torch.tensor([1.0, 2.0, 5.0, 2.0])
 def trained() -> LossAwareTimesteps:
     timesteps = LossAwareTimesteps(4)
     for _ in range(10):
-        timesteps.update(torch.arange(4), LOSSES)
+        timesteps.record(torch.arange(4), LOSSES)
+        timesteps.update(every=1)
     return timesteps
 
 
@@ -236,7 +233,8 @@ def shares(timesteps: LossAwareTimesteps, n: int) -> torch.Tensor:
 def test_timesteps_are_drawn_alike_until_all_are_known() -> None:
     timesteps = LossAwareTimesteps(4)
     for _ in range(20):
-        timesteps.update(torch.tensor([0, 1, 2]), LOSSES[:3])
+        timesteps.record(torch.tensor([0, 1, 2]), LOSSES[:3])
+        timesteps.update(every=1)
     assert torch.equal(timesteps.weight(torch.arange(4)), torch.ones(4))
     # 4,000 draws: a share of a quarter has a standard deviation of 0.007
     torch.testing.assert_close(shares(timesteps, 4000), torch.full((4,), 0.25), atol=0.03, rtol=0)
@@ -252,10 +250,37 @@ def test_larger_losses_are_drawn_more_often_and_count_less(trained: LossAwareTim
 
 def test_old_losses_are_forgotten(trained: LossAwareTimesteps) -> None:
     for _ in range(10):
-        trained.update(torch.tensor([2]), torch.tensor([1.0]))
+        trained.record(torch.tensor([2]), torch.tensor([1.0]))
+        trained.update(every=1)
     expected = torch.tensor([1.0, 2.0, 1.0, 2.0]) / 6
     torch.testing.assert_close(trained.weight(torch.arange(4)), 1 / (4 * expected), rtol=5e-3, atol=0)
+
+
+def test_losses_that_were_not_read_are_saved(trained: LossAwareTimesteps) -> None:
+    trained.record(torch.tensor([2, 3]), torch.tensor([1.0, 9.0]))
     other = LossAwareTimesteps(4)
     other.load_state_dict(trained.state_dict())
+    before = other.weight(torch.arange(4))
+    for timesteps in (trained, other):
+        timesteps.record(torch.tensor([2, 0]), torch.tensor([3.0, 5.0]))
+        timesteps.update(every=3)
+        assert torch.equal(timesteps.weight(torch.arange(4)), before)  # two batches are not three
+        timesteps.update(every=2)
+        assert not torch.equal(timesteps.weight(torch.arange(4)), before)
     assert torch.equal(other.weight(torch.arange(4)), trained.weight(torch.arange(4)))
     assert shares(other, 50).tolist() == shares(trained, 50).tolist()
+
+
+def test_curves_by_quarters_are_means_over_steps(make_module: Callable[..., DiffusionTraining], batch: Batch) -> None:
+    module, all_losses, all_t = make_module(), [], []
+    for keys in (batch["key"], batch["key"] + 1000):
+        part = {name: tensor[:1] for name, tensor in {**batch, "key": keys}.items()}
+        losses, t = module.losses(part)
+        all_losses.append(losses.detach())
+        all_t.append(t)
+        module.training_step(part, 0)
+    losses, quarter = torch.cat(all_losses), torch.cat(all_t) // 250
+    expected = {f"train/loss_t{q + 1}of4": losses[quarter == q].mean().item() for q in quarter.unique().tolist()}
+    assert len(expected) < 4  # no value for a quarter without samples
+    assert module.read_curves() == pytest.approx({**expected, "train/loss": losses.mean().item()}, rel=1e-5)
+    assert module.read_curves() == {}
