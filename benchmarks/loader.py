@@ -56,6 +56,12 @@ def make_images(root: Path, count: int, size: tuple[int, int]) -> None:
         (boxes / f"{i:016x}.txt").write_text("\n".join(lines) + "\n")
 
 
+def our_dataset(root: Path, size: int, exemplar_size: int) -> BoxDataset:
+    """Open what `make_images` wrote; an item is (epoch, index)."""
+    index = open_index(DataConfig(root=str(root)), "validation")
+    return BoxDataset(index, SampleRecipe(image_size=size, exemplar_size=exemplar_size))
+
+
 # ---- the original's method ----
 
 
@@ -199,9 +205,7 @@ def main() -> None:
         root = Path(folder)
         make_images(root, args.images, (1024, 768))
         original = Original(root, args.size, args.exemplar_size)
-        index = open_index(DataConfig(root=str(root)), "validation")
-        recipe = SampleRecipe(image_size=args.size, exemplar_size=args.exemplar_size)
-        ours = BoxDataset(index, recipe)
+        ours = our_dataset(root, args.size, args.exemplar_size)
         ratios = []
         for k in range(3):  # alternately, because other load on the machine varies
             theirs = samples_per_second(original.__getitem__, args.images, args.seconds, "original")
