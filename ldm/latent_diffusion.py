@@ -7,6 +7,7 @@ Source: Yang et al. 2023, "Paint by Example: Exemplar-based Image Editing with D
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.controlnet import Steering
 from ldm.models.efficientnet import EfficientNetTower
 from ldm.models.exemplar_encoder import ExemplarEncoder
-from ldm.models.layers import restore_position_ids
+from ldm.models.layers import Uninitialised
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNetModel
 
@@ -56,7 +57,7 @@ class LatentDiffusion(nn.Module):
         if self.reads_exemplars:
             self.cond_stage_model = ExemplarEncoder(config.exemplar_encoder)
             self.proj_out = nn.Linear(config.exemplar_encoder.hidden_size, config.unet.context_dim)
-            self.learnable_vector = nn.Parameter(torch.randn(1, 1, config.unet.context_dim))
+            self.learnable_vector = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.unet.context_dim)))
         if self.reads_text:
             self.text_encoder = TextEncoder(config.text_encoder)
         self.schedule = make_schedule(config.schedule)
@@ -282,15 +283,18 @@ def load_model(
     decoder: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    compile: bool = False,
 ) -> LatentDiffusion:
     """Build the model of a config and load a checkpoint into it, strictly; in evaluation mode, without gradients.
 
-    The modules are built without memory and take the checkpoint's tensors: there is one copy of the weights.
+    The modules take the checkpoint's tensors: there is one copy of the weights.
 
     Args:
         checkpoint: `.ckpt` or `.safetensors` in the published layout; None leaves the weights random.
         decoder: a mask-conditioned decoder for the first stage, a file or folder for `replace_decoder`.
         dtype: type of the weights; the noise schedule stays float32.
+        compile: compile the UNet at its first call, which takes minutes at full size, for every new shape again; on
+            CUDA its kernels are replayed as one graph.
 
     Raises:
         ConfigError: the config cannot be used.
@@ -300,7 +304,7 @@ def load_model(
     if dtype == torch.float16 and torch.device(device).type == "cpu":
         raise ValueError("float16 on the CPU: its convolutions are slow or missing there; use float32 or bfloat16")
     model_config = load_config(config).model
-    with torch.device("meta" if checkpoint else "cpu"):
+    with Uninitialised() if checkpoint else nullcontext():
         model = LatentDiffusion(model_config)
     if checkpoint is not None:
         load_weights(model, read_checkpoint(checkpoint), str(checkpoint), dtype=dtype)
@@ -310,11 +314,14 @@ def load_model(
         model.first_stage_model = replace_decoder(model.first_stage_model, decoder)
     for parameter in model.requires_grad_(False).eval().parameters():
         parameter.data = parameter.data.to(dtype)
-    return model.to(device)
+    model = model.to(device)
+    if compile:  # in place, so the names of the weights stay
+        model.unet.compile(dynamic=False, mode="reduce-overhead" if model.betas.is_cuda else None)
+    return model
 
 
 def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, *, dtype: torch.dtype) -> None:
-    """Give a model, built on the meta device or not, the tensors of a checkpoint in the published layout.
+    """Give a model the tensors of a checkpoint in the published layout.
 
     Tensors of type `dtype` are not copied. Raises `CheckpointError`, which names `source`, if the model is another.
     """
@@ -326,7 +333,6 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
     check_schedule(schedule, state, source=source)
     weights = {name: x.to(dtype) if x.is_floating_point() else x for name, x in weights.items()}
     model.load_state_dict({**weights, **schedule}, strict=True, assign=True)
-    restore_position_ids(model, next(model.unet.parameters()).device)
 
 
 def add_imagenet_tower(state: dict[str, Tensor], encoder: ExemplarEncoder) -> dict[str, Tensor]:
@@ -356,7 +362,7 @@ def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> Autoencoder
     width = last.shape[1] / (config.ch * config.ch_mult[0])
     blocks = {name.split(".")[4] for name in state if name.startswith("decoder.up.0.block.")}
     config = replace(config, decoder="asymmetric", decoder_width=width, decoder_res_blocks=len(blocks) - 1)
-    with torch.device("meta"):
+    with Uninitialised():
         result = AutoencoderKL(config)
     check_keys({name: x.shape for name, x in result.state_dict().items()}, state, source=file)
     encoder = {n: x for n, x in first_stage.state_dict().items() if n.startswith(("encoder.", "quant_conv."))}

@@ -6,6 +6,8 @@ import copy
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -491,6 +493,34 @@ def test_random_weights_follow_the_seed(tiny_config: Config) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["learnable_vector"], other["learnable_vector"])
     assert load_model(tiny_config, dtype=torch.bfloat16).weight_dtype == torch.bfloat16
+
+
+def test_editing_with_the_bundled_model_imports_no_sympy() -> None:
+    """A second of start-up: torch imports it at the first operation on the meta device."""
+    code = """
+import sys
+from PIL import Image
+from ldm import Editor
+hole = Image.new("L", (64, 64))
+hole.paste(255, (16, 16, 48, 48))
+Editor.from_pretrained().edit(Image.new("RGB", (64, 64)), hole, Image.new("RGB", (64, 64), "red"), num_steps=1)
+assert "sympy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_gives_the_same_result(
+    golden: dict[str, Tensor], tiny_config: Config, tiny_checkpoint: Path, tiny_model: LatentDiffusion
+) -> None:
+    model = load_model(tiny_config, tiny_checkpoint, compile=True)
+    assert model.state_dict().keys() == tiny_model.state_dict().keys()
+    torch._dynamo.utils.counters.clear()
+    settings: dict[str, Any] = {"x_T": golden["sample/x_T"], "sampler": "plms", "num_steps": 5}
+    results = [m.sample(**scene(golden, 2), **settings) for m in (model, tiny_model)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    # other kernels round differently; 6e-6 of the range in one evaluation, guidance and five steps multiply it
+    torch.testing.assert_close(*results, rtol=0, atol=5e-5 * results[1].abs().max().item())
 
 
 def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ldm.checkpoint.convert import read_component, to_original
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import UNET, check_keys, holds
 from ldm.config import UNetConfig
-from ldm.models.layers import zero_init
+from ldm.models.layers import Uninitialised, zero_init
 from ldm.models.unet import UNetEncoder
 
 HINT_CHANNELS = (16, 32, 96, 256)  # of the control image on its way to the latent grid
@@ -121,7 +121,7 @@ def load_controlnet(
     """
     state = read_component(Path(path)) if Path(path).is_dir() else read_checkpoint(path)
     state = control_state(state, str(path))
-    with torch.device("meta"):
+    with Uninitialised():
         network = ControlNet(config)
     check_keys({name: tensor.shape for name, tensor in network.state_dict().items()}, state, source=path)
     network.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)

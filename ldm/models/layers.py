@@ -5,11 +5,13 @@ Dimensions: B batch · C channels · H, W grid · N = H·W positions · L contex
 
 import math
 from collections import OrderedDict
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.config import UNetConfig
 
@@ -119,9 +121,15 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
-def restore_position_ids(network: nn.Module, device: torch.device | str) -> None:
-    """Recreate the index buffers of CLIP's towers, which no file holds, after a build on the meta device."""
-    for module in network.modules():
-        if isinstance(position_ids := getattr(module, "position_ids", None), Tensor):
-            indices = torch.arange(position_ids.shape[-1], device=device)[None]
-            module.register_buffer("position_ids", indices, persistent=False)
+class Uninitialised(TorchFunctionMode):
+    """Within it modules get no initial values, and nothing is drawn: for weights that a file replaces.
+
+    Memory that nobody wrote to takes no room; the meta device would do as well, but takes a second to import SymPy.
+    """
+
+    SKIPPED: ClassVar = {"fill_", "zero_"} | {name for name in vars(nn.init) if name.endswith("_")}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs or {})
