@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,8 @@ from ldm.models.exemplar_encoder import ExemplarEncoder
 from ldm.models.layers import Uninitialised
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNetModel
+
+DECODED_PIXELS = {"cpu": 512**2, "gpu": 4 * 512**2}  # decoded together: the decoder needs about 3 KB for each
 
 
 class LatentDiffusion(nn.Module):
@@ -84,9 +87,14 @@ class LatentDiffusion(nn.Module):
             self._ac = self.schedule.alphas_cumprod.to(self.betas.device, torch.float32)
         return self._ac
 
-    def encode_image(self, x: Tensor, generator: Generators = None) -> Tensor:
-        """Encode pixels (B, 3, H, W) in [-1, 1] as scaled latents (B, Z, h, w), float32 of about unit variance."""
+    def encode_image(self, x: Tensor, generator: Generators = None, index: Sequence[int] | None = None) -> Tensor:
+        """Encode pixels (N, 3, H, W) in [-1, 1] as scaled latents (B, Z, h, w), float32 of about unit variance.
+
+        Each latent is a draw of its own. `index` says which image each of the B shows; by default each image gives
+        one, a single image one for each generator.
+        """
         posterior = self.first_stage_model.encode(x.to(self.weight_dtype))  # pixels [-1, 1] => q(z | x)
+        posterior = posterior if index is None else posterior[index]
         return self.config.scale_factor * posterior.sample(generator).float()  # sampled as in the original
 
     def encode_exemplar(self, pixel_values: Tensor) -> Tensor:
@@ -245,8 +253,11 @@ class LatentDiffusion(nn.Module):
         A mask-conditioned decoder reads the pixels of `image` (B, 3, H, W) where `keep_mask` (B, 1, H, W) is 1.
         """
         z = (z / self.config.scale_factor).to(self.weight_dtype)  # scaled latents => latents
-        known = (x if x is None else x.to(self.weight_dtype) for x in (image, keep_mask))
-        return self.first_stage_model.decode(z, *known).float()  # => pixels [-1, 1]
+        pixels = self.downsampling**2 * z[0, 0].numel()
+        size = max(1, DECODED_PIXELS["cpu" if z.device.type == "cpu" else "gpu"] // pixels)
+        known = (repeat(None) if x is None else x.to(self.weight_dtype).split(size) for x in (image, keep_mask))
+        parts = zip(z.split(size), *known, strict=False)
+        return torch.cat([self.first_stage_model.decode(*part).float() for part in parts])  # => pixels [-1, 1]
 
 
 def latent_mask(keep_mask: Tensor, z: Tensor) -> Tensor:

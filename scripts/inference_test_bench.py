@@ -19,7 +19,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.editing.cli import add_model_options, add_plms
+from ldm.editing.cli import add_model_options, add_plms, set_up
 from ldm.editing.settings import add_options, given_options
 from ldm.files import UserError
 
@@ -108,7 +108,7 @@ def edit(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         config=args.config,
         decoder=args.decoder,
-        precision=args.precision,
+        precision=set_up(args)[1],
     )
     run = BenchmarkRun(
         Bench(args.bench),

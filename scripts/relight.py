@@ -24,6 +24,7 @@ from ldm.editing.cli import (
     numbers,
     run_command,
     save_results,
+    set_up,
 )
 from ldm.editing.settings import EditSettings, add_options, given_options
 from ldm.files import UserError
@@ -80,28 +81,27 @@ def main(argv: list[str] | None = None) -> int:
 def relight(args: argparse.Namespace, sampling: dict[str, Any], settings: EditSettings) -> int:
     """Relight a foreground, write the results and return the exit status: 1 if a filter withheld some of them."""
     from PIL import Image
-    from tqdm import tqdm
 
-    from ldm.editing.editor import pick_device
+    from ldm.editing.progress import edit_progress
     from ldm.editing.relight import Relighter, on_grey
     from ldm.editing.request import as_rgb
     from ldm.editing.safety import drop_unsafe, load_filter
     from ldm.editing.watermark import add_watermark
 
+    device, _ = set_up(args)
     # The files are read first: a wrong path should not wait for a large model.
     foreground = on_grey(args.image, args.mask)
     background = args.background and as_rgb(args.background)
     args.outdir.mkdir(parents=True, exist_ok=True)
-    content_filter = load_filter(args.safety, pick_device(args.device)) if args.safety else None
+    content_filter = load_filter(args.safety, device) if args.safety else None
     light = {name: getattr(args, name) for name in LIGHT_OPTIONS}
-    steps = settings.steps * (2 if args.highres_strength else 1)
-    with ThreadPoolExecutor(1) as hashing, tqdm(total=steps, desc="loading the model", unit="step") as bar:
+    with ThreadPoolExecutor(1) as hashing:
         editor = load_editor(args)
         # Hashing a large file takes several seconds; meanwhile the device paints.
         metadata = hashing.submit(model_metadata, args, editor.model.weight_dtype)
-        bar.set_description("painting")
-        options: dict[str, Any] = light | sampling | {"seed": settings.seeds, "on_step": lambda *_: bar.update()}
-        results = Relighter(editor.model).relight(foreground, background=background, **options)
+        options: dict[str, Any] = light | sampling | {"seed": settings.seeds}
+        with edit_progress(2 if args.highres_strength else 1, settings.steps) as progress:
+            results = Relighter(editor.model).relight(foreground, background=background, **options, **progress)
     assert isinstance(results, list)
     record = metadata.result() | {"mode": "relight", "device": editor.device.type}
     record |= {"guidance_scale": None} | sampling  # None: the model's

@@ -2,7 +2,7 @@
 """Serve Paint by Example as a web page: paint the hole, show an exemplar, run.
 
     python scripts/web_demo.py                                     # the bundled model, for this machine only
-    python scripts/web_demo.py --config configs/v1.yaml --checkpoint model.ckpt --device cuda --precision bf16
+    python scripts/web_demo.py --config configs/v1.yaml --checkpoint model.ckpt
     python scripts/web_demo.py --host 0.0.0.0 --auth ada:secret    # for others, behind a password
 
 Needs the extra `demo`. docs/web.md describes the page, its limits and its API.
@@ -18,22 +18,15 @@ import sys
 import threading
 from pathlib import Path
 
+from ldm.editing.cli import add_model_options, add_safety_options, load_editor
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model", "the bundled small one by default")
-    model.add_argument("--checkpoint", metavar="FILE", help="weights, .ckpt or .safetensors")
-    model.add_argument("--config", metavar="FILE", help="their config; default: config.yaml beside them")
-    model.add_argument("--decoder", metavar="PATH", help="first-stage decoder, as for inference.py")
-    model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
-    model.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: %(default)s")
-    shown = parser.add_argument_group("safety and provenance", "as for inference.py")
-    shown.add_argument("--safety", nargs="?", const="open-nsfw", metavar="FOLDER", help="withhold what a filter flags")
-    shown.add_argument(
-        "--watermark", nargs="?", const="StableDiffusionV1", metavar="TEXT", help="mark results invisibly"
-    )
+    add_model_options(parser.add_argument_group("model", "the bundled small one by default"))
+    add_safety_options(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 serves everyone; default: %(default)s")
     server.add_argument("--port", type=int, help="default: the first free one from 7860 on")
@@ -94,7 +87,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     """Load the model and serve the page until Ctrl-C or SIGTERM."""
-    from ldm.editing.editor import Editor, pick_device, pick_dtype
     from ldm.editing.safety import load_filter
     from ldm.web.page import serving
     from ldm.web.service import EditService, Limits, Source
@@ -107,14 +99,11 @@ def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
         waiting=args.max_waiting,
         keep_seconds=round(args.keep_minutes * 60),
     )
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.precision, device)
 
     def make_service(folder: Path) -> EditService:
-        editor = Editor.from_pretrained(
-            args.checkpoint, config=args.config, decoder=args.decoder, device=device, dtype=dtype
-        )
-        source = Source(args.checkpoint, args.config, args.decoder, args.safety, args.watermark)
+        editor = load_editor(args)
+        files = {name: str(path) for name in ("checkpoint", "config", "decoder") if (path := getattr(args, name))}
+        source = Source(**files, safety=args.safety, watermark=args.watermark)
         content_filter = load_filter(args.safety, editor.device) if args.safety else None
         return EditService(editor, folder, limits, source, content_filter)
 

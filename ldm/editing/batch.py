@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ldm.editing.editor import Editor
 from ldm.editing.geometry import FittedScene
+from ldm.editing.progress import moving_bar
 from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
 from ldm.editing.settings import COLUMNS, EditSettings, settings_from
@@ -210,10 +211,10 @@ def edit_many(
     with (
         ThreadPoolExecutor(workers) as readers,
         ThreadPoolExecutor(workers) as writers,
-        tqdm(total=len(jobs), desc="editing", unit="image", disable=None) as bar,
+        moving_bar(total=len(jobs), desc="editing", unit="image", disable=None) as bar,
     ):
         for batch in run.batches(readers, jobs, batch_size, bar):
-            pairs = zip(batch, run.paint(batch), strict=False)
+            pairs = zip(batch, run.paint(batch, bar), strict=False)
             writing.extend(writers.submit(run.finish, *pair) for pair in pairs)
             bar.update(len(batch))
             while len(writing) > 2 * batch_size:
@@ -247,7 +248,7 @@ class _Run:
     on_result: Callable[[Job, Image.Image], None] | None
     report: Report = field(default_factory=Report)
 
-    def batches(self, readers: ThreadPoolExecutor, jobs: list[Job], size: int, bar: Any) -> Iterator[list[_Item]]:
+    def batches(self, readers: ThreadPoolExecutor, jobs: list[Job], size: int, bar: tqdm) -> Iterator[list[_Item]]:
         """Read jobs in the background, two batches ahead, and yield those that are to be painted, by group."""
 
         def items() -> Iterator[_Item]:
@@ -291,7 +292,7 @@ class _Run:
         except (OSError, ValueError, SyntaxError):
             return False
 
-    def paint(self, batch: Sequence[_Item]) -> Iterable[Tensor | Image.Image]:
+    def paint(self, batch: Sequence[_Item], bar: tqdm) -> Iterable[Tensor | Image.Image]:
         """Paint a batch: (3, S, S) pixels in [-1, 1] each, whole images from a baseline, nothing if it fails."""
         start, settings = time.perf_counter(), [item.job.settings for item in batch]
         exemplars = [item.pixel_values for item in batch if item.pixel_values is not None]
@@ -306,6 +307,8 @@ class _Run:
                 torch.cat(exemplars) if exemplars else None,
                 [one.seeds[0] for one in settings],
                 prompts=prompts or None,
+                on_phase=bar.set_description,
+                on_step=lambda step, num_steps, *_: bar.set_description(f"step {step} of {num_steps}", refresh=False),
                 **settings[0].sampling,
             )
         except ValueError as error:  # e.g. more steps than the model has timesteps: true of the whole batch

@@ -11,8 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import accumulate, count
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +97,20 @@ def add_output_options(group: Any) -> None:
 
 
 def add_model_options(group: Any) -> None:
-    """Add the options that choose the model, its device and precision."""
+    """Add the options that choose the model, its device, precision and use of memory."""
     group.add_argument("--checkpoint", "--ckpt", help="weights, .ckpt or .safetensors", **FILE)
     group.add_argument("--config", help="their config; default: config.yaml beside them", **FILE)
     group.add_argument("--decoder", help="a decoder that reads the kept pixels: docs/asymmetric.md", **FILE)
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
-    help = "of the weights; the original's full is fp32, its autocast fp16 on a GPU and fp32 elsewhere"
-    group.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16", "full", "autocast"), help=help)
+    help = (
+        "of the weights; auto: bf16 or fp16 on CUDA, fp32 elsewhere; the original's full is fp32, its autocast fp16 on "
+    )
+    words = ("auto", "fp32", "bf16", "fp16", "full", "autocast")
+    group.add_argument("--precision", default="auto", choices=words, help=help + "CUDA; default: %(default)s")
+    help = (
+        "keep freed memory in the process instead of giving it back at once, where the C library is glibc; default: yes"
+    )
+    group.add_argument("--keep-memory", action=argparse.BooleanOptionalAction, default=True, help=help)
 
 
 def add_safety_options(parser: argparse.ArgumentParser) -> None:
@@ -186,12 +193,14 @@ def run_command(command: Callable[[], int], remedy: str = "fewer --n-samples", h
         remedy: what to try when memory runs out.
         hint: what to say after an interruption.
     """
-    from ldm.editing.editor import explained_out_of_memory
+    from ldm.editing.editor import explained_out_of_memory, has_bf16, pick_device
 
+    is_gpu = pick_device("auto").type != "cpu"
+    remedies = [remedy, *["--precision bf16"] * (is_gpu or has_bf16()), *["--device cpu"] * is_gpu]
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            with explained_out_of_memory(f"{remedy}, --precision bf16 or --device cpu"):
+            with explained_out_of_memory(" or ".join(remedies)):
                 return command()
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -238,24 +247,39 @@ def model_metadata(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, An
     return {"version": __version__, "checkpoint_sha256": digest, "precision": precision, **decoder}
 
 
+def set_up(args: argparse.Namespace) -> tuple[torch.device, str]:
+    """Prepare the process as the model options say; return device and precision, fp32, bf16 or fp16."""
+    import torch
+
+    from ldm.editing.editor import pick_device, pick_precision
+    from ldm.memory import keep_freed_memory
+
+    if args.keep_memory:
+        keep_freed_memory()
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device, pick_precision(args.precision, device)
+
+
 def load_editor(args: argparse.Namespace) -> Editor:
     """Load the model that the options choose."""
-    from ldm.editing.editor import Editor, pick_device, pick_dtype
+    from ldm.editing.editor import DTYPES, Editor
+    from ldm.editing.progress import moving_bar
 
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.precision, device)
-    return Editor.from_pretrained(args.checkpoint, config=args.config, decoder=args.decoder, device=device, dtype=dtype)
+    device, precision = set_up(args)
+    options = {"config": args.config, "decoder": args.decoder, "device": device, "dtype": DTYPES[precision]}
+    with moving_bar(desc="loading", bar_format="{desc} [{elapsed}]", leave=False):
+        return Editor.from_pretrained(args.checkpoint, **options)
 
 
 def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     """Edit a scene, write the results and return the exit status: 1 if a content filter withheld some."""
-    from ldm.editing.editor import pick_device
     from ldm.editing.request import as_rgb, make_request
     from ldm.editing.safety import drop_unsafe, load_filter
     from ldm.editing.watermark import add_watermark, check_watermark
-    from ldm.evaluation.features import load_network
-    from ldm.evaluation.metrics import region_similarities
 
+    device, _ = set_up(args)
     name = args.image.stem if args.image else use_bundled_example(args)
     # The files come first: a wrong path should not wait for a large model.
     references = args.reference or [None]
@@ -264,10 +288,13 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     request = make_request(args.image, exemplar, settings, **hole, reference_mask=args.reference_mask)
     if args.watermark:
         check_watermark(request.scene.size, args.watermark)
-    device = pick_device(args.device)
     args.outdir.mkdir(parents=True, exist_ok=True)
     content_filter = load_filter(args.safety, device) if args.safety else None
-    network = load_network(args.sort_by_similarity, device) if args.sort_by_similarity else None
+    network = None
+    if args.sort_by_similarity:
+        from ldm.evaluation.features import load_network
+
+        network = load_network(args.sort_by_similarity, device)
 
     results, record = paint(args, request)
     seeds, safe = drop_unsafe(content_filter, settings.seeds, results, request.hole)
@@ -276,6 +303,8 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     exemplars = [image for image in request.exemplars if image is not None]
     details: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
     if network is not None:
+        from ldm.evaluation.metrics import region_similarities
+
         scores = region_similarities(network, safe, request.hole, exemplars)
         order = sorted(range(len(seeds)), key=lambda i: -scores[i])
         safe = [safe[i] for i in order]
@@ -294,29 +323,21 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
 
 def paint(args: argparse.Namespace, request: EditRequest) -> tuple[list[Image.Image], dict[str, Any]]:
     """Load the model and paint all samples, with a progress bar; return results, and metadata of them all."""
-    from tqdm import tqdm
-
+    from ldm.editing.progress import edit_progress
     from ldm.models.controlnet import Control
 
-    settings, results = request.settings, []
+    settings, count = request.settings, len(request.settings.seeds)
     # Seeds that are painted together: all listed ones, or `--n-samples` of them `--n_iter` times.
-    size = len(settings.seeds) if isinstance(settings.seed, tuple) else args.samples_per_call
-    calls = [settings.seeds[i : i + size] for i in range(0, len(settings.seeds), size)]
-    with ThreadPoolExecutor(1) as hashing, tqdm(desc="loading the model", unit="step") as bar:
+    size = count if isinstance(settings.seed, tuple) else args.samples_per_call
+    with ThreadPoolExecutor(1) as hashing:
         editor = load_editor(args)
         # Hashing a large file takes several seconds; meanwhile the device paints.
         metadata = hashing.submit(model_metadata, args, editor.model.weight_dtype)
-
-        def on_step(_step: int, num_steps: int, *_: object) -> None:
-            bar.total = len(calls) * num_steps
-            bar.update()
-
         hints = zip(args.control, args.control_image, args.control_scale, strict=True)
         controls = [Control(editor.load_controlnet(path), hint, x, args.guess_mode) for path, hint, x in hints]
-        bar.set_description("painting")
-        for seeds in calls:
-            part = replace(request, settings=replace(settings, seed=seeds, n_samples=len(seeds)))
-            results += editor.edit_request(part, controls=controls, on_step=on_step)
+        rounds = len(request.components()) * ceil(count / size)
+        with edit_progress(rounds, settings.steps) as progress:
+            results = editor.edit_request(request, controls=controls, batch_size=size, **progress)
     record = settings.record() | {name: getattr(args, name) for name in RECORDED} | metadata.result()
     if settings.crop_margin is None:
         record["crop_margin"] = editor.model.config.crop_margin

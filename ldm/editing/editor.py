@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from ldm.samplers import OnStep
 
 BUNDLED_MODEL = Path(__file__).resolve().parents[2] / "pretrained_models" / "mini"
 EXAMPLE_PARTS = ("scene", "mask", "exemplar")
+OnPhase = Callable[[str], None]  # encoding, painting or decoding, as it begins
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Editor:
@@ -78,6 +80,7 @@ class Editor:
         *,
         controls: Sequence[Control] = (),
         on_step: OnStep | None = None,
+        on_phase: OnPhase | None = None,
         **settings: Any,
     ) -> Image.Image | list[Image.Image]:
         """Replace the hole of a scene by the exemplar's object, or by what a prompt says if the model reads text.
@@ -89,6 +92,7 @@ class Editor:
             scene, hole_mask, exemplar: see `make_request`; without a mask the scene's transparent part is painted.
             controls: control networks (`load_controlnet`), each with its hint image.
             on_step: called after each step as `on_step(step, num_steps, x_t, x_0)`, component by component.
+            on_phase: called as `on_phase("encoding")`, `painting` and `decoding` when each begins, likewise.
             **settings: fields of `EditSettings`, such as `seed`, `n_samples`, `sampler` or `guidance_scale`. Equal
                 seeds give the same image alone or among others; across devices and batch sizes up to rounding.
 
@@ -101,13 +105,16 @@ class Editor:
             OSError, ValueError: a file cannot be read.
         """
         request = make_request(scene, exemplar, settings_from(settings), mask=hole_mask)
-        results = self.edit_request(request, controls=controls, on_step=on_step)
+        results = self.edit_request(request, controls=controls, on_step=on_step, on_phase=on_phase)
         return results[0] if request.settings.is_single else results
 
     def edit_request(
-        self, request: EditRequest, *, controls: Sequence[Control] = (), on_step: OnStep | None = None
+        self, request: EditRequest, *, controls: Sequence[Control] = (), **options: Any
     ) -> list[Image.Image]:
-        """Fit, paint and put back each component of the hole in turn; return an RGB image for each seed."""
+        """Fit, paint and put back each component of the hole in turn; return an RGB image for each seed.
+
+        `options` are batch_size, on_phase and on_step of `paint`.
+        """
         settings, count = request.settings, len(request.settings.seeds)
         results = [request.scene]  # until the first component is painted, all samples share the scene
         for hole, exemplar in request.components():
@@ -119,7 +126,7 @@ class Editor:
                 settings.seeds,
                 prompts=None if settings.prompt is None else [settings.prompt],
                 steering=self._steering(controls, fits[0]),
-                on_step=on_step,
+                **options,
                 **settings.sampling,
             )
             fits *= count // len(fits)
@@ -152,9 +159,11 @@ class Editor:
         *,
         prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
+        batch_size: int | None = None,
+        on_phase: OnPhase | None = None,
         **sampling: Any,
     ) -> Tensor:
-        """Edit images of the model's size.
+        """Edit images of the model's size. Equal images and exemplars are encoded once.
 
         Args:
             image: (B, 3, S, S) in [-1, 1]; the pixels in the hole are not used.
@@ -163,6 +172,8 @@ class Editor:
             seeds: B seeds.
             prompts: one for all or B; None is the empty prompt.
             negative_prompt: the text from which guidance leads away; None is the null context.
+            batch_size: samples that are painted together; None is all.
+            on_phase: see `edit`.
             **sampling: for `LatentDiffusion.sample`.
 
         Returns:
@@ -175,22 +186,45 @@ class Editor:
             raise UserError("got an exemplar for a model that reads text; give a prompt instead")
         if not (prompts is None and negative_prompt is None) and not model.reads_text:
             raise UserError("got a prompt for a model that reads exemplars, not text; give an exemplar instead")
+        begin = on_phase or (lambda _: None)
+        begin("encoding")
         # Drawn on the CPU, one generator per sample: the same noise on every device and in every batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        image, keep_mask = image.to(self.device), keep_mask.to(self.device)
-        exemplar = None if pixel_values is None else model.encode_exemplar(pixel_values.to(self.device))
+        exemplar = None
+        if pixel_values is not None:
+            different, index = without_copies(pixel_values)
+            exemplar = model.encode_exemplar(different.to(self.device))[index]
         context = model.context(exemplar, prompts).expand(len(seeds), -1, -1)
         null_context = model.null_context(negative_prompt)
-        z_masked = model.encode_image(image * keep_mask, generators)  # pixels [-1, 1] => scaled latents
-        c_concat = model.c_concat(z_masked, keep_mask)
-        z = model.sample(c_concat, context, null_context=null_context, generator=generators, **sampling)
-        return model.decode_latents(z, image, keep_mask).clamp(-1, 1).float().cpu()
+        different, index = without_copies(image * keep_mask)
+        z_masked = model.encode_image(different.to(self.device), generators, index)  # pixels [-1, 1] => scaled latents
+        painted = []
+        for start in range(0, len(seeds), batch_size or len(seeds)):
+            part = slice(start, start + (batch_size or len(seeds)))
+            begin("painting")
+            known = image[part].to(self.device), keep_mask[part].to(self.device)
+            c_concat = model.c_concat(z_masked[part], known[1])
+            noise = {"null_context": null_context, "generator": generators[part]}
+            z = model.sample(c_concat, context[part], **noise, **sampling)
+            begin("decoding")
+            painted.append(model.decode_latents(z, *known).clamp(-1, 1).float().cpu())
+        return torch.cat(painted)
 
     def load_controlnet(self, path: str | Path) -> ControlNet:
         """Load a control network for the model; UserError if its latents' resolution is not Stable Diffusion's."""
         if self.model.downsampling != HINT_DOWNSAMPLING:
             raise UserError(f"{path}: control networks go with models of {HINT_DOWNSAMPLING} pixels a latent cell only")
         return load_controlnet(path, self.model.config.unet, device=self.device, dtype=self.model.weight_dtype)
+
+
+def without_copies(x: Tensor) -> tuple[Tensor, list[int]]:
+    """Return the different ones among B tensors x (B, …), and which of them each of the B is."""
+    first, index = list[int](), list[int]()
+    for i, one in enumerate(x):
+        index.append(next((k for k, j in enumerate(first) if torch.equal(x[j], one)), len(first)))
+        if index[-1] == len(first):
+            first.append(i)
+    return x[first], index
 
 
 def checkpoint_file(path: str | Path | None) -> Path:
@@ -239,8 +273,30 @@ def pick_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Return fp32, bf16 or fp16: for one of them, for auto, or for the original's words full and autocast.
+
+    `auto` is bf16 on CUDA from compute capability 8 on, fp16 on older GPUs, fp32 on other devices. UserError for bf16
+    on a CPU without instructions for it.
+    """
+    words = {"full": "fp32", "auto": "fp32", "autocast": "fp32"}
+    if device.type == "cuda":
+        is_recent = torch.cuda.get_device_capability(device) >= (8, 0)
+        words |= {"auto": "bf16" if is_recent else "fp16", "autocast": "fp16"}
+    chosen = words.get(precision, precision)
+    if chosen == "bf16" and device.type == "cpu" and not has_bf16():
+        raise UserError(
+            "precision: this CPU has no bfloat16 arithmetic and would take up to 100 times as long; use fp32"
+        )
+    return chosen
+
+
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type of the weights for fp32 | bf16 | fp16, or for the original's words full | autocast."""
-    if precision == "autocast":
-        precision = "fp16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    """Return the type of the weights for a precision, see `pick_precision`."""
+    return DTYPES[pick_precision(precision, device)]
+
+
+def has_bf16() -> bool:
+    """Tell whether the CPU computes in bfloat16: AVX512-BF16, AMX or Arm's extension."""
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.config import RELIGHTING_CHANNELS
+from ldm.editing.editor import OnPhase
 from ldm.editing.request import Picture, as_rgb, upright
 from ldm.editing.settings import EditSettings
 from ldm.files import UserError
@@ -63,6 +64,7 @@ class Relighter:
         highres_scale: float = 1.5,
         highres_strength: float = 0.5,
         on_step: OnStep | None = None,
+        on_phase: OnPhase | None = None,
         **sampling: Any,
     ) -> Image.Image | list[Image.Image]:
         """Paint the foreground in another light, on `background` or on one that the model invents.
@@ -76,7 +78,7 @@ class Relighter:
             strength: share of the schedule, in (0, 1], by which the initial image is noised.
             highres_scale: factor, at least 1, by which the second pass enlarges the first result to repaint it.
             highres_strength: share of the schedule, in [0, 1], by which the second pass adds noise; 0 leaves it out.
-            on_step: as for `Editor.edit`.
+            on_step, on_phase: as for `Editor.edit`.
             **sampling: SAMPLING of `EditSettings`; by default NEGATIVE_PROMPT, 25 steps a pass and GUIDANCE.
 
         Returns:
@@ -101,13 +103,15 @@ class Relighter:
                 read.append(ImageOps.fit(behind, size, Image.Resampling.LANCZOS))
             elif self.reads_background:
                 read.append(gradient(size, light, BACKGROUND_LIGHT if light != "none" else AMBIENT))
-            return self._paint(read, settings, generators, z_0=z_0, strength=strength, on_step=on_step)
+            return self._paint(read, settings, generators, begin, z_0=z_0, strength=strength, on_step=on_step)
 
-        z_0 = None
+        z_0, begin = None, on_phase or (lambda _: None)
+        begin("encoding")
         if light != "none" and not self.reads_background:
-            z_0 = self.encode([gradient(size, light, INITIAL_LIGHT)] * len(generators))
+            z_0 = self.encode([gradient(size, light, INITIAL_LIGHT)]).expand(len(generators), -1, -1, -1)
         results = paint(size, z_0, strength)
         if highres_strength > 0:
+            begin("encoding")
             size = _multiples((size[0] * highres_scale, size[1] * highres_scale))
             z_0 = self.encode([result.resize(size, Image.Resampling.LANCZOS) for result in results])
             results = paint(size, z_0, highres_strength)
@@ -135,11 +139,17 @@ class Relighter:
         return model.config.scale_factor * posterior.mean.float()
 
     def _paint(
-        self, read: list[Image.Image], settings: EditSettings, generators: list[torch.Generator], **start: Any
+        self,
+        read: list[Image.Image],
+        settings: EditSettings,
+        generators: list[torch.Generator],
+        begin: OnPhase,
+        **start: Any,
     ) -> list[Image.Image]:
         """Run one pass: the UNet reads the images `read`; `start` are z_0, strength and on_step of `sample`."""
         model, count, options = self.model, len(generators), settings.sampling
         c_concat = torch.cat([self.encode([image]) for image in read], dim=1)
+        begin("painting")
         z = model.sample(
             c_concat.expand(count, -1, -1, -1),
             model.context(None, [settings.prompt or ""]).expand(count, -1, -1),
@@ -148,6 +158,7 @@ class Relighter:
             **start,
             **options,
         )
+        begin("decoding")
         return [tensor_to_pil(pixels) for pixels in model.decode_latents(z)]
 
 

@@ -6,6 +6,7 @@ Better Asymmetric VQGAN for StableDiffusion" (mask-conditioned decoder).
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -26,9 +27,18 @@ class DiagonalGaussian:
         self.mean, logvar = moments.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
 
+    def __getitem__(self, index: Sequence[int]) -> "DiagonalGaussian":
+        """Return the posteriors of the chosen images, in that order; an image may be chosen several times."""
+        return DiagonalGaussian(torch.cat([self.mean[index], self.logvar[index]], dim=1))
+
     def sample(self, generator: Generators = None) -> Tensor:
-        """Draw a latent, (B, Z, h, w): mean + std noise; `generator` may be one per sample."""
-        noise = draw_noise(self.mean.shape, generator, device=self.mean.device, dtype=self.mean.dtype)
+        """Draw a latent, (B, Z, h, w): mean + std noise; `generator` may be one per sample.
+
+        A single posterior gives as many samples as there are generators.
+        """
+        batch = len(generator) if isinstance(generator, Sequence) and len(self.mean) == 1 else len(self.mean)
+        shape = (batch, *self.mean.shape[1:])
+        noise = draw_noise(shape, generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:

@@ -263,9 +263,11 @@ def plain_errors() -> Iterator[None]:
 
 def progress_bar(progress: Progress) -> str:
     """Return the progress of an edit as HTML, with its preview."""
-    bar = f'<div class="bar"><div style="width: {100 * progress.step / progress.num_steps:.1f}%"></div></div>'
+    share = 100 * progress.step / max(progress.num_steps, 1)
+    bar = f'<div class="bar"><div style="width: {share:.1f}%"></div></div>'
     image = f'<img src="{data_url(progress.preview, "jpeg")}" alt="preview">' if progress.preview else ""
-    return f'<div class="progress">{bar}<span>step {progress.step} of {progress.num_steps}</span>{image}</div>'
+    steps = f" · step {progress.step} of {progress.num_steps}" if progress.num_steps else ""
+    return f'<div class="progress">{bar}<span>{progress.phase}{steps} · {progress.seconds:.0f} s</span>{image}</div>'
 
 
 def display_copy(image: Image.Image) -> Image.Image:

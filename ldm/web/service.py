@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.checkpoint.io import sha256_file
-from ldm.editing.editor import EXAMPLE_PARTS, Editor, checkpoint_file, explained_out_of_memory
+from ldm.editing.editor import DTYPES, EXAMPLE_PARTS, Editor, checkpoint_file, explained_out_of_memory
 from ldm.editing.hole_masks import as_hole
 from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
@@ -36,6 +36,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # formats of uploads, recognised by their con
 HOLE_PREFIX = "data:image/png;base64,"
 LONGEST_PROMPT = 1000  # characters; models read about the first 75 tokens
 PREVIEW_SHARE = 0.1  # largest share of the time that goes into decoding previews
+TICK = 1.0  # seconds between two reports of the progress, at most
 PROMPTS = ("prompt", "negative_prompt")
 
 
@@ -101,9 +102,11 @@ def check(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
 class Progress(NamedTuple):
     """State of a running edit."""
 
-    step: int
-    num_steps: int
-    preview: Image.Image | None  # the crops around the hole, side by side, when last decoded
+    phase: str  # waiting, encoding, painting or decoding
+    step: int = 0  # of painting
+    num_steps: int = 0  # 0: not known yet
+    preview: Image.Image | None = None  # the crops around the hole, side by side, when last decoded
+    seconds: float = 0.0  # since the edit began to wait for the model
 
 
 class Edited(NamedTuple):
@@ -159,8 +162,9 @@ class EditService:
     def edit(
         self, scene: Path, hole_mask: Path, exemplar: Path | None, values: Mapping[str, Any]
     ) -> Generator[Progress | Edited, None, None]:
-        """Edit uploads; yield the progress after each step, and the result. Closing the generator ends the edit.
+        """Edit uploads; yield the progress after each step and every TICK seconds, and the result.
 
+        Closing the generator ends the edit.
         The mask may be smaller than the scene. The page's defaults stand for settings that `values` leaves out.
         """
         offers = self.settings.items()
@@ -168,12 +172,15 @@ class EditService:
         request = self._request(scene, hole_mask, exemplar, EditSettings(**checked))
         if self.source.watermark:
             check_watermark(request.scene.size, self.source.watermark)
-        steps, cancelled = SimpleQueue[Progress | None](), threading.Event()
-        work = self._worker.submit(self._paint, request, steps, cancelled)
-        work.add_done_callback(lambda _: steps.put(None))
+        events, cancelled = SimpleQueue[Progress | None](), threading.Event()
+        began, progress = time.monotonic(), Progress("waiting")
+        work = self._worker.submit(self._paint, request, events, cancelled)
+        work.add_done_callback(lambda _: events.put(None))
         try:
-            while progress := steps.get():
-                yield progress
+            while not (work.done() and events.empty()):
+                with suppress(Empty):  # during a long step the clock goes on
+                    progress = events.get(timeout=TICK) or progress
+                yield progress._replace(seconds=time.monotonic() - began)
             with explained_out_of_memory("fewer candidates or a smaller scene"):
                 results = work.result()
         finally:
@@ -218,24 +225,29 @@ class EditService:
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):  # of damaged headers, too
             raise UserError(f"{path.name}: not readable here, or far too large; save it as PNG or JPEG") from None
 
-    def _paint(self, request: EditRequest, steps: SimpleQueue[Any], cancelled: threading.Event) -> list[Image.Image]:
+    def _paint(self, request: EditRequest, events: SimpleQueue[Any], cancelled: threading.Event) -> list[Image.Image]:
         began = next_preview = time.monotonic()
-        preview = None
+        progress = Progress("waiting")
 
-        def on_step(step: int, num_steps: int, _x_t: Tensor, x_0: Tensor) -> None:
-            nonlocal next_preview, preview
-            now = time.monotonic()
+        def tell(**changes: Any) -> None:
+            nonlocal progress
             if cancelled.is_set():
                 raise CancelledError
+            progress = progress._replace(**changes)
+            events.put(progress)
+
+        def on_step(step: int, num_steps: int, _x_t: Tensor, x_0: Tensor) -> None:
+            nonlocal next_preview
+            now, preview = time.monotonic(), progress.preview
             if now - began > (limit := self.limits.seconds):
                 raise UserError(f"step {step} of {num_steps}: longer than {limit:g} s; use fewer steps or candidates")
-            if now >= next_preview and self.content_filter is None:
+            if now >= next_preview and self.content_filter is None and not cancelled.is_set():
                 preview = tensor_to_pil(torch.cat(tuple(self.editor.model.decode_latents(x_0)), dim=-1))  # a row
                 done = time.monotonic()
                 next_preview = done + (done - now) * (1 / PREVIEW_SHARE - 1)
-            steps.put(Progress(step, num_steps, preview))
+            tell(step=step, num_steps=num_steps, preview=preview)
 
-        return self.editor.edit_request(request, on_step=on_step)
+        return self.editor.edit_request(request, on_step=on_step, on_phase=lambda phase: tell(phase=phase))
 
     def _save(self, results: list[Image.Image], request: EditRequest, files: tuple[Path, Path, Path | None]) -> Edited:
         settings, source = request.settings, self.source
@@ -284,7 +296,7 @@ class EditService:
 
     def _shell_call(self, names: dict[str, str], settings: EditSettings) -> str:
         """Return the edit as a shell command, for a folder with the files under these names."""
-        precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.editor.model.weight_dtype)
+        precision = next(name for name, dtype in DTYPES.items() if dtype == self.editor.model.weight_dtype)
         options = names | vars(self.source) | {"device": self.editor.device.type, "precision": precision}
         words = [str(word) for name, value in options.items() if value for word in (f"--{name}", value)]
         return shlex.join(["python", "inference.py", *words, *settings.cli_words()])

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageChops
 
 import inference
-from ldm.editing.cli import parse, use_bundled_example
-from ldm.editing.editor import EXAMPLE_PARTS
+from ldm.editing.cli import parse, run_command, use_bundled_example
+from ldm.editing.editor import EXAMPLE_PARTS, Editor
+from ldm.editing.progress import edit_progress
 from ldm.editing.watermark import read_watermark
 
 REPOSITORY = Path(inference.__file__).parent
@@ -47,6 +49,7 @@ def test_writes_result_grid_and_settings(
         settings = json.loads(result.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
         before, after = np.asarray(scene), np.asarray(result)
     assert settings["seed"] == 8 and settings["num_steps"] == 2 and settings["sampler"] == "dpm_solver_pp"
+    assert settings["precision"] == "float32"  # what `auto` is on the CPU
     outside = np.ones((60, 90), bool)
     outside[19:46, 29:56] = False
     assert np.array_equal(before[outside], after[outside])
@@ -164,6 +167,44 @@ def test_a_scene_too_small_for_a_mark_is_told_before_painting(
     assert not (tmp_path / "out").exists()
 
 
+def test_memory_is_kept_by_commands_alone(
+    tiny_folder: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[None]()
+    monkeypatch.setattr("ldm.memory.keep_freed_memory", lambda: calls.append(None))
+    Editor.from_pretrained(tiny_folder).edit(*files.values(), num_steps=1)
+    assert run(tiny_folder, files, tmp_path, "--no-keep-memory") == 0
+    assert not calls
+    assert run(tiny_folder, files, tmp_path) == 0
+    assert calls
+
+
+@pytest.mark.parametrize("command", [["--n_iter", "2"], ["--box", "5,6,15,16", "--box", "60,40,80,55", "--separate"]])
+def test_the_bar_names_the_phases(
+    command: list[str], tiny_folder: Path, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two rounds of two steps: seeds one after the other, or parts of the hole."""
+    given = ["--image", str(files["scene"]), "--reference", str(files["exemplar"]), "--checkpoint", str(tiny_folder)]
+    given += [] if "--box" in command else ["--mask", str(files["mask"])]
+    given += ["--outdir", str(tmp_path), "--steps", "2", "--device", "cpu"]
+    assert inference.main([*given, *command]) == 0
+    shown = capfd.readouterr().err
+    phases = ["loading", "encoding", "painting", "decoding"]
+    places = [shown.index(phase) for phase in phases]
+    assert places == sorted(places)
+    assert "4/4" in shown
+
+
+def test_the_clock_moves_during_a_long_step(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("ldm.editing.progress.REDRAW_SECONDS", 0.01)
+    with edit_progress(1, 20) as progress:
+        progress["on_phase"]("encoding")
+        before, waited = capfd.readouterr().err, ""
+        while waited.count("encoding") < 3:  # nothing is counted meanwhile
+            waited += capfd.readouterr().err
+    assert "encoding" in before
+
+
 def test_never_overwrites_without_saying(
     tiny_folder: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,13 +301,21 @@ def wrong_checkpoint(files: dict[str, Path]) -> list[str]:
         (wrong_checkpoint, "scene.png"),
         (lambda _: ["--checkpoint", "nowhere.ckpt"], "nowhere.ckpt: no such"),
         (lambda _: ["--precision", "fp16"], "float16 on the CPU"),
+        (lambda _: ["--precision", "bf16"], "use fp32"),
         (lambda _: ["--steps", "5000"], "num_steps: got 5000"),
         (lambda files: ["--outdir", str(files["scene"])], "scene.png"),
     ],
 )
 def test_errors_are_one_line(
-    spoil, message: str, tiny_folder: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spoil,
+    message: str,
+    tiny_folder: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("ldm.editing.editor.has_bf16", lambda: False)
     extra = spoil(files)
     assert run(tiny_folder, files, tmp_path / "out", *extra) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
@@ -297,6 +346,19 @@ def test_wrong_options(argv: list[str], message: str, capsys: pytest.CaptureFixt
         inference.main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_the_remedy_for_lack_of_memory_does_not_slow_down(
+    has: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> int:
+        raise MemoryError
+
+    monkeypatch.setattr("ldm.editing.editor.has_bf16", lambda: has)
+    monkeypatch.setattr("ldm.editing.editor.pick_device", lambda _: torch.device("cpu"))
+    assert run_command(fail, "fewer samples") == 2
+    assert ("bf16" in capsys.readouterr().err) == has
 
 
 def test_mask_of_another_size_is_a_plain_warning(

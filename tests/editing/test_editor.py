@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.editing.editor import Editor, explained_out_of_memory
+from ldm.editing.editor import Editor, explained_out_of_memory, pick_dtype, pick_precision, without_copies
 from ldm.editing.geometry import fit_scene
 from ldm.editing.hole_masks import make_hole
-from ldm.editing.request import prepare_exemplar
+from ldm.editing.request import make_request, prepare_exemplar
 from ldm.editing.settings import EditSettings
 from ldm.files import UserError
 from ldm.images import MID_GREY
@@ -379,6 +381,93 @@ def test_device_names() -> None:
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(UserError, match="xpu"):
         pick_device("xpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("cpu", {"auto": "fp32", "full": "fp32", "autocast": "fp32", "fp16": "fp16"}),
+        ("mps", {"auto": "fp32", "autocast": "fp32", "bf16": "bf16"}),
+        ("cuda 7.5", {"auto": "fp16", "full": "fp32", "autocast": "fp16", "bf16": "bf16"}),
+        ("cuda 8.0", {"auto": "bf16", "full": "fp32", "autocast": "fp16", "fp32": "fp32"}),
+    ],
+)
+def test_precisions(device: str, words: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    name, _, capability = device.partition(" ")
+    pair = tuple(int(digit) for digit in capability.split(".") if digit)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: pair)
+    assert {word: pick_precision(word, torch.device(name)) for word in words} == words
+
+
+def test_bf16_needs_a_cpu_that_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for name in ("avx512_bf16", "amx_bf16", "bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"avx2": True, name: True})
+        assert pick_dtype("bf16", cpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    with pytest.raises(UserError, match="fp32"):
+        pick_dtype("bf16", cpu)
+
+
+def test_phases(editor: Editor) -> None:
+    """Two components, one after the other; every step is a step of painting."""
+    scene, mask, seen = photo(200, 120), box_mask((200, 120), BOXES[0]), list[str]()
+    mask.paste(255, BOXES[1])
+    options = {"on_phase": seen.append, "on_step": lambda *_: seen.append("step"), "per_component": True}
+    edit(editor, scene, mask, RED, **options)
+    assert seen == 2 * ["encoding", "painting", "step", "step", "decoding"]
+
+
+# ---- nothing is done twice ----
+
+
+@contextmanager
+def batch_sizes(editor: Editor) -> Iterator[dict[str, list[int]]]:
+    """Collect the batch sizes of every pass through the first stage's halves and the exemplar's tower."""
+    model, sizes = editor.model, dict[str, list[int]]()
+    first_stage = model.first_stage_model
+    parts = {
+        "encoder": first_stage.encoder,
+        "exemplar": model.cond_stage_model.transformer,
+        "decoder": first_stage.decoder,
+    }
+    with ExitStack() as stack:
+        for name, part in parts.items():
+            sizes[name] = []
+
+            def hook(_module: nn.Module, _args: Any, _kwargs: Any, result: Any, name: str = name) -> None:
+                sizes[name].append(len(result if isinstance(result, Tensor) else result[0]))
+
+            handle = part.register_forward_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield sizes
+
+
+def test_equal_images_and_exemplars_are_encoded_once(editor: Editor, tmp_path: Path) -> None:
+    """Several samples, and rows of a table, with the results that each has alone."""
+    scene, mask = photo(64, 64), box_mask((64, 64), (20, 20, 44, 44))
+    with batch_sizes(editor) as sizes:
+        three = edit(editor, scene, mask, RED, seed=[5, 9, 7])
+    assert sizes == {"encoder": [1], "exemplar": [1], "decoder": [3]}
+    for image, seed in zip(three, (5, 9, 7), strict=True):
+        assert_equal_up_to_rounding(image, edit(editor, scene, mask, RED, seed=seed))
+
+
+def test_rounds_encode_once(editor: Editor) -> None:
+    request = make_request(
+        photo(64, 64), RED, EditSettings(n_samples=5, num_steps=2), mask=box_mask((64, 64), (20, 20, 44, 44))
+    )
+    with batch_sizes(editor) as sizes:
+        results = editor.edit_request(request, batch_size=2)
+    assert sizes == {"encoder": [1], "exemplar": [1], "decoder": [2, 2, 1]}
+    for image, other in zip(results, editor.edit_request(request), strict=True):
+        assert_equal_up_to_rounding(image, other)
+
+
+def test_tensors_without_their_copies() -> None:
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [1.0, 4.0], [3.0, 4.0]])
+    different, index = without_copies(x)
+    assert different.tolist() == [[1, 2], [3, 4], [1, 4]] and index == [0, 1, 0, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -204,10 +204,28 @@ def test_a_hole_drawn_on_a_smaller_copy(service: EditService, files: dict[str, P
 
 
 def test_previews_are_the_crops(service: EditService, files: dict[str, Path]) -> None:
-    first, *_ = service.edit(*files.values(), values=QUICK | {"n_samples": 3})
-    assert isinstance(first, Progress) and first.preview
-    assert (first.step, first.num_steps) == (1, 2)
-    assert first.preview.size == (3 * 32, 32)
+    *events, _ = service.edit(*files.values(), values=QUICK | {"n_samples": 3})
+    first = next(event for event in events if isinstance(event, Progress) and event.step)
+    assert (first.phase, first.step, first.num_steps) == ("painting", 1, 2)
+    assert first.preview and first.preview.size == (3 * 32, 32)
+
+
+def test_phases_and_a_clock_that_moves(
+    editor: Editor, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.web.service.TICK", 0.01)
+    slow = SlowEditor(editor.model)
+    phases, seconds = list[str](), list[float]()
+    with slow.held():
+        for event in make_service(slow, tmp_path / "edits").edit(*files.values(), values=QUICK):
+            if isinstance(event, Edited):
+                break
+            phases.append(event.phase)
+            seconds.append(event.seconds)
+            if len(phases) > 20:  # the edit is held after its first step
+                slow.gate.set()
+    assert sorted(set(phases), key=phases.index)[-3:] == ["encoding", "painting", "decoding"]
+    assert seconds == sorted(seconds) and seconds[-1] > seconds[0]
 
 
 def test_refusals(service: EditService, files: dict[str, Path], tmp_path: Path) -> None:
