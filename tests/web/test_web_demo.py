@@ -65,6 +65,6 @@ def test_a_taken_port_is_one_line(tiny_folder: Path, capsys: pytest.CaptureFixtu
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert web_demo.main(["--checkpoint", str(tiny_folder), "--device", "cpu", "--port", str(port)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)  # beside the loading bar
     assert line.startswith(f"error: 127.0.0.1:{port}: ")
     assert not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
