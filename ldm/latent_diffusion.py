@@ -24,7 +24,7 @@ from ldm.checkpoint.convert import autoencoder_keys, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import CONDITION_ENCODER, SCHEDULE_BUFFERS, TOWER, check_keys, check_schedule, to_module_keys
 from ldm.config import INPUT_CHANNELS, RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
-from ldm.diffusion import Generators, draw_noise, make_schedule, q_sample, target, to_eps
+from ldm.diffusion import Generators, draw_noise, make_schedule, q_sample, send, target, to_eps
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.controlnet import Steering
 from ldm.models.efficientnet import EfficientNetTower
@@ -107,7 +107,7 @@ class LatentDiffusion(nn.Module):
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Encode B prompts as context (B, L, D)."""
-        return self.text_encoder(self.text_encoder.tokenize(prompts).to(self.betas.device))
+        return self.text_encoder(send(self.text_encoder.tokenize(prompts), self.betas.device))
 
     def _empty_prompt(self) -> Tensor:
         """(1, L, D) of the empty prompt; while the text tower is frozen it runs once, not once per training step."""

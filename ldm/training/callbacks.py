@@ -32,7 +32,7 @@ from ldm.training import fsdp
 from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.ema import EMA, trained_parameters
 from ldm.training.first_stage_module import FirstStageTraining
-from ldm.training.module import NonFiniteError, logs_step, mean_of
+from ldm.training.module import NonFiniteError, logs_step
 
 MODULES = {"diffusion": DiffusionTraining, "first_stage": FirstStageTraining}
 SHOWN = ("train/loss", "train/psnr", "train/samples_per_s")  # in the progress bar
@@ -124,36 +124,30 @@ class Checkpoints(Callback):
         periodic = every > 0 and trainer.global_step % every == 0
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         ends = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch) or trainer.should_stop
-        number = self._agreed(trainer, trainer.global_step, at_once=periodic or ends)
+        interval = max(1, trainer.log_every_n_steps)  # pyright: ignore[reportAttributeAccessIssue]
+        due = trainer.world_size == 1 or periodic or ends or trainer.global_step % interval == 0
+        number = self._agreed(trainer) if due else 0  # agreeing makes every process wait for its GPU
         if periodic or number or ends:
             self._save(trainer, pl_module, periodic=periodic)
         if number:
             raise Interrupted(number, self.last)
 
-    def on_validation_batch_end(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, *args: Any
-    ) -> None:
-        if self._agreed(trainer, batch_idx):
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._agreed(trainer):
             raise StopIteration  # ends the validation in good order; averaged weights are swapped back
 
     def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         if not trainer.sanity_checking and trainer.callback_metrics.get("val/loss", torch.zeros(())).isnan():
             raise NonFiniteError(f"val/loss is NaN after step {trainer.global_step}")  # before `best.ckpt` is saved
-        if number := self._agreed(trainer, 0):
+        if number := self._agreed(trainer):
             if trainer.global_step > 0 and not trainer.sanity_checking:
                 self._save(trainer, pl_module, periodic=False)
             raise Interrupted(number, self.last if self.last.is_file() else None)
 
-    def _agreed(self, trainer: Trainer, step: int, *, at_once: bool = False) -> int:
-        """Return the signal that any process received, or 0: all must agree, or one would save while another steps.
-
-        Several processes ask each other, and wait for their devices, at every `log_every_n_steps`-th step, or at once.
-        """
+    def _agreed(self, trainer: Trainer) -> int:
+        """Return the signal that any process received, or 0: all must agree, or one would save while another steps."""
         if trainer.world_size == 1:
             return self.received
-        every = max(1, trainer.log_every_n_steps)  # pyright: ignore[reportAttributeAccessIssue]
-        if step % every and not at_once:
-            return 0
         number = torch.tensor(self.received, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(number, reduce_op="max"))
 
@@ -209,19 +203,14 @@ class Monitor(Callback):
     """Logs the module's curves, speed, what a run waits for, and norms; see `docs/training.md`."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self._flops_per_batch, self._lr = config, 0, 0.0
-        self._step = 0  # the last one that was logged
+        self.config, self._flops_per_batch = config, 0
         self._begin()
 
     def _begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = self._batch_end = time.perf_counter()
-        self._samples, self._batches, self._waited = 0, 0, 0.0
+        self._samples, self._batches, self._waited, self._lr = 0, 0, 0.0, None  # lr: of a step that is to be logged
 
-    on_validation_end = _begin  # validation does not count
-
-    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._step = trainer.global_step
-        self._begin()
+    on_train_start = on_validation_end = _begin  # validation does not count
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
         self._waited += time.perf_counter() - self._batch_end
@@ -236,19 +225,20 @@ class Monitor(Callback):
                 if parameter.grad is not None:
                     part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "mapper")
                     gradients[part].append(parameter.grad)
-            norms = {f"grad_norm_{part}": fsdp.total_norm(tensors) for part, tensors in gradients.items()}
-            norms["grad_norm"] = fsdp.total_norm(norms.values())
-            norms["param_norm"] = fsdp.total_norm(p.detach() for _, p in trained_parameters(pl_module))
-            pl_module.record({f"train/{name}": mean_of(norm) for name, norm in norms.items()})
+            norms = {part: fsdp.total_norm(tensors) for part, tensors in gradients.items()}
+            pl_module.record("train/grad_norm", fsdp.total_norm(norms.values()))
+            for part, norm in norms.items():
+                pl_module.record(f"train/grad_norm_{part}", norm)
+            pl_module.record("train/param_norm", fsdp.total_norm(p.detach() for _, p in trained_parameters(pl_module)))
             self._lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._samples += len(batch["key"]) * trainer.world_size
         self._batches += 1
         self._batch_end = time.perf_counter()
-        if trainer.global_step > self._step and logs_step(trainer, trainer.global_step):
+        if self._lr is not None:
             curves: dict[str, float] = pl_module.read_curves()  # waits for the GPU: before the time is taken
-            pl_module.check_finite(curves, batch_idx)
+            pl_module.check_finite(curves["train/loss"], batch_idx)
             seconds = time.perf_counter() - self._start
             curves["train/lr"] = self._lr
             curves["train/samples_per_s"] = self._samples / seconds
@@ -262,7 +252,6 @@ class Monitor(Callback):
                 logger.log_metrics({"epoch": trainer.current_epoch, **curves}, trainer.global_step - 1)
             trainer.progress_bar_metrics.update({name: curves[name] for name in SHOWN if name in curves})
             self._begin()
-            self._step = trainer.global_step
 
 
 def batch_flops(config: Config, batch: dict[str, Any]) -> int:

@@ -23,7 +23,7 @@ from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.layers import CrossAttention
 from ldm.training import fsdp
 from ldm.training.ema import trained_parameters
-from ldm.training.module import TrainingModule, adamw, mean_of, override_optimizer_hparams, parts_of
+from ldm.training.module import TrainingModule, adamw, override_optimizer_hparams, parts_of
 
 Weights = dict[str, Tensor]
 
@@ -125,10 +125,9 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
             history: Any = self.all_gather((t, weighted.detach()))
             self.timesteps.record(*(values.flatten() for values in history))
         quartile = 4 * t // self.config.schedule.num_timesteps
-        pairs = torch.stack((losses.detach(), torch.ones_like(losses)))
-        pairs = pairs.new_zeros(2, 4).scatter_add(1, quartile.expand(2, -1), pairs)  # sums and numbers of losses
-        self.record({f"train/loss_t{q + 1}of4": pairs[:, q] for q in range(4)})
-        self.record({"train/loss": mean_of(uniform * losses.detach())})
+        self.record("train/loss", uniform * losses)
+        for q in range(4):
+            self.record(f"train/loss_t{q + 1}of4", losses, quartile == q)
         return (uniform * weighted).mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -283,11 +282,8 @@ class LossAwareTimesteps:
         self._cumulated, self._weights = p.cumsum(0), (1.0 / (T * p)).float()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            "losses": self.losses,
-            "counts": self.counts,
-            "pending": torch.stack(self._pending or [torch.zeros(2, 0)]),
-        }
+        pending = torch.stack(self._pending or [torch.zeros(2, 0)])
+        return {"losses": self.losses, "counts": self.counts, "pending": pending}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.losses, self.counts = state["losses"].clone(), state["counts"].clone()

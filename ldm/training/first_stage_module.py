@@ -21,7 +21,7 @@ from ldm.diffusion import send
 from ldm.images import mask_to_tensor
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.efficientnet import efficientnet_stages, load_feature_network
-from ldm.training.module import TrainingModule, mean_of, override_optimizer_hparams
+from ldm.training.module import TrainingModule, override_optimizer_hparams
 
 Weights = dict[str, Tensor]
 
@@ -70,7 +70,8 @@ class FirstStageTraining(TrainingModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, terms = self.losses(batch)
-        self.record({f"train/{name}": mean_of(value) for name, value in terms.items()})
+        for name, value in terms.items():
+            self.record(f"train/{name}", value)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

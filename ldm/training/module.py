@@ -13,8 +13,6 @@ from torch import Tensor
 from ldm.config import ConfigError
 from ldm.files import UserError
 
-LOSSES = ("train/loss", "train/generator", "train/discriminator")
-
 
 class NonFiniteError(UserError):
     """A loss or weight became NaN or infinite; the last checkpoint from before is untouched."""
@@ -31,7 +29,7 @@ class TrainingModule(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._curves: dict[str, Tensor] = {}
+        self._curves: dict[str, Any] = {}  # (2,) sums and numbers of values
 
     def add_lora(self, seed: int) -> None:
         """Add trained parameters that no checkpoint to start from has; most modules have none."""
@@ -41,28 +39,24 @@ class TrainingModule(pl.LightningModule):
         tensors = {name: value for name, value in batch.items() if name != "key"}
         return {**super().transfer_batch_to_device(tensors, device, dataloader_idx), "key": batch["key"]}
 
-    def record(self, curves: dict[str, Tensor]) -> None:
-        """Add to curves: pairs (2,) of the sum and the number of values, which stay on the device until they are read.
-
-        Reading a value makes the CPU wait for the device. `Monitor` reads all curves at once, every so many steps.
-        """
-        for name, pair in curves.items():
-            self._curves[name] = self._curves[name] + pair if name in self._curves else pair.detach().float()
+    def record(self, name: str, values: Tensor, chosen: Tensor | None = None) -> None:
+        """Add values, or the `chosen` ones, to a curve. They stay on the device: reading one would wait for it."""
+        chosen = torch.ones_like(values, dtype=torch.bool) if chosen is None else chosen
+        pair = torch.stack((torch.where(chosen, values.detach(), 0.0).sum().float(), chosen.sum()))
+        self._curves[name] = self._curves.get(name, 0.0) + pair
 
     def read_curves(self) -> dict[str, float]:
-        """Return the means of what was recorded since the last call, except those of no value."""
+        """Return the curves' means since the last call, in one transfer; those without a value are left out."""
         pairs = torch.stack(list(self._curves.values())).tolist() if self._curves else []
         means = {name: total / n for name, (total, n) in zip(self._curves, pairs, strict=True) if n}
         self._curves = {}
         return means
 
-    def check_finite(self, curves: dict[str, float], batch_idx: int) -> None:
-        """Stop all processes with a NonFiniteError when a loss of one of them is NaN or infinite."""
-        losses = (curves[name] for name in LOSSES if name in curves)
-        bad = next((value for value in losses if not math.isfinite(value)), None)
-        if self.trainer.strategy.reduce_boolean_decision(bad is not None, all=False):
-            where = "NaN or infinite in another process" if bad is None else bad
-            raise NonFiniteError(f"loss is {where} at step {self.global_step - 1} or before, batch {batch_idx}")
+    def check_finite(self, loss: float, batch_idx: int) -> None:
+        """Stop all processes with a NonFiniteError when the mean loss of one is NaN or infinite."""
+        if self.trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
+            process = "" if not math.isfinite(loss) else " here, NaN or infinite in another process,"
+            raise NonFiniteError(f"loss is {loss}{process} at step {self.global_step - 1} or before, batch {batch_idx}")
 
     def with_lr_schedule(self, optimizer: torch.optim.Optimizer) -> OptimizerLRScheduler:
         """Add the config's learning-rate schedule to an optimizer; a cosine needs a run with a last step."""
@@ -78,11 +72,6 @@ def logs_step(trainer: pl.Trainer, step: int) -> bool:
     """Return whether the values of step `step`, counted from 1, are read and passed to the loggers."""
     every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
     return every > 0 and step % every == 0
-
-
-def mean_of(values: Tensor) -> Tensor:
-    """Return the sum and the number of values, (2,), as `TrainingModule.record` takes them."""
-    return torch.stack((values.sum(), values.new_full((), values.numel())))
 
 
 def lr_factor(warmup_steps: int, schedule: str, total_steps: float) -> Callable[[int], float]:

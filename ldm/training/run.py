@@ -37,6 +37,7 @@ EXPECTED_WARNINGS = (
     ".*overridden `transfer_batch_to_device`.*",  # the module knows which tensors stay on the CPU
     ".*smaller than the logging interval.*",  # steps are logged at that interval across epochs
 )
+NOISE = ("💡", "TPU available", "Loading `train_dataloader` to estimate")  # messages that say nothing of a run
 
 
 class Run:
@@ -55,7 +56,10 @@ class Run:
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         for package in ("pytorch_lightning", "lightning_fabric"):
-            logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)
+            logging.getLogger(f"{package}.utilities.rank_zero").addFilter(
+                lambda x: not x.getMessage().startswith(NOISE)
+            )
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
         pl.seed_everything(config.seed, workers=True, verbose=False)
         self.config, self.run_dir = config, run_dir
         self.data = DataModule(config)

@@ -53,6 +53,17 @@ def test_a_killed_process_ends_the_other_with_a_message(launcher: str, main_proc
     assert launcher == "torchrun" or "Traceback" not in errors  # torchrun adds its own
 
 
+def test_a_signal_to_one_process_ends_both_at_a_logged_step(main_process: Callable[..., Any], tmp_path: Path) -> None:
+    two = ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=1", "trainer.log_every_n_steps=7")
+    process = main_process(*two)
+    os.kill(children(process.pid)[-1], signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    (run_dir,) = tmp_path.glob("*_run")
+    step = last(run_dir)["global_step"]
+    assert step % 7 == 0 or step % 3 == 0  # logged, or saved anyway
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process started, in their order."""
     task = Path(f"/proc/{pid}/task/{pid}/children").read_text()

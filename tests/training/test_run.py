@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -287,6 +288,15 @@ def test_packages_that_are_not_installed_do_not_end_a_run(
     monkeypatch.setattr("ldm.training.run.PACKAGES", ("torch", "no-such-package"))
     assert fit(make_config("trainer.max_epochs=1"), tmp_path)[1] == 0
     assert list(json.loads((tmp_path / "history.json").read_text())[0]["versions"]) == ["torch"]
+
+
+def test_lightning_s_hints_are_passed_on_and_its_advertising_is_not(make_config: MakeConfig, tmp_path: Path) -> None:
+    Run(make_config(), tmp_path)
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    assert logger.isEnabledFor(logging.INFO)
+    texts = ("You are using a CUDA device that has Tensor Cores", "💡 Tip: install something")
+    records = (logging.LogRecord(logger.name, logging.INFO, "", 0, text, None, None) for text in texts)
+    assert [bool(logger.filter(record)) for record in records] == [True, False]
 
 
 def test_keys_stay_on_the_cpu(make_config: MakeConfig, batch: Weights) -> None:
