@@ -52,6 +52,7 @@ from benchmarks.timing import Spread, timed
 from ldm.config import Config, load_config
 from ldm.data.datamodule import set_up_worker
 from ldm.files import write_text
+from ldm.models.layers import Uninitialised
 from ldm.training.diffusion_module import DiffusionTraining
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -313,7 +314,7 @@ class Bench:
                 for network in (network for side in self._sides for network in side.networks):
                     network.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
             if entry.compiled and not trains:
-                model.unet.compile(mode="reduce-overhead")  # with CUDA graphs
+                model.unet.compile(dynamic=False, mode="reduce-overhead")  # with CUDA graphs
             self._key = key
         yield from self._sides
 
@@ -322,7 +323,7 @@ class Bench:
         config = copy.deepcopy(self.config)
         config.model.unet.activation_checkpointing = entry.checkpointing
         config.training.compile = entry.compiled
-        with self.device.device:
+        with self.device.device, Uninitialised():
             module = DiffusionTraining(config)
         randomise(module)
         return module.to(self.device.device)

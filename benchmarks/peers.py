@@ -21,6 +21,7 @@ from ldm.checkpoint.convert import diffusers_configs, to_diffusers
 from ldm.checkpoint.keys import to_file_keys
 from ldm.config import ModelConfig
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.layers import Uninitialised
 
 GUIDANCE_SCALE = 5.0
 SEED = 5  # of the posterior's noise in an edit
@@ -76,7 +77,7 @@ def randomise(model: nn.Module) -> None:
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """Build a model with random weights, for inference."""
-    with device:
+    with device, Uninitialised():
         model = LatentDiffusion(config).requires_grad_(False).eval()
     randomise(model)
     return model.to(device, dtype)  # the schedule's buffers are made on the CPU

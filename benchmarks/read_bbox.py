@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.timing import timed
 from scripts.read_bbox import read_bbox
 
 HEADER = (
@@ -80,13 +80,6 @@ def original_way(csv_path: Path, images: Path, out: Path) -> None:
                 lines.append(f"{x_min * width} {y_min * height} {x_max * width} {y_max * height}\n")
         if lines:
             (out / f"{path.stem}.txt").write_text("".join(lines))
-
-
-def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """Return wall and CPU seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def compare(root: Path, csv_path: Path, repeats: int) -> None:

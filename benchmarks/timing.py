@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
-class Seconds(NamedTuple):
-    """What a run took; `cpu` counts all threads of this process."""
+class Timed(NamedTuple, Generic[T]):
+    """Seconds of a run, and what it returned; `cpu` counts all threads of this process."""
 
     wall: float
     cpu: float
+    result: T
 
 
-def timed(run: Callable[[], object]) -> Seconds:
+def timed(run: Callable[[], T]) -> Timed[T]:
     """Run once."""
     wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+    result = run()
+    return Timed(time.perf_counter() - wall, time.process_time() - cpu, result)
 
 
 class Spread(NamedTuple):

@@ -21,8 +21,9 @@ def measured(folder: Path, *words: str) -> tuple[dict[str, dict[str, Any]], list
     return {row["entry"]: row for row in content["rows"]}, content["skipped"]
 
 
-def test_every_entry_gives_a_row_beside_diffusers(tmp_path: Path) -> None:
+def test_every_entry_gives_a_row_beside_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
+    monkeypatch.setattr(gpu, "STEPS", 4)
     rows, skipped = measured(tmp_path, "--seconds", "600")
     assert not skipped
     kinds = (gpu.STEP, gpu.EDIT, gpu.ENCODE, gpu.DECODE, gpu.TRAIN, gpu.CACHED, gpu.ONLINE, gpu.LOADER, gpu.MATMUL)
