@@ -17,6 +17,7 @@ Salimans & Ho 2022 (progressive distillation, arXiv:2202.00512); Hang et al. 202
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,8 +127,13 @@ def target(x_0: Tensor, eps: Tensor, t: Tensor, parameterization: str, alphas_cu
     return {"eps": eps, "x0": x_0}[parameterization]
 
 
-def to_eps(prediction: Tensor, x_t: Tensor, t: Tensor, parameterization: str, alphas_cumprod: Tensor) -> Tensor:
-    """Return the noise in x_t according to a network's output: the inverse of `target`."""
+def to_eps(
+    prediction: Tensor, x_t: Tensor, t: Tensor | int, parameterization: str, alphas_cumprod: Tensor | list[float]
+) -> Tensor:
+    """Return the noise in x_t according to a network's output: the inverse of `target`.
+
+    One t for all samples and alphas_cumprod as a list spare the device the coefficients.
+    """
     prediction, x_t = prediction.float(), x_t.float()
     if parameterization == "eps":
         return prediction
@@ -151,8 +157,10 @@ def min_snr_weight(t: Tensor, gamma: float, parameterization: str, alphas_cumpro
     return snr.clamp(max=gamma) / error_ratio
 
 
-def _alpha_sigma(alphas_cumprod: Tensor, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-    """Return alpha_t and sigma_t, float32, shaped (B, 1, ...) to scale a tensor of ndim axes."""
+def _alpha_sigma(alphas_cumprod: Any, t: Any, ndim: int) -> tuple[Any, Any]:
+    """Return alpha_t and sigma_t: numbers, or float32 shaped (B, 1, ...) to scale a tensor of ndim axes."""
+    if isinstance(t, int):
+        return math.sqrt(alphas_cumprod[t]), math.sqrt(1 - alphas_cumprod[t])
     ac_t = alphas_cumprod[t].float().reshape(-1, *[1] * (ndim - 1))
     return ac_t.sqrt(), (1 - ac_t).sqrt()
 

@@ -31,7 +31,7 @@ from ldm.models.efficientnet import EfficientNetTower
 from ldm.models.exemplar_encoder import ExemplarEncoder
 from ldm.models.layers import Uninitialised
 from ldm.models.text_encoder import TextEncoder
-from ldm.models.unet import UNetModel
+from ldm.models.unet import Projections, UNetModel
 
 DECODED_PIXELS = {"cpu": 512**2, "gpu": 4 * 512**2}  # decoded together: the decoder needs about 3 KB for each
 
@@ -210,7 +210,6 @@ class LatentDiffusion(nn.Module):
         """
         device, ac = c_concat.device, self.schedule.alphas_cumprod
         null = self.null_context() if null_context is None else null_context
-        eps_fn = self._guided(c_concat, context, null, guidance_scale, guidance_interval, steering)
         shape = len(c_concat), self.config.unet.out_channels, *c_concat.shape[2:]
         noise = partial(draw_noise, shape, generator, device=device)
         x = noise() if x_T is None else x_T.to(device, torch.float32)
@@ -218,32 +217,55 @@ class LatentDiffusion(nn.Module):
             if not 0 < strength <= 1:
                 raise ValueError(f"strength: got {strength:g}, expected more than 0, at most 1")
             ac = ac[: max(1, round(strength * len(ac)))]  # the first part of a schedule is a schedule
-            first = samplers.choose_timesteps(sampler, len(ac), num_steps)[0]
-            x = q_sample(z_0.to(device, torch.float32), torch.full((len(z_0),), first, device=device), x, self.ac)
+        timesteps = samplers.choose_timesteps(sampler, len(ac), num_steps)
+        if z_0 is not None:
+            first = torch.full((len(z_0),), timesteps[0], device=device)
+            x = q_sample(z_0.to(device, torch.float32), first, x, self.ac)
+        eps_fn = self._guided(c_concat, context, null, timesteps, guidance_scale, guidance_interval, steering)
         # noise x_T => scaled latents x_0
         return samplers.sample(sampler, eps_fn, x, ac, num_steps, eta=eta, noise=noise, on_step=on_step)
 
     def _guided(
-        self, c: Tensor, context: Tensor, null: Tensor, scale: float, levels: Sequence[float], steering: Steering | None
+        self,
+        c: Tensor,
+        context: Tensor,
+        null: Tensor,
+        timesteps: Sequence[int],
+        scale: float,
+        levels: Sequence[float],
+        steering: Steering | None,
     ) -> samplers.EpsModel:
-        """Return the noise prediction, with guidance where the noise level t / T is in [levels[0], levels[1]]."""
-        dtype, t_last = self.weight_dtype, max(1, len(self.ac) - 1)
-        alone = c.to(dtype), context.to(dtype)
-        # both branches are one batch: first "no condition", then the condition
-        both = alone[0].repeat(2, 1, 1, 1), torch.cat([null.to(dtype).expand_as(context), alone[1]])
+        """Return the noise prediction, with guidance where the noise level t / T is in [levels[0], levels[1]].
+
+        What is the same at all steps is made here: memory for the UNet's input, which holds all channels but x_t, and
+        what its layers read of timesteps and context.
+        """
+        B, Z, t_last = len(c), self.config.unet.out_channels, max(1, len(self.ac) - 1)
+        tokens = context.to(self.weight_dtype)
+        if scale != 1.0:  # both branches are one batch: first "no condition", then the condition
+            tokens = torch.cat([null.to(tokens).expand_as(tokens), tokens])
+        inputs = tokens.new_empty(len(tokens) // B, B, Z + c.shape[1], *c.shape[2:])
+        inputs[:, :, Z:] = c
+        row, ts = {t: i for i, t in enumerate(timesteps)}, send(torch.tensor(timesteps), c.device)
+        projections = Projections(self.unet, ts, tokens)
+        steered = steering.project(ts, tokens) if steering else []
+        ac = self.schedule.alphas_cumprod.tolist()
 
         def eps_fn(x_t: Tensor, t: int) -> Tensor:
             guided = scale != 1.0 and levels[0] <= t / t_last <= levels[1]  # Kynkäänniemi et al. 2024, Eq. 5
-            channels, tokens = both if guided else alone
-            x = x_t.repeat(2, 1, 1, 1) if guided else x_t
-            steps = torch.full((len(x),), t, device=x.device)
-            residuals = steering and steering.residuals(x.to(dtype), steps, tokens, guided=guided)
-            prediction = self.unet(torch.cat([x.to(dtype), channels], dim=1), steps, tokens, residuals).float()
-            eps = to_eps(prediction, x, steps, self.config.parameterization, self.ac)  # eps, v or x_0 => eps
+            branches = inputs if guided else inputs[-1:]
+            branches[:, :, :Z] = x_t
+            x, step = branches.flatten(0, 1), row[t]
+            condition = ts[step].expand(len(x)), tokens[-len(x) :]
+            options: dict[str, Any] = {"guided": guided, "projections": steered, "step": step}
+            residuals = steering and steering.residuals(x[:, :Z], *condition, **options)
+            prediction = self.unet(x, *condition, residuals, projections.at(step, len(x)))
+            # a copy: the next step of a CUDA graph overwrites its output
+            prediction = prediction.to(torch.float32, copy=True).unflatten(0, (-1, B))
+            eps = to_eps(prediction, x_t, t, self.config.parameterization, ac)  # eps, v or x_0 => eps
             if not guided:
-                return eps
-            eps_null, eps_cond = eps.chunk(2)
-            return eps_null + scale * (eps_cond - eps_null)  # Ho & Salimans 2022, Eq. 6
+                return eps[0]
+            return eps[0] + scale * (eps[1] - eps[0])  # Ho & Salimans 2022, Eq. 6
 
         return eps_fn
 
@@ -342,7 +364,10 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
     check_keys(expected, weights, source=source)
     schedule = model.schedule.buffers()
     check_schedule(schedule, state, source=source)
-    weights = {name: x.to(dtype) if x.is_floating_point() else x for name, x in weights.items()}
+    del state
+    for name in list(weights):  # one by one, so that a mapped tensor's pages are released before the next is read
+        if weights[name].is_floating_point():
+            weights[name] = weights.pop(name).to(dtype)
     model.load_state_dict({**weights, **schedule}, strict=True, assign=True)
 
 

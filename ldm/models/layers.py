@@ -5,7 +5,8 @@ Dimensions: B batch · C channels · H, W grid · N = H·W positions · L contex
 
 import math
 from collections import OrderedDict
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,17 @@ class CrossAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(d, dim, bias=False) for d in (dim, context_dim, context_dim))
         self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(config.dropout))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, N, C), (B, L, D) -> (B, N, C)."""
-        context = x if context is None else context
-        return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads))
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> (B, L, C) twice."""
+        return self.to_k(context), self.to_v(context)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, keys_values: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """(B, N, C), (B, L, D) -> (B, N, C); with the context's keys and values the context is not read."""
+        q = self.to_q(x)
+        k, v = keys_values or self.keys_values(x if context is None else context)
+        return self.to_out(attention(q, k, v, self.num_heads))
 
 
 class GEGLU(nn.Module):
@@ -73,13 +81,17 @@ class TransformerBlock(nn.Module):
         self.attn2 = CrossAttention(config, dim, config.context_dim)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, N, C), (B, L, D) -> (B, N, C)."""
-        x = x + self.attn1(self.norm1(x))
+    def project(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Compute what is read of the context (B, L, D): keys and values; of one token the attention's result."""
         if context.shape[1] == 1:  # a softmax over one key is 1: softmax(q k) v = v, equal at every position
-            x = x + self.attn2.to_out(self.attn2.to_v(context))
-        else:
-            x = x + self.attn2(self.norm2(x), context)
+            return (self.attn2.to_out(self.attn2.to_v(context)),)
+        return self.attn2.keys_values(context)
+
+    def forward(self, x: Tensor, context: Tensor, projected: tuple[Tensor, ...] | None = None) -> Tensor:
+        """(B, N, C), (B, L, D) or what `project` made of it -> (B, N, C)."""
+        x = x + self.attn1(self.norm1(x))
+        first, *more = projected or self.project(context)
+        x = x + (self.attn2(self.norm2(x), keys_values=(first, *more)) if more else first)
         return x + self.ff(self.norm3(x))
 
 
@@ -94,12 +106,18 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B, L, D) -> (B, C, H, W)."""
+    def project(self, context: Tensor) -> list[tuple[Tensor, ...]]:
+        """Compute what each block reads of the context (B, L, D)."""
+        return [cast(TransformerBlock, block).project(context) for block in self.transformer_blocks]
+
+    def forward(self, x: Tensor, context: Tensor, projected: Sequence[tuple[Tensor, ...]] | None = None) -> Tensor:
+        """(B, C, H, W), (B, L, D) or what `project` made of it -> (B, C, H, W)."""
         height = x.shape[2]
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        for block, known in zip(
+            self.transformer_blocks, projected or [None] * len(self.transformer_blocks), strict=True
+        ):
+            tokens = block(tokens, context, known)
         return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height))
 
 

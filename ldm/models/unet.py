@@ -6,7 +6,9 @@ Yang et al. 2023 (Paint by Example) for the nine input channels and the one-toke
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +35,15 @@ class ResBlock(nn.Module):
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, C, h, w), (B, E) -> (B, C_out, h, w)."""
-        hidden = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
+    def project(self, embedding: Tensor) -> Tensor:
+        """Compute what is read of the timestep embedding: (B, E) -> (B, C_out, 1, 1)."""
+        return self.emb_layers(embedding)[:, :, None, None]
+
+    def forward(self, x: Tensor, embedding: Tensor, projected: Tensor | None = None) -> Tensor:
+        """(B, C, h, w), (B, E) or what `project` made of it -> (B, C_out, h, w)."""
+        # not by `project`, which gathers sharded weights and drops them again
+        shift = self.emb_layers(embedding)[:, :, None, None] if projected is None else projected
+        hidden = self.in_layers(x) + shift
         return self.skip_connection(x) + self.out_layers(hidden)
 
 
@@ -47,17 +55,41 @@ class Stage(nn.ModuleList):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(layers)
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None, context: Tensor, projected: Iterator[Any]) -> Tensor:
         for layer in self:
             if not isinstance(layer, ResBlock | SpatialTransformer):
                 x = layer(x)
                 continue
             condition = embedding if isinstance(layer, ResBlock) else context
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, condition, use_reentrant=False)
+                x = checkpoint(layer, x, condition, next(projected), use_reentrant=False)
             else:
-                x = layer(x, condition)
+                x = layer(x, condition, next(projected))
         return x
+
+
+class Projections:
+    """What the layers of a network read of the timesteps of a sampling run and of its context, computed once.
+
+    Args:
+        t: (S,) the timesteps.
+        context: (B, L, D) tokens.
+    """
+
+    def __init__(self, network: "UNetEncoder", t: Tensor, context: Tensor) -> None:
+        embeddings = network.embed(t, context.dtype)
+        self._layers = [
+            layer.project(embeddings).split(1) if isinstance(layer, ResBlock) else layer.project(context)
+            for layer in network.modules()  # in the order of their use
+            if isinstance(layer, ResBlock | SpatialTransformer)
+        ]
+
+    def at(self, step: int, batch: int) -> list[Any]:
+        """Return what is read at timestep number `step`, layer by layer, for the last `batch` samples."""
+        return [
+            layer[step] if isinstance(layer, tuple) else [tuple(x[-batch:] for x in block) for block in layer]
+            for layer in self._layers
+        ]
 
 
 class UNetEncoder(nn.Module):
@@ -102,6 +134,12 @@ class UNetEncoder(nn.Module):
         """Embed timesteps (B,) as (B, E)."""
         return self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
 
+    def condition(self, t: Tensor, context: Tensor, projected: Sequence[Any] | None) -> tuple[Any, ...]:
+        """Return what the stages read beside x: the timestep embedding, the context, and what is `projected`."""
+        if projected is None:
+            return self.embed(t, context.dtype), context, repeat(None)
+        return None, context, iter(projected)
+
 
 class UNetModel(UNetEncoder):
     """Predicts the noise (or v, or x_0) in a latent from timestep and context."""
@@ -135,7 +173,14 @@ class UNetModel(UNetEncoder):
             elif isinstance(module, Stage):
                 module.activation_checkpointing = config.activation_checkpointing
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, residuals: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        residuals: Sequence[Tensor] | None = None,
+        projected: Sequence[Any] | None = None,
+    ) -> Tensor:
         """Predict from a noisy latent: (B, out_channels, h, w) in the dtype of the computation.
 
         Args:
@@ -143,18 +188,19 @@ class UNetModel(UNetEncoder):
             t: (B,) timesteps in [0, T).
             context: (B, L, D) tokens.
             residuals: from `ControlNet`, added to the outputs of the input blocks and of the middle block, one each.
+            projected: from `Projections.at`; timesteps and context are then not read.
         """
-        embedding = self.embed(t, context.dtype)
+        condition = self.condition(t, context, projected)
         skips = []
         for stage in self.input_blocks:
-            x = stage(x, embedding, context)
+            x = stage(x, *condition)
             skips.append(x)
-        x = self.middle_block(x, embedding, context)
+        x = self.middle_block(x, *condition)
         if residuals is not None:
             x = x + residuals[-1]
             skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
         for stage in self.output_blocks:
-            x = stage(torch.cat([x, skips.pop()], dim=1), embedding, context)
+            x = stage(torch.cat([x, skips.pop()], dim=1), *condition)
         return self.out(x)
 
     def single_token_dead_parameters(self) -> list[nn.Parameter]:

@@ -92,6 +92,8 @@ def shard(module: DiffusionTraining, mesh: DeviceMesh) -> None:
         blocks += [] if isinstance(tower, EfficientNetTower) else tower.encoder.layers
     for block in blocks:
         fully_shard(block, mesh=mesh)
+        if isinstance(block, ResBlock | SpatialTransformer):
+            register_fsdp_forward_method(block, "project")
     # By default the outermost module keeps what it gathered, and would miss an average that is swapped in.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for entry in ("training_step", "validation_step", "preview"):
