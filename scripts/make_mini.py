@@ -39,8 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     scenes(
         "--material",
         type=Path,
-        metavar="DIR",
-        help="folder with cutouts/, extras/ and backgrounds/ (default: fetched from Debian packages)",
+        metavar="PATH",
+        help="folder with cutouts/, extras/ and backgrounds/, or a file of scripts/scenes/pack.py "
+        "(default: fetched from Debian packages)",
     )
     scenes("--count", type=int, default=20_000, help="training scenes (default: %(default)s)")
     scenes("--bench", type=int, default=200, metavar="M", help="items of the bench (default: %(default)s)")
@@ -111,15 +112,9 @@ def plan(args: argparse.Namespace) -> list[Step]:
     config = load_config(*args.base, overrides=args.set)
     size = config.model.image_size
 
-    if args.material is None:
-        material = cli_args(from_debian=out / "material")
-    else:
-        material = cli_args(
-            cutouts=args.material / "cutouts",
-            backgrounds=args.material / "backgrounds",
-            extra_cutouts=args.material / "extras",  # read only if --extra-share is not 0
-        )
     composing = cli_args(
+        from_debian=out / "material" if args.material is None else None,
+        material=args.material,
         out=scenes,
         count=args.count,
         size=2 * size if config.data.crop_margin_range else size,  # close crops need scenes with more detail
@@ -136,7 +131,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     caching = cli_args(checkpoint=encoder, root=scenes, out=cache, draws=args.draws, workers=args.workers)
     start = cli_args(pretrained_model=encoder, logdir=out / "train", name="mini")
     steps = [
-        Step("compose", (script_path("scenes/compose"), *material, *composing)),
+        Step("compose", (script_path("scenes/compose"), *composing)),
         Step("boxes", (script_path("read_bbox"), *cli_args(root=scenes))),
         Step(
             "first-stage",

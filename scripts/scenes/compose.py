@@ -740,12 +740,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--from-debian", type=Path, metavar="DIR",
         help="download photographic material from Debian packages into DIR (needs no root rights)")  # fmt: skip
+    add("--material", type=Path, metavar="PATH",
+        help="folder with cutouts/, backgrounds/ and extras/, or a file of scripts/scenes/pack.py")  # fmt: skip
     add("--cutouts", type=Path, metavar="DIR",
-        help="folder of images with transparency (default: cutouts/ of --from-debian)")  # fmt: skip
+        help="folder of images with transparency (default: cutouts/ of the material)")  # fmt: skip
     add("--backgrounds", type=Path, metavar="DIR",
-        help="folder of photographs (default: backgrounds/ of --from-debian)")  # fmt: skip
+        help="folder of photographs (default: backgrounds/ of the material)")  # fmt: skip
     add("--extra-cutouts", type=Path, metavar="DIR",
-        help="cut-outs in any style, for training scenes only (default: extras/ of --from-debian)")  # fmt: skip
+        help="cut-outs in any style, for training scenes only (default: extras/ of the material)")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="dataset to write; without it, --from-debian only downloads")
     add("--count", type=int, default=12_000,
         help="training scenes; validation and test get 2 %% more each, at least 8 (default: %(default)s)")  # fmt: skip
@@ -772,36 +774,36 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     from scripts.scenes.debian import fetch_material  # which uses this module
+    from scripts.scenes.pack import open_material
 
     parser = build_parser()
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
 
-    material: Path | None = arguments.from_debian
-    cutouts: Path | None = arguments.cutouts or (material and material / "cutouts")
-    backgrounds: Path | None = arguments.backgrounds or (material and material / "backgrounds")
-    extras: Path | None = arguments.extra_cutouts or (material and material / "extras")
-    if cutouts is None or backgrounds is None:
-        parser.error("give --cutouts and --backgrounds, or --from-debian")
-    if arguments.out is None and material is None:
+    debian: Path | None = arguments.from_debian
+    given: Path | None = arguments.material or debian
+    if given is None and None in (arguments.cutouts, arguments.backgrounds):
+        parser.error("give --cutouts and --backgrounds, --material or --from-debian")
+    if arguments.out is None and debian is None:
         parser.error("give --out: where the dataset goes")
     try:
         keys = {field.name for field in fields(SceneSettings)}
         values: dict[str, Any] = {key: value for key, value in vars(arguments).items() if key in keys}
         settings = SceneSettings(**{**values, "objects": tuple(arguments.objects)})
-        if material is not None:
-            fetch_material(material)
-            print(f"material in {material}; sources and licences in {material / 'LICENSES.md'}")
+        if debian is not None:
+            fetch_material(debian)
+            print(f"material in {debian}; sources and licences in {debian / 'LICENSES.md'}")
         if arguments.out is not None:
-            compose_dataset(
-                cutouts,
-                backgrounds,
-                arguments.out,
-                settings,
-                extras_dir=extras,
-                workers=arguments.workers,
-                overwrite=arguments.overwrite,
-            )
+            with open_material(given or Path()) as material:
+                compose_dataset(
+                    arguments.cutouts or material / "cutouts",
+                    arguments.backgrounds or material / "backgrounds",
+                    arguments.out,
+                    settings,
+                    extras_dir=arguments.extra_cutouts or (material / "extras" if given else None),
+                    workers=arguments.workers,
+                    overwrite=arguments.overwrite,
+                )
             print(f"dataset in {arguments.out}; next: python scripts/read_bbox.py")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
