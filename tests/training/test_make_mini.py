@@ -104,5 +104,5 @@ def test_the_recipe_for_a_gpu_is_one(capsys: pytest.CaptureFixture[str], tmp_pat
     assert config.model.first_stage == first_stage.model.first_stage
     with torch.device("meta"):
         model = LatentDiffusion(config.model)
-    assert model.downsampling == 4
+    assert model.downsampling == 8
     assert 2 * sum(p.numel() for p in model.parameters()) < 40e6  # bytes in float16
