@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.parity import RUNS, Run, expected_trajectory, loss_and_gradients, trajectory
 from ldm import Editor
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
-from ldm.checkpoint.keys import INPUT_CONV, to_file_keys, to_module_keys
+from ldm.checkpoint.keys import INPUT_CONV, POSITION_IDS, SCHEDULE_BUFFERS, to_file_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
 from ldm.latent_diffusion import LatentDiffusion, load_model, load_weights
 from ldm.samplers import SAMPLERS, choose_timesteps
@@ -522,6 +523,23 @@ def test_bfloat16(
     # 8 bits of mantissa, through a dozen layers
     exact = tiny_model.encode_exemplar(golden["batch/ref_imgs"])
     torch.testing.assert_close(context.float(), exact, rtol=0, atol=0.1)
+
+
+def test_conversion_holds_no_source_longer_than_its_turn(
+    tiny_config: Config, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+    sources = [read_checkpoint(tiny_checkpoint)]
+    references = [weakref.ref(x) for name, x in sources[0].items() if name not in (*SCHEDULE_BUFFERS, POSITION_IDS)]
+    load = LatentDiffusion.load_state_dict
+
+    def counting(model: LatentDiffusion, *args: Any, **options: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in references))
+        return load(model, *args, **options)
+
+    monkeypatch.setattr(LatentDiffusion, "load_state_dict", counting)
+    load_weights(LatentDiffusion(tiny_config.model), sources.pop(), "", dtype=torch.bfloat16)
+    assert alive == [0]
 
 
 def test_float16_is_not_for_the_cpu(tiny_config: Config, tiny_checkpoint: Path) -> None:

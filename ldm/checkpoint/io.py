@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,9 +61,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     path, head = Path(path), _read_head(path)
     if head[8:9] == _JSON:
         with _open_safetensors(path) as file:
-            if tensors := {name: file.get_tensor(name) for name in file.keys()}:  # noqa: SIM118 (not a mapping)
-                return tensors
-            raise CheckpointError(f"{path}: holds no tensors; pass a checkpoint with weights")
+            if not (names := file.keys()):
+                raise CheckpointError(f"{path}: holds no tensors; pass a checkpoint with weights")
+        return _map_safetensors(path, names)
     content, dropped = _unpickle(path, head)
     found: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
     found = next((nested for key in _MAPPING_KEYS if isinstance(nested := found.get(key), Mapping)), found)
@@ -122,6 +123,22 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {_DAMAGED} ({error})") from error
+
+
+def _map_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Map each tensor of a sound file by itself, so that the pages that it has read go when it does."""
+    with open(path, "rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        dtype, shape, (start, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+        if start == end:  # nothing to map
+            tensors[name] = torch.empty(shape, dtype=_DTYPES[dtype])
+            continue
+        content = np.memmap(path, np.uint8, "c", 8 + length + start, (end - start,))
+        tensors[name] = torch.from_numpy(content).view(_DTYPES[dtype]).view(shape)
+    return tensors
 
 
 def _unpickle(path: Path, head: bytes) -> tuple[object, list[str]]:
@@ -228,7 +245,8 @@ def _safe_unpickler() -> Any:
     return Unpickler
 
 
-_DTYPE_NAMES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}  # torch.float32 => F32, …
+_DTYPES = safetensors.torch._TYPES  # F32 => torch.float32, …
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def write_safetensors(

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -117,6 +118,21 @@ def test_zip_is_mapped_and_private(tmp_path: Path) -> None:
     path = save(tmp_path / "a.ckpt", {"w": torch.zeros(1000)}, zipped=True)
     read_checkpoint(path)["w"].fill_(1.0)
     assert_equal(read_checkpoint(path), {"w": torch.zeros(1000)})
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts pages as Linux does")
+def test_a_tensor_of_safetensors_takes_its_pages_along(tmp_path: Path) -> None:
+    def file_pages() -> int:  # KiB of files in memory
+        return int(re.findall(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {str(i): torch.full((2**20,), float(i)) for i in range(16)})
+    tensors, before, pages = read_checkpoint(path), file_pages(), []
+    for i in range(16):
+        x = tensors.pop(str(i)).half()  # reads 4 MiB
+        pages.append(file_pages() - before)
+        assert x[0] == x[-1] == i
+    assert max(pages) < 16 * 1024  # of 64 MiB; the rest may be pages of libraries
 
 
 def test_reads_a_zip_that_somebody_compressed(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
