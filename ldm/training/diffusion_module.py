@@ -282,7 +282,7 @@ class LossAwareTimesteps:
         self._cumulated, self._weights = p.cumsum(0), (1.0 / (T * p)).float()
 
     def state_dict(self) -> dict[str, Tensor]:
-        pending = torch.stack(self._pending or [torch.zeros(2, 0)])
+        pending = torch.stack([batch.cpu() for batch in self._pending] or [torch.zeros(2, 0)])  # loaded ones are there
         return {"losses": self.losses, "counts": self.counts, "pending": pending}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -14,8 +14,8 @@ from ldm.editing.editor import BUNDLED_MODEL
 from tests.gpu.conftest import ON_CPU, ON_CUDA, Precision
 
 EXAMPLE = BUNDLED_MODEL / "examples" / "1-dahlia-by-the-lake"
-# dB in the hole, from float32 on the CPU. Ten steps of guided sampling enlarge each rounding: bfloat16 gives 38.6 on the
-# CPU. float16 has three bits more, which is 18 dB. One level off in every pixel is 48 dB.
+# dB in the hole, from float32 on the CPU. Ten steps of guided sampling enlarge each rounding: bfloat16 gives 38.6.
+# float16 has three bits more, which is 18 dB. One level off in every pixel is 48 dB.
 PSNR = {"fp32": 48.0, "fp16": 45.0, "bf16": 32.0}
 
 

@@ -19,13 +19,20 @@ from ldm.training.module import logs_step
 from tests.training.conftest import Fit, MakeConfig, SignalAt, column, last
 
 # Distance of a loss from float32 on the CPU, as a share of it. A loss averages the rounding of its outputs, which is
-# 2e-3 (bfloat16) or 2e-4 (float16) of each, enlarged by some fifty layers.
-TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2, "16-mixed": 5e-3}
-EXACT = {"cpu": "32-true", "cuda": "bf16-mixed"}  # the precision of a run whose options matter
+# 2e-3 (bfloat16) or 2e-4 (float16, and TF32 where a GPU trains in float32) of each, enlarged by some fifty layers.
+TOLERANCE = {"bf16-mixed": 2e-2, "16-mixed": 5e-3}
+PRECISION = {"cpu": "32-true", "cuda": "bf16-mixed"}  # of a run whose options matter
 PLACES = [
     *(pytest.param("cpu", name, id=f"cpu-{name}") for name in ("32-true", "bf16-mixed")),
-    *(pytest.param("cuda", name, id=f"cuda-{name}", marks=pytest.mark.gpu) for name in TOLERANCE),
+    *(
+        pytest.param("cuda", name, id=f"cuda-{name}", marks=pytest.mark.gpu)
+        for name in ("32-true", "bf16-mixed", "16-mixed")
+    ),
 ]
+
+
+def tolerance(device: str, precision: str) -> float:
+    return TOLERANCE.get(precision, 1e-4 if device == "cpu" else 5e-3)
 
 
 def place(device: str, precision: str) -> tuple[str, str]:
@@ -47,9 +54,9 @@ def exact(fit: Fit, make_config: MakeConfig, tmp_path_factory: pytest.TempPathFa
     return run_dir
 
 
-def assert_losses_near(run_dir: Path, expected: Path, tolerance: float) -> None:
+def assert_losses_near(run_dir: Path, expected: Path, distance: float) -> None:
     for name in ("train/loss", "val/loss"):
-        assert column(run_dir, name) == pytest.approx(column(expected, name), rel=tolerance)
+        assert column(run_dir, name) == pytest.approx(column(expected, name), rel=distance)
 
 
 @pytest.mark.parametrize(("device", "precision"), PLACES)
@@ -65,9 +72,9 @@ def test_a_run_in_every_precision(
     run, code = fit(make_config(*place(device, precision)), tmp_path)
     assert (code, run.trainer.global_step) == (0, 8)
     first, *_ = column(tmp_path, "train/loss")  # before float16's loss scale has found its size by skipping steps
-    assert first == pytest.approx(column(exact, "train/loss")[0], rel=TOLERANCE[precision])
+    assert first == pytest.approx(column(exact, "train/loss")[0], rel=tolerance(device, precision))
     if precision != "16-mixed":
-        assert_losses_near(tmp_path, exact, 2 * TOLERANCE[precision])  # eight steps away
+        assert_losses_near(tmp_path, exact, 2 * tolerance(device, precision))  # eight steps away
     state = last(tmp_path)["current_model_state"]
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in state.values())
     assert not torch.equal(state["model.diffusion_model.out.2.weight"], weights["model.diffusion_model.out.2.weight"])
@@ -79,9 +86,6 @@ def test_a_run_in_every_precision(
     [
         pytest.param(("model.unet.activation_checkpointing=true",), id="activation checkpointing"),
         pytest.param(("training.compile=true",), id="compile", marks=pytest.mark.slow),
-        pytest.param(
-            ("training.compile=true", "model.unet.activation_checkpointing=true"), id="both", marks=pytest.mark.slow
-        ),
         pytest.param(("training.optimizer=adamw_fused",), id="fused optimizer"),
         pytest.param(("trainer.gradient_clip_val=1000.0",), id="gradient clipping"),
     ],
@@ -89,11 +93,11 @@ def test_a_run_in_every_precision(
 def test_an_option_changes_no_loss(
     fit: Fit, make_config: MakeConfig, exact: Path, tmp_path: Path, device: str, options: tuple[str, ...]
 ) -> None:
-    assert fit(make_config(*place(device, EXACT[device]), *options), tmp_path)[1] == 0
-    assert_losses_near(tmp_path, exact, 2 * TOLERANCE[EXACT[device]])
+    assert fit(make_config(*place(device, PRECISION[device]), *options), tmp_path)[1] == 0
+    assert_losses_near(tmp_path, exact, 2 * tolerance(device, PRECISION[device]))
 
 
-def assert_same(got: Any, expected: Any, tolerance: float) -> None:
+def assert_same(got: Any, expected: Any, distance: float) -> None:
     """Weights, average and moments of two checkpoints, tensor by tensor."""
     states = [
         {**checkpoint["state_dict"], **{f"trained {n}": x for n, x in checkpoint["current_model_state"].items()}}
@@ -107,11 +111,21 @@ def assert_same(got: Any, expected: Any, tolerance: float) -> None:
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
         torch.testing.assert_close(
-            tensor.cpu(), states[1][name].cpu(), rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            tensor.cpu(), states[1][name].cpu(), rtol=0, atol=distance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
-@pytest.mark.parametrize("options", [(), ("training.lora_rank=4",)], ids=["all", "LoRA"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="all"),
+        pytest.param(("training.lora_rank=4",), id="LoRA"),
+        pytest.param(  # stopped between two readings of the losses, and saved before the next
+            ("training.timesteps=loss_aware", "trainer.log_every_n_steps=4", "logging.checkpoint_every=1"),
+            id="losses of timesteps",
+        ),
+    ],
+)
 @pytest.mark.parametrize(("device", "precision"), PLACES[1:])
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(
     fit: Fit, make_config: MakeConfig, tmp_path: Path, device: str, precision: str, options: tuple[str, ...]
@@ -124,8 +138,8 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(
     assert fit(config, tmp_path / "whole")[1] == 0
     assert fit(config, tmp_path / "stopped", callbacks=[SignalAt(3)])[1] == 128 + 15
     assert fit(config, tmp_path / "stopped", resume=tmp_path / "stopped" / "checkpoints" / "last.ckpt")[1] == 0
-    tolerance = 0.0 if device == "cpu" else config.training.base_lr / 10
-    assert_same(last(tmp_path / "stopped"), last(tmp_path / "whole"), tolerance)
+    distance = 0.0 if device == "cpu" else config.training.base_lr / 10
+    assert_same(last(tmp_path / "stopped"), last(tmp_path / "whole"), distance)
 
 
 @pytest.mark.parametrize(("device", "precision"), PLACES)
@@ -138,7 +152,7 @@ def test_the_first_stage_with_its_game(
         assert fit(make_config(*settings, *place(*where)), tmp_path / folder)[1] == 0
     for name in ("train/loss", "train/discriminator"):
         first, expected = (column(tmp_path / folder, name)[0] for folder in ("tested", "exact"))
-        assert first == pytest.approx(expected, rel=TOLERANCE[precision])
+        assert first == pytest.approx(expected, rel=tolerance(device, precision))
 
 
 def test_a_batch_is_pinned_and_its_keys_stay_on_the_cpu(make_config: MakeConfig, device: str) -> None:
@@ -171,16 +185,16 @@ def test_strategies_in_one_process(
 ) -> None:
     """Over gloo on the CPU and NCCL on a GPU, with a resume by the strategy's own means.
 
-    A bias before a norm has no gradient but rounding, which Adam blows up: shards, summed in another order, leave 1.8e-3
-    of the loss after eight steps.
+    A bias before a norm has no gradient but rounding, which Adam blows up: shards, which are summed in another order,
+    change the loss by 1.8e-3 of it within eight steps.
     """
-    config = make_config(*place(device, EXACT[device]), f"trainer.strategy={strategy}")
+    config = make_config(*place(device, PRECISION[device]), f"trainer.strategy={strategy}")
     assert fit(config, tmp_path, callbacks=[SignalAt(5)])[1] == 128 + 15
     backend = torch.distributed.get_backend()
     _, code = fit(config, tmp_path, resume=tmp_path / "checkpoints" / "last.ckpt")
     assert (backend, code) == ({"cpu": "gloo", "cuda": "nccl"}[device], 0)
     expected = column(exact, "val/loss")
-    assert column(tmp_path, "val/loss") == pytest.approx(expected, rel=5e-3 + 2 * TOLERANCE[EXACT[device]])
+    assert column(tmp_path, "val/loss") == pytest.approx(expected, rel=5e-3 + 2 * tolerance(device, PRECISION[device]))
     assert last(tmp_path)["state_dict"].keys() == last(exact)["state_dict"].keys()
 
 
