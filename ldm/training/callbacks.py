@@ -124,9 +124,9 @@ class Checkpoints(Callback):
         periodic = every > 0 and trainer.global_step % every == 0
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         ends = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch) or trainer.should_stop
-        interval = max(1, trainer.log_every_n_steps)  # pyright: ignore[reportAttributeAccessIssue]
-        due = trainer.world_size == 1 or periodic or ends or trainer.global_step % interval == 0
-        number = self._agreed(trainer) if due else 0  # agreeing makes every process wait for its GPU
+        due = trainer.global_step % max(1, trainer.log_every_n_steps) == 0  # pyright: ignore[reportAttributeAccessIssue]
+        # to agree, processes wait for their GPUs
+        number = self._agreed(trainer) if due or periodic or ends or trainer.world_size == 1 else 0
         if periodic or number or ends:
             self._save(trainer, pl_module, periodic=periodic)
         if number:

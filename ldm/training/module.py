@@ -41,8 +41,8 @@ class TrainingModule(pl.LightningModule):
 
     def record(self, name: str, values: Tensor, chosen: Tensor | None = None) -> None:
         """Add values, or the `chosen` ones, to a curve. They stay on the device: reading one would wait for it."""
-        chosen = torch.ones_like(values, dtype=torch.bool) if chosen is None else chosen
-        pair = torch.stack((torch.where(chosen, values.detach(), 0.0).sum().float(), chosen.sum()))
+        chosen = torch.ones_like(values) if chosen is None else chosen
+        pair = torch.stack(((values.detach() * chosen).sum().float(), chosen.sum()))
         self._curves[name] = self._curves.get(name, 0.0) + pair
 
     def read_curves(self) -> dict[str, float]:

@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldm.training.callbacks import MODULES
-from tests.training.conftest import Fit, MakeConfig
+from ldm.training.module import TrainingModule
+from ldm.training.run import Run
+from tests.training.conftest import Fit, MakeConfig, column
 
-EVERY = 4  # steps between two logged ones
+EVERY = 2  # steps between two logged ones
 STEPS = 2 * EVERY
 
 
@@ -37,10 +39,17 @@ def parents(event: Any) -> list[str]:
     return [] if event.cpu_parent is None else [event.cpu_parent.name, *parents(event.cpu_parent)]
 
 
-def reads(config: Any, fit: Fit, run_dir: Path) -> list[int]:
-    """How many scalars a run reads from tensors in each of its steps."""
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        fit(config, run_dir, callbacks=[MarkSteps()])
+def profiled(config: Any, fit: Fit, run_dir: Path) -> tuple[Run, list[int], list[int]]:
+    """A run, how many scalars it read one by one in each step, and after which steps it read all curves."""
+    transfers, read_curves = [], TrainingModule.read_curves
+
+    def count(self: TrainingModule) -> dict[str, float]:
+        transfers.append(self.global_step)
+        return read_curves(self)
+
+    with pytest.MonkeyPatch.context() as patch, profile(activities=[ProfilerActivity.CPU]) as trace:
+        patch.setattr(TrainingModule, "read_curves", count)
+        run, _ = fit(config, run_dir, callbacks=[MarkSteps()])
     events = trace.events() or []
     starts = sorted(event.time_range.start for event in events if event.name == "step starts")
     counts = Counter(
@@ -48,7 +57,7 @@ def reads(config: Any, fit: Fit, run_dir: Path) -> list[int]:
         for event in events
         if event.name == "aten::_local_scalar_dense" and "aten::_fused_adamw_" not in parents(event)
     )
-    return [counts[i + 1] for i in range(len(starts))]
+    return run, [counts[i + 1] for i in range(len(starts))], transfers
 
 
 @pytest.mark.parametrize("timesteps", ["uniform", "loss_aware"])
@@ -63,9 +72,10 @@ def test_only_logged_steps_read_values(timesteps: str, fit: Fit, make_config: Ma
         f"trainer.log_every_n_steps={EVERY}",
         "trainer.gradient_clip_val=1.0",
     )
-    counts = reads(config, fit, tmp_path)
-    print(counts)
-    assert counts[:STEPS] == [0] * STEPS
+    run, counts, transfers = profiled(config, fit, tmp_path)
+    assert counts[:STEPS] == [0] * STEPS  # in the last step is a validation
+    assert transfers == [EVERY, STEPS]
+    assert run.trainer.progress_bar_metrics["train/loss"] == pytest.approx(column(tmp_path, "train/loss")[-1])
 
 
 class FakeDevice(TorchDispatchMode):
@@ -77,7 +87,9 @@ class FakeDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, kwargs = func(*args, **(kwargs or {})), kwargs or {}
-        given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim > 0}
+        copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        tensors = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        given = {x.device.type for x in tensors if x.ndim > 0 or copies}  # kernels take scalars as arguments
         made = {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
         if "cpu" in given and "meta" in given | made and not kwargs.get("non_blocking"):
             self.slow.append(str(func))  # a tensor copied, or used as an index, while the CPU waits
