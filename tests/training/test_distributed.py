@@ -54,8 +54,8 @@ def test_a_killed_process_ends_the_other_with_a_message(launcher: str, main_proc
 
 
 def test_a_signal_to_one_process_ends_both_at_a_logged_step(main_process: Callable[..., Any], tmp_path: Path) -> None:
-    two = ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=1", "trainer.log_every_n_steps=7")
-    process = main_process(*two)
+    two = ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=1")
+    process = main_process(*two, "trainer.log_every_n_steps=7", "trainer.limit_val_batches=0")
     os.kill(children(process.pid)[-1], signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
