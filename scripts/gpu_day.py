@@ -60,7 +60,7 @@ TINY = (
     "model.unet.model_channels=16 model.unet.num_heads=1 model.unet.context_dim=32 "
     "model.exemplar_encoder.image_size=32 model.exemplar_encoder.hidden_size=32 data.batch_size=4 "
     "data.val_batch_size=4 data.num_workers=0 data.max_val_samples=4 logging.num_images=2 logging.image_every=10 "
-    "logging.sampler_steps=2 trainer.log_every_n_steps=2 trainer.enable_progress_bar=false"
+    "logging.sampler_steps=2 trainer.log_every_n_steps=2"
 )
 
 TINY_STEPS = 12
@@ -192,7 +192,7 @@ def plan(args: argparse.Namespace, work: Path) -> dict[str, Step]:
     from scripts import make_mini
 
     spare = max(1, _cores() - 3)  # what tests and speed table leave
-    settings = ["trainer.max_epochs=null", "logging.checkpoint_every=2000"]
+    settings = ["trainer.max_epochs=null", "trainer.enable_progress_bar=false", "logging.checkpoint_every=2000"]
     settings += TINY.split() if args.tiny else [f"data.num_workers={min(12, spare)}"]
     if args.device == "cpu":
         settings += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32-true"]

@@ -29,7 +29,7 @@ from ldm.files import UserError, atomic_write
 from scripts.scenes.compose import SceneSettings, find_pictures
 
 SIDES = {"cutouts": 160, "extras": 96, "backgrounds": 320}  # pixels: long side; of backgrounds the short side
-QUALITY = {"cutouts": 85, "extras": 72, "backgrounds": 80}  # of WebP; artefacts are below the scenes' own resampling
+QUALITY = {"cutouts": 85, "extras": 64, "backgrounds": 76}  # of WebP; artefacts are below the scenes' own resampling
 LICENCES = "LICENSES.md"
 
 
