@@ -109,6 +109,7 @@ def edit(args: argparse.Namespace) -> int:
         config=args.config,
         decoder=args.decoder,
         precision=set_up(args)[1],
+        compile=args.compile,
     )
     run = BenchmarkRun(
         Bench(args.bench),

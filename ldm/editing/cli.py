@@ -102,14 +102,14 @@ def add_model_options(group: Any) -> None:
     group.add_argument("--config", help="their config; default: config.yaml beside them", **FILE)
     group.add_argument("--decoder", help="a decoder that reads the kept pixels: docs/asymmetric.md", **FILE)
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
-    help = (
-        "of the weights; auto: bf16 or fp16 on CUDA, fp32 elsewhere; the original's full is fp32, its autocast fp16 on "
-    )
     words = ("auto", "fp32", "bf16", "fp16", "full", "autocast")
-    group.add_argument("--precision", default="auto", choices=words, help=help + "CUDA; default: %(default)s")
     help = (
-        "keep freed memory in the process instead of giving it back at once, where the C library is glibc; default: yes"
+        "of the weights; auto: bf16 or fp16 on CUDA, fp32 elsewhere; the original's words: full, fp32, and autocast, "
     )
+    group.add_argument("--precision", default="auto", choices=words, help=f"{help}fp16 on CUDA; default: %(default)s")
+    help = "compile the UNet: minutes at the first step and for each batch size; pays for many edits on a GPU"
+    group.add_argument("--compile", action="store_true", help=help)
+    help = "keep freed memory in the process, which saves time, where the C library is glibc; default: yes"
     group.add_argument("--keep-memory", action=argparse.BooleanOptionalAction, default=True, help=help)
 
 
@@ -268,9 +268,9 @@ def load_editor(args: argparse.Namespace) -> Editor:
     from ldm.editing.progress import moving_bar
 
     device, precision = set_up(args)
-    options = {"config": args.config, "decoder": args.decoder, "device": device, "dtype": DTYPES[precision]}
+    options = {name: getattr(args, name) for name in ("config", "decoder", "compile")}
     with moving_bar(desc="loading", bar_format="{desc} [{elapsed}]", leave=False):
-        return Editor.from_pretrained(args.checkpoint, **options)
+        return Editor.from_pretrained(args.checkpoint, device=device, dtype=DTYPES[precision], **options)
 
 
 def edit(args: argparse.Namespace, settings: EditSettings) -> int:

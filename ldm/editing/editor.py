@@ -52,6 +52,7 @@ class Editor:
         decoder: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        compile: bool = False,
     ) -> Editor:
         """Load a model and return its editor.
 
@@ -61,6 +62,7 @@ class Editor:
             decoder: a mask-conditioned decoder for the model's first stage, see `load_model`.
             device: `cpu`, `cuda`, `mps`, or `auto` for the fastest one present.
             dtype: type of the weights.
+            compile: compile the UNet, see `load_model`.
 
         Raises:
             UserError: the device, the checkpoint or its config is missing, or float16 is asked for on the CPU.
@@ -70,7 +72,7 @@ class Editor:
         config = checkpoint.parent / "config.yaml" if config is None else config
         if isinstance(config, Path) and not config.is_file():
             raise UserError(f"{config}: no such file; name the config (configs/v1.yaml for the published model)")
-        return cls(load_model(config, checkpoint, decoder=decoder, device=chosen, dtype=dtype))
+        return cls(load_model(config, checkpoint, decoder=decoder, device=chosen, dtype=dtype, compile=compile))
 
     def edit(
         self,

@@ -48,6 +48,7 @@ class BenchmarkConfig:
     config: Path | None = None
     decoder: Path | None = None
     precision: str = "fp32"  # see `pick_dtype`
+    compile: bool = False  # not recorded: it changes the images up to rounding only
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -64,9 +65,8 @@ class BenchmarkConfig:
         if self.method in BASELINES:
             return lambda request: BASELINES[self.method](request.scene, request.hole, *request.exemplars)
         dtype = pick_dtype(self.precision, device)
-        return Editor.from_pretrained(
-            self.checkpoint, config=self.config, decoder=self.decoder, device=device, dtype=dtype
-        )
+        options = {"config": self.config, "decoder": self.decoder, "compile": self.compile}
+        return Editor.from_pretrained(self.checkpoint, device=device, dtype=dtype, **options)
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,16 @@ def test_memory_is_kept_by_commands_alone(
     assert calls
 
 
+@pytest.mark.parametrize("words", [[], ["--compile"]])
+def test_the_unet_is_compiled_on_request(
+    words: list[str], tiny_folder: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[object]()
+    monkeypatch.setattr("ldm.models.unet.UNetModel.compile", lambda self, **_: calls.append(self))
+    assert run(tiny_folder, files, tmp_path, *words) == 0
+    assert len(calls) == len(words)
+
+
 @pytest.mark.parametrize("command", [["--n_iter", "2"], ["--box", "5,6,15,16", "--box", "60,40,80,55", "--separate"]])
 def test_the_bar_names_the_phases(
     command: list[str], tiny_folder: Path, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
