@@ -20,6 +20,7 @@ from ldm import samplers
 from ldm.checkpoint.convert import diffusers_configs, to_diffusers
 from ldm.checkpoint.keys import to_file_keys
 from ldm.config import ModelConfig
+from ldm.diffusion import draw_noise
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.layers import Uninitialised
 
@@ -176,7 +177,9 @@ class Theirs:
         scheduler.sigmas = torch.cat([((1 - ac[timesteps]) / ac[timesteps]).sqrt(), ac.new_zeros(1)]).float()
         masked = inputs.image * inputs.keep_mask
         posterior = self._vae.encode(masked, return_dict=False)[0]
-        z_masked = self._vae.config.scaling_factor * posterior.sample(torch.Generator().manual_seed(SEED))
+        # its own `sample` draws other numbers in bfloat16
+        noise = draw_noise(posterior.mean.shape, torch.Generator().manual_seed(SEED), device=inputs.z.device)
+        z_masked = self._vae.config.scaling_factor * (posterior.mean + posterior.std * noise.to(posterior.mean.dtype))
         known = torch.cat([z_masked, F.interpolate(inputs.keep_mask, size=z_masked.shape[2:])], dim=1).repeat(
             2, 1, 1, 1
         )
