@@ -1,7 +1,7 @@
 """Compare this project's speed with that of diffusers' modules with the same weights, on the CPU.
 
-    python benchmarks/speed.py                                        narrower, 256 px: two minutes on two cores
-    python benchmarks/speed.py --full --only step encode decode       full size, 512 px: six minutes, 8 GB
+    python benchmarks/speed.py                                     narrower, 256 px: two minutes on two cores
+    python benchmarks/speed.py --full --only step --rounds 1       full size, 512 px: two minutes, 8 GB
 
 The ratios are of CPU seconds, theirs to ours, more than 1: ours is faster. Both run alternately, after one run each to
 warm up: other load on the machine meets both. Threads that wait for each other count too: set OMP_NUM_THREADS=1 where
@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +48,9 @@ WORKS = ("step", "encode", "decode", "edit", "train")
 
 
 class Work(NamedTuple):
-    """What both do."""
+    """What both do; `name` is one of `WORKS`."""
 
+    name: str
     what: str
     ours: Callable[[], Tensor]
     theirs: Callable[[], Tensor]
@@ -86,18 +88,19 @@ def works(config: Config, names: list[str]) -> Iterator[Work]:
         "decode": (f"first stage, decode {size}", lambda side: side.decode(one)),
         "edit": (f"edit, {STEPS} steps of DPM-Solver++, guidance 5", lambda side: side.edit(one, STEPS)),
     }
-    if wanted := [in_inference[name] for name in names if name in in_inference]:
+    if wanted := [name for name in names if name in in_inference]:
         model = random_model(config.model, CPU, torch.float32)
         ours, theirs = Ours(model), Theirs(model)
-        for what, run in wanted:
-            yield Work(what, torch.no_grad()(lambda run=run: run(ours)), torch.no_grad()(lambda run=run: run(theirs)))
-        del model, ours, theirs
+        for name in wanted:
+            what, run = in_inference[name]
+            sides = (torch.no_grad()(partial(run, side)) for side in (ours, theirs))
+            yield Work(name, what, *sides)
     if "train" in names:
         with Uninitialised():
             module = DiffusionTraining(config)
         randomise(module)
         theirs = Theirs(module, trains=True)  # before a step changes the weights
-        yield Work("training step, batch 2", TrainingStep(Ours(module), pair), TrainingStep(theirs, pair))
+        yield Work("train", "training step, batch 2", TrainingStep(Ours(module), pair), TrainingStep(theirs, pair))
 
 
 def compare(work: Work, rounds: int, done: Callable[[], object]) -> Comparison:
@@ -120,14 +123,15 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--full", action="store_true", help="measure the published size at 512 px")
     add("--only", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK", help=f"of {', '.join(WORKS)}")
-    add("--rounds", type=int, default=3, help="default: %(default)s")
+    add("--rounds", type=int, default=3, help="of the edit; the others take three times as many; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write the figures")
     args = parser.parse_args(argv)
     config, found = Config() if args.full else small(), list[Comparison]()
-    with tqdm(total=2 * (args.rounds + 1) * len(args.only), delay=3, leave=False, disable=None) as bar:
-        for work in works(config, args.only):
+    rounds = {name: args.rounds * (1 if name == "edit" else 3) for name in dict.fromkeys(args.only)}
+    with tqdm(total=2 * sum(1 + count for count in rounds.values()), delay=3, leave=False, disable=None) as bar:
+        for work in works(config, list(rounds)):
             bar.set_description(work.what)
-            found.append(compare(work, args.rounds, bar.update))
+            found.append(compare(work, rounds[work.name], bar.update))
     parts = ["ours, CPU s", "diffusers, CPU s", "diffusers / ours", "difference"]
     table = Table("smallest / median / largest", *parts, box=box.MARKDOWN)
     for one in found:
