@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity import RUNS, Run, expected_trajectory, trajectory
-from ldm.latent_diffusion import LatentDiffusion, load_model
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.samplers import SAMPLERS
-from tests.conftest import TINY_CONFIG
 
 NOISELESS = [name for name in SAMPLERS if name != "ddpm"]
 
@@ -49,29 +47,6 @@ def test_every_sampler_gives_the_cpus_result(
     # The random network lets values grow to 68, and guidance weighs the rounding of two predictions with 3 and 2:
     # float32 leaves 2e-6 of the largest value on the CPU (docs/parity.md); another device sums in another order.
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5 * results[0].abs().max().item())
-
-
-@pytest.fixture(scope="module")
-def compiled(tiny_checkpoint: Path) -> LatentDiffusion:
-    return load_model(TINY_CONFIG, tiny_checkpoint, device="cuda", compile=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("sampler", NOISELESS)
-def test_a_compiled_unet_gives_the_same(
-    golden: dict[str, Tensor],
-    tiny_model: LatentDiffusion,
-    compiled: LatentDiffusion,
-    sampler: str,
-    guidance_scale: float,
-) -> None:
-    """Its kernels are a graph that writes to the same memory in every step: what a sampler keeps must be a copy."""
-    settings: dict[str, Any] = dict(sampler=sampler, num_steps=5, guidance_scale=guidance_scale)
-    expected = tiny_model.sample(**arguments(tiny_model, golden, "cpu"), **settings)
-    for _ in range(3):  # the graph is warmed up, recorded and replayed
-        got = compiled.sample(**arguments(compiled, golden, "cuda"), **settings).cpu()
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.gpu

@@ -85,7 +85,6 @@ def test_a_run_in_every_precision(
     "options",
     [
         pytest.param(("model.unet.activation_checkpointing=true",), id="activation checkpointing"),
-        pytest.param(("training.compile=true",), id="compile", marks=pytest.mark.slow),
         pytest.param(("training.optimizer=adamw_fused",), id="fused optimizer"),
         pytest.param(("trainer.gradient_clip_val=1000.0",), id="gradient clipping"),
     ],
@@ -115,18 +114,22 @@ def assert_same(got: Any, expected: Any, distance: float) -> None:
         )
 
 
+LORA = ("training.lora_rank=4",)
+# Stopped between two readings of the losses, and saved before the next.
+LOSS_AWARE = ("training.timesteps=loss_aware", "trainer.log_every_n_steps=4", "logging.checkpoint_every=4")
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("device", "precision", "options"),
     [
-        pytest.param((), id="all"),
-        pytest.param(("training.lora_rank=4",), id="LoRA"),
-        pytest.param(  # stopped between two readings of the losses, and saved before the next
-            ("training.timesteps=loss_aware", "trainer.log_every_n_steps=4", "logging.checkpoint_every=1"),
-            id="losses of timesteps",
+        *(pytest.param(*case.values, (), id=case.id, marks=case.marks) for case in PLACES[1:]),
+        *(
+            pytest.param(device, "bf16-mixed", options, id=f"{device}-{name}", marks=marks)
+            for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
+            for name, options in (("LoRA", LORA), ("losses of timesteps", LOSS_AWARE))
         ),
     ],
 )
-@pytest.mark.parametrize(("device", "precision"), PLACES[1:])
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(
     fit: Fit, make_config: MakeConfig, tmp_path: Path, device: str, precision: str, options: tuple[str, ...]
 ) -> None:
