@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from ldm.checkpoint.io import read_checkpoint
@@ -175,13 +176,16 @@ def _check_combinations(config: Config, processes: int) -> None:
 
 def _trainer(config: Config, run_dir: Path) -> pl.Trainer:
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **{"enable_model_summary": False, "default_root_dir": run_dir, **config.trainer},
             callbacks=run_callbacks(config, run_dir),
             logger=[_logger(name, config, run_dir) for name in config.logging.loggers],
             plugins=[SafeCheckpointIO()],
             use_distributed_sampler=False,  # the data module splits by rank itself
         )
+        # `trainer.max_time` first: the step that it ends with is then saved.
+        trainer.callbacks.sort(key=lambda c: not isinstance(c, Timer))  # pyright: ignore[reportAttributeAccessIssue]
+        return trainer
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
 

@@ -272,6 +272,11 @@ def test_a_run_without_an_end(fit: Fit, make_config: MakeConfig, tmp_path: Path)
         fit(make_config("trainer.max_epochs=-1", "training.lr_schedule=cosine"), tmp_path / "cosine")
 
 
+def test_a_run_whose_time_is_up_is_saved(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    run, code = fit(make_config("trainer.max_epochs=100000", "trainer.max_time={milliseconds: 1}"), tmp_path)
+    assert code == 0 and last(tmp_path)["global_step"] == run.trainer.global_step > 0
+
+
 class StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
