@@ -267,6 +267,7 @@ def evaluate(day: Day, steps: Mapping[str, Step], work: Path) -> None:
     folders = [str(results / name.removeprefix("sample-")) for name in there]
     words = [word for word in steps["evaluate"].words if not word.startswith(f"{results}/")]
     words[2:2] = folders  # after script and bench
+    words.insert(words.index("--metrics") + 1, "copying")
     day.run(Step("evaluate", tuple(words)), PACKED_FROM * day.total)
     day.run(steps["report"], PACKED_FROM * day.total)
 
