@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.parity import RUNS, Run, expected_trajectory, loss_and_gradients, trajectory
 from ldm import Editor
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
-from ldm.checkpoint.keys import INPUT_CONV, POSITION_IDS, SCHEDULE_BUFFERS, to_file_keys, to_module_keys
+from ldm.checkpoint.keys import FIRST_STAGE, INPUT_CONV, POSITION_IDS, SCHEDULE_BUFFERS, to_file_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
 from ldm.latent_diffusion import LatentDiffusion, load_model, load_weights
 from ldm.samplers import SAMPLERS, choose_timesteps
@@ -477,7 +477,10 @@ def test_loads_the_published_layout(
     assert loaded.keys() == to_module_keys(state).keys()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, to_module_keys(state)[name])
-        assert parameter.data_ptr() == given[name].data_ptr()  # the file's own memory: there is no second copy
+        if name.startswith(FIRST_STAGE):  # in the layout that is faster on a CPU
+            assert parameter.ndim < 4 or parameter.is_contiguous(memory_format=torch.channels_last)
+        else:  # the file's own memory: there is no second copy
+            assert parameter.data_ptr() == given[name].data_ptr()
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
