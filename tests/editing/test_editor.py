@@ -22,6 +22,7 @@ from ldm.editing.request import make_request, prepare_exemplar
 from ldm.editing.settings import EditSettings
 from ldm.files import UserError
 from ldm.images import MID_GREY
+from ldm.latent_diffusion import DECODED_PIXELS
 
 S = 32  # the model's image side
 
@@ -461,6 +462,17 @@ def test_rounds_encode_once(editor: Editor) -> None:
         results = editor.edit_request(request, batch_size=2)
     assert sizes == {"encoder": [1], "exemplar": [1], "decoder": [2, 2, 1]}
     for image, other in zip(results, editor.edit_request(request), strict=True):
+        assert_equal_up_to_rounding(image, other)
+
+
+def test_large_images_are_decoded_one_at_a_time(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene, mask = photo(64, 64), box_mask((64, 64), (20, 20, 44, 44))
+    together = edit(editor, scene, mask, RED, n_samples=3)
+    monkeypatch.setitem(DECODED_PIXELS, "cpu", 2 * S * S - 1)
+    with batch_sizes(editor) as sizes:
+        alone = edit(editor, scene, mask, RED, n_samples=3)
+    assert sizes["decoder"] == [1, 1, 1]
+    for image, other in zip(alone, together, strict=True):
         assert_equal_up_to_rounding(image, other)
 
 
