@@ -222,8 +222,9 @@ def make_model(day: Day, steps: Mapping[str, Step], max_steps: int | None) -> No
     ready = train(day, steps["first-stage"], first_stage_by, max_steps)
     ready = ready and day.run(steps["cache"], min(day.now + MOST["cache"] * day.total, trained_by))
     if ready and train(day, steps["train"], trained_by, max_steps):
-        for name in ("export", *EDITS):
-            day.run(steps[name], PACKED_FROM * day.total)
+        day.run(steps["export"], PACKED_FROM * day.total)
+        with ThreadPoolExecutor(len(EDITS)) as beside:  # small models do not fill a GPU
+            beside.map(lambda name: day.run(steps[name], PACKED_FROM * day.total), EDITS)
 
 
 def train(day: Day, step: Step, until: float, max_steps: int | None) -> bool:
