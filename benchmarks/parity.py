@@ -249,12 +249,15 @@ def _fill(network: nn.Module, prefix: str) -> None:
 
 
 def _exemplar_stages(encoder: ExemplarEncoder, proj_out: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
-    tower = encoder.transformer(pixel_values=pixel_values)
-    mapped = encoder.mapper(tower.pooler_output[:, None])
+    hidden: list[Tensor] = []
+    hook = encoder.transformer.encoder.layers.register_forward_hook(lambda *args: hidden.append(args[-1]))
+    pooled = encoder.features(pixel_values)
+    hook.remove()
+    mapped = encoder.mapper(pooled)
     normed = encoder.final_ln(mapped)
     return {
-        "exemplar/clip_last_hidden": tower.last_hidden_state,
-        "exemplar/clip_pooled": tower.pooler_output,
+        "exemplar/clip_last_hidden": hidden[0],
+        "exemplar/clip_pooled": pooled[:, 0],
         "exemplar/mapper": mapped,
         "exemplar/final_ln": normed,
         "exemplar/proj_out": proj_out(normed),

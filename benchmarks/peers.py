@@ -136,7 +136,7 @@ class Theirs:
     """diffusers' UNet, autoencoder and schedulers in its default memory layout.
 
     Tensors that agree in layout are shared with our model, unless the UNet is to be trained. The exemplar's encoder is
-    ours: both are transformers' CLIP and a few blocks on one token. Raises ImportError without diffusers.
+    ours in either: CLIP and a few blocks on one token. Raises ImportError without diffusers.
     """
 
     def __init__(self, model: LatentDiffusion, *, trains: bool = False) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.config import ExemplarEncoderConfig
+from ldm.models.clip import ImageTower
 from ldm.models.efficientnet import EfficientNetTower
 from ldm.models.layers import attention
 
@@ -52,18 +53,7 @@ class ExemplarEncoder(nn.Module):
         super().__init__()
         self.config = config
         if config.tower == "clip":
-            from transformers import CLIPVisionConfig, CLIPVisionModel  # takes a second, which only this tower needs
-
-            tower = CLIPVisionConfig(
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                image_size=config.image_size,
-                patch_size=config.patch_size,
-                projection_dim=config.hidden_size,  # CLIP's own projection is not used
-            )
-            self.transformer: Any = CLIPVisionModel(tower)
+            self.transformer: Any = ImageTower(config)
         else:
             self.transformer = EfficientNetTower(all_tokens=config.tokens == "all")
             self.reduce = nn.Linear(EfficientNetTower.NUM_FEATURES, config.hidden_size)
@@ -77,13 +67,8 @@ class ExemplarEncoder(nn.Module):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Compute the tower's features (B, L, F) of exemplars (B, 3, S, S), normalised as for CLIP."""
-        if self.config.tower != "clip":
-            return self.transformer(pixel_values)
-        tower = self.transformer(pixel_values=pixel_values)
-        if self.config.tokens == "pooled":
-            return tower.pooler_output[:, None]
-        # CLIP norms its class token alone (the first one); the same norm brings the patches to its scale
-        return self.transformer.post_layernorm(tower.last_hidden_state)
+        tokens = self.transformer(pixel_values)
+        return tokens[:, :1] if self.config.tokens == "pooled" else tokens
 
     def tokens(self, features: Tensor) -> Tensor:
         """Map the tower's features (B, L, F) to tokens (B, L, D): mapper, then norm; of the first one if `pooled`.

@@ -30,10 +30,10 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, is_causal: bool = False) -> Tensor:
     """Multi-head scaled dot-product attention: (B, N, C), (B, L, C), (B, L, C) -> (B, N, C)."""
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=num_heads) for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal), "b h n d -> b n (h d)")
 
 
 class CrossAttention(nn.Module):

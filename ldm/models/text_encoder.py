@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.config import TextEncoderConfig
 from ldm.files import UserError
+from ldm.models.clip import TextTower
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
@@ -24,27 +25,13 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        from transformers import CLIPTextConfig, CLIPTextModel  # takes a second, which only this tower needs
-
         self.config = config
         self.folder = Path(config.tokenizer) if config.tokenizer else None
-        tower = CLIPTextConfig(
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_length,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            projection_dim=config.hidden_size,  # CLIP's own projection is not used
-            bos_token_id=config.vocab_size - 2,
-            eos_token_id=config.vocab_size - 1,
-            pad_token_id=config.vocab_size - 1,
-        )
-        self.transformer: Any = CLIPTextModel(tower)
+        self.transformer = TextTower(config)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Encode token ids (B, L) int64 as (B, L, D)."""
-        return self.transformer(input_ids=token_ids).last_hidden_state
+        return self.transformer(token_ids)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Tokenize prompts as (B, L) int64: start, at most L - 2 tokens, end, and the end again up to L.
