@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,11 @@ class Box(NamedTuple):
     top: int
     right: int
     bottom: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.right - self.left, self.bottom - self.top
 
     def clipped(self, width: int, height: int) -> Box:
         """Return the part within an image of that size."""
@@ -155,18 +160,19 @@ def mask_to_tensor(hole_mask: Image.Image) -> Tensor:
 
 def exemplar_to_tensor(exemplar: Image.Image, size: int) -> Tensor:
     """Squash an exemplar to a square (bicubic), as for editing: CLIP-normalised (3, size, size)."""
-    return clip_normalise(exemplar.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    return normalise(exemplar.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
-def clip_normalise(image: Image.Image | np.ndarray) -> Tensor:
-    """Normalise an RGB image or (H, W, 3) uint8 by CLIP's mean and standard deviation: (3, H, W) float32."""
-    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+def normalise(
+    image: Image.Image | np.ndarray, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> Tensor:
+    """Normalise an RGB image or (H, W, 3) uint8 by mean and standard deviation of [0, 1]: (3, H, W) float32."""
     levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return _unit(levels).sub_(mean[:, None, None]).div_(std[:, None, None])
+    return _unit(levels).sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
 
 
 def exemplar_to_pixels(x: Tensor) -> Tensor:
-    """Invert `clip_normalise` on tensors (..., 3, E, E), to pixels in [-1, 1]."""
+    """Invert CLIP's `normalise` on tensors (..., 3, E, E), to pixels in [-1, 1]."""
     mean, std = x.new_tensor(CLIP_MEAN), x.new_tensor(CLIP_STD)
     return 2 * (x * std[:, None, None] + mean[:, None, None]) - 1
 

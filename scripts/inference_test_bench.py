@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ldm.editing.cli import add_model_options, add_plms, set_up
+from ldm.editing.cli import add_model_options, add_plms, run_command, set_up
 from ldm.editing.settings import add_options, given_options
 from ldm.files import UserError
 
@@ -81,17 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        count = edit(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} results in {args.outdir / 'results'}")
-    return 0
+    return run_command(lambda: edit(args), "a smaller --batch-size", "; start it again to go on")
 
 
 def edit(args: argparse.Namespace) -> int:
-    """Turn the options into a config, and edit the benchmark."""
+    """Turn the options into a config, edit the benchmark and return the exit status."""
     from ldm.evaluation.benchmark import METHODS, PROTOCOLS, BenchmarkConfig, BenchmarkRun
     from ldm.evaluation.cocoee import Bench
 
@@ -120,8 +114,10 @@ def edit(args: argparse.Namespace) -> int:
         workers=max(args.workers, 1),
         device=args.device,
         has_source=not args.results_only,
+        prepare=partial(set_up, args),
     )
-    return run.edit(args.devices)
+    print(f"{run.edit(args.devices)} results in {args.outdir / 'results'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ from ldm.editing.cli import (
     checkpoint_metadata,
     load_editor,
     model_metadata,
-    numbers,
     run_command,
     save_results,
     set_up,
 )
-from ldm.editing.settings import EditSettings, add_options, given_options
+from ldm.editing.settings import EditSettings, add_options, given_options, numbers
 from ldm.files import UserError
 
 LIGHT_OPTIONS = ("light", "size", "strength", "highres_scale", "highres_strength")
@@ -108,9 +107,8 @@ def relight(args: argparse.Namespace, sampling: dict[str, Any], settings: EditSe
     record |= {"sampler": settings.sampler, "num_steps": settings.steps}
     record |= {name: getattr(args, name) for name in RECORDED} | checkpoint_metadata(args)
     seeds, safe = drop_unsafe(content_filter, settings.seeds, results, Image.new("L", results[0].size, 255))
-    if args.watermark:
-        safe = [add_watermark(result, args.watermark) for result in safe]
-    named = {f"{args.image.stem}_relit_{k}": (result, {"seed": k}) for k, result in zip(seeds, safe, strict=True)}
+    marked = [add_watermark(result, args.watermark) for result in safe]
+    named = {f"{args.image.stem}_relit_{k}": (result, {"seed": k}) for k, result in zip(seeds, marked, strict=True)}
     save_results(args, named, record)
     return 1 if len(safe) < len(results) else 0
 

@@ -24,7 +24,7 @@ from ldm.config import DataConfig
 from ldm.data import masks
 from ldm.data.box_index import BoxIndex, Entry
 from ldm.files import UserError
-from ldm.images import MID_GREY, UNREADABLE, Box, clip_normalise, levels_to_tensor, pad_box
+from ldm.images import MID_GREY, UNREADABLE, Box, levels_to_tensor, normalise, pad_box
 
 if TYPE_CHECKING:
     import albumentations as A
@@ -83,7 +83,7 @@ class SampleRecipe:
         if data.grey_background and shape is not None:
             alpha = shape.crop(padded).resize(exemplar.size, Image.Resampling.BILINEAR)
             exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, MID_GREY), alpha)
-        exemplar = clip_normalise(augment(np.asarray(exemplar)))
+        exemplar = normalise(augment(np.asarray(exemplar)))
         sample = {"image": image, "masked_image": image * keep_mask, "keep_mask": keep_mask, "exemplar": exemplar}
         return sample | {"caption": self.captions(entry, chosen)} if self.captions else sample
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ldm.checkpoint.io import write_safetensors
 from ldm.data.box_dataset import Sample, sample_key
 from ldm.files import UserError
-from ldm.images import clip_normalise
+from ldm.images import normalise
 
 FIELDS = ("image_moments", "masked_moments", "keep_mask", "exemplar")
 
@@ -50,7 +50,7 @@ class CachedDataset(Dataset[Sample]):
         index = item[1]
         sample = {name: array[index].float() for name, array in self.arrays.items() if name != "exemplar"}
         sample["keep_mask"] /= 255.0
-        exemplar = clip_normalise(self.arrays["exemplar"][index].numpy())
+        exemplar = normalise(self.arrays["exemplar"][index].numpy())
         return sample | {"exemplar": exemplar, "key": sample_key([self.seed, *item])}
 
 

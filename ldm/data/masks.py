@@ -147,7 +147,7 @@ def crop_around_box(
     at least `min_side`, so that no image is enlarged, and at most the short side of the image. Longer boxes are left to
     `crop_window`.
     """
-    longest = max(box.right - box.left, box.bottom - box.top)
+    longest = max(box.size)
     if longest > min(size):
         return crop_window(size, box, rng)
     margin = float(np.exp(rng.uniform(*np.log(margins))))

@@ -26,7 +26,7 @@ from ldm.editing.geometry import FittedScene
 from ldm.editing.progress import moving_bar
 from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
-from ldm.editing.settings import COLUMNS, EditSettings, settings_from
+from ldm.editing.settings import COLUMNS, EditSettings, numbers, settings_from
 from ldm.editing.watermark import add_watermark
 from ldm.files import UserError, write_text
 from ldm.images import find_images, save_png
@@ -126,7 +126,7 @@ def _job(row: Any, number: int, folder: Path, base: EditSettings) -> Job:
         raise UserError(f"got {', '.join(sorted(map(str, unknown)))}, expected some of {', '.join(sorted(known))}")
     row = {key: value for key, value in row.items() if value is not None}
     files = {key: str(folder / str(row.pop(key))) for key in FILES if key in row}
-    box, polygon = (_numbers(str(row.pop(key, ""))) for key in OUTLINES)
+    box, polygon = (numbers(str(row.pop(key, ""))) for key in OUTLINES)
     name = str(row.pop("name", "")) or f"{number:06d}_{Path(files.get('scene', '')).stem}"
     settings = settings_from(row, base)
     if not settings.is_single or settings.per_component:
@@ -134,14 +134,6 @@ def _job(row: Any, number: int, folder: Path, base: EditSettings) -> Job:
     if "scene" not in files or ("reference" not in files and settings.prompt is None):
         raise UserError(f"lacks {'reference or prompt' if 'scene' in files else 'scene'}")
     return Job(name=name, settings=settings, box=box, polygon=polygon, **files)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    """Parse `1,2 3,4`, or the lists of JSON."""
-    try:
-        return tuple(float(word) for word in text.translate(str.maketrans(",[]", "   ")).split())
-    except ValueError:
-        raise UserError(f"got {text!r}, expected numbers with commas or spaces between them") from None
 
 
 def _check_names(jobs: list[Job], where: Path) -> list[Job]:
@@ -174,56 +166,9 @@ def process_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def edit_many(
-    editor: Editor | Baseline,
-    jobs: Iterable[Job],
-    outdir: Path,
-    *,
-    batch_size: int = 4,
-    workers: int = 2,
-    metadata: Mapping[str, Any],
-    content_filter: ContentFilter | None = None,
-    watermark: str | None = None,
-    on_result: Callable[[Job, Image.Image], None] | None = None,
-) -> Report:
-    """Edit every job that has no result yet, with at most a few batches in memory.
-
-    Args:
-        editor: a model's editor, or a function that edits without a model.
-        outdir: gets NAME.png, with the job and `metadata` in its metadata.
-        batch_size: jobs that are painted together; their scenes may have any sizes.
-        workers: threads that read images, and as many that write them.
-        metadata: what else decides the images (model, precision): a result made with other metadata is made again.
-        content_filter: results that it flags are not written; their jobs count as failed.
-        watermark: text that results are marked with, see `add_watermark`.
-        on_result: called by a writer thread before the result is written.
-
-    Raises:
-        UserError: batch_size or workers is less than 1.
-        OSError: a result cannot be written.
-    """
-    if min(batch_size, workers) < 1:
-        raise UserError(f"got batch_size={batch_size}, workers={workers}, expected 1 or more")
-    metadata = {**metadata, "watermark": watermark} if watermark else metadata
-    run = _Run(editor, outdir, metadata, content_filter, watermark, on_result)
-    jobs = sorted(jobs, key=lambda job: [repr(value) for value in job.group])
-    writing: deque[Future[None]] = deque()
-    with (
-        ThreadPoolExecutor(workers) as readers,
-        ThreadPoolExecutor(workers) as writers,
-        moving_bar(total=len(jobs), desc="editing", unit="image", disable=None) as bar,
-    ):
-        for batch in run.batches(readers, jobs, batch_size, bar):
-            pairs = zip(batch, run.paint(batch, bar), strict=False)
-            writing.extend(writers.submit(run.finish, *pair) for pair in pairs)
-            bar.update(len(batch))
-            while len(writing) > 2 * batch_size:
-                writing.popleft().result()
-        for future in writing:
-            future.result()
-    failed = run.report.failed
-    run.report.failed = {job.name: failed[job.name] for job in jobs if job.name in failed}
-    return run.report
+def edit_many(editor: Editor | Baseline, jobs: Iterable[Job], outdir: Path, **options: Any) -> Report:
+    """Edit every job that has no result yet as OUTDIR/NAME.png; `options` are the other fields of `EditRun`."""
+    return EditRun(editor, outdir, **options).edit(jobs)
 
 
 @dataclass(frozen=True)
@@ -237,19 +182,54 @@ class _Item:
 
 
 @dataclass
-class _Run:
-    """A run of `edit_many`: its arguments, and the outcome so far."""
+class EditRun:
+    """Many edits in one go, and their outcome so far.
 
-    editor: Editor | Baseline
-    outdir: Path
-    metadata: Mapping[str, Any]
-    content_filter: ContentFilter | None
-    watermark: str | None
-    on_result: Callable[[Job, Image.Image], None] | None
+    Raises:
+        UserError: batch_size or workers is less than 1.
+        OSError: a result cannot be written.
+    """
+
+    editor: Editor | Baseline  # a model's editor, or a function that edits without a model
+    outdir: Path  # gets NAME.png, with the job and `metadata` in its metadata
+    metadata: Mapping[str, Any]  # what else decides images, e.g. the model: results with other metadata are made again
+    batch_size: int = 4  # jobs that are painted together; their scenes may have any sizes
+    workers: int = 2  # threads that read images, and as many that write them
+    content_filter: ContentFilter | None = None  # results that it flags are not written; their jobs count as failed
+    watermark: str | None = None  # text that results are marked with
+    on_result: Callable[[Job, Image.Image], None] | None = None  # called by a writer thread before it writes
     report: Report = field(default_factory=Report)
 
-    def batches(self, readers: ThreadPoolExecutor, jobs: list[Job], size: int, bar: tqdm) -> Iterator[list[_Item]]:
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.workers) < 1:
+            raise UserError(f"got batch_size={self.batch_size}, workers={self.workers}, expected 1 or more")
+        if self.watermark:
+            self.metadata = {**self.metadata, "watermark": self.watermark}
+
+    def edit(self, jobs: Iterable[Job]) -> Report:
+        """Edit every job that has no result yet, with at most a few batches in memory."""
+        jobs = sorted(jobs, key=lambda job: [repr(value) for value in job.group])
+        writing: deque[Future[None]] = deque()
+        with (
+            ThreadPoolExecutor(self.workers) as readers,
+            ThreadPoolExecutor(self.workers) as writers,
+            moving_bar(total=len(jobs), desc="editing", unit="image", disable=None) as bar,
+        ):
+            for batch in self.batches(readers, jobs, bar):
+                pairs = zip(batch, self.paint(batch, bar), strict=False)
+                writing.extend(writers.submit(self.finish, *pair) for pair in pairs)
+                bar.update(len(batch))
+                while len(writing) > 2 * self.batch_size:
+                    writing.popleft().result()
+            for future in writing:
+                future.result()
+        failed = self.report.failed
+        self.report.failed = {job.name: failed[job.name] for job in jobs if job.name in failed}
+        return self.report
+
+    def batches(self, readers: ThreadPoolExecutor, jobs: list[Job], bar: tqdm) -> Iterator[list[_Item]]:
         """Read jobs in the background, two batches ahead, and yield those that are to be painted, by group."""
+        size = self.batch_size
 
         def items() -> Iterator[_Item]:
             waiting, reading = iter(jobs), deque[Future[_Item | None]]()
@@ -324,11 +304,10 @@ class _Run:
             assert item.fitted is not None
             result = item.fitted.put_back(result, **item.job.settings.pasting)
         try:
-            if self.content_filter is not None:
-                (reason,) = unsafe_reasons(self.content_filter, [result], item.request.hole)
-                if reason:
-                    raise UserError(f"withheld: {reason}")
-            result = add_watermark(result, self.watermark) if self.watermark else result
+            (reason,) = unsafe_reasons(self.content_filter, [result], item.request.hole)
+            if reason:
+                raise UserError(f"withheld: {reason}")
+            result = add_watermark(result, self.watermark)
         except UserError as error:  # withheld, or too small for its watermark
             self.report.failed[name] = str(error)
             return

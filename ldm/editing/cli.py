@@ -6,7 +6,9 @@ Heavy imports come after parsing, so that a wrong option costs no waiting.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.editing.settings import EditSettings, add_options, given_options
+from ldm.editing.settings import EditSettings, add_options, given_options, numbers
 from ldm.files import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ RECORDED = ("image", "box", "polygon", "reference_mask", "decoder", "control", "
 RECORDED += ("guess_mode", "safety", "watermark")
 MIN_TILE_HEIGHT, MAX_TILE_HEIGHT, SHEET_COLUMNS, SHEET_GAP = 256, 512, 6, 8  # of the contact sheet; pixels, tiles
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+# Parameters of mallopt(3): M_MMAP_MAX none, M_TRIM_THRESHOLD never, M_TOP_PAD bytes, by which the heap grows at least.
+MALLOPT = {-4: 0, -1: -1, -2: 64 * 2**20}
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -103,10 +107,8 @@ def add_model_options(group: Any) -> None:
     group.add_argument("--decoder", help="a decoder that reads the kept pixels: docs/asymmetric.md", **FILE)
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     words = ("auto", "fp32", "bf16", "fp16", "full", "autocast")
-    help = (
-        "of the weights; auto: bf16 or fp16 on CUDA, fp32 elsewhere; the original's words: full, fp32, and autocast, "
-    )
-    group.add_argument("--precision", default="auto", choices=words, help=f"{help}fp16 on CUDA; default: %(default)s")
+    help = "of the weights; auto: bf16 or fp16 on CUDA, else fp32; the original's: full is fp32, autocast fp16 on CUDA"
+    group.add_argument("--precision", default="auto", choices=words, help=f"{help}; default: %(default)s")
     help = "compile the UNet: minutes at the first step and for each batch size; pays for many edits on a GPU"
     group.add_argument("--compile", action="store_true", help=help)
     help = "keep freed memory in the process, which saves time, where the C library is glibc; default: yes"
@@ -120,11 +122,6 @@ def add_safety_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--safety", nargs="?", const="open-nsfw", metavar="FOLDER", help=safety)
     mark = "mark the whole image invisibly, as the original does; default text: %(const)s"
     group.add_argument("--watermark", nargs="?", const="StableDiffusionV1", metavar="TEXT", help=mark)
-
-
-def numbers(text: str) -> list[float]:
-    """Parse `1,2,3` or `1,2 3,4`."""
-    return [float(word) for word in text.replace(",", " ").split()]
 
 
 def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace, EditSettings]:
@@ -237,14 +234,22 @@ def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
 def model_metadata(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Return what decides images besides job and settings: version, weights, precision."""
     from ldm import __version__
-    from ldm.checkpoint.io import sha256_file
-    from ldm.editing.editor import checkpoint_file
-    from ldm.latent_diffusion import decoder_file
+    from ldm.editing.editor import weight_hashes
 
-    decoder = {"decoder_sha256": sha256_file(decoder_file(args.decoder))} if args.decoder else {}
-    digest = sha256_file(checkpoint_file(args.checkpoint))
     precision = str(dtype).removeprefix("torch.")
-    return {"version": __version__, "checkpoint_sha256": digest, "precision": precision, **decoder}
+    return {"version": __version__, "precision": precision, **weight_hashes(args.checkpoint, args.decoder)}
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next tensor, for the whole process; return whether it does.
+
+    By default it gives every large tensor back to the system at once, and the next one is mapped and cleared anew,
+    page by page. Other C libraries are left alone. Works best before the first tensor is made.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all(mallopt(name, value) == 1 for name, value in MALLOPT.items())
 
 
 def set_up(args: argparse.Namespace) -> tuple[torch.device, str]:
@@ -252,7 +257,6 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, str]:
     import torch
 
     from ldm.editing.editor import pick_device, pick_precision
-    from ldm.memory import keep_freed_memory
 
     if args.keep_memory:
         keep_freed_memory()
@@ -286,7 +290,7 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     hole: dict[str, Any] = {"mask": args.mask, "boxes": args.box, "polygons": args.polygon}
     exemplar = references if len(references) > 1 else references[0]
     request = make_request(args.image, exemplar, settings, **hole, reference_mask=args.reference_mask)
-    if args.watermark:
+    if args.watermark is not None:
         check_watermark(request.scene.size, args.watermark)
     args.outdir.mkdir(parents=True, exist_ok=True)
     content_filter = load_filter(args.safety, device) if args.safety else None
@@ -311,8 +315,7 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
         details = [details[i] | {"similarity": round(scores[i], 2)} for i in order]
         print(f"similarity to the exemplar by {network.name}, best first:")
         print("\n".join(f"  {detail['similarity']:6.2f}  seed {detail['seed']}" for detail in details))
-    if args.watermark:
-        safe = [add_watermark(result, args.watermark) for result in safe]
+    safe = [add_watermark(result, args.watermark) for result in safe]
     named = {f"{name}_{detail['seed']}": (result, detail) for result, detail in zip(safe, details, strict=True)}
     if not args.skip_grid:
         sheet = contact_sheet(as_rgb(args.image), request.hole, exemplars, safe)

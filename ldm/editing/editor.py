@@ -17,13 +17,14 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from ldm.checkpoint.io import sha256_file
 from ldm.config import Config
 from ldm.editing.geometry import FittedScene, fit_scene
 from ldm.editing.request import EditRequest, Picture, as_rgb, make_request
 from ldm.editing.settings import EditSettings, settings_from
 from ldm.files import UserError
 from ldm.images import exemplar_to_tensor
-from ldm.latent_diffusion import LatentDiffusion, load_model
+from ldm.latent_diffusion import LatentDiffusion, decoder_file, load_model
 from ldm.models.controlnet import HINT_DOWNSAMPLING, Control, ControlNet, Steering, load_controlnet
 from ldm.samplers import OnStep
 
@@ -110,9 +111,7 @@ class Editor:
         results = self.edit_request(request, controls=controls, on_step=on_step, on_phase=on_phase)
         return results[0] if request.settings.is_single else results
 
-    def edit_request(
-        self, request: EditRequest, *, controls: Sequence[Control] = (), **options: Any
-    ) -> list[Image.Image]:
+    def edit_request(self, request: EditRequest, controls: Sequence[Control] = (), **options: Any) -> list[Image.Image]:
         """Fit, paint and put back each component of the hole in turn; return an RGB image for each seed.
 
         `options` are batch_size, on_phase and on_step of `paint`.
@@ -194,15 +193,15 @@ class Editor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         exemplar = None
         if pixel_values is not None:
-            different, index = without_copies(pixel_values)
-            exemplar = model.encode_exemplar(different.to(self.device))[index]
+            different, index = torch.unique(pixel_values, dim=0, return_inverse=True)
+            exemplar = model.encode_exemplar(different.to(self.device))[index.tolist()]
         context = model.context(exemplar, prompts).expand(len(seeds), -1, -1)
         null_context = model.null_context(negative_prompt)
-        different, index = without_copies(image * keep_mask)
-        z_masked = model.encode_image(different.to(self.device), generators, index)  # pixels [-1, 1] => scaled latents
-        painted = []
-        for start in range(0, len(seeds), batch_size or len(seeds)):
-            part = slice(start, start + (batch_size or len(seeds)))
+        different, index = torch.unique(image * keep_mask, dim=0, return_inverse=True)
+        # pixels [-1, 1] => scaled latents
+        z_masked = model.encode_image(different.to(self.device), generators, index.tolist())
+        painted, size = [], batch_size or len(seeds)
+        for part in (slice(start, start + size) for start in range(0, len(seeds), size)):
             begin("painting")
             known = image[part].to(self.device), keep_mask[part].to(self.device)
             c_concat = model.c_concat(z_masked[part], known[1])
@@ -219,16 +218,6 @@ class Editor:
         return load_controlnet(path, self.model.config.unet, device=self.device, dtype=self.model.weight_dtype)
 
 
-def without_copies(x: Tensor) -> tuple[Tensor, list[int]]:
-    """Return the different ones among B tensors x (B, …), and which of them each of the B is."""
-    first, index = list[int](), list[int]()
-    for i, one in enumerate(x):
-        index.append(next((k for k, j in enumerate(first) if torch.equal(x[j], one)), len(first)))
-        if index[-1] == len(first):
-            first.append(i)
-    return x[first], index
-
-
 def checkpoint_file(path: str | Path | None) -> Path:
     """Return a checkpoint, a folder's `model.safetensors`, or the bundled model; raise UserError if it is missing."""
     checkpoint = BUNDLED_MODEL if path is None else Path(path)
@@ -243,6 +232,12 @@ def checkpoint_file(path: str | Path | None) -> Path:
         command = f"python scripts/convert_checkpoint.py {checkpoint.parent} OUT.safetensors --to original"
         remedy = f"make a checkpoint of this folder of diffusers with `{command}`"
     raise UserError(f"{checkpoint}: no such checkpoint; {remedy}")
+
+
+def weight_hashes(checkpoint: str | Path | None, decoder: str | Path | None = None) -> dict[str, str]:
+    """Return the SHA-256 of a model's files, which tell its results apart."""
+    files = {"checkpoint": checkpoint_file(checkpoint)} | ({"decoder": decoder_file(decoder)} if decoder else {})
+    return {f"{part}_sha256": sha256_file(path) for part, path in files.items()}
 
 
 def bundled_examples() -> list[Path]:
@@ -287,18 +282,10 @@ def pick_precision(precision: str, device: torch.device) -> str:
         words |= {"auto": "bf16" if is_recent else "fp16", "autocast": "fp16"}
     chosen = words.get(precision, precision)
     if chosen == "bf16" and device.type == "cpu" and not has_bf16():
-        raise UserError(
-            "precision: this CPU has no bfloat16 arithmetic and would take up to 100 times as long; use fp32"
-        )
+        raise UserError("precision: without its instructions bf16 takes a CPU up to 100 times as long; use fp32")
     return chosen
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type of the weights for a precision, see `pick_precision`."""
-    return DTYPES[pick_precision(precision, device)]
 
 
 def has_bf16() -> bool:
     """Tell whether the CPU computes in bfloat16: AVX512-BF16, AMX or Arm's extension."""
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -65,7 +65,7 @@ def fit_window(
     """
     side = max(size)
     if not whole_image:
-        longest = max(hole.right - hole.left, hole.bottom - hole.top)
+        longest = max(hole.size)
         wanted = max(round(longest * (1 + 2 * crop_margin)), min_side)
         least = round(longest * (1 + crop_margin))
         side = min(wanted, max(min(size), least), side)
@@ -126,8 +126,7 @@ class FittedScene:
     def _weights(self, feather: int | None) -> Image.Image:
         """Return weights of the painted pixels, mode L: 0 outside the hole, rising over feather + 1 pixels to 255."""
         if feather is None:
-            box = hole_box(self.hole)
-            feather = round(max(box.right - box.left, box.bottom - box.top) * FEATHER_SHARE)
+            feather = round(max(hole_box(self.hole).size) * FEATHER_SHARE)
         if feather == 0:
             return self.hole
         share = np.minimum(self._depth, feather + 1, dtype=np.float32) / (feather + 1)

@@ -6,6 +6,7 @@ A hole mask is an image of mode L of the scene's size: 255 where the scene is pa
 import warnings
 from collections.abc import Sequence
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -98,16 +99,9 @@ def transparent_part(scene: Image.Image) -> Image.Image:
 
 def dilate(hole: Image.Image, pixels: int) -> Image.Image:
     """Add everything within `pixels` of the hole (chessboard distance)."""
-    from scipy.ndimage import maximum_filter
-
-    bounds = hole.getbbox()
-    if pixels == 0 or bounds is None:
+    if pixels == 0:
         return hole
-    box = pad_box(Box(*bounds), hole.size, pixels)
-    wider = maximum_filter(np.asarray(hole.crop(box)), size=2 * pixels + 1, mode="constant")
-    result = hole.copy()
-    result.paste(Image.fromarray(wider), box[:2])
-    return result
+    return Image.fromarray(np.uint8(255) * (distance_transform(ImageChops.invert(hole)) <= pixels))
 
 
 def hole_box(hole: Image.Image) -> Box:
@@ -122,12 +116,17 @@ def distance_transform(hole: Image.Image) -> np.ndarray:
 
     Returns:
         (H, W) int32. The image border does not count as background; without any background all is 2^30.
-    """
-    from scipy.ndimage import distance_transform_cdt
 
-    depth = distance_transform_cdt(np.asarray(hole) > 0, metric="chessboard")
-    assert isinstance(depth, np.ndarray)
-    return np.where(depth < 0, 2**30, depth)  # -1: no background
+    Source: Borgefors 1986 (distances passed on from pixel to pixel, forward and backward).
+    """
+    # SciPy has it, too, but its import is a sixth of the time in which an edit starts.
+    far, column = np.int32(2**30), np.arange(hole.width, dtype=np.int32)
+    depth = np.pad(far * (np.asarray(hole) > 0), 1, constant_values=far)
+    for rows in (depth, depth[::-1, ::-1]):
+        for above, row in pairwise(rows[:-1]):
+            near = np.minimum(np.minimum(above[:-2], above[1:-1]), above[2:]) + 1
+            row[1:-1] = np.minimum.accumulate(np.minimum(row[1:-1], near) - column) + column
+    return depth[1:-1, 1:-1]
 
 
 def apply_shape(hole: Image.Image, shape: str, seed: int = 0) -> Image.Image:
@@ -143,7 +142,7 @@ def apply_shape(hole: Image.Image, shape: str, seed: int = 0) -> Image.Image:
         if shape == "box":
             drawn = rectangle_hole(hole.size, box)
         else:
-            margin = max(1, round(WIDENING * max(box.right - box.left, box.bottom - box.top)))
+            margin = max(1, round(WIDENING * max(box.size)))
             jitter = round(JITTER * pixel_scale(hole.size))
             drawn = polygon_hole(hole.size, arbitrary_polygon(box, pad_box(box, hole.size, margin), rng, jitter))
         result.paste(255, mask=drawn)

@@ -1,8 +1,9 @@
 """Progress of an edit on a terminal: the bar names the phase, and its clock moves during a long step, too."""
 
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 from tqdm import tqdm
@@ -13,20 +14,18 @@ REDRAW_SECONDS = 2.0
 @contextmanager
 def moving_bar(**options: Any) -> Iterator[tqdm]:
     """Show a bar that is also redrawn while nothing is counted; `options` are tqdm's."""
-    stopped = threading.Event()
-    with tqdm(**options) as bar:
+    stopped = Event()
+    with tqdm(**options) as bar, ThreadPoolExecutor(1) as beside:
 
         def redraw() -> None:
             while not stopped.wait(REDRAW_SECONDS):
                 bar.refresh()
 
-        thread = threading.Thread(target=redraw, daemon=True)
-        thread.start()
+        beside.submit(redraw)
         try:
             yield bar
         finally:
             stopped.set()
-            thread.join()
 
 
 @contextmanager

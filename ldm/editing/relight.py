@@ -95,20 +95,29 @@ class Relighter:
         image = on_grey(foreground, mask)
         behind = as_rgb(background) if background is not None else None
         size = _multiples(size) if size else working_size(image.size, self.model.config.image_size)
-        generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+        model, count, begin = self.model, len(settings.seeds), on_phase or (lambda _: None)
+        begin("encoding")
+        options = {"generator": [torch.Generator().manual_seed(seed) for seed in settings.seeds], "on_step": on_step}
+        options |= settings.sampling
+        context = model.context(None, [prompt]).expand(count, -1, -1)
+        options["null_context"] = model.null_context(options.pop("negative_prompt"))
 
         def paint(size: tuple[int, int], z_0: Tensor | None, strength: float) -> list[Image.Image]:
+            """Run one pass."""
             read = [ImageOps.fit(image, size, Image.Resampling.LANCZOS)]
             if behind is not None:
                 read.append(ImageOps.fit(behind, size, Image.Resampling.LANCZOS))
             elif self.reads_background:
                 read.append(gradient(size, light, BACKGROUND_LIGHT if light != "none" else AMBIENT))
-            return self._paint(read, settings, generators, begin, z_0=z_0, strength=strength, on_step=on_step)
+            c_concat = torch.cat([self.encode([one]) for one in read], dim=1).expand(count, -1, -1, -1)
+            begin("painting")
+            z = model.sample(c_concat, context, z_0=z_0, strength=strength, **options)
+            begin("decoding")
+            return [tensor_to_pil(pixels) for pixels in model.decode_latents(z)]
 
-        z_0, begin = None, on_phase or (lambda _: None)
-        begin("encoding")
+        z_0 = None
         if light != "none" and not self.reads_background:
-            z_0 = self.encode([gradient(size, light, INITIAL_LIGHT)]).expand(len(generators), -1, -1, -1)
+            z_0 = self.encode([gradient(size, light, INITIAL_LIGHT)]).expand(count, -1, -1, -1)
         results = paint(size, z_0, strength)
         if highres_strength > 0:
             begin("encoding")
@@ -138,29 +147,6 @@ class Relighter:
         posterior = model.first_stage_model.encode(x.to(model.betas.device, model.weight_dtype))
         return model.config.scale_factor * posterior.mean.float()
 
-    def _paint(
-        self,
-        read: list[Image.Image],
-        settings: EditSettings,
-        generators: list[torch.Generator],
-        begin: OnPhase,
-        **start: Any,
-    ) -> list[Image.Image]:
-        """Run one pass: the UNet reads the images `read`; `start` are z_0, strength and on_step of `sample`."""
-        model, count, options = self.model, len(generators), settings.sampling
-        c_concat = torch.cat([self.encode([image]) for image in read], dim=1)
-        begin("painting")
-        z = model.sample(
-            c_concat.expand(count, -1, -1, -1),
-            model.context(None, [settings.prompt or ""]).expand(count, -1, -1),
-            null_context=model.null_context(options.pop("negative_prompt")),
-            generator=generators,
-            **start,
-            **options,
-        )
-        begin("decoding")
-        return [tensor_to_pil(pixels) for pixels in model.decode_latents(z)]
-
 
 def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
     """Lay a foreground over grey, with `mask`, of its size, or its alpha channel as opacity: RGB."""
@@ -177,9 +163,8 @@ def gradient(size: tuple[int, int], light: str, levels: tuple[int, int]) -> Imag
     """Draw a grey gradient, RGB, with the first of two levels at the lit side: left, right, top or bottom."""
     bright, dark = levels if light in ("left", "top") else levels[::-1]
     row = light in ("left", "right")
-    ramp = Image.fromarray(
-        np.linspace(bright, dark, size[0] if row else size[1]).astype(np.uint8).reshape((1, -1) if row else (-1, 1))
-    )
+    ramp = np.linspace(bright, dark, size[0] if row else size[1]).astype(np.uint8)
+    ramp = Image.fromarray(ramp[None] if row else ramp[:, None])
     return ramp.resize(size, Image.Resampling.NEAREST).convert("RGB")
 
 

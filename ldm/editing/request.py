@@ -29,9 +29,7 @@ class EditRequest:
         """Return the parts of the hole that are edited one after the other, each with its exemplar."""
         holes = hole_masks.connected_components(self.hole) if self.settings.per_component else [self.hole]
         if len(self.exemplars) not in (1, len(holes)):
-            raise UserError(
-                f"got {len(self.exemplars)} exemplars, expected 1, or {len(holes)} (one per part of the hole)"
-            )
+            raise UserError(f"got {len(self.exemplars)} exemplars, expected 1, or {len(holes)} (one for each part)")
         return [(hole, self.exemplars[i % len(self.exemplars)]) for i, hole in enumerate(holes)]
 
 
@@ -108,9 +106,7 @@ def prepare_exemplar(
         raise UserError("the exemplar is transparent everywhere; give an opaque image, or its mask")
     image = flatten(image, MID_GREY)
     if shape.size != image.size:
-        raise UserError(
-            f"the exemplar's mask has size {shape.size}, the exemplar {image.size}; give a mask of its size"
-        )
+        raise UserError(f"the exemplar's mask has size {shape.size}, the exemplar {image.size}; give one of its size")
     if background == "grey":
         image = Image.composite(image, Image.new("RGB", image.size, MID_GREY), shape)
     image = image.crop(bounds)

@@ -26,8 +26,8 @@ CHECKER_FILES = ("model.safetensors", "pytorch_model.bin")
 CARE = 0.01  # by which all thresholds sink for an image near a special-care concept
 NUM_CONCEPTS = {"concept_embeds": 17, "special_care_embeds": 3}
 
-# Maps RGB images to the reason why each is unsafe, None for a safe one.
-ContentFilter = Callable[[Sequence[Image.Image]], list[str | None]]
+Reasons = list[str | None]  # why an image is unsafe, None for a safe one
+ContentFilter = Callable[[Sequence[Image.Image]], Reasons]  # of RGB images
 
 _one_thread = threading.Lock()  # writers and requests share a filter, and its network may not be thread-safe
 
@@ -57,7 +57,7 @@ def load_filter(name: str, device: str | torch.device = "cpu") -> ContentFilter:
         raise UserError('safety: open-nsfw is missing; pip install -c constraints.txt -e ".[safety]"') from None
     classifier = Classifier()
 
-    def judge(images: Sequence[Image.Image]) -> list[str | None]:
+    def judge(images: Sequence[Image.Image]) -> Reasons:
         scores = classifier.score_images(list(images))
         return [f"{OPEN_NSFW} gives it {score:.2f} of 1" if score >= NSFW_THRESHOLD else None for score in scores]
 
@@ -97,7 +97,7 @@ class SafetyChecker:
         self.tower: Any = tower.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Image.Image]) -> list[str | None]:
+    def __call__(self, images: Sequence[Image.Image]) -> Reasons:
         pixel_values = torch.stack([exemplar_to_tensor(image, self.image_size) for image in images])
         found = [flags.nonzero()[:, 0].tolist() for flags in self.find_concepts(pixel_values)]
         return [f"the safety checker finds concept {', '.join(map(str, ks))} in it" if ks else None for ks in found]
@@ -114,16 +114,18 @@ class SafetyChecker:
         return (above("concept_embeds") + CARE * care).round(decimals=3) > 0
 
 
-def unsafe_reasons(judge: ContentFilter, results: Sequence[Image.Image], hole: Image.Image) -> list[str | None]:
+def unsafe_reasons(content_filter: ContentFilter | None, results: Sequence[Image.Image], hole: Image.Image) -> Reasons:
     """Return for each edit of a scene (RGB, all with one hole mask, mode L) why it may not be shown, None if it may.
 
-    The filter sees the whole image and also a crop of the hole with half its size around it, because a classifier
-    misses what is small in a large scene.
+    The filter, if there is one, sees the whole image and also a crop of the hole with half its size around it, because
+    a classifier misses what is small in a large scene.
     """
+    if content_filter is None:
+        return [None] * len(results)
     box = Box(*(hole.getbbox() or (0, 0, *hole.size)))
-    closer = pad_box(box, hole.size, max(box.right - box.left, box.bottom - box.top) // 2)
+    closer = pad_box(box, hole.size, max(box.size) // 2)
     with _one_thread:
-        reasons = judge([view for result in results for view in (result, result.crop(closer))])
+        reasons = content_filter([view for result in results for view in (result, result.crop(closer))])
     return [whole or part for whole, part in zip(reasons[::2], reasons[1::2], strict=True)]
 
 
@@ -131,11 +133,10 @@ def drop_unsafe(
     content_filter: ContentFilter | None, seeds: list[int], results: list[Image.Image], hole: Image.Image
 ) -> tuple[list[int], list[Image.Image]]:
     """Return the seeds and results that a content filter finds safe, and name the others on stderr."""
-    if content_filter is None:
-        return seeds, results
-    reasons = unsafe_reasons(content_filter, results, hole)
-    for seed, reason in zip(seeds, reasons, strict=True):
-        if reason:
-            print(f"withheld: seed {seed}: {reason}; another seed or exemplar may pass", file=sys.stderr)
-    kept = [i for i, reason in enumerate(reasons) if reason is None]
+    kept = []
+    for i, reason in enumerate(unsafe_reasons(content_filter, results, hole)):
+        if reason is None:
+            kept.append(i)
+        else:
+            print(f"withheld: seed {seeds[i]}: {reason}; another seed or exemplar may pass", file=sys.stderr)
     return [seeds[i] for i in kept], [results[i] for i in kept]

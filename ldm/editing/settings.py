@@ -78,7 +78,7 @@ class EditSettings:
     guidance_interval: tuple[float, float] = _set(
         (0.0, 1.0),
         "--guidance-interval",
-        "noise levels with guidance, from 0, data, to 1, noise",
+        "noise levels with guidance, 0, data, to 1, noise",
         nargs=2,
         low=0,
         high=1,
@@ -86,10 +86,7 @@ class EditSettings:
     eta: float = _set(0.0, "--eta --ddim_eta", "stochasticity of the sampler ddim", low=0, high=1)
     dilate: int = _set(0, "--dilate --grow", "pixels to widen the hole by", low=0)
     mask_shape: str = _set(
-        "given",
-        "--mask-shape --shape",
-        "paint components of the hole, their boxes or other shapes",
-        choices=MASK_SHAPES,
+        "given", "--mask-shape --shape", "paint the hole's components, their boxes or other shapes", choices=MASK_SHAPES
     )
     per_component: bool = _set(
         False, "--per-component --separate", "edit the hole's connected components one by one, each with its own crop"
@@ -97,11 +94,7 @@ class EditSettings:
     crop_margin: float | None = _set(None, "--crop-margin --context-margin", _MARGIN, low=0, default_text="the model's")
     whole_image: bool = _set(False, "--whole-image", "show the whole scene, as the paper does")
     feather: int | None = _set(
-        None,
-        "--feather",
-        "pixels over which the hole's edge fades",
-        low=0,
-        default_text="a fiftieth of its longer side",
+        None, "--feather", "pixels in which the hole's edge fades", low=0, default_text="a fiftieth of its longer side"
     )
     match_colors: bool = _set(
         True, "--match-colors --colour-agreement", "correct the decoder's colour error along the hole's edge"
@@ -182,11 +175,7 @@ DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(EditSettings)}
 # The type of each setting, or of its items.
 KINDS = {f.name: next(k for k in (bool, int, float, str) if k.__name__ in str(f.type)) for f in fields(EditSettings)}
 # Names of the settings in job tables: all spellings of the command line, with underscores.
-COLUMNS = {
-    flag.removeprefix("--").replace("-", "_"): name
-    for name, option in OPTIONS.items()
-    for flag in (name, *option.flags)
-}
+COLUMNS = {flag.removeprefix("--").replace("-", "_"): name for name in OPTIONS for flag in (name, *OPTIONS[name].flags)}
 
 
 def check_setting(name: str, value: Any) -> Any:
@@ -227,6 +216,14 @@ def settings_from(values: Mapping[str, Any], base: EditSettings | None = None) -
     return EditSettings(**(vars(base) if base else {}) | known)
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse `1,2 3,4`, or the lists of JSON."""
+    try:
+        return tuple(float(word) for word in text.translate(str.maketrans(",[]", "   ")).split())
+    except ValueError:
+        raise UserError(f"got {text!r}, expected numbers with commas or spaces between them") from None
+
+
 def _parsed(name: str, text: str) -> Any:
     """Return a setting's value from a cell; an empty one is the default."""
     kind = KINDS[name]
@@ -237,10 +234,10 @@ def _parsed(name: str, text: str) -> Any:
     try:
         if kind is bool:
             return BOOLEANS[text.strip().lower()]
-        numbers = [kind(word) for word in text.replace(",", " ").split()]
+        items = [kind(word) for word in text.replace(",", " ").split()]
     except (KeyError, ValueError):
         raise UserError(f"{name}: got {text!r:.80}, expected {kind.__name__}") from None
-    return numbers[0] if len(numbers) == 1 else numbers
+    return items[0] if len(items) == 1 else items
 
 
 def add_options(parser: Any, *names: str, **helps: str) -> None:

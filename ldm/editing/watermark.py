@@ -15,8 +15,8 @@ _TO_U = np.array([-0.147, -0.289, 0.436], np.float32)  # RGB to U of YUV, the bl
 _FROM_U = np.array([0.0, -0.395, 2.032], np.float32)
 
 
-def add_watermark(image: Image.Image, text: str = WATERMARK) -> Image.Image:
-    """Write a text invisibly into all of an image.
+def add_watermark(image: Image.Image, text: str | None = WATERMARK) -> Image.Image:
+    """Write a text invisibly into all of an image; None leaves it as it is.
 
     Every block of 8 x 8 pixels holds one bit, in the format of the package `invisible-watermark` (method dwtDct): the
     largest coefficient of the block's U, averaged over 2 x 2 pixels, is quantised to (k + 1/4) or (k + 3/4) times a
@@ -26,6 +26,8 @@ def add_watermark(image: Image.Image, text: str = WATERMARK) -> Image.Image:
     The result is RGB; pixels change by a few grey levels, mostly in blue. `check_watermark` says which images and texts
     are possible, and what is raised.
     """
+    if text is None:
+        return image
     check_watermark(image.size, text)
     bits = np.unpackbits(np.frombuffer(text.encode(), np.uint8))
     pixels = np.asarray(image.convert("RGB"), np.float32)
@@ -63,12 +65,11 @@ def read_watermark(image: Image.Image, length: int = len(WATERMARK)) -> bytes:
 
 def check_watermark(size: tuple[int, int], text: str) -> None:
     """Raise UserError unless an image of size (W, H) has `MIN_PIXELS` and four blocks per bit of a non-empty text."""
-    num_bits, num_blocks = 8 * len(text.encode()), (size[0] // 8) * (size[1] // 8)
-    if size[0] * size[1] < MIN_PIXELS or not 0 < num_bits <= num_blocks // 4:
-        limits = f"1 to {num_blocks // 32} bytes and {MIN_PIXELS} pixels or more"
-        raise UserError(
-            f"watermark: got {num_bits // 8} bytes for an image of {size[0]} x {size[1]}, expected {limits}"
-        )
+    (width, height), num_bytes = size, len(text.encode())
+    most = (width // 8) * (height // 8) // 32
+    if width * height < MIN_PIXELS or not 0 < num_bytes <= most:
+        limits = f"1 to {most} bytes and {MIN_PIXELS} pixels or more"
+        raise UserError(f"watermark: got {num_bytes} bytes for an image of {width} x {height}, expected {limits}")
 
 
 def _blocks(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

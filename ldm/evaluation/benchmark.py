@@ -4,7 +4,6 @@ The noise of an item derives from its number alone, so that its image depends ne
 processes. OUTDIR/results/ID.png · source/ID_{GT,inpaint,mask,ref}.png · grid/grid-ID.png · settings.json · timing.json
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,25 +15,19 @@ import torch
 from PIL import Image
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
-from ldm.checkpoint.io import sha256_file
 from ldm.editing.batch import Baseline, Job, edit_many, process_rank
-from ldm.editing.editor import Editor, checkpoint_file, pick_device, pick_dtype
+from ldm.editing.editor import DTYPES, Editor, pick_device, weight_hashes
 from ldm.editing.settings import EditSettings
 from ldm.evaluation.cocoee import Bench, copy_paste, opencv_inpaint, seamless_clone
-from ldm.files import UserError, write_text
+from ldm.files import UserError, read_json, write_json
 from ldm.images import open_image, save_png
-from ldm.latent_diffusion import decoder_file
 
 PROTOCOLS = {
     # Yang et al. 2023, section 4.1: the whole scene, and the decoder's whole image.
     "paper": EditSettings(sampler="plms", num_steps=50, guidance_scale=5.0, whole_image=True, paste_back=False),
     "ours": EditSettings(),
 }
-BASELINES: dict[str, Callable[..., Image.Image]] = {
-    "copy-paste": copy_paste,
-    "seamless-clone": seamless_clone,
-    "opencv-inpaint": opencv_inpaint,
-}
+BASELINES = {edit.__name__.replace("_", "-"): edit for edit in (copy_paste, seamless_clone, opencv_inpaint)}
 METHODS = ("model", "null-token", "other-exemplar", *BASELINES)
 
 
@@ -47,7 +40,7 @@ class BenchmarkConfig:
     checkpoint: Path | None = None  # of the model, see `Editor.from_pretrained`
     config: Path | None = None
     decoder: Path | None = None
-    precision: str = "fp32"  # see `pick_dtype`
+    precision: str = "fp32"  # one of DTYPES
     compile: bool = False  # not recorded: it changes the images up to rounding only
 
     @cached_property
@@ -55,18 +48,16 @@ class BenchmarkConfig:
         """The content of settings.json, with the weights by their hash."""
         if self.method in BASELINES:
             return {"method": self.method}
-        weights = {"checkpoint_sha256": sha256_file(checkpoint_file(self.checkpoint))}
-        if self.decoder is not None:
-            weights["decoder_sha256"] = sha256_file(decoder_file(self.decoder))
+        weights = weight_hashes(self.checkpoint, self.decoder)
         return {"method": self.method, **self.settings.record(), "precision": self.precision, **weights}
 
     def load(self, device: torch.device) -> Editor | Baseline:
         """Load the model, or return the baseline."""
         if self.method in BASELINES:
-            return lambda request: BASELINES[self.method](request.scene, request.hole, *request.exemplars)
-        dtype = pick_dtype(self.precision, device)
+            baseline: Callable[..., Image.Image] = BASELINES[self.method]
+            return lambda request: baseline(request.scene, request.hole, *request.exemplars)
         options = {"config": self.config, "decoder": self.decoder, "compile": self.compile}
-        return Editor.from_pretrained(self.checkpoint, device=device, dtype=dtype, **options)
+        return Editor.from_pretrained(self.checkpoint, device=device, dtype=DTYPES[self.precision], **options)
 
 
 @dataclass(frozen=True)
@@ -81,6 +72,7 @@ class BenchmarkRun:
     workers: int = 2  # threads that read, and threads that write, of each process
     device: str = "auto"  # auto | cpu | cuda | mps
     has_source: bool = True  # write source/ and grid/ too, as the original does
+    prepare: Callable[[], object] | None = None  # called first in every process that is started
 
     def edit(self, devices: int = 1) -> int:
         """Edit all items in several processes, one per device, and return their number; UserError if items failed.
@@ -128,7 +120,7 @@ class BenchmarkRun:
             raise UserError(f"{len(report.failed)} items failed, the first {name}: {reason}")
         if rank == 0 and report.done:
             timing = {"seconds_per_picture": report.seconds / len(report.done), "pictures": len(report.done)}
-            _write_json(self.outdir / "timing.json", timing | {"batch_size": self.batch_size, "device": str(device)})
+            write_json(self.outdir / "timing.json", timing | {"batch_size": self.batch_size, "device": str(device)})
 
     def _write_source(self, job: Job, result: Image.Image) -> None:
         """Write the inputs of an item, and a row of scene, masked scene, exemplar and result."""
@@ -147,22 +139,16 @@ class BenchmarkRun:
 
 def _start(rank: int, run: BenchmarkRun, processes: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    if run.prepare is not None:
+        run.prepare()
     run.edit_share()
 
 
 def _check_settings(path: Path, record: dict[str, Any]) -> None:
     """Write the settings of a run, or compare them with those the folder was begun with."""
-    if not path.exists():
-        _write_json(path, record)
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: damaged; delete the folder or choose another --outdir") from None
-    if changed := sorted(key for key in before.keys() | record.keys() if before.get(key) != record.get(key)):
+    before = read_json(path)
+    if not before:
+        write_json(path, record)
+    elif changed := sorted(key for key in before.keys() | record.keys() if before.get(key) != record.get(key)):
         got = ", ".join(f"{key}: {before.get(key)} => {record.get(key)}" for key in changed)
         raise UserError(f"{path.parent}: holds results of other settings ({got}); choose another --outdir")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.evaluation.metrics import hole_box
 from ldm.files import UserError
-from ldm.images import MID_GREY, load_mask, open_image
+from ldm.images import MID_GREY, Box, load_mask, open_image
 
 INPAINT_RADIUS = 3  # pixels, as in OpenCV's examples
 
@@ -81,9 +81,8 @@ class Bench:
 
 def copy_paste(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image) -> Image.Image:
     """Squash the exemplar into the hole's bounding box: it is shown plainly, and fits the scene badly."""
-    left, top, right, bottom = hole_box(scene, hole_mask)
-    pasted = scene.copy()
-    pasted.paste(exemplar.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
+    box, pasted = Box(*hole_box(scene, hole_mask)), scene.copy()
+    pasted.paste(exemplar.resize(box.size, Image.Resampling.BICUBIC), box[:2])
     return pasted
 
 

@@ -9,7 +9,6 @@ Dimension key: N items · D feature channels · M real images.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from ldm.evaluation.features import PAPER_REGION, SQUASH, WHOLE, Box, FeatureNet
 from ldm.evaluation.inception import LOGITS, POOLED, SPATIAL, inception_score
 from ldm.evaluation.metrics import Estimate, cosine_scores
 from ldm.evaluation.quality import GaussianMixture, quality_scores
-from ldm.files import UserError
+from ldm.files import UserError, read_json
 from ldm.images import find_images, load_mask, open_image
 
 TRUE_IMAGE = "true picture"  # the run that consists of the benchmark's own scenes; a key of metrics.json
@@ -71,19 +70,10 @@ class Run:
             raise UserError(f"{path}: no such folder; scripts/inference_test_bench.py writes it")
         root = path.parent if path.name == "results" and (path.parent / "settings.json").is_file() else path
         folder = root / "results" if (root / "results").is_dir() else root
-        return cls(name or root.name, folder, _read_json(root / "settings.json"), _read_json(root / "timing.json"))
+        return cls(name or root.name, folder, read_json(root / "settings.json"), read_json(root / "timing.json"))
 
     def image(self, bench: Bench, id_: str) -> Path:
         return bench.paths(id_)[0] if self.folder is None else self.folder / f"{id_}.png"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise UserError(f"{path}: damaged; delete it, or edit the benchmark again") from None
 
 
 @dataclass(eq=False)

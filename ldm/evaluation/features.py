@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ldm.checkpoint.io import sha256_file
 from ldm.evaluation.cache import FeatureCache
 from ldm.files import UserError
-from ldm.images import CLIP_MEAN, CLIP_STD, open_image
+from ldm.images import CLIP_MEAN, CLIP_STD, normalise, open_image
 from ldm.models.efficientnet import LITE_MEAN, LITE_STD, load_feature_network
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom (exclusive), pixels
@@ -64,12 +64,8 @@ def normalised_square(
     With `short_side`, `WHOLE` scales the short side to this length and cuts out the centre; otherwise it squashes.
     """
 
-    def normalise(image: Image.Image) -> Tensor:
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-
     def squash(image: Image.Image) -> Tensor:
-        return normalise(image.resize((size, size), Image.Resampling.BICUBIC))
+        return normalise(image.resize((size, size), Image.Resampling.BICUBIC), mean, std)
 
     def centre(image: Image.Image) -> Tensor:
         assert short_side is not None
@@ -77,10 +73,10 @@ def normalised_square(
         width, height = (max(short_side, short_side * side // min(image.size)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = round((width - size) / 2), round((height - size) / 2)
-        return normalise(image.crop((left, top, left + size, top + size)))
+        return normalise(image.crop((left, top, left + size, top + size)), mean, std)
 
     def paper_region(image: Image.Image) -> Tensor:
-        return F.interpolate(normalise(image)[None], (size, size), mode="bilinear", antialias=False)[0]
+        return F.interpolate(normalise(image, mean, std)[None], (size, size), mode="bilinear", antialias=False)[0]
 
     squashed = (f"squashed to {size} px (bicubic, antialiased)", squash)
     centred = (f"short side to {short_side} px (bicubic, antialiased), centre {size} px", centre)
@@ -110,13 +106,9 @@ class FeatureNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.tower, self.dim, self._modes = name, tower, dim, modes
+        self.preprocessing = {mode: words for mode, (words, _) in modes.items()}  # descriptions, for tables
         self._embed, self._embed_text = embed, embed_text
         self.eval().requires_grad_(False)
-
-    @property
-    def preprocessing(self) -> dict[str, str]:
-        """The description of each resize mode, for tables."""
-        return {mode: description for mode, (description, _) in self._modes.items()}
 
     def preprocess(self, image: Image.Image, resize_mode: str, box: Box | None = None) -> Tensor:
         """Convert an image, or a box of it, to the network's input, (3, S, S) float32 for most networks."""
@@ -239,9 +231,8 @@ def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwor
 def _efficientnet(_: str) -> FeatureNetwork:
     tower: Any = load_feature_network()
     modes = normalised_square(224, (LITE_MEAN / 255,) * 3, (LITE_STD / 255,) * 3)
-    return FeatureNetwork(
-        "EfficientNet-Lite0 (ImageNet)", tower, lambda x: tower.extract_features(x).mean((2, 3)), 1280, modes
-    )
+    name = "EfficientNet-Lite0 (ImageNet)"
+    return FeatureNetwork(name, tower, lambda x: tower.extract_features(x).mean((2, 3)), 1280, modes)
 
 
 def _clip(argument: str) -> FeatureNetwork:
@@ -319,10 +310,8 @@ def _open_clip(argument: str) -> FeatureNetwork:
         raise UserError(f'{_first_line(error)}: do pip install -e ".[clip]", or use clip:FOLDER') from error
     try:
         # The weights decide about the activation: open_clip itself only warns where it does not fit them.
-        quick_gelu = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
-        model, transform = open_clip.create_model_from_pretrained(
-            architecture, pretrained=tag, force_quick_gelu=quick_gelu
-        )
+        quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
+        model, transform = open_clip.create_model_from_pretrained(architecture, pretrained=tag, force_quick_gelu=quick)
         tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # the name is unknown or the download fails; several libraries, each with its own errors
         remedy = "open_clip.list_pretrained() lists the names; the first use needs a network connection"
@@ -334,14 +323,12 @@ def _open_clip(argument: str) -> FeatureNetwork:
     with torch.no_grad():
         dim = model.encode_image(torch.zeros(1, 3, size, size)).shape[1]
     tower = re.sub(r"-([0-9]+)", r"/\1", architecture, count=1)  # ViT-B-32 => ViT-B/32, as everywhere else
-    return FeatureNetwork(
-        f"CLIP {tower} ({'OpenAI' if tag == 'openai' else f'open_clip {_source(tag)}'})",
-        model,
-        model.encode_image,
-        dim,
-        {**modes, WHOLE: own},
-        lambda texts: model.encode_text(tokenizer(texts).to(next(model.parameters()).device)),
-    )
+    title = f"CLIP {tower} ({'OpenAI' if tag == 'openai' else f'open_clip {_source(tag)}'})"
+
+    def embed_text(texts: list[str]) -> Tensor:
+        return model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
+
+    return FeatureNetwork(title, model, model.encode_image, dim, {**modes, WHOLE: own}, embed_text)
 
 
 _LOADERS = {"efficientnet-lite0": _efficientnet, "clip": _clip, "open_clip": _open_clip, "dinov2": _dinov2}

@@ -23,7 +23,7 @@ from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, dump_config
 from ldm.data.datamodule import DataModule
-from ldm.files import UserError, write_text
+from ldm.files import UserError, write_json, write_text
 from ldm.training.callbacks import MODULES, Interrupted, MetricsFile, SafeCheckpointIO, run_callbacks
 from ldm.training.module import parts_of
 
@@ -145,7 +145,7 @@ class Run:
         history = self.run_dir / "history.json"
         write_text(self.run_dir / "config.yaml", dump_config(self.config))
         before = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
-        write_text(history, json.dumps([*before, start], indent=2) + "\n")
+        write_json(history, [*before, start])
 
 
 def _commit() -> str | None:

@@ -21,8 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import __version__
-from ldm.checkpoint.io import sha256_file
-from ldm.editing.editor import DTYPES, EXAMPLE_PARTS, Editor, checkpoint_file, explained_out_of_memory
+from ldm.editing.editor import DTYPES, EXAMPLE_PARTS, Editor, explained_out_of_memory, weight_hashes
 from ldm.editing.hole_masks import as_hole
 from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
@@ -141,7 +140,7 @@ class EditService:
         # one worker: a cancelled edit ends its step before the next one begins
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
         beside = ThreadPoolExecutor(1)  # the first edit paints while a large file is hashed
-        self._digest = beside.submit(sha256_file, checkpoint_file(source.checkpoint))
+        self._hashes = beside.submit(weight_hashes, source.checkpoint, source.decoder)
         beside.shutdown(wait=False)
 
     def close(self) -> None:
@@ -170,7 +169,7 @@ class EditService:
         offers = self.settings.items()
         checked = {name: check(name, values.get(name, offer["default"]), offer) for name, offer in offers}
         request = self._request(scene, hole_mask, exemplar, EditSettings(**checked))
-        if self.source.watermark:
+        if self.source.watermark is not None:
             check_watermark(request.scene.size, self.source.watermark)
         events, cancelled = SimpleQueue[Progress | None](), threading.Event()
         began, progress = time.monotonic(), Progress("waiting")
@@ -251,21 +250,19 @@ class EditService:
 
     def _save(self, results: list[Image.Image], request: EditRequest, files: tuple[Path, Path, Path | None]) -> Edited:
         settings, source = request.settings, self.source
-        made = list(zip(settings.seeds, results, strict=True))
-        if self.content_filter is not None:
-            reasons = unsafe_reasons(self.content_filter, results, request.hole)
-            made = [item for item, reason in zip(made, reasons, strict=True) if reason is None]
-            if not made:
-                raise UserError(f"withheld: {reasons[0]}; another seed or exemplar may pass")
+        reasons = unsafe_reasons(self.content_filter, results, request.hole)
+        judged = zip(settings.seeds, results, reasons, strict=True)
+        made = {seed: add_watermark(result, source.watermark) for seed, result, reason in judged if reason is None}
+        if not made:
+            raise UserError(f"withheld: {reasons[0]}; another seed or exemplar may pass")
         folder, names = Path(tempfile.mkdtemp(dir=self.folder)), call_names(*files)
         record = settings.record() | {"reference": None, "version": __version__} | names | vars(source)
-        record |= {"checkpoint": source.checkpoint or "bundled", "checkpoint_sha256": self._digest.result()}
-        record |= {"config": source.config or "beside the checkpoint", "device": self.editor.device.type}
-        record["precision"] = str(self.editor.model.weight_dtype).removeprefix("torch.")
-        written = [folder / f"{Path(names['image']).stem}_{seed}.png" for seed, _ in made]
-        for path, (seed, result) in zip(written, made, strict=True):
-            marked = add_watermark(result, source.watermark) if source.watermark else result
-            save_png(marked, path, {"parameters": json.dumps(record | {"seed": seed})})
+        record |= {"checkpoint": source.checkpoint or "bundled", "config": source.config or "beside the checkpoint"}
+        record |= {"precision": str(self.editor.model.weight_dtype).removeprefix("torch."), **self._hashes.result()}
+        record |= {"device": self.editor.device.type}
+        written = [folder / f"{Path(names['image']).stem}_{seed}.png" for seed in made]
+        for path, (seed, result) in zip(written, made.items(), strict=True):
+            save_png(result, path, {"parameters": json.dumps(record | {"seed": seed})})
         save_png(request.hole, folder / "mask.png")
         python, shell = self._python_call(names, settings), self._shell_call(names, settings)
         return Edited(written, folder / "mask.png", python, shell, len(results) - len(made))

@@ -171,7 +171,7 @@ def test_memory_is_kept_by_commands_alone(
     tiny_folder: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = list[None]()
-    monkeypatch.setattr("ldm.memory.keep_freed_memory", lambda: calls.append(None))
+    monkeypatch.setattr("ldm.editing.cli.keep_freed_memory", lambda: calls.append(None))
     Editor.from_pretrained(tiny_folder).edit(*files.values(), num_steps=1)
     assert run(tiny_folder, files, tmp_path, "--no-keep-memory") == 0
     assert not calls

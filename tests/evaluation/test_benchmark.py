@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,24 @@ def test_every_item_once_in_two_processes(bench: Path, tiny_folder: Path, one_by
     )
     assert done.returncode == 0, done.stderr
     same(pictures(tmp_path), pictures(one_by_one))
+
+
+@pytest.mark.slow
+def test_processes_are_prepared_first(bench: Path, tmp_path: Path) -> None:
+    config, mark = BenchmarkConfig(method="copy-paste"), tmp_path / "prepared"
+    run = BenchmarkRun(Bench(bench), tmp_path / "out", config, device="cpu", prepare=partial(Path.touch, mark))
+    run.edit()
+    assert not mark.exists()
+    run.edit(2)
+    assert mark.exists()
+
+
+def test_started_processes_are_set_up_as_this_one(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[None]()
+    monkeypatch.setattr("ldm.editing.cli.keep_freed_memory", lambda: calls.append(None))
+    monkeypatch.setattr(BenchmarkRun, "edit", lambda run, _: pickle.loads(pickle.dumps(run.prepare))())
+    assert edit(bench, tmp_path, "--devices", "2") == 0
+    assert len(calls) == 2
 
 
 def test_a_stopped_run_goes_on(

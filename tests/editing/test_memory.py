@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from ldm.memory import keep_freed_memory
+from ldm.editing.cli import keep_freed_memory
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 FAULTS = """
 import resource, sys
 import torch
-from ldm.memory import keep_freed_memory
+from ldm.editing.cli import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 torch.set_num_threads(1)
