@@ -223,7 +223,7 @@ def test_command_line(
     assert "background" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         relight_command.main([*words, "--size", "0,0"])
-    assert "--size: got [0.0, 0.0]" in capsys.readouterr().err
+    assert "--size: got (0.0, 0.0)" in capsys.readouterr().err
 
 
 def test_images() -> None:
