@@ -1,14 +1,12 @@
 """CLIP's towers of images and of text, without its projections.
 
 Dimensions: B batch · S side of an image in pixels · D width · L tokens (of an image: one for all of it, then patches).
-Source: Radford et al. 2021. Parameters have the names and the order of transformers 5: checkpoints rely on the names,
-optimizer states on the order.
+Source: Radford et al. 2021. Names and order of the parameters, which checkpoints rely on, are those of transformers 5.
 """
 
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.config import ConfigError, ExemplarEncoderConfig, TextEncoderConfig
@@ -55,8 +53,7 @@ class ImageTower(nn.Module):
         if pixel_values.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(f"got an image of {tuple(pixel_values.shape[2:])}, expected {self.image_size} px squared")
         patches = self.embeddings.patch_embedding(pixel_values.to(self.post_layernorm.weight.dtype))
-        whole = self.embeddings.class_embedding.expand(len(patches), 1, -1)
-        x = torch.cat([whole, rearrange(patches, "b d h w -> b (h w) d")], dim=1)
+        x = torch.cat([self.embeddings.class_embedding.expand(len(patches), 1, -1), patches.flatten(2).mT], dim=1)
         x = self.pre_layrnorm(x + self.embeddings.position_embedding.weight)
         return self.post_layernorm(self.encoder["layers"](x))  # of CLIP's first token; brings the patches to its scale
 
