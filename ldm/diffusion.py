@@ -17,7 +17,6 @@ Salimans & Ho 2022 (progressive distillation, arXiv:2202.00512); Hang et al. 202
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,11 +104,12 @@ def posterior_coefficients(ac_t: Tensor, ac_prev: Tensor) -> tuple[Tensor, Tenso
     return coef_x_0, coef_x_t, beta * (1 - ac_prev) / (1 - ac_t)
 
 
-# Below: x_0, x_t, eps, v are (B, ...); t is (B,) int64 in [0, T); alphas_cumprod is (T,) float32 on the same device;
-# a parameterization is what a network predicts: eps, v or x0.
+# Below: x_0, x_t, eps, v are (B, ...); t is (B,) int64 in [0, T), or one number; alphas_cumprod is (T,) float32 on the
+# same device, for one number also on the CPU, which spares a GPU the coefficients; a parameterization is what a network
+# predicts: eps, v or x0.
 
 
-def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+def q_sample(x_0: Tensor, t: Tensor | int, eps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """Diffuse x_0 to step t with the noise eps. Source: DDPM, Eq. 4."""
     alpha_t, sigma_t = _alpha_sigma(alphas_cumprod, t, x_0.ndim)
     return alpha_t * x_0.float() + sigma_t * eps.float()
@@ -127,13 +127,8 @@ def target(x_0: Tensor, eps: Tensor, t: Tensor, parameterization: str, alphas_cu
     return {"eps": eps, "x0": x_0}[parameterization]
 
 
-def to_eps(
-    prediction: Tensor, x_t: Tensor, t: Tensor | int, parameterization: str, alphas_cumprod: Tensor | list[float]
-) -> Tensor:
-    """Return the noise in x_t according to a network's output: the inverse of `target`.
-
-    One t for all samples and alphas_cumprod as a list spare the device the coefficients.
-    """
+def to_eps(prediction: Tensor, x_t: Tensor, t: Tensor | int, parameterization: str, alphas_cumprod: Tensor) -> Tensor:
+    """Return the noise in x_t according to a network's output: the inverse of `target`."""
     prediction, x_t = prediction.float(), x_t.float()
     if parameterization == "eps":
         return prediction
@@ -157,11 +152,11 @@ def min_snr_weight(t: Tensor, gamma: float, parameterization: str, alphas_cumpro
     return snr.clamp(max=gamma) / error_ratio
 
 
-def _alpha_sigma(alphas_cumprod: Any, t: Any, ndim: int) -> tuple[Any, Any]:
-    """Return alpha_t and sigma_t: numbers, or float32 shaped (B, 1, ...) to scale a tensor of ndim axes."""
-    if isinstance(t, int):
-        return math.sqrt(alphas_cumprod[t]), math.sqrt(1 - alphas_cumprod[t])
-    ac_t = alphas_cumprod[t].float().reshape(-1, *[1] * (ndim - 1))
+def _alpha_sigma(alphas_cumprod: Tensor, t: Tensor | int, ndim: int) -> tuple[Tensor, Tensor]:
+    """Return alpha_t and sigma_t: scalars, or float32 shaped (B, 1, ...) to scale a tensor of ndim axes."""
+    ac_t = alphas_cumprod[t]
+    if isinstance(t, Tensor):
+        ac_t = ac_t.float().reshape(-1, *[1] * (ndim - 1))
     return ac_t.sqrt(), (1 - ac_t).sqrt()
 
 
@@ -181,13 +176,14 @@ def draw_noise(
     every device. With one generator per sample the noise of a sample does not depend on its neighbours; None takes
     torch's global generator. ValueError if there are neither one nor B generators.
     """
-    if generator is None or isinstance(generator, torch.Generator):
-        source = generator.device if generator is not None else torch.device("cpu")
-        return send(torch.randn(tuple(shape), generator=generator, device=source), device).to(dtype)
-    if len(generator) != shape[0]:
-        raise ValueError(f"got {len(generator)} generators for a batch of {shape[0]}, expected one per sample")
-    samples = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
-    return send(torch.stack(samples), device).to(dtype)
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"got {len(generator)} generators for a batch of {shape[0]}, expected one per sample")
+        noise = torch.stack([torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator])
+    else:
+        source = generator.device if generator else torch.device("cpu")
+        noise = torch.randn(tuple(shape), generator=generator, device=source)
+    return send(noise, device).to(dtype)
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -6,11 +6,10 @@ text, 78 with both.
 Source: Yang et al. 2023, "Paint by Example: Exemplar-based Image Editing with Diffusion Models".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +30,7 @@ from ldm.models.efficientnet import EfficientNetTower
 from ldm.models.exemplar_encoder import ExemplarEncoder
 from ldm.models.layers import Uninitialised
 from ldm.models.text_encoder import TextEncoder
-from ldm.models.unet import Projections, UNetModel
+from ldm.models.unet import UNetModel
 
 DECODED_PIXELS = {"cpu": 512**2, "gpu": 4 * 512**2}  # decoded together: the decoder needs about 3 KB for each
 
@@ -213,56 +212,40 @@ class LatentDiffusion(nn.Module):
         shape = len(c_concat), self.config.unet.out_channels, *c_concat.shape[2:]
         noise = partial(draw_noise, shape, generator, device=device)
         x = noise() if x_T is None else x_T.to(device, torch.float32)
-        if z_0 is not None:
-            if not 0 < strength <= 1:
-                raise ValueError(f"strength: got {strength:g}, expected more than 0, at most 1")
-            ac = ac[: max(1, round(strength * len(ac)))]  # the first part of a schedule is a schedule
+        share = 1.0 if z_0 is None else strength
+        if not 0 < share <= 1:
+            raise ValueError(f"strength: got {strength:g}, expected more than 0, at most 1")
+        ac = ac[: max(1, round(share * len(ac)))]  # the first part of a schedule is a schedule
         timesteps = samplers.choose_timesteps(sampler, len(ac), num_steps)
         if z_0 is not None:
-            first = torch.full((len(z_0),), timesteps[0], device=device)
-            x = q_sample(z_0.to(device, torch.float32), first, x, self.ac)
-        eps_fn = self._guided(c_concat, context, null, timesteps, guidance_scale, guidance_interval, steering)
+            x = q_sample(z_0.to(device, torch.float32), timesteps[0], x, self.ac)
+        tokens = context.to(self.weight_dtype)
+        if guidance_scale != 1.0:  # both branches are one batch: first "no condition", then the condition
+            tokens = torch.cat([null.to(tokens).expand_as(tokens), tokens])
+        unet, steer = self.unet.prepare(timesteps, tokens), steering and steering.prepare(timesteps, tokens)
+        eps_fn = self._guided(c_concat, unet, steer, guidance_scale, guidance_interval)
         # noise x_T => scaled latents x_0
         return samplers.sample(sampler, eps_fn, x, ac, num_steps, eta=eta, noise=noise, on_step=on_step)
 
     def _guided(
-        self,
-        c: Tensor,
-        context: Tensor,
-        null: Tensor,
-        timesteps: Sequence[int],
-        scale: float,
-        levels: Sequence[float],
-        steering: Steering | None,
+        self, c: Tensor, unet: Callable[..., Any], steer: Any, scale: float, levels: Sequence[float]
     ) -> samplers.EpsModel:
-        """Return the noise prediction, with guidance where the noise level t / T is in [levels[0], levels[1]].
-
-        What is the same at all steps is made here: memory for the UNet's input, which holds all channels but x_t, and
-        what its layers read of timesteps and context.
-        """
+        """Return the noise prediction, with guidance where the noise level t / T is in [levels[0], levels[1]]."""
         B, Z, t_last = len(c), self.config.unet.out_channels, max(1, len(self.ac) - 1)
-        tokens = context.to(self.weight_dtype)
-        if scale != 1.0:  # both branches are one batch: first "no condition", then the condition
-            tokens = torch.cat([null.to(tokens).expand_as(tokens), tokens])
-        inputs = tokens.new_empty(len(tokens) // B, B, Z + c.shape[1], *c.shape[2:])
+        # the UNet's input, which holds all channels but x_t; a second branch comes first
+        inputs = c.new_empty(1 if scale == 1.0 else 2, B, Z + c.shape[1], *c.shape[2:], dtype=self.weight_dtype)
         inputs[:, :, Z:] = c
-        row, ts = {t: i for i, t in enumerate(timesteps)}, send(torch.tensor(timesteps), c.device)
-        projections = Projections(self.unet, ts, tokens)
-        steered = steering.project(ts, tokens) if steering else []
-        ac = self.schedule.alphas_cumprod.tolist()
 
         def eps_fn(x_t: Tensor, t: int) -> Tensor:
             guided = scale != 1.0 and levels[0] <= t / t_last <= levels[1]  # Kynkäänniemi et al. 2024, Eq. 5
             branches = inputs if guided else inputs[-1:]
             branches[:, :, :Z] = x_t
-            x, step = branches.flatten(0, 1), row[t]
-            condition = ts[step].expand(len(x)), tokens[-len(x) :]
-            options: dict[str, Any] = {"guided": guided, "projections": steered, "step": step}
-            residuals = steering and steering.residuals(x[:, :Z], *condition, **options)
-            prediction = self.unet(x, *condition, residuals, projections.at(step, len(x)))
+            x = branches.flatten(0, 1)
+            prediction = unet(x, t, steer and steer(x[:, :Z], t, guided))
             # a copy: the next step of a CUDA graph overwrites its output
             prediction = prediction.to(torch.float32, copy=True).unflatten(0, (-1, B))
-            eps = to_eps(prediction, x_t, t, self.config.parameterization, ac)  # eps, v or x_0 => eps
+            # eps, v or x_0 => eps
+            eps = to_eps(prediction, x_t, t, self.config.parameterization, self.schedule.alphas_cumprod)
             if not guided:
                 return eps[0]
             return eps[0] + scale * (eps[1] - eps[0])  # Ho & Salimans 2022, Eq. 6
@@ -277,8 +260,8 @@ class LatentDiffusion(nn.Module):
         z = (z / self.config.scale_factor).to(self.weight_dtype)  # scaled latents => latents
         pixels = self.downsampling**2 * z[0, 0].numel()
         size = max(1, DECODED_PIXELS["cpu" if z.device.type == "cpu" else "gpu"] // pixels)
-        known = (repeat(None) if x is None else x.to(self.weight_dtype).split(size) for x in (image, keep_mask))
-        parts = zip(z.split(size), *known, strict=False)
+        known = (x.to(self.weight_dtype) for x in (image, keep_mask) if x is not None)
+        parts = zip(*(x.split(size) for x in (z, *known)), strict=True)
         return torch.cat([self.first_stage_model.decode(*part).float() for part in parts])  # => pixels [-1, 1]
 
 

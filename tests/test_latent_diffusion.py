@@ -38,14 +38,10 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @pytest.fixture
-def unet_calls(tiny_model: LatentDiffusion) -> Iterator[list[tuple[int, int]]]:
-    """(batch size, timestep) of every evaluation of the UNet."""
-    calls: list[tuple[int, int]] = []
-
-    def record(_module: Any, args: tuple[Tensor, ...]) -> None:
-        calls.append((len(args[0]), int(args[1][0])))
-
-    hook = tiny_model.unet.register_forward_pre_hook(record)
+def unet_calls(tiny_model: LatentDiffusion) -> Iterator[list[int]]:
+    """The batch size of every evaluation of the UNet."""
+    calls: list[int] = []
+    hook = tiny_model.unet.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
     yield calls
     hook.remove()
 
@@ -261,7 +257,7 @@ def test_equal_seed_equal_result_whatever_the_batch(
 def test_evaluations(
     golden: dict[str, Tensor],
     tiny_model: LatentDiffusion,
-    unet_calls: list[tuple[int, int]],
+    unet_calls: list[int],
     sampler: str,
     steps: int,
     evaluations: int,
@@ -270,7 +266,7 @@ def test_evaluations(
     """One evaluation per step, PLMS one more; the null branch rides along in the batch, and only where it counts."""
     tiny_model.sample(**scene(golden, 2), sampler=sampler, num_steps=steps, guidance_scale=guidance_scale)
     assert len(unet_calls) == evaluations
-    assert {size for size, _ in unet_calls} == {2 if guidance_scale == 1 else 4}
+    assert set(unet_calls) == {2 if guidance_scale == 1 else 4}
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -282,19 +278,20 @@ def test_what_all_steps_share_is_computed_once(
     inputs = scene(golden, 2)
     context = torch.randn(2, tokens, 768, generator=seeded(1))
     null = torch.randn(1, tokens, 768, generator=seeded(2))
-    seen: list[tuple[Tensor, int, Tensor, Tensor]] = []
-    unet.register_forward_hook(lambda _m, args, out: seen.append((args[0].clone(), int(args[1][0]), args[2], out)))
+    seen: list[tuple[Tensor, Tensor]] = []
+    unet.register_forward_hook(lambda _m, args, out: seen.append((args[0].clone(), out)))
     shared = {n: m for n, m in unet.named_modules() if n.endswith(("emb_layers", "attn2.to_v", "time_embed"))}
     counts = dict.fromkeys(shared, 0)
     for name, module in shared.items():
         module.register_forward_hook(lambda *_, name=name: counts.__setitem__(name, counts[name] + 1))
-    settings: dict[str, Any] = {"null_context": null, "sampler": "plms", "num_steps": 5}
+    settings: dict[str, Any] = {"null_context": null, "sampler": "ddim", "num_steps": 5}
     model.sample(inputs["c_concat"], context, **settings, guidance_interval=(0.3, 1.0), generator=seeded(0))
     assert set(counts.values()) == {1}
-    assert {len(x) for x, *_ in seen} == {2, 4}  # with and without the null branch
+    assert {len(x) for x, _ in seen} == {2, 4}  # with and without the null branch
+    both = torch.cat([null.expand_as(context), context])
     with torch.no_grad():
-        for x, t, tokens_read, out in seen[:6]:
-            expected = unet(x, torch.full((len(x),), t), tokens_read)
+        for t, (x, out) in zip(choose_timesteps("ddim", 1000, 5), seen[:], strict=True):
+            expected = unet(x, torch.full((len(x),), t), both[-len(x) :])
             tolerance = 6e-6 * (expected.max() - expected.min()).item()
             torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
 
@@ -339,7 +336,7 @@ def test_guidance_is_the_published_formula(golden: dict[str, Tensor], tiny_model
 
 
 def test_guidance_acts_within_its_interval(
-    golden: dict[str, Tensor], tiny_model: LatentDiffusion, unet_calls: list[tuple[int, int]]
+    golden: dict[str, Tensor], tiny_model: LatentDiffusion, unet_calls: list[int]
 ) -> None:
     inputs, x_T = scene(golden, 2), golden["sample/x_T"]
 
@@ -349,8 +346,8 @@ def test_guidance_acts_within_its_interval(
         return tiny_model.sample(**inputs, sampler="ddim", num_steps=10, guidance_scale=scale, x_T=x_T, **options)
 
     within = sample(4.0, 0.25, 0.75)
-    levels = [t / 999 for _, t in unet_calls]
-    assert [size for size, _ in unet_calls] == [4 if 0.25 <= level <= 0.75 else 2 for level in levels]
+    levels = [t / 999 for t in choose_timesteps("ddim", 1000, 10)]
+    assert unet_calls == [4 if 0.25 <= level <= 0.75 else 2 for level in levels]
     assert min(levels) < 0.25 and max(levels) > 0.75
     always, never = sample(4.0), sample(1.0)
     assert torch.equal(sample(4.0, 0.0, 1.0), always)

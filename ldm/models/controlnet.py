@@ -5,11 +5,10 @@ Source: Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusio
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -20,7 +19,7 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import UNET, check_keys, holds
 from ldm.config import UNetConfig
 from ldm.models.layers import Uninitialised, zero_init
-from ldm.models.unet import Projections, UNetEncoder
+from ldm.models.unet import Projectable, UNetEncoder
 
 HINT_CHANNELS = (16, 32, 96, 256)  # of the control image on its way to the latent grid
 HINT_DOWNSAMPLING = 2 ** (len(HINT_CHANNELS) - 1)
@@ -49,15 +48,13 @@ class ControlNet(UNetEncoder):
         *outs, middle_out = (nn.Sequential(zero_init(nn.Conv2d(width, width, 1))) for width in widths)
         self.zero_convs, self.middle_block_out = nn.ModuleList(outs), middle_out
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, context: Tensor, hint: Tensor, projected: Sequence[Any] | None = None
-    ) -> list[Tensor]:
+    def forward(self, x_t: Tensor, t: Projectable, context: Projectable, hint: Tensor) -> list[Tensor]:
         """Compute the residuals, from the finest to the middle, as `UNetModel.forward` takes them.
 
         x_t (B, 4, h, w) is the noisy latent alone; hint (B / n, C, h, w) the output of `input_hint_block`, taken n
-        times; t, context and projected are as for the UNet.
+        times; t and context are as for the UNet.
         """
-        condition = self.condition(t, context, projected)
+        condition = self.condition(t, context)
         x, residuals = x_t, []
         for i, (stage, zero_conv) in enumerate(zip(self.input_blocks, self.zero_convs, strict=True)):
             x = stage(x, *condition)
@@ -99,36 +96,24 @@ class Steering:
             for control, picture in zip(controls, pictures, strict=True)
         ]
 
-    def project(self, t: Tensor, context: Tensor) -> list[Projections]:
-        """Compute what each network reads of all timesteps (S,) and of the context (B, L, D)."""
-        return [Projections(control.network, t, context) for control in self.controls]
+    def prepare(self, timesteps: Sequence[int], context: Tensor) -> Callable[[Tensor, int, bool], list[Tensor]]:
+        """Return the sum of the controls' residuals as a function for a sampling run, see `UNetEncoder.prepare`.
 
-    def residuals(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        context: Tensor,
-        *,
-        guided: bool,
-        projections: Sequence[Projections] = (),
-        step: int = 0,
-    ) -> list[Tensor]:
-        """Sum the controls' residuals, as `UNetModel.forward` takes them.
-
-        If `guided`, the first half of the batch is the branch without the condition. x_t (B, 4, h, w) is alone. With
-        the `projections` of `project`, timestep number `step` is taken, and t and context are not read.
+        It reads x_t (B, 4, h, w) alone, the timestep, and whether the first half of the batch is the branch of guidance
+        without the condition.
         """
-        half = len(x_t) // 2 if guided else 0
-        parts: list[list[Tensor]] = []
-        for control, hint, known in zip(
-            self.controls, self.hints, projections or [None] * len(self.hints), strict=True
-        ):
-            first = half if control.guess_mode else 0  # samples before it are not steered
-            projected = known and known.at(step, len(x_t) - first)
-            residuals = control.network(x_t[first:], t[first:], context[first:], hint, projected)
-            scaled = [x * scale for x, scale in zip(residuals, control.scales(len(residuals)), strict=True)]
-            parts.append([torch.cat([x.new_zeros(first, *x.shape[1:]), x]) if first else x for x in scaled])
-        return [torch.stack(same_place).sum(0) for same_place in zip(*parts, strict=True)]
+        networks = [control.network.prepare(timesteps, context) for control in self.controls]
+
+        def residuals(x_t: Tensor, t: int, guided: bool) -> list[Tensor]:
+            parts: list[list[Tensor]] = []
+            for control, network, hint in zip(self.controls, networks, self.hints, strict=True):
+                first = len(x_t) // 2 if guided and control.guess_mode else 0  # samples before it are not steered
+                found = network(x_t[first:], t, hint)
+                scaled = [x * scale for x, scale in zip(found, control.scales(len(found)), strict=True)]
+                parts.append([torch.cat([x.new_zeros(first, *x.shape[1:]), x]) if first else x for x in scaled])
+            return [torch.stack(same_place).sum(0) for same_place in zip(*parts, strict=True)]
+
+        return residuals
 
 
 def load_controlnet(

@@ -5,8 +5,7 @@ Dimensions: B batch · C channels · H, W grid · N = H·W positions · L contex
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, is_causal: boo
 
 
 class CrossAttention(nn.Module):
-    """Attention from N positions to L context tokens; without a context, self-attention."""
+    """Attention from N positions to the keys and values of L context tokens, or else to the positions themselves."""
 
     def __init__(self, config: UNetConfig, dim: int, context_dim: int) -> None:
         super().__init__()
@@ -49,12 +48,10 @@ class CrossAttention(nn.Module):
         """(B, L, D) -> (B, L, C) twice."""
         return self.to_k(context), self.to_v(context)
 
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, keys_values: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """(B, N, C), (B, L, D) -> (B, N, C); with the context's keys and values the context is not read."""
+    def forward(self, x: Tensor, *keys_values: Tensor) -> Tensor:
+        """(B, N, C), keys and values (B, L, C) -> (B, N, C)."""
         q = self.to_q(x)
-        k, v = keys_values or self.keys_values(x if context is None else context)
+        k, v = keys_values or self.keys_values(x)
         return self.to_out(attention(q, k, v, self.num_heads))
 
 
@@ -87,11 +84,11 @@ class TransformerBlock(nn.Module):
             return (self.attn2.to_out(self.attn2.to_v(context)),)
         return self.attn2.keys_values(context)
 
-    def forward(self, x: Tensor, context: Tensor, projected: tuple[Tensor, ...] | None = None) -> Tensor:
-        """(B, N, C), (B, L, D) or what `project` made of it -> (B, N, C)."""
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, N, C), (B, L, D) or the stack of what `project` made of it -> (B, N, C)."""
         x = x + self.attn1(self.norm1(x))
-        first, *more = projected or self.project(context)
-        x = x + (self.attn2(self.norm2(x), keys_values=(first, *more)) if more else first)
+        first, *more = self.project(context) if context.ndim == 3 else context.unbind()
+        x = x + (self.attn2(self.norm2(x), first, *more) if more else first)
         return x + self.ff(self.norm3(x))
 
 
@@ -104,20 +101,19 @@ class SpatialTransformer(nn.Module):
         self.proj_in = nn.Conv2d(channels, channels, 1)
         blocks = (TransformerBlock(config, channels) for _ in range(config.transformer_depth))
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
-    def project(self, context: Tensor) -> list[tuple[Tensor, ...]]:
-        """Compute what each block reads of the context (B, L, D)."""
-        return [cast(TransformerBlock, block).project(context) for block in self.transformer_blocks]
+    def project(self, context: Tensor) -> Tensor:
+        """Compute what the blocks read of the context: (B, L, D) -> (blocks, 1 or 2, B, L, C)."""
+        blocks: Any = self.transformer_blocks
+        return torch.stack([torch.stack(block.project(context)) for block in blocks])
 
-    def forward(self, x: Tensor, context: Tensor, projected: Sequence[tuple[Tensor, ...]] | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W), (B, L, D) or what `project` made of it -> (B, C, H, W)."""
         height = x.shape[2]
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
-        for block, known in zip(
-            self.transformer_blocks, projected or [None] * len(self.transformer_blocks), strict=True
-        ):
-            tokens = block(tokens, context, known)
+        for i, block in enumerate(self.transformer_blocks):
+            tokens = block(tokens, context if context.ndim == 3 else context[i])
         return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height))
 
 

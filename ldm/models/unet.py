@@ -6,7 +6,7 @@ Yang et al. 2023 (Paint by Example) for the nine input channels and the one-toke
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.config import ConfigError, UNetConfig
+from ldm.diffusion import send
 from ldm.models.layers import SpatialTransformer, Upsample, timestep_embedding, zero_init
+
+Projectable = Tensor | Sequence[Tensor]  # read by all layers, or projected for each, in the order of their use
 
 
 class ResBlock(nn.Module):
@@ -39,57 +42,30 @@ class ResBlock(nn.Module):
         """Compute what is read of the timestep embedding: (B, E) -> (B, C_out, 1, 1)."""
         return self.emb_layers(embedding)[:, :, None, None]
 
-    def forward(self, x: Tensor, embedding: Tensor, projected: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, C, h, w), (B, E) or what `project` made of it -> (B, C_out, h, w)."""
-        # not by `project`, which gathers sharded weights and drops them again
-        shift = self.emb_layers(embedding)[:, :, None, None] if projected is None else projected
+        # by the class: the method of a sharded block gathers the weights and drops them again
+        shift = ResBlock.project(self, embedding) if embedding.ndim == 2 else embedding
         hidden = self.in_layers(x) + shift
         return self.skip_connection(x) + self.out_layers(hidden)
 
 
 class Stage(nn.ModuleList):
-    """Layers in sequence; residual blocks also read the timestep embedding, transformers the context."""
+    """Layers in sequence; residual blocks also read one of `embeddings`, transformers one of `contexts`."""
 
     activation_checkpointing = False
 
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__(layers)
-
-    def forward(self, x: Tensor, embedding: Tensor | None, context: Tensor, projected: Iterator[Any]) -> Tensor:
+    def forward(self, x: Tensor, embeddings: Iterator[Tensor], contexts: Iterator[Tensor]) -> Tensor:
         for layer in self:
             if not isinstance(layer, ResBlock | SpatialTransformer):
                 x = layer(x)
                 continue
-            condition = embedding if isinstance(layer, ResBlock) else context
+            condition = next(embeddings if isinstance(layer, ResBlock) else contexts)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, condition, next(projected), use_reentrant=False)
+                x = checkpoint(layer, x, condition, use_reentrant=False)
             else:
-                x = layer(x, condition, next(projected))
+                x = layer(x, condition)
         return x
-
-
-class Projections:
-    """What the layers of a network read of the timesteps of a sampling run and of its context, computed once.
-
-    Args:
-        t: (S,) the timesteps.
-        context: (B, L, D) tokens.
-    """
-
-    def __init__(self, network: "UNetEncoder", t: Tensor, context: Tensor) -> None:
-        embeddings = network.embed(t, context.dtype)
-        self._layers = [
-            layer.project(embeddings).split(1) if isinstance(layer, ResBlock) else layer.project(context)
-            for layer in network.modules()  # in the order of their use
-            if isinstance(layer, ResBlock | SpatialTransformer)
-        ]
-
-    def at(self, step: int, batch: int) -> list[Any]:
-        """Return what is read at timestep number `step`, layer by layer, for the last `batch` samples."""
-        return [
-            layer[step] if isinstance(layer, tuple) else [tuple(x[-batch:] for x in block) for block in layer]
-            for layer in self._layers
-        ]
 
 
 class UNetEncoder(nn.Module):
@@ -109,7 +85,7 @@ class UNetEncoder(nn.Module):
         channels, embedded, factor = config.model_channels, 4 * config.model_channels, 1
         self.time_embed = nn.Sequential(nn.Linear(channels, embedded), nn.SiLU(), nn.Linear(embedded, embedded))
 
-        input_blocks = [Stage(nn.Conv2d(config.in_channels, channels, 3, padding=1))]
+        input_blocks = [Stage([nn.Conv2d(config.in_channels, channels, 3, padding=1)])]
         skip_channels = [channels]
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -117,28 +93,40 @@ class UNetEncoder(nn.Module):
                 channels = width
                 if factor in config.attention_resolutions:
                     layers.append(SpatialTransformer(config, channels))
-                input_blocks.append(Stage(*layers))
+                input_blocks.append(Stage(layers))
                 skip_channels.append(channels)
             if level < len(widths) - 1:
                 strided = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-                input_blocks.append(Stage(nn.Sequential(OrderedDict(op=strided))))
+                input_blocks.append(Stage([nn.Sequential(OrderedDict(op=strided))]))
                 skip_channels.append(channels)
                 factor *= 2
         self.input_blocks = nn.ModuleList(input_blocks)
         self.skip_channels = tuple(skip_channels)
 
         middle = ResBlock(config, channels, channels), SpatialTransformer(config, channels)
-        self.middle_block = Stage(*middle, ResBlock(config, channels, channels))
+        self.middle_block = Stage([*middle, ResBlock(config, channels, channels)])
 
     def embed(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed timesteps (B,) as (B, E)."""
         return self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
 
-    def condition(self, t: Tensor, context: Tensor, projected: Sequence[Any] | None) -> tuple[Any, ...]:
-        """Return what the stages read beside x: the timestep embedding, the context, and what is `projected`."""
-        if projected is None:
-            return self.embed(t, context.dtype), context, repeat(None)
-        return None, context, iter(projected)
+    def condition(self, t: Projectable, context: Projectable) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+        """Return what residual blocks and transformers read beside x, in the order of their use."""
+        if isinstance(t, Tensor) and isinstance(context, Tensor):
+            return repeat(self.embed(t, context.dtype)), repeat(context)
+        return iter(t), iter(context)
+
+    def prepare(self, timesteps: Sequence[int], context: Tensor) -> Callable[..., Any]:
+        """Compute once what the layers read of the timesteps of a sampling run and of its context (B, L, D).
+
+        Returns the network as a function of x, a timestep and further arguments; x are the last samples of the batch.
+        """
+        layers = list(self.modules())  # in the order of their use
+        embeddings = self.embed(send(torch.tensor(timesteps), context.device), context.dtype)
+        shifts = [layer.project(embeddings).split(1) for layer in layers if isinstance(layer, ResBlock)]
+        contexts = [layer.project(context) for layer in layers if isinstance(layer, SpatialTransformer)]
+        at = dict(zip(timesteps, zip(*shifts, strict=True), strict=True))
+        return lambda x, t, *others: self(x, at[t], [layer[:, :, -len(x) :] for layer in contexts], *others)
 
 
 class UNetModel(UNetEncoder):
@@ -159,7 +147,7 @@ class UNetModel(UNetEncoder):
                 if level > 0 and i == config.num_res_blocks:
                     layers.append(Upsample(channels))
                     factor //= 2
-                output_blocks.append(Stage(*layers))
+                output_blocks.append(Stage(layers))
         self.output_blocks = nn.ModuleList(output_blocks)
 
         self.out = nn.Sequential(
@@ -168,29 +156,20 @@ class UNetModel(UNetEncoder):
             zero_init(nn.Conv2d(channels, config.out_channels, 3, padding=1)),
         )
         for module in self.modules():
-            if isinstance(module, SpatialTransformer):
-                zero_init(module.proj_out)
-            elif isinstance(module, Stage):
+            if isinstance(module, Stage):
                 module.activation_checkpointing = config.activation_checkpointing
 
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor,
-        residuals: Sequence[Tensor] | None = None,
-        projected: Sequence[Any] | None = None,
+        self, x: Tensor, t: Projectable, context: Projectable, residuals: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Predict from a noisy latent: (B, out_channels, h, w) in the dtype of the computation.
 
         Args:
             x: (B, in_channels, h, w), for Paint by Example `[x_t, z_masked, keep_mask]`; h and w can be halved evenly.
-            t: (B,) timesteps in [0, T).
-            context: (B, L, D) tokens.
+            t, context: (B,) timesteps in [0, T) and (B, L, D) tokens; or each layer's `project` of them.
             residuals: from `ControlNet`, added to the outputs of the input blocks and of the middle block, one each.
-            projected: from `Projections.at`; timesteps and context are then not read.
         """
-        condition = self.condition(t, context, projected)
+        condition = self.condition(t, context)
         skips = []
         for stage in self.input_blocks:
             x = stage(x, *condition)

@@ -71,10 +71,11 @@ def call() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("guess_mode", [False, True])
 def test_residuals_are_diffusers(network: ControlNet, peer: Any, call: dict[str, Tensor], guess_mode: bool) -> None:
-    args = call["x_t"], call["t"], call["context"]
-    down, middle = peer(*args, call["picture"], 0.7, guess_mode=guess_mode, return_dict=False)
-    steering = Steering([Control(network, "", 0.7, guess_mode)], [call["picture"]], torch.float32)
-    for got, expected in zip(steering.residuals(*args, guided=False), [*down, middle], strict=True):
+    x_t, context, picture = call["x_t"], call["context"], call["picture"]
+    down, middle = peer(x_t, 800, context, picture, 0.7, guess_mode=guess_mode, return_dict=False)
+    steering = Steering([Control(network, "", 0.7, guess_mode)], [picture], torch.float32)
+    residuals = steering.prepare([3, 800], context)(x_t, 800, guided=False)
+    for got, expected in zip(residuals, [*down, middle], strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)  # float32 and other kernels
 
 
@@ -155,13 +156,15 @@ def test_files_that_are_none(file: Path, tmp_path: Path) -> None:
 
 
 def test_several_add_up_and_guess_mode_spares_the_null_branch(network: ControlNet, call: dict[str, Tensor]) -> None:
-    args = call["x_t"], call["t"], call["context"]
+    x_t, context = call["x_t"], call["context"]
     one, two = Control(network, "", 0.5), Control(network, "", 0.25, guess_mode=True)
     pictures = [call["picture"][:1], call["picture"][1:]]
-    both = Steering([one, two], pictures, torch.float32).residuals(*args, guided=True)
-    first = Steering([one], pictures[:1], torch.float32).residuals(*args, guided=True)
-    second = Steering([two], pictures[1:], torch.float32).residuals(*(a[1:] for a in args), guided=False)
-    for total, a, b in zip(both, first, second, strict=True):
+    both, first, second = (
+        Steering(*of, torch.float32).prepare([3, 800], context)
+        for of in (([one, two], pictures), ([one], pictures[:1]), ([two], pictures[1:]))
+    )
+    parts = both(x_t, 3, guided=True), first(x_t, 3, guided=True), second(x_t[1:], 3, guided=False)
+    for total, a, b in zip(*parts, strict=True):
         torch.testing.assert_close(total[0], a[0])
         torch.testing.assert_close(total[1], a[1] + b[0])
 
