@@ -133,9 +133,6 @@ def _map_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in names:
         dtype, shape, (start, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
-        if start == end:  # nothing to map
-            tensors[name] = torch.empty(shape, dtype=_DTYPES[dtype])
-            continue
         content = np.memmap(path, np.uint8, "c", 8 + length + start, (end - start,))
         tensors[name] = torch.from_numpy(content).view(_DTYPES[dtype]).view(shape)
     return tensors
@@ -277,7 +274,7 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (
-        _atomic_target(path) as partial,
+        atomic_target(path) as partial,
         open(partial, "wb") as file,
         tqdm(desc=f"writing {Path(path).name}", total=end, unit="B", unit_scale=True, delay=3) as bar,
     ):
@@ -304,18 +301,23 @@ def write_torch(path: str | Path, tensors: Mapping[str, Tensor], provenance: Map
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         written[name] = tensor
-    with _atomic_target(path) as partial, open(partial, "wb") as file:
+    with atomic_target(path) as partial, open(partial, "wb") as file:
         torch.save({"state_dict": written, "provenance": dict(provenance or {})}, file)
 
 
 @contextmanager
-def _atomic_target(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name that becomes `path` on success; turn the system's errors into a line with a remedy."""
+def atomic_target(path: str | Path, then: str = "run again") -> Iterator[Path]:
+    """Yield a temporary name that becomes `path` on success; turn the system's errors into a line with a remedy.
+
+    `then` is what the user does once the reason is gone.
+    """
     try:
         with atomic_write(path) as partial:
             yield partial
-    except (OSError, RuntimeError) as error:  # torch wraps the system's errors
-        numbers = [getattr(cause, "errno", None) for cause in (error, error.__context__)]
-        full = errno.ENOSPC in numbers or errno.EDQUOT in numbers or "No space left" in str(error)
-        remedy = "the disk is full; free some space and run again" if full else f"check the folder ({error})"
-        raise CheckpointError(f"{path}: could not be written, nothing was changed: {remedy}") from error
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # PyTorch's writer hides the OSError
+        if not isinstance(reason, OSError):
+            raise
+        full = reason.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "the disk is full; free some space" if full else f"check the folder ({reason})"
+        raise CheckpointError(f"{path}: could not be written, nothing was changed: {remedy} and {then}") from error

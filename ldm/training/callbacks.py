@@ -23,7 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ldm.checkpoint.io import CheckpointError
+from ldm.checkpoint.io import CheckpointError, atomic_target
 from ldm.checkpoint.keys import TEXT_MODULE, TOWER
 from ldm.config import Config, LoggingConfig
 from ldm.files import atomic_write
@@ -59,15 +59,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name and renames it; reads one without running what is in it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        try:
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            reason = error if isinstance(error, OSError) else error.__context__  # PyTorch's writer hides the OSError
-            if not isinstance(reason, OSError):
-                raise
-            remedy = f"the last is intact; make room, then continue with --resume {Path(path).parents[1]}"
-            raise CheckpointError(f"{path}: cannot be saved ({reason.strerror}); {remedy}") from error
+        then = f"continue with --resume {Path(path).parents[1]}"
+        with atomic_target(path, then) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
         try:
@@ -225,11 +219,11 @@ class Monitor(Callback):
                 if parameter.grad is not None:
                     part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "mapper")
                     gradients[part].append(parameter.grad)
-            norms = {part: fsdp.total_norm(tensors) for part, tensors in gradients.items()}
-            pl_module.record("train/grad_norm", fsdp.total_norm(norms.values()))
-            for part, norm in norms.items():
-                pl_module.record(f"train/grad_norm_{part}", norm)
-            pl_module.record("train/param_norm", fsdp.total_norm(p.detach() for _, p in trained_parameters(pl_module)))
+            norms = {f"grad_norm_{part}": fsdp.total_norm(tensors) for part, tensors in gradients.items()}
+            norms["grad_norm"] = fsdp.total_norm(norms.values())
+            norms["param_norm"] = fsdp.total_norm(p.detach() for _, p in trained_parameters(pl_module))
+            for name, norm in norms.items():
+                pl_module.record(f"train/{name}", norm)
             self._lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
