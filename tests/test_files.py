@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.files import atomic_directory, atomic_write, verify_zip, write_text
+from ldm.files import UserError, atomic_directory, atomic_write, read_json, verify_zip, write_json, write_text
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -41,3 +41,13 @@ def test_damaged_zip_files(tmp_path: Path) -> None:
     assert "member" in verify_zip(path)
     path.write_bytes(content[:50])
     assert verify_zip(path)
+
+
+def test_json_files(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "record.json"
+    assert read_json(path) == {}
+    write_json(path, {"steps": 20, "weights": None, "name": "ä"})
+    assert read_json(path) == {"steps": 20, "weights": None, "name": "ä"}
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"record.json: damaged"):
+        read_json(path)
