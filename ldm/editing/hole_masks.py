@@ -119,7 +119,7 @@ def distance_transform(hole: Image.Image) -> np.ndarray:
 
     Source: Borgefors 1986 (distances passed on from pixel to pixel, forward and backward).
     """
-    # SciPy has it, too, but its import is a sixth of the time in which an edit starts.
+    # SciPy has it, too, but its import takes a tenth of the time of an edit by the bundled model.
     far, column = np.int32(2**30), np.arange(hole.width, dtype=np.int32)
     depth = np.pad(far * (np.asarray(hole) > 0), 1, constant_values=far)
     for rows in (depth, depth[::-1, ::-1]):
