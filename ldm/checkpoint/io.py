@@ -64,7 +64,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             if not (names := file.keys()):
                 raise CheckpointError(f"{path}: holds no tensors; pass a checkpoint with weights")
         return _map_safetensors(path, names)
-    content, dropped = _unpickle(path, head)
+    content, dropped, records = _unpickle(path, head)
     found: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
     found = next((nested for key in _MAPPING_KEYS if isinstance(nested := found.get(key), Mapping)), found)
     tensors = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
@@ -74,7 +74,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: holds no named tensors, but {what}; save the model's `state_dict()` instead")
     if dropped:
         log.warning("%s: dropped what is not a tensor: objects of %s", path, ", ".join(dropped))
-    return tensors
+    return _map_records(path, tensors, records) if records else tensors
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -138,8 +138,28 @@ def _map_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpickle(path: Path, head: bytes) -> tuple[object, list[str]]:
-    """Read what torch saved; return it with the names of the classes whose objects became placeholders."""
+def _map_records(path: Path, tensors: Mapping[str, Tensor], records: Mapping[int, str]) -> dict[str, Tensor]:
+    """Map each storage of a zip file by itself, likewise, in place of torch's one map of the file."""
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    storages, mapped = dict[int, torch.UntypedStorage](), dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        address, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        if size and address in records:
+            if address not in storages:
+                content = np.memmap(path, np.uint8, "c", reader.get_record_offset(records[address]), (size,))
+                storages[address] = torch.from_numpy(content).untyped_storage()
+            view = tensor.storage_offset(), tensor.shape, tensor.stride()
+            tensor = torch.empty(0, dtype=tensor.dtype).set_(storages[address], *view)
+        mapped[name] = tensor
+    return mapped
+
+
+def _unpickle(path: Path, head: bytes) -> tuple[object, list[str], dict[int, str]]:
+    """Read what torch saved.
+
+    Returns it, the names of the classes whose objects became placeholders, and of each storage of a file that is
+    mapped the record by the address.
+    """
     try:
         mapped = _is_mappable(path, head)
         unpickler = _safe_unpickler()
@@ -148,7 +168,7 @@ def _unpickle(path: Path, head: bytes) -> tuple[object, list[str]]:
         with open(path, "rb") as file:
             source = path if mapped else file
             content = torch.load(source, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
-        return content, sorted(unpickler.dropped)
+        return content, sorted(unpickler.dropped), unpickler.records if mapped else {}
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -157,7 +177,7 @@ def _unpickle(path: Path, head: bytes) -> tuple[object, list[str]]:
 
 
 def _is_mappable(path: Path, head: bytes) -> bool:
-    """Refuse what `torch.save` does not write; return whether the tensors can be mapped: they are not compressed."""
+    """Refuse what `torch.save` does not write; return whether the tensors can be mapped: they are there as they are."""
     if not head.startswith(_ZIP):
         if tarfile.is_tarfile(path):  # torch.load would unpack it
             raise CheckpointError("a tar archive (torch before 0.1.10 wrote such); save it again with a newer torch")
@@ -172,10 +192,12 @@ def _is_mappable(path: Path, head: bytes) -> bool:
     unpacked, size = sum(member.file_size for member in members), path.stat().st_size
     if unpacked > _LARGEST_EXPANSION * size:
         raise CheckpointError(f"refused: {size:,} bytes that unpack to {unpacked:,}; get the weights elsewhere")
-    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():  # torch.load would run it
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    if "constants.pkl" in reader.get_all_records():  # torch.load would run it
         raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    return stored and path.suffix != ".safetensors"  # torch.load trusts that name more than the content
+    native = not reader.has_record("byteorder") or reader.get_record("byteorder").decode() == sys.byteorder
+    return stored and native and path.suffix != ".safetensors"  # torch.load trusts that name more than the content
 
 
 class _Placeholder:
@@ -213,16 +235,29 @@ _REFUSED_MODULES = (set(sys.stdlib_module_names) | {"__builtin__", "commands", "
 def _safe_unpickler() -> Any:
     """Make the unpickler of one file; its `dropped` collects the names that became placeholders."""
 
+    original: Any = pickle._Unpickler.dispatch[pickle.BINPERSID[0]]
+
     # The implementation in Python, whose memo is a dict. C's is an array as long as the largest number in the file,
     # and four damaged bytes ask for 64 GiB.
     class Unpickler(pickle._Unpickler):
         dropped: ClassVar[set[str]] = set()
-        stack: list[object]
+        records: ClassVar[dict[int, str]] = {}
+        stack: list[Any]
 
         def load_build(self) -> None:
             self.stack.pop()  # attributes are of no interest, and none may be set on torch's own functions and classes
 
-        dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+        def load_binpersid(self) -> None:
+            identity = self.stack[-1]
+            original(self)
+            if isinstance(storage := self.stack[-1], torch.storage.TypedStorage):
+                self.records[storage._untyped_storage.data_ptr()] = f"data/{identity[2]}"
+
+        dispatch: ClassVar[Any] = {
+            **pickle._Unpickler.dispatch,
+            pickle.BUILD[0]: load_build,
+            pickle.BINPERSID[0]: load_binpersid,
+        }
 
         def find_class(self, module: str, name: str) -> Any:
             full_name = f"{module}.{name}".encode("unicode_escape").decode()  # a terminal obeys some characters

@@ -121,18 +121,29 @@ def test_zip_is_mapped_and_private(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts pages as Linux does")
-def test_a_tensor_of_safetensors_takes_its_pages_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_a_mapped_tensor_takes_its_pages_along(tmp_path: Path, name: str) -> None:
     def file_pages() -> int:  # KiB of files in memory
         return int(re.findall(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
-    path = tmp_path / "model.safetensors"
-    write_safetensors(path, {str(i): torch.full((2**20,), float(i)) for i in range(16)})
+    path = tmp_path / name
+    write = write_safetensors if path.suffix == ".safetensors" else write_torch
+    write(path, {str(i): torch.full((2**20,), float(i)) for i in range(16)})
     tensors, before, pages = read_checkpoint(path), file_pages(), []
     for i in range(16):
         x = tensors.pop(str(i)).half()  # reads 4 MiB
         pages.append(file_pages() - before)
         assert x[0] == x[-1] == i
     assert max(pages) < 16 * 1024  # of 64 MiB; the rest may be pages of libraries
+
+
+def test_tensors_that_share_a_storage_still_share_it(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    path = save(tmp_path / "a.ckpt", {"whole": whole, "column": whole[:, 1], "empty": torch.empty(0)}, zipped=True)
+    tensors = read_checkpoint(path)
+    assert_equal(tensors, {"whole": whole, "column": whole[:, 1], "empty": torch.empty(0)})
+    tensors["whole"].zero_()
+    assert not tensors["column"].any()
 
 
 def test_reads_a_zip_that_somebody_compressed(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
