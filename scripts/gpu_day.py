@@ -352,6 +352,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.out is None:
         parser.error("give --out: where the results go")
+    if args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device: got cuda, but PyTorch finds no GPU; rehearse with --tiny --device cpu")
     work = (args.work or Path(tempfile.mkdtemp(prefix="gpu-day-"))).resolve()
     args.material, args.out = args.material.resolve(), args.out.resolve()  # steps run in the checkout
     day = Day(args.minutes, work / "logs", args.out / "day.log")

@@ -76,6 +76,14 @@ def test_a_file_that_is_no_material_is_refused(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_day_without_a_gpu_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu_day.main(["--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_that_fails_is_logged_and_the_day_goes_on(day: gpu_day.Day, tmp_path: Path) -> None:
     assert not day.run(python("bad", "raise SystemExit('no such card')"), until=30)
     assert day.run(python("good", "print(1)"), until=30)
