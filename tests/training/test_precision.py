@@ -77,7 +77,7 @@ def test_tf32_is_for_gpus_alone(make_config: MakeConfig, tmp_path: Path) -> None
 
 
 @pytest.mark.slow  # a minute of compiling
-def test_a_compiled_unet_trains_and_resumes_alike(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_compiled_unet_trains_alike_and_its_run_goes_on_without(make_config: MakeConfig, tmp_path: Path) -> None:
     """A UNet of one level, without validations, which would be compiled by themselves."""
     unet = ("model.unet.channel_mult=[1]", "model.unet.attention_resolutions=[1]")
 
@@ -91,7 +91,7 @@ def test_a_compiled_unet_trains_and_resumes_alike(make_config: MakeConfig, tmp_p
 
     train("eager", 4)
     train("compiled", 2, "training.compile=true")
-    train("compiled", 4, "training.compile=true", resume=tmp_path / "compiled" / "checkpoints" / "last.ckpt")
+    train("compiled", 4, resume=tmp_path / "compiled" / "checkpoints" / "last.ckpt")  # names are the plain ones
     losses = [column(tmp_path / name, "train/loss") for name in ("compiled", "eager")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # fused operations round otherwise, in four steps
     states = [last(tmp_path / name) for name in ("compiled", "eager")]
