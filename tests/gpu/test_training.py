@@ -18,6 +18,8 @@ from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.module import logs_step
 from tests.training.conftest import Fit, MakeConfig, SignalAt, column, last
 
+pytestmark = pytest.mark.slow
+
 # Distance of a loss from float32 on the CPU, as a share of it. A loss averages the rounding of its outputs, which is
 # 2e-3 (bfloat16) or 2e-4 (float16, and TF32 where a GPU trains in float32) of each, enlarged by some fifty layers.
 TOLERANCE = {"bf16-mixed": 2e-2, "16-mixed": 5e-3}
