@@ -21,23 +21,13 @@ from scripts import gpu_day, wheels
 from scripts.pipeline import ROOT, Step
 from scripts.scenes import pack
 from scripts.scenes.compose import find_pictures
+from tests.material import make_material
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Blotches in three folders, larger than scenes need them."""
-    root, rng = tmp_path_factory.mktemp("material"), np.random.default_rng(0)
-    for folder, count in (("cutouts", 16), ("extras", 2), ("backgrounds", 6)):
-        (root / folder).mkdir()
-        for index in range(count):
-            picture = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((500, 400))
-            if folder != "backgrounds":
-                alpha = Image.new("L", picture.size)
-                alpha.paste(255, (40, 40, 460, 360))
-                picture.putalpha(alpha)
-            picture.save(root / folder / f"{index}.png")
-    (root / "LICENSES.md").write_text("made by the tests")
-    return root
+    return make_material(tmp_path_factory.mktemp("material"), scale=10)
 
 
 @pytest.fixture(scope="module")

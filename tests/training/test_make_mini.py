@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -16,25 +15,14 @@ from ldm.config import load_config
 from ldm.latent_diffusion import LatentDiffusion
 from scripts import make_mini
 from scripts.pipeline import ROOT
+from tests.material import make_material
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Blobs and blotches in the folders that the command expects."""
-    root, rng = tmp_path_factory.mktemp("material"), np.random.default_rng(0)
-    for folder, count in (("cutouts", 16), ("extras", 2), ("backgrounds", 6)):
-        (root / folder).mkdir()
-        for index in range(count):
-            pixels = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((50, 40))
-            if folder != "backgrounds":
-                alpha = Image.new("L", pixels.size)
-                alpha.paste(255, (4, 4, 46, 36))
-                pixels.putalpha(alpha)
-            pixels.save(root / folder / f"{index}.png")
-    (root / "LICENSES.md").write_text("made by the tests")
-    return root
+    return make_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture
