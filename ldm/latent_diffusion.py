@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from ldm import samplers
 from ldm.checkpoint.convert import autoencoder_keys, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint
-from ldm.checkpoint.keys import CONDITION_ENCODER, SCHEDULE_BUFFERS, TOWER, check_keys, check_schedule, to_module_keys
+from ldm.checkpoint.keys import (
+    CONDITION_ENCODER,
+    SCHEDULE_BUFFERS,
+    TOWER,
+    check_keys,
+    check_schedule,
+    is_finite,
+    to_file_keys,
+    to_module_keys,
+)
 from ldm.config import INPUT_CHANNELS, RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
 from ldm.diffusion import Generators, draw_noise, make_schedule, q_sample, send, target, to_eps
 from ldm.models.autoencoder import AutoencoderKL
@@ -354,6 +363,15 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
         if weights[name].is_floating_point():
             weights[name] = weights.pop(name).to(dtype)
     model.load_state_dict({**weights, **schedule}, strict=True, assign=True)
+
+
+def first_not_finite(model: LatentDiffusion) -> str | None:
+    """Name the first weight, as in files, that holds NaN or Inf; None if all are finite.
+
+    It reads every weight, so it is for telling the cause of a result that is not finite.
+    """
+    weights = to_file_keys({name: x for name, x in model.state_dict().items() if name not in SCHEDULE_BUFFERS})
+    return next((name for name, x in weights.items() if not is_finite(x)), None)
 
 
 def add_imagenet_tower(state: dict[str, Tensor], encoder: ExemplarEncoder) -> dict[str, Tensor]:

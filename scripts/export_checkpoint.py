@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
-from ldm.checkpoint.keys import SCHEDULE_BUFFERS, to_file_keys
+from ldm.checkpoint.keys import SCHEDULE_BUFFERS, is_finite, to_file_keys
 from ldm.files import write_text
 from ldm.models.text_encoder import TOKENIZER_FILES
 from scripts.checkpoint_cli import provenance
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, tensor in state.items():
             if tensor.is_floating_point() and name not in SCHEDULE_BUFFERS:
                 state[name] = tensor.to(DTYPES[args.dtype])
-                if not state[name].isfinite().all():
+                if not is_finite(state[name]):
                     raise CheckpointError(f"{args.input}: {name} does not fit into {args.dtype}; use --dtype float32")
         if config is not None:
             write_config(run_config, config)

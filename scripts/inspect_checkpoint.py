@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file
-from ldm.checkpoint.keys import identify, parts
+from ldm.checkpoint.keys import identify, is_finite, parts
 from ldm.files import verify_zip
 
 _ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
@@ -54,10 +54,8 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
     """Return a line for each tensor that holds NaN or Inf."""
     lines = []
     for name, tensor in tqdm(state.items(), desc="scanning", unit="tensor", delay=3):
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has no arithmetic
-        if not all(bound.isfinite() for bound in numbers.aminmax()):  # NaN is the bounds' too; makes no copy
+        if not is_finite(tensor):
+            numbers = tensor.double()  # float8 has no arithmetic
             nan = int(numbers.isnan().sum())
             lines.append(f"{printable(name)}: {nan} NaN, {int(numbers.isinf().sum())} Inf of {numbers.numel()}")
     return lines

@@ -26,7 +26,7 @@ from ldm import Editor
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import FIRST_STAGE, INPUT_CONV, POSITION_IDS, SCHEDULE_BUFFERS, to_file_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
-from ldm.latent_diffusion import LatentDiffusion, load_model, load_weights
+from ldm.latent_diffusion import LatentDiffusion, first_not_finite, load_model, load_weights
 from ldm.samplers import SAMPLERS, choose_timesteps
 from tests.procweights import GOLDEN, read_golden, weight
 
@@ -523,6 +523,22 @@ def test_bfloat16(
     # 8 bits of mantissa, through a dozen layers
     exact = tiny_model.encode_exemplar(golden["batch/ref_imgs"])
     torch.testing.assert_close(context.float(), exact, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_weight_that_is_not_finite_is_named_as_in_files(
+    tiny_config: Config, tiny_checkpoint: Path, dtype: torch.dtype, number: float
+) -> None:
+    model = load_model(tiny_config, tiny_checkpoint, dtype=dtype)
+    model.alphas_cumprod[0] = number  # for the file format; nothing is computed from it
+    assert first_not_finite(model) is None
+    for parameter in (model.learnable_vector, model.cond_stage_model.transformer.embeddings.class_embedding):
+        saved = parameter.data.clone()
+        parameter.data.view(-1)[-1] = number
+        assert first_not_finite(model) in read_checkpoint(tiny_checkpoint)
+        parameter.data = saved
+    assert first_not_finite(model) is None
 
 
 def test_conversion_holds_no_source_longer_than_its_turn(

@@ -252,6 +252,14 @@ def is_difference(state: State) -> bool | None:
     return None if gains is None else bool(gains.float().abs().mean() < 0.1)  # fine-tuning changes them by hundredths
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no number is NaN or infinite; needs no memory of the tensor's size, but for float8."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has no arithmetic
+    return all(bound.isfinite() for bound in numbers.aminmax())  # NaN is the bounds' too
+
+
 def holds(state: Iterable[str], *prefixes: str) -> bool:
     """Return whether a name begins with one of the prefixes."""
     return any(name.startswith(prefixes) for name in state)
