@@ -1,17 +1,152 @@
-"""Writing files and folders whole or not at all, and checking them; the error class for bad input."""
+"""Text, tables and JSON from any program; files and folders written whole or not at all; the errors of bad input."""
 
+import codecs
+import csv
+import io
+import itertools
 import json
 import os
 import shutil
+import tempfile
+import uuid
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_NAMED = 3  # places that a summary names of each reason
+
 
 class UserError(ValueError):
     """Input that cannot be used; the message names it and says what to do. Command lines print it in one line."""
+
+
+class Skipped:
+    """Records that are left out, each for itself: counts by reason, and the first places of each.
+
+    As text it is one line for the end of a run, such as "2 without a box (row 3, row 8), 1 unreadable (a.png)".
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        """With `strict` the first record that is left out raises a UserError."""
+        self.counts: Counter[str] = Counter()
+        self._places: dict[str, list[str]] = {}
+        self._strict = strict
+
+    def add(self, reason: str, place: object) -> None:
+        """Count a record by its reason, a few words; `place` names its file, row or number."""
+        if self._strict:
+            raise UserError(f"{place}: {reason}")
+        self.counts[reason] += 1
+        places = self._places.setdefault(reason, [])
+        if len(places) <= _NAMED:
+            places.append(str(place) if len(places) < _NAMED else "...")
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        parts = (f"{count:,} {reason} ({', '.join(self._places[reason])})" for reason, count in self.counts.items())
+        return ", ".join(parts)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file in UTF-8, or in UTF-16 where it begins with that mark; UserError if it is missing or no text."""
+    content = b""
+    try:
+        content = Path(path).read_bytes()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not text in UTF-8; save it in that encoding") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def read_json(path: str | Path, default: Any = None) -> Any:
+    """Read a JSON file; `default`, if given, stands for a missing one. UserError if it is missing or damaged."""
+    if default is not None and not Path(path).exists():
+        return default
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: damaged, no JSON ({error}); mend it, or make it again") from None
+
+
+def read_table(path: str | Path, skipped: Skipped | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """Read a table as spreadsheets, pandas and scripts write it.
+
+    Args:
+        path: .jsonl with an object per line, or text with a header, separated by commas, semicolons or tabs. Names and
+            cells are stripped. Empty cells, columns without a name and empty rows are left out.
+        skipped: takes rows that cannot be read; without it the first of them is a UserError.
+
+    Returns:
+        Number and content of each row, counted from 1 without the header.
+
+    Raises:
+        UserError: the file is missing, no text, or its header names a column twice.
+    """
+    skipped = Skipped(strict=True) if skipped is None else skipped
+    path, rows = Path(path), []
+    lines = list(io.StringIO(read_text(path), newline=""))
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        for number, line in enumerate((line for line in lines if line.strip()), 1):
+            try:
+                rows.append((number, {**json.loads(line)}))
+            except (TypeError, ValueError):
+                skipped.add("no JSON object", f"{path}, row {number}")
+        return rows
+    separator = max(",;\t", key=lines[0].count) if lines else ","
+    try:
+        header, *table = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)] or [[]]
+    except csv.Error as error:
+        raise UserError(f"{path}: no readable table ({error}); save it as CSV with a header") from None
+    if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
+        raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
+    for number, cells in enumerate(table, 1):
+        if any(cells[len(header) :]):
+            skipped.add("more cells than the header; quote cells that hold a separator", f"{path}, row {number}")
+        elif any(cells):
+            rows.append((number, {name: cell for name, cell in zip(header, cells, strict=False) if name and cell}))
+    return rows
+
+
+def whole(value: Any) -> int:
+    """Convert a number or its text to an integer, also "7.0", as spreadsheets write it; ValueError if it has a part."""
+    try:
+        return int(str(value))
+    except ValueError:
+        number = float(value)
+        if not number.is_integer() or abs(number) > 2**53:
+            raise ValueError(f"got {value}, expected a whole number") from None
+        return int(number)
+
+
+def claim_directory(path: str | Path) -> Path:
+    """Make a new folder at `path`, or at `path`-2, -3, … where one exists; of several processes each gets its own."""
+    path = Path(path)
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder and try to write there, before work whose results it is for; UserError if that fails."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"test")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from None
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -25,14 +160,6 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object of `write_json`; {} if there is no such file, UserError if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        raise UserError(f"{path}: damaged; delete it, or make its folder again") from None
-
-
 @contextmanager
 def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside `path`, in a new folder if need be; rename it to `path` if the block succeeds.
@@ -42,7 +169,7 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex[:12]}.partial")  # short: names may be as long as a folder allows
     try:
         partial.touch()
         mode = partial.stat().st_mode  # what the umask gives; some libraries replace the file by a private one
@@ -63,7 +190,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     Raises OSError, like `atomic_write`; an existing folder at `path` then stays as it was.
     """
     path = Path(path).resolve()
-    partial, before = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "before"))
+    partial, before = (path.with_name(f".{uuid.uuid4().hex[:12]}.{what}") for what in ("partial", "before"))
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +13,19 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
-from ldm.files import UserError, atomic_write
+from ldm.files import Skipped, UserError, atomic_write
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "TGA")
+_SIGNED = FORMATS[:-1]  # formats with a signature; a TGA file is taken for one only where somebody names it
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MID_GREY = (128, 128, 128)  # 0 in the model's range, as the inside of a hole
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
+
+logger = logging.getLogger(__name__)
 
 
 class Box(NamedTuple):
@@ -81,7 +88,7 @@ def _read(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Im
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a warning from 89 million pixels on
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return convert(image)
     except FileNotFoundError:
@@ -96,12 +103,41 @@ def _read(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Im
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """List the image files in a folder and its subfolders by extension, sorted by path; UserError if there are none."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not paths:
-        fault = f"holds no images ({', '.join(IMAGE_SUFFIXES)})" if Path(folder).is_dir() else "no such folder"
-        raise UserError(f"{folder}: {fault}; check the path")
-    return paths
+    """List the image files in a folder and its subfolders, recognised by their content, sorted by path.
+
+    Links are followed, each folder once. Names that begin with "." are left out; other files that are no images are
+    counted in one warning. UserError if there is no image.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: {'a file, not a' if Path(folder).exists() else 'no such'} folder; check the path")
+    found, others = [], Skipped()
+    for path in tqdm(_walk(folder), desc=f"looking for images in {folder}", unit=" files", leave=False, delay=3):
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_SIGNED):
+                found.append(path)
+        except UnidentifiedImageError:
+            others.add("no images", path.relative_to(folder))
+        except UNREADABLE:
+            others.add("unreadable" if path.exists() else "missing", path.relative_to(folder))
+    if not found:
+        raise UserError(f"{folder}: holds no images{f' but {others}' if others else ''}; check the path")
+    if others:
+        logger.warning("%s: %d images; passed over: %s", folder, len(found), others)
+    return sorted(found)
+
+
+def _walk(folder: str | Path) -> Iterator[Path]:
+    """Yield the paths of the files below a folder that are not hidden."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))  # a link after what it names
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file() or not path.exists())  # no pipes; broken links
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

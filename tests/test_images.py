@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -156,3 +157,49 @@ def test_unusable_files_are_one_clear_line(tmp_path: Path) -> None:
         images.open_image(tmp_path / "missing.png")
     with pytest.raises(UserError, match=str(tmp_path)):
         images.load_mask(tmp_path)
+
+
+# ---- folders ----
+
+
+def names(found: list[Path], folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in found]
+
+
+def test_images_of_a_folder_are_recognised_by_content(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kinds = {"a.JPG": "JPEG", "b.tif": "TIFF", "c.bmp": "BMP", "sub/d.jfif": "JPEG", "e": "PNG", "f.gif": "GIF"}
+    for name, kind in kinds.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        photo().save(tmp_path / name, format=kind)
+    assert names(images.find_images(tmp_path), tmp_path) == sorted(kinds) and not caplog.records
+    for name in (".hidden.png", "._a.JPG", ".cache/g.png", "sub/._d.jfif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        photo().save(tmp_path / name, format="PNG")
+    (tmp_path / "notes.txt").write_text("0 0.5 0.5 0.1 0.1")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "vector.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert names(images.find_images(tmp_path), tmp_path) == sorted(kinds)
+    (record,) = caplog.records
+    assert all(name in record.getMessage() for name in ("notes.txt", "empty.png", "vector.eps", "3 "))
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    (folder / "z").mkdir(parents=True)
+    elsewhere.mkdir()
+    save(photo(), folder / "z" / "a.png")
+    save(photo(), elsewhere / "b.png")
+    (folder / "c.png").symlink_to(elsewhere / "b.png")
+    (folder / "far").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "again").symlink_to(folder / "z", target_is_directory=True)
+    (folder / "z" / "up").symlink_to(folder, target_is_directory=True)
+    (folder / "gone.png").symlink_to(tmp_path / "nothing")
+    assert names(images.find_images(folder), folder) == ["c.png", "far/b.png", "z/a.png"]
+
+
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("text")
+    for place, named in ((tmp_path, "notes.txt"), (tmp_path / "gone", "gone"), (tmp_path / "notes.txt", "a file")):
+        with pytest.raises(UserError, match=named):
+            images.find_images(place)

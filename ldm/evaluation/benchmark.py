@@ -146,7 +146,7 @@ def _start(rank: int, run: BenchmarkRun, processes: int) -> None:
 
 def _check_settings(path: Path, record: dict[str, Any]) -> None:
     """Write the settings of a run, or compare them with those the folder was begun with."""
-    before = read_json(path)
+    before = read_json(path, {})
     if not before:
         write_json(path, record)
     elif changed := sorted(key for key in before.keys() | record.keys() if before.get(key) != record.get(key)):

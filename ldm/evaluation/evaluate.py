@@ -70,7 +70,8 @@ class Run:
             raise UserError(f"{path}: no such folder; scripts/inference_test_bench.py writes it")
         root = path.parent if path.name == "results" and (path.parent / "settings.json").is_file() else path
         folder = root / "results" if (root / "results").is_dir() else root
-        return cls(name or root.name, folder, read_json(root / "settings.json"), read_json(root / "timing.json"))
+        settings, timing = (read_json(root / f"{name}.json", {}) for name in ("settings", "timing"))
+        return cls(name or root.name, folder, settings, timing)
 
     def image(self, bench: Bench, id_: str) -> Path:
         return bench.paths(id_)[0] if self.folder is None else self.folder / f"{id_}.png"

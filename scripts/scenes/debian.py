@@ -25,10 +25,11 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ldm.files import UserError
-from ldm.images import IMAGE_SUFFIXES
 from scripts.scenes.compose import group_alike, look, write_file
 
 logger = logging.getLogger(__name__)
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of photographs in the packages
 
 CUTOUT_PACKAGE = "tuxpaint-stamps-default"
 CUTOUT_FOLDER = "usr/share/tuxpaint/stamps"
@@ -391,7 +392,7 @@ def _package_images(folder: Path, patterns: tuple[str, ...]) -> Iterator[tuple[s
     """Yield (path, content) of the matching images in a package, including those inside resource files."""
 
     def wanted(path: str) -> bool:
-        if PurePosixPath(path).suffix.lower() not in IMAGE_SUFFIXES:
+        if PurePosixPath(path).suffix.lower() not in _SUFFIXES:
             return False
         if any(fnmatchcase(path, pattern[1:]) for pattern in patterns if pattern.startswith("!")):
             return False
