@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.editing.editor import Editor
+from ldm.editing.editor import Editor, NotFiniteError
 from ldm.editing.geometry import FittedScene
 from ldm.editing.progress import moving_bar
 from ldm.editing.request import EditRequest, make_request
@@ -291,6 +291,10 @@ class EditRun:
                 on_step=lambda step, num_steps, *_: bar.set_description(f"step {step} of {num_steps}", refresh=False),
                 **settings[0].sampling,
             )
+        except NotFiniteError as error:
+            pairs = zip(batch, error.is_finite, strict=True)
+            self.report.failed |= {item.job.name: str(error) for item, is_finite in pairs if not is_finite}
+            return error.painted.clamp(-1, 1)
         except ValueError as error:  # e.g. more steps than the model has timesteps: true of the whole batch
             self.report.failed |= {item.job.name: str(error) for item in batch}
             return []
@@ -300,6 +304,8 @@ class EditRun:
     def finish(self, item: _Item, painted: Tensor | Image.Image) -> None:
         """Put a painted square back, judge it, mark it and write it."""
         name, result = item.job.name, painted
+        if name in self.report.failed:  # in painting
+            return
         if not isinstance(result, Image.Image):
             assert item.fitted is not None
             result = item.fitted.put_back(result, **item.job.settings.pasting)

@@ -18,13 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint.io import sha256_file
+from ldm.checkpoint.keys import is_finite
 from ldm.config import Config
 from ldm.editing.geometry import FittedScene, fit_scene
 from ldm.editing.request import EditRequest, Picture, as_rgb, make_request
 from ldm.editing.settings import EditSettings, settings_from
 from ldm.files import UserError
 from ldm.images import exemplar_to_tensor
-from ldm.latent_diffusion import LatentDiffusion, decoder_file, load_model
+from ldm.latent_diffusion import LatentDiffusion, decoder_file, first_not_finite, load_model
 from ldm.models.controlnet import HINT_DOWNSAMPLING, Control, ControlNet, Steering, load_controlnet
 from ldm.samplers import OnStep
 
@@ -32,6 +33,19 @@ BUNDLED_MODEL = Path(__file__).resolve().parents[2] / "pretrained_models" / "min
 EXAMPLE_PARTS = ("scene", "mask", "exemplar")
 OnPhase = Callable[[str], None]  # encoding, painting or decoding, as it begins
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NotFiniteError(UserError):
+    """Some painted images hold NaN or infinite numbers; the message names the cause.
+
+    Attributes:
+        painted: (B, 3, H, W), all images of the batch, on the CPU.
+        is_finite: for each whether it can be used.
+    """
+
+    def __init__(self, message: str, painted: Tensor, is_finite: Sequence[bool]) -> None:
+        super().__init__(message)
+        self.painted, self.is_finite = painted, is_finite
 
 
 class Editor:
@@ -104,7 +118,7 @@ class Editor:
 
         Raises:
             UserError: the hole is empty, a setting is unknown or out of range, the model does not read an exemplar or
-                a prompt, or the numbers of components and exemplars differ.
+                a prompt, the numbers of components and exemplars differ, or what was painted is not finite.
             OSError, ValueError: a file cannot be read.
         """
         request = make_request(scene, exemplar, settings_from(settings), mask=hole_mask)
@@ -179,6 +193,9 @@ class Editor:
 
         Returns:
             (B, 3, S, S) float32 in [-1, 1] on the CPU: the painted hole and the decoder's rendering of the rest.
+
+        Raises:
+            NotFiniteError: some of them hold NaN or Inf.
         """
         model = self.model
         if not model.inpaints:
@@ -208,14 +225,35 @@ class Editor:
             noise = {"null_context": null_context, "generator": generators[part]}
             z = model.sample(c_concat, context[part], **noise, **sampling)
             begin("decoding")
-            painted.append(model.decode_latents(z, *known).clamp(-1, 1).float().cpu())
-        return torch.cat(painted)
+            painted.append(model.decode_latents(z, *known).cpu())
+        return checked(torch.cat(painted), model, sampling.get("steering")).clamp(-1, 1)
 
     def load_controlnet(self, path: str | Path) -> ControlNet:
         """Load a control network for the model; UserError if its latents' resolution is not Stable Diffusion's."""
         if self.model.downsampling != HINT_DOWNSAMPLING:
             raise UserError(f"{path}: control networks go with models of {HINT_DOWNSAMPLING} pixels a latent cell only")
         return load_controlnet(path, self.model.config.unet, device=self.device, dtype=self.model.weight_dtype)
+
+
+def checked(painted: Tensor, model: LatentDiffusion, steering: Steering | None = None) -> Tensor:
+    """Return painted images (B, 3, H, W), which are on the CPU already, so that nothing waits for the device.
+
+    Raises NotFiniteError, with the cause in its message, if some hold NaN or Inf.
+    """
+    finite = painted.isfinite().flatten(1).all(1)
+    if finite.all():
+        return painted
+    weight = first_not_finite(model)
+    for control in steering.controls if steering else ():
+        states = control.network.state_dict().items()
+        weight = weight or next((f"{name} of the control network" for name, x in states if not is_finite(x)), None)
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == model.weight_dtype)
+    wider = {"fp16": "--precision bf16 or fp32", "bf16": "--precision fp32"}.get(dtype, "a smaller guidance scale")
+    cause = f"{dtype} overflowed: use {wider}"
+    if weight is not None:
+        cause = f"the weights are not finite, {weight} holds NaN or Inf: get or make the checkpoint again"
+        cause += f", or use {wider} if it is sound" * (dtype == "fp16")  # whose range a finite weight may exceed
+    raise NotFiniteError(f"the painted image is not finite; {cause}", painted, finite.tolist())
 
 
 def checkpoint_file(path: str | Path | None) -> Path:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.config import RELIGHTING_CHANNELS
-from ldm.editing.editor import OnPhase
+from ldm.editing.editor import OnPhase, checked
 from ldm.editing.request import Picture, as_rgb, upright
 from ldm.editing.settings import EditSettings
 from ldm.files import UserError
@@ -85,7 +85,8 @@ class Relighter:
             An RGB image; a list of them if n_samples > 1 or `seed` is a list.
 
         Raises:
-            UserError: a setting is unknown or out of range, or the model does not read a background.
+            UserError: a setting is unknown or out of range, the model does not read a background, or what was painted
+                is not finite.
             OSError, ValueError: a file cannot be read.
         """
         self._check(background, light, highres_scale, highres_strength, sampling)
@@ -113,7 +114,7 @@ class Relighter:
             begin("painting")
             z = model.sample(c_concat, context, z_0=z_0, strength=strength, **options)
             begin("decoding")
-            return [tensor_to_pil(pixels) for pixels in model.decode_latents(z)]
+            return [tensor_to_pil(pixels) for pixels in checked(model.decode_latents(z).cpu(), model)]
 
         z_0 = None
         if light != "none" and not self.reads_background:

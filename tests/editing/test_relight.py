@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ldm.checkpoint.convert import to_diffusers
 from ldm.checkpoint.io import read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import INPUT_CONV, UNET, to_file_keys
 from ldm.config import Config, dump_config, load_config
-from ldm.editing.editor import Editor
+from ldm.editing.editor import Editor, NotFiniteError
 from ldm.editing.relight import Relighter, gradient, on_grey, working_size
 from ldm.files import UserError
 from ldm.images import tensor_to_pil
@@ -57,6 +58,14 @@ def foreground() -> Image.Image:
     alpha.paste(255, (16, 8, 48, 60))
     picture.putalpha(alpha)
     return picture
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_is_not_finite_is_an_error(foreground_relighter: Relighter, foreground: Image.Image, passes: int) -> None:
+    model = deepcopy(foreground_relighter.model)
+    model.get_parameter("first_stage_model.decoder.conv_out.bias").data[0] = torch.nan
+    with pytest.raises(NotFiniteError, match="conv_out"):
+        Relighter(model).relight(foreground, num_steps=1, highres_strength=0.5 * (passes - 1))
 
 
 def published(relighter: Relighter, foreground: Image.Image, background: Image.Image | None, **call: Any) -> Tensor:
