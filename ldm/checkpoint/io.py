@@ -22,6 +22,8 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -42,6 +44,7 @@ _MAPPING_KEYS = ("state_dict", "module")  # Lightning and DeepSpeed keep the wei
 _ZIP = b"PK"
 _JSON = b"{"  # of a safetensors header, after its length in 8 bytes
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the first pickle of a file from before torch 1.6
+_MAPS, _SMALLEST_MAP = 100, 2**23  # about as many for a large file; bytes
 _LARGEST_EXPANSION = 20  # of a zip file; compressed weights shrink by a tenth, hardly ever by half
 
 
@@ -126,32 +129,45 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def _map_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Map each tensor of a sound file by itself, so that the pages that it has read go when it does."""
+    """Map the tensors of a sound file."""
     with open(path, "rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
         header = json.loads(file.read(length))
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        dtype, shape, (start, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
-        content = np.memmap(path, np.uint8, "c", 8 + length + start, (end - start,))
-        tensors[name] = torch.from_numpy(content).view(_DTYPES[dtype]).view(shape)
-    return tensors
+    offsets = {name: header[name]["data_offsets"] for name in names}
+    contents = _map(path, {name: (8 + length + start, 8 + length + end) for name, (start, end) in offsets.items()})
+    return {name: contents[name].view(_DTYPES[header[name]["dtype"]]).view(header[name]["shape"]) for name in names}
 
 
 def _map_records(path: Path, tensors: Mapping[str, Tensor], records: Mapping[int, str]) -> dict[str, Tensor]:
-    """Map each storage of a zip file by itself, likewise, in place of torch's one map of the file."""
+    """Map the storages of a zip file likewise, in place of torch's one map of the file."""
     reader: Any = torch._C.PyTorchFileReader(str(path))
-    storages, mapped = dict[int, torch.UntypedStorage](), dict[str, Tensor]()
+    spans, mapped = dict[int, tuple[int, int]](), dict[str, Tensor]()
+    for storage in (tensor.untyped_storage() for tensor in tensors.values()):
+        if storage.nbytes() and storage.data_ptr() in records:
+            start = reader.get_record_offset(records[storage.data_ptr()])
+            spans[storage.data_ptr()] = start, start + storage.nbytes()
+    contents = _map(path, spans)
     for name, tensor in tensors.items():
-        address, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        if size and address in records:
-            if address not in storages:
-                content = np.memmap(path, np.uint8, "c", reader.get_record_offset(records[address]), (size,))
-                storages[address] = torch.from_numpy(content).untyped_storage()
+        if (content := contents.get(tensor.untyped_storage().data_ptr())) is not None:
             view = tensor.storage_offset(), tensor.shape, tensor.stride()
-            tensor = torch.empty(0, dtype=tensor.dtype).set_(storages[address], *view)
+            tensor = torch.empty(0, dtype=tensor.dtype).set_(content.untyped_storage(), *view)
         mapped[name] = tensor
     return mapped
+
+
+def _map(path: Path, spans: Mapping[Any, tuple[int, int]]) -> dict[Any, Tensor]:
+    """Map spans of a file, (start, end) in bytes, as (end - start,) uint8.
+
+    Neighbours share a map, whose pages go with the last of its tensors. Each map holds the file open, and a process may
+    have 256 open files on some systems.
+    """
+    size, tensors = max(_SMALLEST_MAP, path.stat().st_size // _MAPS), dict[Any, Tensor]()
+    for _, group in groupby(sorted(spans.items(), key=itemgetter(1)), lambda item: item[1][0] // size):
+        members = dict(group)
+        first, last = min(members.values())[0], max(end for _, end in members.values())
+        content = np.asarray(np.memmap(path, np.uint8, "c", first, (last - first,)))
+        tensors |= {name: torch.from_numpy(content[a - first : b - first]) for name, (a, b) in members.items()}
+    return tensors
 
 
 def _unpickle(path: Path, head: bytes) -> tuple[object, list[str], dict[int, str]]:

@@ -137,6 +137,23 @@ def test_a_mapped_tensor_takes_its_pages_along(tmp_path: Path, name: str) -> Non
     assert max(pages) < 16 * 1024  # of 64 MiB; the rest may be pages of libraries
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_many_tensors_take_few_open_files(tmp_path: Path, name: str) -> None:
+    state = {f"{i}": torch.full((i % 7, 3), i, dtype=(torch.float32, torch.int16)[i % 2]) for i in range(300)}
+    path = tmp_path / name
+    (write_safetensors if path.suffix == ".safetensors" else write_torch)(path, state)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(path) as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 20, hard))
+    try:
+        tensors = read_checkpoint(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[key], x) and tensors[key].dtype == x.dtype for key, x in state.items())
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors.values())
+
+
 def test_tensors_that_share_a_storage_still_share_it(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     path = save(tmp_path / "a.ckpt", {"whole": whole, "column": whole[:, 1], "empty": torch.empty(0)}, zipped=True)
