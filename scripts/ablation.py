@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 from ldm.config import load_config
-from ldm.files import UserError, write_text
+from ldm.files import UserError, read_json, write_text
 from scripts.pipeline import ROOT, Step, cli_args, in_newest_run, run_pipeline, script_path
 
 OVERLAYS = ROOT / "configs" / "ablation"
@@ -193,9 +193,9 @@ def read_figures(path: Path, row: str) -> dict[str, dict[str, Any]]:
         UserError: the file does not hold figures of this row.
     """
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))["runs"][row]["figures"]
+        figures = read_json(path)["runs"][row]["figures"]
         return {key: figure for key, figure in figures.items() if isinstance(figure["value"], int | float)}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no figures of scripts/evaluate.py ({error!r}); evaluate the row again") from None
 
 

@@ -52,6 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder of features by content, or none; default: ~/.cache/paint-by-example/features",
     )
+    add(
+        "--strict", action="store_true", help="fail if an item or a real image would be left out, or a result is a JPEG"
+    )
     add("--resamples", type=int, default=1000, help="of the bootstraps; default: %(default)s")
     add("--seed", type=int, default=0, help="of the bootstraps; default: %(default)s")
     add("--batch-size", type=int, default=32, help="default: %(default)s")
@@ -97,13 +100,14 @@ def evaluate(args: argparse.Namespace) -> None:
         focus=args.focus,
         num_resamples=args.resamples,
         seed=args.seed,
+        strict=args.strict,
         options={"cache": open_cache(args.cache), "batch_size": args.batch_size, "num_workers": args.workers},
     )
     evaluation.measure()
-    if len(evaluation.ids) < len(bench):
-        print(f"measured on the {len(evaluation.ids)} of {len(bench)} items that all runs hold", file=sys.stderr)
     record = report(evaluation)
     print_table(record)
+    for warning in record["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     if args.write_real:
         evaluation.real_statistics.save(args.write_real)
     if args.markdown:
@@ -157,8 +161,25 @@ def markdown_table(record: Record) -> str:
         paper = "" if first["paper"] is None else f"{first['paper']:.2f}"
         lines.append([f"{first['name']} {ARROWS[first['better']]}", *values, paper])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    notes = "\n".join(f"- {first['name']}: {first['how']}; n = {first['n']}" for first in rows.values())
-    return f"{table}\n\n{notes}\n"
+    notes = [f"{first['name']}: {first['how']}; n = {first['n']}" for first in rows.values()]
+    return "\n".join([table, "", *(f"- {note}" for note in [*notes, *record["warnings"]]), ""])
+
+
+def warnings_of(evaluation: Evaluation) -> list[str]:
+    """Say what makes the figures differ from those of the whole benchmark."""
+    warnings, n, m = [], len(evaluation.ids), len(evaluation.bench)
+    if n < m:
+        left_out = evaluation.left_out
+        warnings.append(f"measured on {n} of {m} items, so without the paper's figures; left out: {left_out}")
+    if "clip" in evaluation.names and len(evaluation.paper_boxes) < n:
+        lost = n - len(evaluation.paper_boxes)
+        warnings.append(f"the paper's crop leaves nothing of {lost} holes; its score is of the other items")
+    if evaluation.lossy:
+        warnings.append(f"results are not exact: {evaluation.lossy}; write PNG")
+    if evaluation.unreadable:
+        reason = next(iter(evaluation.unreadable.values()))
+        warnings.append(f"{len(evaluation.unreadable)} real images are left out, the first: {reason}")
+    return warnings
 
 
 def report(evaluation: Evaluation) -> dict[str, Any]:
@@ -175,6 +196,7 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
         **{key: metric.value for key, metric in evaluation.metrics[evaluation.runs[0].name].items()},
         "bench": str(evaluation.bench.root),
         "ids": evaluation.ids,
+        "warnings": warnings_of(evaluation),
         "features": evaluation.network.name,
         "features_key": evaluation.network.key,
         "real": str(evaluation.real or "the bench's true pictures"),

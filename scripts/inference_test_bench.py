@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,8 +117,12 @@ def edit(args: argparse.Namespace) -> int:
         has_source=not args.results_only,
         prepare=partial(set_up, args),
     )
-    print(f"{run.edit(args.devices)} results in {args.outdir / 'results'}")
-    return 0
+    failed = run.edit(args.devices)
+    for id_, reason in failed.items():
+        print(f"failed: {id_}: {reason}", file=sys.stderr)
+    number = len(run.jobs()) - len(failed)
+    print(f"{number} results in {args.outdir / 'results'}{f', {len(failed)} items failed' * bool(failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

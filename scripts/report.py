@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image, ImageOps
 
 from ldm.evaluation.evaluate import ARROWS, TRUE_IMAGE, Record, format_interval, format_value, metric_rows
-from ldm.files import UserError
+from ldm.files import UserError, read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +43,8 @@ img { max-width: 100% }
 </style>
 <h1>Benchmark: {{ name }}</h1>
 <p>{{ record.ids | length }} items, features of {{ record.features }}, real images: {{ record.real }}.
-Brackets hold 95 % intervals over items.</p>
+Brackets hold 95 % intervals over items.
+{%- for warning in record.warnings %}<br><b>Warning: {{ warning }}.</b>{% endfor %}</p>
 <div class=wide><table><tr><th>{% for run in record.runs %}<th>{{ run }}{% endfor %}<th>paper
 {% for key, first in rows.items() %}<tr><td>{{ first.name }} {{ arrows[first.better] }}
 {%- for run in record.runs.values() %}<td>{% if key in run.figures %}{% set metric = run.figures[key] -%}
@@ -99,10 +99,10 @@ def write(path: Path, out: Path, run: str | None) -> None:
 
     from ldm.files import atomic_write, write_text
 
+    record = read_json(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         name = run or next(iter(record["runs"]))
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+    except (KeyError, TypeError, StopIteration) as error:
         raise UserError(f"{path}: not a record of scripts/evaluate.py ({error}); write it with --json") from None
     if name not in record["runs"]:
         raise UserError(f"--run: got {name}, expected one of {', '.join(record['runs'])}")
@@ -132,12 +132,13 @@ def write(path: Path, out: Path, run: str | None) -> None:
 
 def samples(record: Record, name: str) -> dict[str, dict[str, list[Sample]]]:
     """Return the worst, median and best items of a run by each metric that has values per item."""
-    from ldm.evaluation.cocoee import Bench
+    from ldm.evaluation.cocoee import Bench, images_by_id
     from ldm.images import open_image
 
     bench = Bench(record["bench"])
     position = {id_: k for k, id_ in enumerate(bench.ids)}
     run = record["runs"][name]
+    results = images_by_id(Path(run["folder"])) if run["folder"] else {}
     found: dict[str, dict[str, list[Sample]]] = {}
     for key, values in run["per_item"].items():
         metric = run["figures"][key]
@@ -146,7 +147,7 @@ def samples(record: Record, name: str) -> dict[str, dict[str, list[Sample]]]:
             kinds[kind] = []
             for k in chosen:
                 item = bench[position[record["ids"][k]]]
-                result = open_image(Path(run["folder"]) / f"{item.id}.png")
+                result = open_image(results[item.id]) if results else item.scene
                 images = (item.scene, item.masked_scene(), item.exemplar, result)
                 kinds[kind].append(Sample(item.id, values[k], [tile_url(image) for image in images]))
     return found

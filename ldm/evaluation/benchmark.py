@@ -5,6 +5,7 @@ processes. OUTDIR/results/ID.png · source/ID_{GT,inpaint,mask,ref}.png · grid/
 """
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -74,23 +75,23 @@ class BenchmarkRun:
     has_source: bool = True  # write source/ and grid/ too, as the original does
     prepare: Callable[[], object] | None = None  # called first in every process that is started
 
-    def edit(self, devices: int = 1) -> int:
-        """Edit all items in several processes, one per device, and return their number; UserError if items failed.
+    def edit(self, devices: int = 1) -> dict[str, str]:
+        """Edit all items in several processes, one per device, and return why items failed, by their ids.
 
-        Under torchrun, which starts the processes itself, `devices` is ignored.
+        Under torchrun, which starts the processes itself, `devices` is ignored, and the items are this process's.
         """
         if min(devices, 1 if self.limit is None else self.limit) < 1:
             raise UserError(f"got devices={devices}, limit={self.limit}, expected 1 or more")
         _check_settings(self.outdir / "settings.json", self.config.record)
         if devices == 1 or "RANK" in os.environ:
-            self.edit_share()
-        else:
+            return self.edit_share()
+        with tempfile.TemporaryDirectory() as folder:
             try:
-                spawn(_start, (self, devices), nprocs=devices)
+                spawn(_start, (self, devices, folder), nprocs=devices)
             except ProcessRaisedException as error:
                 reason = str(error).strip().splitlines()[-1]
                 raise (UserError(reason) if UserError.__name__ in reason else error) from None
-        return len(self.bench.ids[: self.limit])
+            return {id_: reason for path in Path(folder).iterdir() for id_, reason in read_json(path).items()}
 
     def jobs(self) -> list[Job]:
         jobs, ids = [], self.bench.ids
@@ -103,8 +104,8 @@ class BenchmarkRun:
             jobs.append(Job(id_, str(scene), reference, settings, mask=str(mask)))
         return jobs
 
-    def edit_share(self) -> None:
-        """Edit this process's share of the items."""
+    def edit_share(self) -> dict[str, str]:
+        """Edit this process's share of the items, and return why items failed."""
         (rank, processes), device = process_rank(), pick_device(self.device)
         report = edit_many(
             self.config.load(device),
@@ -115,12 +116,10 @@ class BenchmarkRun:
             metadata=self.config.record,
             on_result=self._write_source if self.has_source else None,
         )
-        if report.failed:
-            name, reason = min(report.failed.items())
-            raise UserError(f"{len(report.failed)} items failed, the first {name}: {reason}")
         if rank == 0 and report.done:
             timing = {"seconds_per_picture": report.seconds / len(report.done), "pictures": len(report.done)}
             write_json(self.outdir / "timing.json", timing | {"batch_size": self.batch_size, "device": str(device)})
+        return report.failed
 
     def _write_source(self, job: Job, result: Image.Image) -> None:
         """Write the inputs of an item, and a row of scene, masked scene, exemplar and result."""
@@ -137,11 +136,11 @@ class BenchmarkRun:
         save_png(grid, self.outdir / "grid" / f"grid-{item.id}.png")
 
 
-def _start(rank: int, run: BenchmarkRun, processes: int) -> None:
+def _start(rank: int, run: BenchmarkRun, processes: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     if run.prepare is not None:
         run.prepare()
-    run.edit_share()
+    write_json(Path(folder) / f"{rank}.json", run.edit_share())
 
 
 def _check_settings(path: Path, record: dict[str, Any]) -> None:

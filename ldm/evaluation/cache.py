@@ -29,10 +29,11 @@ class FeatureCache:
             raise UserError(f"{folder}: cannot be a folder of features ({error.strerror}); choose another") from error
 
     def get(self, key: str) -> np.ndarray | None:
-        """Return the feature of a key; None if it is unknown or its file is damaged, so that it is computed anew."""
+        """Return the feature of a key; None if it is unknown, damaged or not finite, so that it is computed anew."""
         try:
-            return np.load(self._path(key), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            feature = np.load(self._path(key), allow_pickle=False)
+            return feature if feature.dtype == np.float32 and feature.ndim == 1 and np.isfinite(feature).all() else None
+        except (OSError, ValueError, EOFError, AttributeError):  # the last: a .npz
             return None
 
     def put(self, key: str, feature: np.ndarray) -> None:

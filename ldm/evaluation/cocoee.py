@@ -1,9 +1,12 @@
 """Reader of a benchmark folder in the layout of COCOEE (scenes, holes and exemplars), and edits without a model.
 
 ROOT/GT_*/000000000007_GT.png · ROOT/Ref_*/000000000007_ref.png · ROOT/Mask_bbox_*/000000000007_mask.png (white = hole)
-· ROOT/id_list.npy. The digits after the underscore of the folders' names (their number of images, 3500) do not matter.
+· ROOT/id_list.npy. The digits after the underscore of the folders' names (their number of images, 3500) do not matter,
+nor do formats and leading zeros. Instead of an array, the list may be a text, id_list.txt, of an id a line.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +15,13 @@ import numpy as np
 from PIL import Image
 
 from ldm.evaluation.metrics import hole_box
-from ldm.files import UserError
-from ldm.images import MID_GREY, Box, load_mask, open_image
+from ldm.files import Skipped, UserError, read_text, whole
+from ldm.images import MID_GREY, Box, find_images, load_mask, open_image
+
+log = logging.getLogger(__name__)
 
 INPAINT_RADIUS = 3  # pixels, as in OpenCV's examples
+ENDINGS = {"GT": "_GT", "Mask_bbox": "_mask", "Ref": "_ref"}  # of the names, by folder: scene, hole mask, exemplar
 
 
 class BenchItem(NamedTuple):
@@ -35,24 +41,18 @@ class Bench:
     """The items of a benchmark folder, in the order of its id list. Images are read when an item is asked for.
 
     Raises:
-        UserError: a folder or the id list is missing or unusable; for an item: a file cannot be read, or its mask has
-            not its scene's size.
+        UserError: a folder or the id list is missing or unusable; for an item: a file cannot be read, its mask is
+            empty or has not its scene's size.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
             raise UserError(f"{root}: no such folder; dataset/README.md says where the benchmark comes from")
-        self._scenes, self._exemplars, self._masks = (self._folder(name) for name in ("GT", "Ref", "Mask_bbox"))
-        path = self.root / "id_list.npy"
-        try:
-            self.ids = [f"{int(id_):012d}" for id_ in np.load(path, allow_pickle=False).ravel()]
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; expected the benchmark's ids as a NumPy array") from None
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path}: expected a NumPy array of whole numbers ({error}); download it again") from None
-        if not self.ids:
-            raise UserError(f"{path}: lists no ids; download it again")
+        folders = [(self._folder(name), ending) for name, ending in ENDINGS.items()]
+        self.ids = read_ids(self.root / "id_list.npy")
+        # Per part the folder, the ending of its names, and its images by id.
+        self._parts = [(folder, ending, images_by_id(folder, ending)) for folder, ending in folders]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,13 +63,16 @@ class Bench:
     def __getitem__(self, index: int) -> BenchItem:
         scene_path, mask_path, exemplar_path = self.paths(self.ids[index])
         scene, hole_mask = open_image(scene_path), load_mask(mask_path)
-        if hole_mask.size != scene.size:
-            raise UserError(f"{mask_path}: got {hole_mask.size} pixels, expected its scene's {scene.size}")
+        try:
+            hole_box(scene, hole_mask)
+        except UserError as error:
+            raise UserError(f"{mask_path}: {error}") from None
         return BenchItem(self.ids[index], scene, hole_mask, open_image(exemplar_path))
 
     def paths(self, id_: str) -> tuple[Path, Path, Path]:
         """Return the files of scene, hole mask and exemplar."""
-        return self._scenes / f"{id_}_GT.png", self._masks / f"{id_}_mask.png", self._exemplars / f"{id_}_ref.png"
+        scene, mask, exemplar = (found.get(id_, folder / f"{id_}{end}.png") for folder, end, found in self._parts)
+        return scene, mask, exemplar
 
     def _folder(self, name: str) -> Path:
         found = sorted(path for path in self.root.glob(f"{name}_*") if path.is_dir())
@@ -77,6 +80,65 @@ class Bench:
             got = ", ".join(path.name for path in found) or "none"
             raise UserError(f"{self.root}: expected one folder {name}_…, got {got}; unpack the benchmark there")
         return found[0]
+
+
+def read_ids(path: Path) -> list[str]:
+    """Read a list of ids, each once and as twelve digits, from an array (.npy) or else a text beside it (.txt).
+
+    In a text, what follows a `#` and a first line without digits, a header, do not count. Ids may be written as 7, 7.0
+    or 000000000007. UserError if there is no list, or if an entry is no id.
+    """
+    text = path.with_suffix(".txt")
+    try:
+        if text.is_file() and not path.is_file():
+            lines = (line.partition("#")[0].strip() for line in read_text(text).splitlines())
+            path, listed = text, list(filter(None, lines))
+            del listed[: bool(listed) and not any(map(str.isdecimal, listed[0]))]
+        else:
+            array = np.load(path, allow_pickle=False).ravel()
+            listed = (array.astype(str) if array.dtype.kind == "S" else array).tolist()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected the benchmark's ids as a NumPy array") from None
+    except (ValueError, OSError, EOFError, AttributeError) as error:  # the last: several arrays in a .npz
+        remedy = "write it with np.save(PATH, np.array(ids, dtype=int))"
+        raise UserError(f"{path}: no NumPy array of whole numbers ({error}); {remedy}") from None
+    counts: Counter[str] = Counter()
+    for position, entry in enumerate(listed, 1):
+        try:
+            counts[f"{whole(entry):012d}"] += 1
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{path}, entry {position}: got {entry!r}, expected a whole number") from None
+    if not counts:
+        raise UserError(f"{path}: lists no ids; download it again")
+    repeated = Skipped()
+    for id_ in (id_ for id_, count in counts.items() if count > 1):
+        repeated.add("listed more than once and counted once", id_)
+    if repeated:
+        log.warning("%s: %s", path, repeated)
+    return list(counts)
+
+
+def images_by_id(folder: Path, ending: str = "") -> dict[str, Path]:
+    """Find the images of a folder that are called by their ids: 000000000007{ending}.png, or 7{ending}, in any format.
+
+    Of several with the same id the one that is called in full counts, or else the first; a warning names the others.
+    UserError if there is none.
+    """
+    by_id: dict[str, list[Path]] = {}
+    for path in find_images(folder):
+        digits = path.stem.removesuffix(ending)
+        if path.stem == digits + ending and digits.isdecimal() and path.parent == folder:
+            by_id.setdefault(f"{int(digits):012d}", []).append(path)
+    if not by_id:
+        raise UserError(f"{folder}: holds no images that are called by their ids, such as 000000000007{ending}.png")
+    repeated, found = Skipped(), {}
+    for id_, paths in by_id.items():
+        found[id_], *others = sorted(paths, key=lambda path: path.name != f"{id_}{ending}.png")
+        for other in others:
+            repeated.add("left out for another image of the same id", f"{other.name}, not {found[id_].name}")
+    if repeated:
+        log.warning("%s: %s", folder, repeated)
+    return found
 
 
 def copy_paste(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image) -> Image.Image:

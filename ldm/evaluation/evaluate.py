@@ -8,9 +8,9 @@ Dimension key: N items · D feature channels · M real images.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -22,12 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.evaluation import frechet, metrics
-from ldm.evaluation.cocoee import Bench
+from ldm.evaluation.cocoee import Bench, images_by_id
 from ldm.evaluation.features import PAPER_REGION, SQUASH, WHOLE, Box, FeatureNetwork, View, extract, iter_features
 from ldm.evaluation.inception import LOGITS, POOLED, SPATIAL, inception_score
 from ldm.evaluation.metrics import Estimate, cosine_scores
 from ldm.evaluation.quality import GaussianMixture, quality_scores
-from ldm.files import UserError, read_json
+from ldm.files import Skipped, UserError, read_json, read_table, whole
 from ldm.images import find_images, load_mask, open_image
 
 TRUE_IMAGE = "true picture"  # the run that consists of the benchmark's own scenes; a key of metrics.json
@@ -59,7 +59,7 @@ class Run:
     """The images of one run."""
 
     name: str  # in the table
-    folder: Path | None  # with ID.png; None stands for the benchmark's own true images
+    folder: Path | None  # with ID.png, see `images_by_id`; None stands for the benchmark's own true images
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the run wrote beside its images
     timing: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,17 +73,29 @@ class Run:
         settings, timing = (read_json(root / f"{name}.json", {}) for name in ("settings", "timing"))
         return cls(name or root.name, folder, settings, timing)
 
+    @cached_property
+    def images(self) -> dict[str, Path]:
+        """The results by id."""
+        return images_by_id(self.folder) if self.folder else {}
+
     def image(self, bench: Bench, id_: str) -> Path:
-        return bench.paths(id_)[0] if self.folder is None else self.folder / f"{id_}.png"
+        if self.folder is None:
+            return bench.paths(id_)[0]
+        if id_ not in self.images:
+            raise UserError(f"{id_}: without a result in {self.folder}")
+        return self.images[id_]
 
 
 @dataclass(eq=False)
 class Evaluation:
     """Runs x metrics => numbers, on the items that all runs hold; `measure` fills in `metrics` and `per_item`.
 
+    An item is left out if a file of it or a result is missing or unreadable, or differs from its scene in size; so are
+    real images that cannot be read.
+
     Raises:
-        UserError, OSError: a metric lacks its input, runs share fewer than two items or have equal names, an image
-            differs from its scene in size, or a file cannot be read.
+        UserError, OSError: a metric lacks its input, or a figure is not finite; runs share fewer than two items or have
+            equal names; with `strict`, an item would be left out or a result is a JPEG.
     """
 
     bench: Bench
@@ -98,6 +110,7 @@ class Evaluation:
     focus: Sequence[str] = ()  # cut-outs of the benchmark's items.csv whose identification is also measured alone
     num_resamples: int = 1000  # of the bootstraps
     seed: int = 0
+    strict: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # of `iter_features`
     metrics: dict[str, dict[str, Metric]] = field(init=False)  # by run and key
     per_item: dict[str, dict[str, list[float]]] = field(init=False)  # by run and key, in the order of `ids`
@@ -116,26 +129,43 @@ class Evaluation:
         self.per_item = {run.name: {} for run in self.runs}
         if len(self.metrics) < len(self.runs):
             raise UserError(f"two of {', '.join(run.name for run in self.runs)} are equal; name runs: NAME=FOLDER")
-        self.ids = common_ids(self.bench, edited)
-        self.labels = exemplar_labels(self.bench.root, self.ids)
         self.boxes: dict[str, Box] = {}
         self.paper_boxes: dict[str, Box] = {}  # without the holes that the paper's rule cannot crop
-        for id_ in tqdm(self.ids, desc="masks", unit="item", disable=None, leave=False):
-            self._read_hole(id_, [run.image(self.bench, id_) for run in edited])
+        self.left_out = Skipped(strict=self.strict)  # items
+        self.lossy = Skipped(strict=self.strict)  # results
+        self.unreadable: dict[Path, str] | None = None if self.strict else {}  # real images with the reasons
+        with ThreadPoolExecutor(max(self.options.get("num_workers", 0), 1)) as pool:
+            checks = pool.map(lambda k: self._check(k, edited), range(len(self.bench)))
+            for id_, check in zip(self.bench.ids, tqdm(checks, desc="items", disable=None, leave=False), strict=True):
+                if isinstance(check, UserError):
+                    place, _, reason = str(check).partition(": ")
+                    self.left_out.add(reason, place)
+                    continue
+                self.boxes[id_], paper_box, lossy = check
+                if paper_box:
+                    self.paper_boxes[id_] = paper_box
+                for path in lossy:
+                    self.lossy.add("JPEG, whose losses count as the edit's", path)
+        self.ids = list(self.boxes)
+        if len(self.ids) < 2:
+            raise UserError(f"{len(self.ids)} items can be measured, expected at least 2; left out: {self.left_out}")
+        self.labels = exemplar_labels(self.bench.root, self.ids)
         self._exemplars: dict[FeatureNetwork, np.ndarray] = {}
 
-    def _read_hole(self, id_: str, paths: Sequence[Path]) -> None:
-        """Note the boxes of an item's hole, and check the sizes of its images."""
-        scene_path, mask_path, _ = self.bench.paths(id_)
-        hole_mask = load_mask(mask_path)
-        with Image.open(scene_path) as scene:
-            self.boxes[id_] = metrics.hole_box(scene, hole_mask)
-            if box := metrics.paper_box(hole_mask):
-                self.paper_boxes[id_] = box
-            for path in paths:
+    def _check(self, index: int, edited: Sequence[Run]) -> tuple[Box, Box | None, list[Path]] | UserError:
+        """Return the boxes of an item's hole and which of its results are JPEGs, or else what is wrong with it."""
+        try:
+            item, lossy = self.bench[index], []
+            for path in [run.image(self.bench, item.id) for run in edited]:
+                (width, height), (scene_width, scene_height) = open_image(path).size, item.scene.size
+                if (width, height) != (scene_width, scene_height):
+                    place = f"{path}, {width}x{height} for a scene of {scene_width}x{scene_height}"
+                    raise UserError(f"{place}: of another size")
                 with Image.open(path) as image:
-                    if image.size != scene.size:
-                        raise UserError(f"{path}: got {image.size} pixels, expected the scene's {scene.size}")
+                    lossy += [path] * (image.format == "JPEG")
+            return metrics.hole_box(item.scene, item.hole_mask), metrics.paper_box(item.hole_mask), lossy
+        except UserError as error:
+            return error
 
     def measure(self) -> None:
         """Measure every metric of every run."""
@@ -169,6 +199,10 @@ class Evaluation:
         paths = find_images(self.real) if self.real else [self.bench.paths(id_)[0] for id_ in self.bench.ids]
         return [View(path, WHOLE) for path in paths]
 
+    @property
+    def _real_options(self) -> dict[str, Any]:
+        return {**self.options, "label": "real images", "unreadable": self.unreadable}
+
     @cached_property
     def real_statistics(self) -> frechet.Statistics:
         if self.real is not None and self.real.suffix == ".npz":
@@ -184,7 +218,7 @@ class Evaluation:
     def _statistics(self, network: FeatureNetwork, *columns: slice) -> list[frechet.Statistics]:
         """Read the real images once, without keeping all features in memory."""
         running = [frechet.RunningStatistics(network.name) for _ in columns]
-        for features in iter_features(network, self.real_views, **self.options, label="real images"):
+        for features in iter_features(network, self.real_views, **self._real_options):
             for statistics, part in zip(running, columns, strict=True):
                 statistics.add(features[:, part])
         return [statistics.result() for statistics in running]
@@ -193,7 +227,7 @@ class Evaluation:
     def real_sample(self) -> np.ndarray:
         """Features of at most MANIFOLD_SIZE real images, drawn at random, (M, D)."""
         drawn = np.random.default_rng(self.seed).permutation(len(self.real_views))[:MANIFOLD_SIZE]
-        return extract(self.network, [self.real_views[k] for k in np.sort(drawn)], **self.options, label="real images")
+        return extract(self.network, [self.real_views[k] for k in np.sort(drawn)], **self._real_options)
 
     @cached_property
     def reference_corners(self) -> tuple[np.ndarray, np.ndarray]:
@@ -260,18 +294,15 @@ class Subject:
             "seeds": 1 + len(ev.other_seeds),
         }
         low, high = (None if math.isnan(end) else end for end in (values.low, values.high))
-        paper = PAPER.get(row.key) if self.network.name.startswith(PAPER_NETWORK) and is_comparable else None
+        # The paper measures all items.
+        is_comparable = is_comparable and self.network.name.startswith(PAPER_NETWORK) and values.n == len(ev.bench)
+        paper = PAPER.get(row.key) if is_comparable else None
         name, how = row.name.format(**words), row.how.format(**words) + values.note
+        if not math.isfinite(values.value):
+            raise UserError(
+                f"{name} of {self.run.name}: got {values.value}; check its images and the network's weights"
+            )
         return Metric(name, values.value, values.n, how, row.better, low, high, paper)
-
-
-def common_ids(bench: Bench, runs: Sequence[Run]) -> list[str]:
-    """Return the ids of which every run has an image; fewer than two are a `UserError`."""
-    common = [id_ for id_ in bench.ids if all(run.image(bench, id_).is_file() for run in runs)]
-    if len(common) < 2:
-        names = ", ".join(str(run.folder) for run in runs)
-        raise UserError(f"{names}: got {len(common)} items of the benchmark in common, expected at least 2")
-    return common
 
 
 def exemplar_labels(root: Path, ids: Sequence[str]) -> list[str] | None:
@@ -279,8 +310,12 @@ def exemplar_labels(root: Path, ids: Sequence[str]) -> list[str] | None:
     path = root / "items.csv"
     if not path.is_file():
         return None
-    with path.open(newline="", encoding="utf-8") as file:
-        cutouts = {f"{int(row['ID']):012d}": row["Cutout"] for row in csv.DictReader(file)}
+    cutouts = dict[str, str]()
+    for number, row in read_table(path):
+        try:
+            cutouts[f"{whole(row['ID']):012d}"] = row["Cutout"]
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}, row {number}: lacks {error}; expected columns ID and Cutout") from None
     if missing := [id_ for id_ in ids if id_ not in cutouts]:
         raise UserError(f"{path}: lists no item {missing[0]}; compose the bench again")
     return [cutouts[id_] for id_ in ids]

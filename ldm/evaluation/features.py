@@ -153,6 +153,7 @@ def iter_features(
     batch_size: int = 32,
     num_workers: int = 0,
     label: str = "features",
+    unreadable: dict[Path, str] | None = None,
 ) -> Iterator[np.ndarray]:
     """Stream the features of views: memory does not grow with their number.
 
@@ -161,43 +162,66 @@ def iter_features(
         batch_size: views at a time; it changes the result by rounding errors at most.
         num_workers: threads that read images.
         label: of the progress bar.
+        unreadable: gets the images that cannot be read, with the reason; their views are left out. None: an error.
 
     Yields:
         (at most batch_size, D) float32, in the order of the views.
 
     Raises:
         UserError: an image cannot be read or has features that are not finite, or a view does not fit its image.
+        OSError: an image cannot be read.
     """
     bar = tqdm(total=len(views), desc=label, unit="image", disable=None, leave=False)
     with bar, ThreadPoolExecutor(max(num_workers, 1)) as pool:
         for start in range(0, len(views), batch_size):
             batch = views[start : start + batch_size]
-            yield _features(network, batch, cache, pool)
+            yield _features(network, batch, cache, pool, unreadable)
             bar.update(len(batch))
 
 
-def _features(network: FeatureNetwork, views: Sequence[View], cache: FeatureCache | None, pool: Executor) -> np.ndarray:
-    def key(view: View) -> str:
+def _features(
+    network: FeatureNetwork,
+    views: Sequence[View],
+    cache: FeatureCache | None,
+    pool: Executor,
+    unreadable: dict[Path, str] | None,
+) -> np.ndarray:
+    def read(view: View) -> tuple[str, np.ndarray | Tensor]:
+        """Return a view's key in the cache, and its feature from there or else its pixels."""
+        if cache is None:
+            return "", _preprocessed(network, view)
         identity = repr((sha256_file(view.path), network.key, view.resize_mode, view.box))
-        return hashlib.sha256(identity.encode()).hexdigest()
+        key = hashlib.sha256(identity.encode()).hexdigest()
+        feature = cache.get(key)
+        return key, _preprocessed(network, view) if feature is None else feature
 
-    distinct = dict.fromkeys(views)
-    keys = dict(zip(distinct, pool.map(key, distinct), strict=True)) if cache else {}
-    known: dict[View, Any] = {view: cache.get(keys[view]) if cache else None for view in distinct}
-    missing = [view for view, feature in known.items() if feature is None]
-    pixels = pool.map(lambda view: _preprocessed(network, view), missing)
+    known: dict[View, Any] = {}
+    missing: dict[View, tuple[str, Tensor]] = {}
+    for view, reading in [(view, pool.submit(read, view)) for view in dict.fromkeys(views)]:
+        try:
+            key, found = reading.result()
+        except (UserError, OSError) as error:
+            if unreadable is None:
+                raise
+            unreadable[view.path] = str(error)
+            continue
+        if isinstance(found, Tensor):
+            missing[view] = key, found
+        else:
+            known[view] = found
     device = next(network.parameters()).device
     computed: list[np.ndarray] = []
     with torch.inference_mode():
-        for _, same_shape in groupby(pixels, key=lambda x: x.shape):  # Inception takes images of any size
+        for _, same_shape in groupby((x for _, x in missing.values()), key=lambda x: x.shape):  # Inception: any size
             computed += [*network(torch.stack(list(same_shape)).to(device)).cpu().numpy()]
-    for view, feature in zip(missing, computed, strict=True):
+    for (view, (key, _)), feature in zip(missing.items(), computed, strict=True):
         if not np.isfinite(feature).all():
             raise UserError(f"{view.path}: {network.name} gives features that are not finite; check its weights")
         known[view] = feature
         if cache:
-            cache.put(keys[view], feature)
-    return np.stack([known[view] for view in views])
+            cache.put(key, feature)
+    rows = [known[view] for view in views if view in known]
+    return np.stack(rows) if rows else np.empty((0, network.dim), np.float32)
 
 
 def _preprocessed(network: FeatureNetwork, view: View) -> Tensor:

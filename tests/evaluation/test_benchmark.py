@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -69,7 +70,7 @@ def test_processes_are_prepared_first(bench: Path, tmp_path: Path) -> None:
 def test_started_processes_are_set_up_as_this_one(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = list[None]()
     monkeypatch.setattr("ldm.editing.cli.keep_freed_memory", lambda: calls.append(None))
-    monkeypatch.setattr(BenchmarkRun, "edit", lambda run, _: pickle.loads(pickle.dumps(run.prepare))())
+    monkeypatch.setattr(BenchmarkRun, "edit", lambda run, _: pickle.loads(pickle.dumps(run.prepare))() and {})
     assert edit(bench, tmp_path, "--devices", "2") == 0
     assert len(calls) == 2
 
@@ -174,15 +175,37 @@ def test_a_bench_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no: " in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_read_names_itself(bench: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "bench"
-    broken.mkdir()
-    for folder in bench.iterdir():
-        (broken / folder.name).symlink_to(folder)
-    (broken / "Ref_5").unlink()
-    (broken / "Ref_5").mkdir()
-    with pytest.raises(ValueError, match=rf"{IDS[0]}_ref.png"):
-        BenchmarkRun(Bench(broken), tmp_path / "out", BenchmarkConfig(method="copy-paste"), device="cpu").edit()
+def cut_exemplar(bench: Path, folder: Path, *ids: str) -> Path:
+    """Copy a benchmark and damage the exemplars of items."""
+    broken = Path(shutil.copytree(bench, folder))
+    for id_ in ids:
+        path = broken / "Ref_5" / f"{id_}_ref.png"
+        path.write_bytes(path.read_bytes()[:-30])
+    return broken
+
+
+@pytest.mark.parametrize("options", [["--method", "copy-paste"], ["--batch-size", "2", *FAST]])
+def test_an_item_that_cannot_be_read_fails_alone(
+    bench: Path, tiny_folder: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = cut_exemplar(bench, tmp_path / "bench", IDS[0], IDS[3])
+    np.save(broken / "id_list.npy", [999, *map(int, IDS)])
+    weights = [] if "--method" in options else ["--checkpoint", str(tiny_folder)]
+    assert edit(broken, tmp_path / "out", *options, *weights, "--device", "cpu") == 1
+    assert sorted(pictures(tmp_path / "out")) == [IDS[1], IDS[2], IDS[4]]
+    captured = capsys.readouterr()
+    assert all(f"{id_}: " in captured.err for id_ in (IDS[0], IDS[3], "000000000999"))
+    assert "3 results" in captured.out and "3 items failed" in captured.out
+    assert json.loads((tmp_path / "out" / "timing.json").read_text())["pictures"] == 3
+
+
+@pytest.mark.slow
+def test_items_of_several_processes_fail_alone(bench: Path, tmp_path: Path) -> None:
+    broken = cut_exemplar(bench, tmp_path / "bench", IDS[0], IDS[3])
+    run = BenchmarkRun(Bench(broken), tmp_path / "out", BenchmarkConfig(method="copy-paste"), device="cpu")
+    failed = run.edit(2)
+    assert sorted(failed) == [IDS[0], IDS[3]] and all(f"{id_}_ref.png" in failed[id_] for id_ in failed)
+    assert sorted(pictures(tmp_path / "out")) == [IDS[1], IDS[2], IDS[4]]
 
 
 def test_a_folder_of_settings_that_cannot_be_read(bench: Path, tmp_path: Path) -> None:

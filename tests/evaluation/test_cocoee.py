@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,48 @@ def test_ids_may_be_text(root: Path) -> None:
     assert Bench(root).ids == ["000000000285", "000000000007"]
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        np.array([7.0, 139.0]),
+        np.array([["7.0"], ["139"]]),
+        np.array([b"000000000007", b"139"]),
+        np.array([7, 139, 7, 7], dtype=np.uint16),
+        np.array([[7, 139], [139, 7]]),
+    ],
+)
+def test_ids_of_any_type_count_once(root: Path, listed: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+    np.save(root / "id_list.npy", listed)
+    assert Bench(root).ids == ["000000000007", "000000000139"]
+    assert ("000000000007" in caplog.text) == (listed.size > 2)
+
+
+@pytest.mark.parametrize("entry", [1.5, float("nan"), float("inf"), "7_GT", "cat", ""])
+def test_an_entry_that_is_no_id_is_named(root: Path, entry: Any) -> None:
+    np.save(root / "id_list.npy", np.array([7, entry]))
+    with pytest.raises(UserError, match="entry 2"):
+        Bench(root)
+
+
+def test_a_list_may_be_a_text(root: Path) -> None:
+    (root / "id_list.npy").unlink()
+    (root / "id_list.txt").write_bytes("\ufeffid\r\n7\r\n\r\n# odd\r\n139.0  # kept\r\n".encode())
+    assert Bench(root).ids == ["000000000007", "000000000139"]
+    (root / "id_list.txt").write_text("7\nother\n")
+    with pytest.raises(UserError, match=r"id_list\.txt, entry 2"):
+        Bench(root)
+
+
+def test_parts_in_any_format_with_or_without_zeros(root: Path) -> None:
+    scene = root / "GT_3/000000000139_GT.png"
+    Image.open(scene).save(root / "GT_3/139_GT.bmp")
+    scene.unlink()
+    (root / "GT_3/notes_GT.txt").write_text("")
+    bench = Bench(root)
+    assert bench[1].scene.getpixel((0, 0)) == (1, 0, 0)
+    assert bench.paths("000000000999")[0] == root / "GT_3/000000000999_GT.png"  # as errors name it
+
+
 def test_unusable_folders_are_one_clear_line(root: Path) -> None:
     def fails(message: str) -> None:
         with pytest.raises(UserError, match=message):
@@ -68,3 +111,10 @@ def test_unusable_items_name_their_file(root: Path) -> None:
         bench[1]
     with pytest.raises(UserError, match=r"000000000285_ref\.png"):
         bench[2]
+    Image.new("L", (40, 30)).save(root / "Mask_bbox_3/000000000007_mask.png")
+    with pytest.raises(UserError, match=r"000000000007_mask\.png: got an empty mask"):
+        bench[0]
+    for path in (root / "Ref_3").iterdir():
+        path.rename(path.with_name(f"exemplar-{path.name}"))
+    with pytest.raises(UserError, match=r"000000000007_ref\.png"):
+        Bench(root)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.evaluation.cocoee import Bench
-from ldm.evaluation.evaluate import Run, common_ids, exemplar_labels
+from ldm.evaluation.evaluate import Evaluation, Run, exemplar_labels
 from ldm.files import UserError
-from tests.evaluation.conftest import IDS, evaluate
+from tests.evaluation.conftest import COLOURS, IDS, colours, evaluate
 
 N = len(IDS)
 
@@ -124,26 +126,161 @@ def test_wrong_questions(
     assert message in capsys.readouterr().err
 
 
+def results(folder: Path, ids: Sequence[object] = IDS, suffix: str = "png", size: int = 32) -> Path:
+    """Write a result of one colour for each id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, id_ in enumerate(ids):
+        Image.new("RGB", (size, size), COLOURS[k]).save(folder / f"{id_}.{suffix}")
+    return folder
+
+
+def measured(bench: Path, *runs: Path, **options: Any) -> Evaluation:
+    return Evaluation(Bench(bench), [Run.read(run) for run in runs], colours(""), **options)
+
+
+@pytest.fixture
+def own_bench(bench: Path, tmp_path: Path) -> Path:
+    """A copy of the benchmark, to be damaged."""
+    return Path(shutil.copytree(bench, tmp_path / "bench"))
+
+
 def test_what_all_runs_hold_is_measured(bench: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         Run.read(tmp_path / "nowhere")
-    made = Bench(bench)
-    run = tmp_path / "run"
-    run.mkdir()
-    Image.new("RGB", (32, 32)).save(run / f"{IDS[1]}.png")
+    run = results(tmp_path / "run", IDS[1:2])
     with pytest.raises(UserError, match="1 items"):
-        common_ids(made, [Run.read(run)])
-    Image.new("RGB", (32, 32)).save(run / f"{IDS[3]}.png")
-    assert common_ids(made, [Run.read(run), Run("true picture", None)]) == [IDS[1], IDS[3]]
+        measured(bench, run)
+    results(run, IDS[3:4])
+    evaluation = measured(bench, run, results(tmp_path / "all"))
+    assert evaluation.ids == list(evaluation.boxes) == [IDS[1], IDS[3]]
+    assert list(evaluation.left_out.counts.values()) == [3] and IDS[0] in str(evaluation.left_out)
+    with pytest.raises(UserError, match=IDS[0]):
+        measured(bench, run, strict=True)
 
 
-def test_a_picture_of_another_size_is_of_another_bench(
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def other_size(path: Path) -> None:
+    Image.new("RGB", (30, 40)).save(path)
+
+
+def empty(path: Path) -> None:
+    Image.new("L", (32, 32)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "damage"),
+    [
+        ("run/{}.png", cut),
+        ("run/{}.png", other_size),
+        ("run/{}.png", lambda path: path.write_text("no image")),
+        ("run/{}.png", Path.unlink),
+        ("bench/GT_5/{}_GT.png", cut),
+        ("bench/GT_5/{}_GT.png", other_size),
+        ("bench/Mask_bbox_5/{}_mask.png", cut),
+        ("bench/Mask_bbox_5/{}_mask.png", other_size),
+        ("bench/Mask_bbox_5/{}_mask.png", empty),
+        ("bench/Ref_5/{}_ref.png", cut),
+        ("bench/Ref_5/{}_ref.png", Path.unlink),
+    ],
+)
+@pytest.mark.parametrize("cache", ["none", "cache"])
+def test_an_item_that_is_damaged_is_left_out_and_named(
+    own_bench: Path,
+    tmp_path: Path,
+    part: str,
+    damage: Callable[[Path], None],
+    cache: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, record = results(tmp_path / "run"), tmp_path / "m.json"
+    damage(tmp_path / part.format(IDS[2]))
+    folder = str(tmp_path / cache) if cache != "none" else cache
+    assert evaluate(own_bench, run, "--json", record, "--cache", folder) == 0
+    written = json.loads(record.read_text())
+    assert written["ids"] == [id_ for id_ in IDS if id_ != IDS[2]]
+    assert any(IDS[2] in warning for warning in written["warnings"])
+    assert IDS[2] in capsys.readouterr().err
+    assert all(figure["n"] == N - 1 for figure in written["runs"]["run"]["figures"].values())
+    assert evaluate(own_bench, run, "--strict") == 2
+    assert IDS[2] in capsys.readouterr().err
+
+
+def test_results_of_another_size_everywhere_are_of_another_bench(
     bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for id_, side in zip(IDS, (32, 32, 30, 32, 32), strict=True):
-        Image.new("RGB", (side, side)).save(tmp_path / f"{id_}.png")
-    assert evaluate(bench, tmp_path) == 2
-    assert f"{IDS[2]}.png: got (30, 30) pixels" in capsys.readouterr().err
+    assert evaluate(bench, results(tmp_path, size=64)) == 2
+    error = capsys.readouterr().err.strip()
+    assert "64x64" in error and "32x32" in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("ids", "suffix"), [(IDS, "jpg"), (IDS, "webp"), (IDS, "bmp"), ([int(id_) for id_ in IDS], "png")]
+)
+def test_results_in_any_format_with_or_without_zeros(
+    bench: Path, tmp_path: Path, ids: list[object], suffix: str
+) -> None:
+    evaluation = measured(bench, results(tmp_path / "run", ids, suffix))
+    assert evaluation.ids == IDS and not evaluation.left_out
+    assert sum(evaluation.lossy.counts.values()) == (N if suffix == "jpg" else 0)
+    if suffix == "jpg":
+        with pytest.raises(UserError, match="JPEG"):
+            measured(bench, tmp_path / "run", strict=True)
+
+
+def test_results_that_are_not_called_by_ids(bench: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"000000000007\.png"):
+        measured(bench, results(tmp_path, [f"{id_}_0" for id_ in IDS]))
+
+
+def test_two_results_of_an_item_are_named_and_one_counts(
+    bench: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = results(tmp_path / "run")
+    for name in ("1.png", f"{IDS[1]}.jpg"):
+        Image.new("RGB", (32, 32)).save(run / name)
+    evaluation = measured(bench, run)
+    assert evaluation.ids == IDS
+    assert [evaluation.runs[0].image(evaluation.bench, id_).name for id_ in IDS[:2]] == [
+        f"{id_}.png" for id_ in IDS[:2]
+    ]
+    assert all(name in caplog.text for name in ("1.png", f"{IDS[1]}.jpg"))
+
+
+def test_an_id_that_is_listed_twice_counts_once(own_bench: Path, tmp_path: Path) -> None:
+    run, figures = results(tmp_path / "run"), []
+    metrics = "--metrics", "fid", "clip", "identification", "background", "copying"
+    for listed in (IDS, [IDS[0], *IDS, IDS[2]]):
+        np.save(own_bench / "id_list.npy", np.array(listed))
+        assert evaluate(own_bench, run, *metrics, "--json", tmp_path / "m.json") == 0
+        figures.append(json.loads((tmp_path / "m.json").read_text())["runs"])
+    assert figures[0] == figures[1]
+
+
+def test_real_images_that_cannot_be_read_are_left_out_and_named(bench: Path, own_bench: Path, tmp_path: Path) -> None:
+    run, real = results(tmp_path / "run"), own_bench / "GT_5"
+    clean = tmp_path / "clean.json", tmp_path / "m.json"
+    metrics = "--metrics", "fid", "kid", "--real"
+    assert evaluate(bench, run, *metrics, bench / "GT_5", "--json", clean[0]) == 0
+    shutil.copy(real / f"{IDS[0]}_GT.png", real / "cut.png")
+    cut(real / "cut.png")
+    assert evaluate(bench, run, *metrics, real, "--json", clean[1]) == 0
+    first, second = (json.loads(path.read_text()) for path in clean)
+    assert not first["warnings"] and "cut.png" in "".join(second["warnings"])
+    assert first["fid"] == second["fid"]
+    assert evaluate(bench, run, *metrics, real, "--strict") == 2
+
+
+def test_papers_figures_stand_beside_complete_runs_only(bench: Path, tmp_path: Path) -> None:
+    network = colours("")
+    network.name = "CLIP ViT-B/32 (OpenAI)"
+    for ids, expected in ((IDS, 84.97), (IDS[1:], None)):
+        run = Run.read(results(tmp_path / f"{len(ids)}", ids))
+        evaluation = Evaluation(Bench(bench), [run], network, names=["clip"], num_resamples=5)
+        evaluation.measure()
+        assert evaluation.metrics[run.name]["clip-paper"].paper == expected
 
 
 def test_bench_items_know_their_cut_outs(tmp_path: Path) -> None:
@@ -153,6 +290,13 @@ def test_bench_items_know_their_cut_outs(tmp_path: Path) -> None:
     assert exemplar_labels(tmp_path, ids) == ["a.png", "b.png"]
     with pytest.raises(UserError, match="000000000013"):
         exemplar_labels(tmp_path, ["000000000013"])
+    rows = "\ufeffID ; Cutout;\r\n1.0;a.png;\r\n;;\r\n12; b.png;\r\n"  # as spreadsheets write it
+    (tmp_path / "items.csv").write_bytes(rows.encode())
+    assert exemplar_labels(tmp_path, ids) == ["a.png", "b.png"]
+    for row in ("x,b.png", "12,"):
+        (tmp_path / "items.csv").write_text(f"ID,Cutout\n1,a.png\n{row}\n")
+        with pytest.raises(UserError, match="row 2"):
+            exemplar_labels(tmp_path, ids)
 
 
 def test_identification_of_single_objects(bench: Path, pasted: Path, tmp_path: Path) -> None:
