@@ -5,7 +5,8 @@ range. `docs/config.md` maps the keys of the original `configs/v1.yaml` to these
 """
 
 import operator
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ RENAMED = {  # keys of earlier versions, in configs beside checkpoints and in ru
     },
     "first_stage_training": {"unknown_percent": "p_no_condition"},
 }
+OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -186,6 +188,10 @@ class DataConfig(Section, prefix="data."):
     annotations: str | None = None  # file or folder; default: the format's usual place below `root`
     val_annotations: str | None = None  # coco: of validation; default: hold out a share of the images
     index: str | None = None  # folder for the box indexes; default: ROOT/index
+    # What the boxes of a photograph that EXIF rotates refer to: apply = the upright photograph, ignore = the pixels as
+    # stored, auto = whichever has the annotated size, else the upright one. skip leaves such photographs out.
+    exif: str = setting("auto", choices=("auto", "apply", "ignore", "skip"))  # open_images: always ignore
+    strict: bool = False  # true: an image or annotation that cannot be used is an error, instead of left out
     batch_size: int = setting(2, ge=1)  # per device
     val_batch_size: int = setting(2, ge=1)
     num_workers: int = setting(8, ge=0)
@@ -298,6 +304,14 @@ def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[
 @cache
 def _defaults() -> DictConfig:
     return OmegaConf.structured(Config)  # 30 ms
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into other words and overrides, `section.key=value`.
+
+    Parsers get the others alone: options such as --base would swallow an override that follows them.
+    """
+    return [word for word in words if not OVERRIDE.match(word)], [word for word in words if OVERRIDE.match(word)]
 
 
 def dump_config(config: Config) -> str:

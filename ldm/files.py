@@ -32,7 +32,7 @@ class Skipped:
     def __init__(self, *, strict: bool = False) -> None:
         """With `strict` the first record that is left out raises a UserError."""
         self.counts: Counter[str] = Counter()
-        self._places: dict[str, list[str]] = {}
+        self.places: dict[str, list[str]] = {}
         self._strict = strict
 
     def add(self, reason: str, place: object) -> None:
@@ -40,7 +40,7 @@ class Skipped:
         if self._strict:
             raise UserError(f"{place}: {reason}")
         self.counts[reason] += 1
-        places = self._places.setdefault(reason, [])
+        places = self.places.setdefault(reason, [])
         if len(places) <= _NAMED:
             places.append(str(place) if len(places) < _NAMED else "...")
 
@@ -48,7 +48,7 @@ class Skipped:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        parts = (f"{count:,} {reason} ({', '.join(self._places[reason])})" for reason, count in self.counts.items())
+        parts = (f"{count:,} {reason} ({', '.join(self.places[reason])})" for reason, count in self.counts.items())
         return ", ".join(parts)
 
 
@@ -133,6 +133,20 @@ def claim_directory(path: str | Path) -> Path:
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
             candidate.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError
+
+
+def claim_file(path: str | Path) -> Path:
+    """Make a new, empty file at `path`, or with -2, -3, … before its ending where one exists; as `claim_directory`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        try:
+            candidate.touch(exist_ok=False)
         except FileExistsError:
             continue
         return candidate

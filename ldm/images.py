@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def open_image(path: str | Path) -> Image.Image:
     return _read(path, lambda image: flatten(image, MID_GREY))
 
 
-def load_mask(path: str | Path) -> Image.Image:
+def load_mask(path: str | Path | BinaryIO) -> Image.Image:
     """Read a hole mask (mode L, white = paint here) like `open_image`, with transparent parts as black (keep)."""
     return _read(path, lambda image: flatten(image, (0, 0, 0)).convert("L"))
 
@@ -84,7 +84,7 @@ def _rgb_or_rgba(image: Image.Image) -> Image.Image:
     return result
 
 
-def _read(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _read(path: str | Path | BinaryIO, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a warning from 89 million pixels on
@@ -102,16 +102,16 @@ def _read(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Im
         raise UserError(f"{path}: damaged or unsupported image ({reason}); re-save it as PNG or JPEG") from None
 
 
-def find_images(folder: str | Path) -> list[Path]:
+def find_images(folder: str | Path, skipped: Skipped | None = None) -> list[Path]:
     """List the image files in a folder and its subfolders, recognised by their content, sorted by path.
 
-    Links are followed, each folder once. Names that begin with "." are left out; other files that are no images are
-    counted in one warning. UserError if there is no image.
+    Links are followed, each folder once. Names that begin with "." are left out; other files that are no images go to
+    `skipped`, or are counted in one warning. UserError if there is no image.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: {'a file, not a' if Path(folder).exists() else 'no such'} folder; check the path")
-    found, others = [], Skipped()
-    for path in tqdm(_walk(folder), desc=f"looking for images in {folder}", unit=" files", leave=False, delay=3):
+    found, others = [], Skipped() if skipped is None else skipped
+    for path in tqdm(walk(folder), desc=f"looking for images in {folder}", unit=" files", leave=False, delay=3):
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_SIGNED):
                 found.append(path)
@@ -121,12 +121,12 @@ def find_images(folder: str | Path) -> list[Path]:
             others.add("unreadable" if path.exists() else "missing", path.relative_to(folder))
     if not found:
         raise UserError(f"{folder}: holds no images{f' but {others}' if others else ''}; check the path")
-    if others:
+    if others and skipped is None:
         logger.warning("%s: %d images; passed over: %s", folder, len(found), others)
     return sorted(found)
 
 
-def _walk(folder: str | Path) -> Iterator[Path]:
+def walk(folder: str | Path) -> Iterator[Path]:
     """Yield the paths of the files below a folder that are not hidden."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):

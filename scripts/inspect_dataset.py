@@ -11,18 +11,17 @@ The settings are those of the training config: `main.py` with the same arguments
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ldm.config import ConfigError, load_config
+from ldm.config import ConfigError, load_config, split_overrides
 from ldm.data.box_dataset import BoxDataset
 from ldm.data.box_index import BoxIndex
 from ldm.data.datamodule import box_dataset
-from ldm.files import UserError
+from ldm.files import UserError, claim_file
 from ldm.images import exemplar_to_pixels, save_png, tensor_to_pil
 
 SAMPLES = 16  # on the contact sheet
@@ -31,22 +30,27 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Further arguments, section.key=value, override the configs, as for main.py.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs, merged from left to right")
     add("--splits", nargs="+", default=["train", "validation"], metavar="SPLIT", help="default: train validation")
-    add("--sheet", type=Path, default=Path("dataset.png"), metavar="PNG",
-        help="contact sheet of training samples: scene, hole, exemplar (default: %(default)s)")  # fmt: skip
+    add("--sheet", type=Path, metavar="PNG",
+        help="contact sheet of training samples: scene, hole, exemplar; default: beside the index")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace a sheet of the same name; else the new one gets a number")
     add("--epoch", type=int, default=0, help="epoch whose draws the sheet shows; default: %(default)s")
     add("--rebuild", action="store_true", help="write the index again even if it is up to date")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="override the configs, as for main.py")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_intermixed_args(argv)
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
     try:
-        config = load_config(*args.base, overrides=args.overrides)
+        config = load_config(*args.base, overrides=overrides)
         if config.data.kind == "cached":
             raise ConfigError("data.kind: got 'cached', whose boxes are gone; inspect what the cache was made from")
         for split in args.splits:
@@ -56,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
                 first = (captions(dataset.index[i], 0) for i in range(min(SAMPLES, len(dataset))))
                 print(f"  captions: {' | '.join(first)} …")
             if split == "train":
-                save_png(contact_sheet(dataset, args.epoch), args.sheet)
-                print(f"{args.sheet}: {min(SAMPLES, len(dataset))} samples, each scene, masked scene, exemplar")
+                sheet, path = contact_sheet(dataset, args.epoch), args.sheet or dataset.index.path.with_suffix(".png")
+                path = path if args.overwrite else claim_file(path)
+                save_png(sheet, path)
+                print(f"{path}: {min(SAMPLES, len(dataset))} samples, each scene, masked scene, exemplar")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,9 +82,7 @@ def description(split: str, index: BoxIndex) -> list[str]:
     ]
     if index.has_shapes:
         lines.append(f"  shape known: {shaped:.0%} of boxes")
-    for reason, count in sorted(json.loads(index.metadata["dropped"]).items(), key=lambda item: -item[1]):
-        lines.append(f"  left out: {count:,} {reason}")
-    return lines
+    return [*lines, *(f"  left out: {text}" for text in index.left_out)]
 
 
 def box_statistics(index: BoxIndex, limit: int = 20_000) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:

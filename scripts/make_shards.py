@@ -15,31 +15,35 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm.config import ConfigError, load_config
+from ldm.config import ConfigError, load_config, split_overrides
 from ldm.data.annotations import open_index
 from ldm.data.shards import write_shards
 from ldm.files import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Further arguments, section.key=value, override the configs, as for main.py.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("-b", "--base", nargs="+", default=[], metavar="YAML", help="configs, merged from left to right")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the shards and their lists")
     add("--splits", nargs="+", default=["train", "validation"], metavar="SPLIT", help="default: train validation")
     add("--megabytes", type=int, default=256, metavar="N", help="largest size of a shard; default: %(default)s")
     add("--workers", type=int, default=2, metavar="N", help="number of threads; default: %(default)s")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="override the configs, as for main.py")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_intermixed_args(argv)
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
     if args.megabytes < 1 or args.workers < 1:
         parser.error("--megabytes and --workers: expected 1 or more")
     try:
-        config = load_config(*args.base, overrides=args.overrides)
+        config = load_config(*args.base, overrides=overrides)
         if config.data.kind in ("cached", "shards"):
             raise ConfigError(f"data.kind: got {config.data.kind!r}, expected images and boxes")
         for split in args.splits:

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from ldm.config import DataConfig
 from ldm.data.annotations import (
     OPEN_IMAGES_CSV,
-    UnusableImageError,
+    Unusable,
     annotations_state,
     find_jpegs,
+    image_header,
     index_path,
     read_boxes_csv,
-    stored_size,
 )
 from ldm.data.box_index import IndexWriter
 from ldm.files import UserError, write_text
@@ -114,8 +114,8 @@ def read_bbox(
     for id_, corners, labels in tqdm(found, desc=f"{split}: boxes", unit=" images"):
         name = paths.get(id_, f"{split}/{id_}.jpg")
         try:
-            size = stored_size(f"{images}/{name}", ignore_exif=True)
-        except UnusableImageError as error:
+            size, _ = image_header(f"{images}/{name}", ignore_exif=True)
+        except Unusable as error:
             problems.append(f"{id_}\t{error}\n")
             report.problems[str(error)] += 1
             continue

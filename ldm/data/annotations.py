@@ -3,13 +3,16 @@
 import hashlib
 import itertools
 import json
-import logging
 import os
+import re
+import unicodedata
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import cv2
 import numpy as np
@@ -18,32 +21,50 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from ldm.config import DataConfig
-from ldm.data.box_index import MAX_AREA, MIN_AREA, Boxes, BoxIndex, IndexWriter, Labels, Shapes, Size
-from ldm.files import UserError
-from ldm.images import IMAGE_SUFFIXES, UNREADABLE
+from ldm.data.box_index import (
+    CROWD,
+    MAX_AREA,
+    MIN_AREA,
+    SKIPPED_EXIF,
+    Boxes,
+    BoxIndex,
+    IndexWriter,
+    Labels,
+    Shapes,
+    Size,
+    turned_size,
+)
+from ldm.files import UserError, read_json, read_text, whole
+from ldm.images import FORMATS, UNREADABLE, find_images, load_mask, walk
 
 OPEN_IMAGES_CSV = {split: f"{split}-annotations-bbox.csv" for split in ("validation", "test")}
 OPEN_IMAGES_CSV["train"] = "oidv6-train-annotations-bbox.csv"
 VALIDATION_SHARE, MIN_VALIDATION = 0.05, 8  # of the images, where a dataset has no validation split
 _CORNERS = ["XMin", "YMin", "XMax", "YMax"]  # columns of Open Images' CSV
 _MIN_COMPONENT = 16  # pixels of a mask's connected component that counts as an object
-logger = logging.getLogger(__name__)
+
+
+class Unusable(Exception):
+    """An image, or a record of its annotations, that training cannot use. The message is a reason in a few words."""
 
 
 class AnnotatedImage(NamedTuple):
-    """Arguments of `IndexWriter.add`, with fractions of the size if `relative`; or a `problem` in reading them."""
+    """Arguments of `IndexWriter.add`, with fractions of the size if `relative`, and what was left out in reading."""
 
     name: str
-    size: Size | None = None  # unknown
+    size: Size | None = None  # as the annotations say, of the image that was shown to who made them; unknown
     boxes: Boxes | np.ndarray = ()
     shapes: Shapes = None
     mask: str = ""
     labels: Labels = None
+    places: Sequence[str] = ()  # where each box was read; default: the name
     relative: bool = False
-    problem: str = ""
+    problems: Sequence[tuple[str, str]] = ()  # reason and place
+    tried: Sequence[str] = ()  # paths at which a missing image was looked for
 
 
-Parser = Callable[[str, Path], AnnotatedImage]  # of an image's name and the file of its annotations
+Item = TypeVar("Item")
+Object = tuple[Sequence[float], list[np.ndarray] | None, str]  # box; outlines, None: damaged; class name
 Split = tuple[Path, Iterable[AnnotatedImage], bool]  # folder of the images; images; whether only those of the split
 
 
@@ -81,7 +102,8 @@ def annotations_state(data: DataConfig, split: str) -> str:
         folders = (Path(folder) for place in (root, *named) for folder, *_ in os.walk(place))  # of a file: none
         places = [*named, *(folder for folder in folders if folder.name != "index")]
     stats = [(str(place), place.stat()) for place in places if place.exists()]
-    text = json.dumps([[name, stat.st_mtime_ns, stat.st_size] for name, stat in stats])
+    settings = ([] if data.kind == "open_images" else [data.exif]) + ["strict"] * data.strict
+    text = json.dumps([*([name, stat.st_mtime_ns, stat.st_size] for name, stat in stats), *settings])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -89,76 +111,119 @@ def write_index(path: Path, data: DataConfig, split: str, *, state: str = "") ->
     """Read the annotations of one split and write their index, with `state` to tell later whether it is still valid."""
     if data.kind not in READERS:
         raise UserError(f"data.kind: got {data.kind}, which holds no annotations; expected one of {', '.join(READERS)}")
-    images, items, has_split = READERS[data.kind](data, split)
-    if not has_split:
-        items = list(items)
-        validation = held_out(item.name for item in items)
-        items = [item for item in items if (item.name in validation) == (split == "validation")]
-    with IndexWriter(path, {"format": data.kind, "split": split, "images": str(images), "state": state}) as writer:
+    with IndexWriter(path, {"format": data.kind, "split": split, "state": state}, strict=data.strict) as writer:
+        images, items, has_split = READERS[data.kind](data, split, writer)
+        writer.source["images"] = str(images)
+        if not has_split:
+            items = list(items)
+            validation = held_out(item.name for item in items)
+            items = [item for item in items if (item.name in validation) == (split == "validation")]
+        exif, fits, undecided = data.exif if data.kind != "open_images" else "ignore", Counter(), []
         for item in tqdm(items, desc=f"{split}: {data.kind}", unit=" images"):
-            if item.problem:
-                logger.warning("%s: left out (%s)", item.name, item.problem)
-                writer.dropped["annotations that cannot be read"] += 1
-                continue
-            try:
-                size = stored_size(images / item.name, ignore_exif=data.kind == "open_images")
-                if item.size not in (None, size):
-                    raise UnusableImageError("of another size than annotated")
-            except UnusableImageError as error:
-                writer.dropped[f"images {error}"] += 1
-                continue
-            scale = size if item.relative else (1, 1)
-            boxes = (np.reshape(item.boxes, (-1, 4)) * (*scale, *scale)).tolist()
-            shapes = item.shapes and [[outline * scale for outline in outlines] for outlines in item.shapes]
-            writer.add(item.name, size, boxes, shapes, item.mask, item.labels)
+            for reason, place in item.problems:
+                writer.leave_out(reason, place)
+            if (not item.problems or len(item.boxes)) and not _add(writer, images, item, exif, fits):
+                undecided.append(item)
+        for item in undecided:
+            _add(writer, images, item, "ignore" if fits["stored"] > fits["upright"] else "apply", fits)
     return writer
 
 
-def held_out(names: Iterable[str]) -> set[str]:
-    """Choose by name hash the validation images of a dataset without splits: 5 %, at least 8, at most a quarter."""
-    ordered = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-    count = max(round(VALIDATION_SHARE * len(ordered)), MIN_VALIDATION)
-    return set(ordered[: min(count, len(ordered) // 4)])
+def _add(writer: IndexWriter, images: Path, item: AnnotatedImage, exif: str, fits: Counter[str]) -> bool:
+    """Add an image to an index, or count why not; return false if only other images can tell which way up it is.
 
-
-class UnusableImageError(Exception):
-    """An image that training cannot use. Images are counted by the message, a reason in a few words."""
-
-
-def stored_size(path: str | Path, *, ignore_exif: bool = False) -> tuple[int, int]:
-    """Read (width, height) of an image file as stored from its header.
-
-    UnusableImageError if it is missing, damaged or a truncated JPEG, or if EXIF rotates it and `ignore_exif` is false.
+    With `exif` auto the annotated size decides; `fits` counts the decisions. Where that is unknown or square, or EXIF
+    turns the image by 180°, the image is left to the end, when the other images have decided.
     """
     try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            if not ignore_exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                raise UnusableImageError("rotated by EXIF orientation; save them upright")
+        size, orientation = image_header(images / item.name, ignore_exif=exif == "ignore")
+        upright = turned_size(size, orientation)
+        if orientation != 1:
+            if exif == "skip":
+                writer.leave_out(SKIPPED_EXIF, item.name)
+                return True
+            if exif == "auto" and (item.size is None or item.size == size == upright):
+                return False
+            is_stored = exif == "auto" and item.size == size
+            fits["stored" if is_stored else "upright"] += 1
+            size, orientation = (size, 1) if is_stored else (upright, orientation)
+        if item.size not in (None, size):
+            raise Unusable("of another size than annotated")
+    except Unusable as error:
+        reason, place = f"images {error}", item.name
+        if item.tried and reason not in writer.faults.counts:
+            place = f"{item.name}; tried {', '.join(item.tried)}"
+        writer.leave_out(reason, place)
+        return True
+    scale = size if item.relative else (1, 1)
+    boxes = (np.reshape(item.boxes, (-1, 4)) * (*scale, *scale)).tolist()
+    shapes = item.shapes and [[outline * scale for outline in outlines] for outlines in item.shapes]
+    writer.add(item.name, size, boxes, shapes, item.mask, item.labels, orientation, item.places)
+    return True
+
+
+def held_out(names: Iterable[str]) -> set[str]:
+    """Choose by name hash the validation images of a dataset without splits: 5 %, at least 8, at most a quarter.
+
+    Of two or three images it is one.
+    """
+    ordered = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    count = max(round(VALIDATION_SHARE * len(ordered)), MIN_VALIDATION)
+    return set(ordered[: min(count, len(ordered) // 4 or len(ordered) // 2)])
+
+
+def image_header(path: str | Path, *, ignore_exif: bool = False) -> tuple[Size, int]:
+    """Read (width, height) as stored and the EXIF orientation, 1 to 8, of an image file from its header.
+
+    The orientation is 1 if it is ignored, and for TIFF, which Pillow turns itself. Unusable if the file is missing,
+    damaged or a truncated JPEG.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            size, orientation = image.size, 1 if ignore_exif or image.format == "TIFF" else exif_orientation(image)
             if image.format in ("JPEG", "MPO"):
                 file.seek(-min(1024, file.seek(0, os.SEEK_END)), os.SEEK_END)  # padding may follow the end marker
                 if b"\xff\xd9" not in file.read():
-                    raise UnusableImageError("truncated")
-            return image.size
+                    file.seek(0)
+                    image.load()  # a film may follow, too; truncated ones are errors here
+            return size, orientation
+    except FileNotFoundError:
+        raise Unusable("missing") from None
+    except Image.DecompressionBombError:
+        raise Unusable("of more than 179 million pixels") from None
     except UNREADABLE as error:
-        raise UnusableImageError("missing" if isinstance(error, FileNotFoundError) else "unreadable") from None
+        raise Unusable("truncated" if "truncated" in str(error) else "unreadable") from None
 
 
-def read_open_images(data: DataConfig, split: str) -> Split:
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, of an opened image; 1 if there is none or it is damaged."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's reading of EXIF raises nearly anything
+        return 1
+    return int(orientation) if orientation in range(1, 9) else 1
+
+
+def read_open_images(data: DataConfig, split: str, _: IndexWriter) -> Split:
     """Read Open Images' text files of pixel boxes, or else the official CSV."""
     images, texts = Path(data.root, "images"), Path(data.annotations or Path(data.root, "bbox", split))
     csv_path = Path(data.annotations or Path(data.root, "annotations", OPEN_IMAGES_CSV[split]))
     paths = find_jpegs(images, split)
     if texts.is_dir():
-        named = ((paths.get(text.stem, text.stem), text) for text in _files(texts, (".txt",)))
-        items = _parsed(
-            named, lambda name, text: AnnotatedImage(name, boxes=[(a, b, c, d) for a, b, c, d in _rows(text)])
-        )
+        named = ((paths.get(text.stem, text.stem), text) for text in _files(texts, ".txt"))
+        items = _parsed(named, lambda name, text: AnnotatedImage(name, **_objects(_lines(text), _corners)))
     else:
         items = (
             AnnotatedImage(paths.get(id_, id_), boxes=corners, labels=labels, relative=True)
             for id_, corners, labels in read_boxes_csv(csv_path)[2]
         )
     return images, items, True
+
+
+def _corners(words: list[str]) -> Object:
+    if len(words) != 4:
+        raise Unusable("lines that are not four numbers")
+    return _floats(words), [], ""
 
 
 def find_jpegs(images: Path, split: str) -> dict[str, str]:
@@ -208,93 +273,238 @@ def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.nda
     return rows, len(kept), ((id_, corners[i:j], names[i:j].tolist()) for id_, (i, j) in spans)
 
 
-def read_coco(data: DataConfig, split: str) -> Split:
+def read_coco(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     """Read COCO instances: `annotations`, and `val_annotations` for validation if they are named."""
     path = (split == "validation" and data.val_annotations) or data.annotations
     if path is None:
         raise UserError("data.annotations: format coco needs the path of a JSON file")
-    by_image, items = defaultdict(list), []
+    content, root = read_json(path), Path(data.root)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = {category["id"]: str(category["name"]) for category in content.get("categories", [])}
-        for annotation in content["annotations"]:
-            if not annotation.get("iscrowd", 0):
-                by_image[annotation["image_id"]].append(annotation)
-        for image in content["images"]:
-            found = by_image[image["id"]]
-            boxes = [(x, y, x + width, y + height) for x, y, width, height in (map(float, a["bbox"]) for a in found)]
-            polygons = (a.get("segmentation") for a in found)  # or run lengths, of which only the box is used
-            polygons = ([x for x in p if len(x) >= 6] if isinstance(p, list) else [] for p in polygons)
-            shapes = [[np.array(x, dtype=np.float32).reshape(-1, 2) for x in outlines] for outlines in polygons]
-            labels = [names.get(a.get("category_id"), "") for a in found]
-            size = int(image["width"]), int(image["height"])
-            items.append(AnnotatedImage(image["file_name"], size, boxes, shapes, labels=labels))
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as COCO instances ({error!r}); check data.annotations") from None
-    return Path(data.root), items, data.val_annotations is not None
+        images, annotations, categories = content["images"], content["annotations"], content.get("categories") or []
+        lists = [*images], [*annotations], [*categories]
+    except (AttributeError, KeyError, TypeError):
+        expected = "expected an object with the lists images and annotations"
+        raise UserError(f"{path}: no COCO instances, {expected}; check data.annotations") from None
+    names = {c["id"]: str(c.get("name", "")) for c in lists[2] if isinstance(c, dict) and _is_key(c.get("id"))}
+    listed: dict[Any, list[dict[str, Any]]] = defaultdict(list)  # images by id
+    for number, image in enumerate(lists[0]):
+        if not (isinstance(image, dict) and _is_key(image.get("id")) and isinstance(image.get("file_name"), str)):
+            writer.leave_out("images without id or file_name", f"{path}, image {number}")
+        else:
+            listed[image["id"]].append(image)
+    found: dict[Any, list[tuple[str, Any]]] = {id_: [] for id_ in listed}
+    for number, annotation in enumerate(lists[1]):
+        is_object = isinstance(annotation, dict)
+        place = f"annotation {annotation['id'] if is_object and 'id' in annotation else f'at position {number}'}"
+        own = _by_id(found, annotation.get("image_id")) if is_object else None
+        if own is None:
+            writer.leave_out("annotations of images that are not listed", place)
+        else:
+            own.append((place, annotation))
+
+    folders = ("train2017", "train") if split == "train" else ("val2017", "val", "valid")
+    finder = ImageFinder(root, Path(path).parent, *(root / folder for folder in folders))
+
+    def parse(written: str, image: dict[str, Any]) -> AnnotatedImage:
+        if len(listed[image["id"]]) > 1:
+            raise Unusable("images that share an id")
+        name, tried = finder(written)
+        objects = _objects(found[image["id"]], lambda annotation: _coco_object(annotation, names))
+        return AnnotatedImage(name, _size(image.get("width"), image.get("height")), tried=tried, **objects)
+
+    named = ((image["file_name"], image) for sharing in listed.values() for image in sharing)
+    return root, list(_parsed(named, parse)), data.val_annotations is not None
 
 
-def read_voc(data: DataConfig, split: str) -> Split:
+def _coco_object(annotation: dict[str, Any], names: dict[Any, str]) -> Object:
+    if annotation.get("iscrowd") in (1, "1"):
+        raise Unusable(CROWD)
+    box = annotation.get("bbox")
+    if not box:
+        raise Unusable("annotations without a box")
+    try:
+        x, y, width, height = map(float, box)
+    except (TypeError, ValueError):
+        raise Unusable("annotations whose box is not four numbers") from None
+    outlines = annotation.get("segmentation")
+    try:
+        if not isinstance(outlines, list):  # run lengths, of which only the box is used, or none
+            outlines = []
+        elif outlines and not isinstance(outlines[0], list):  # a polygon by itself, not in a list
+            outlines = [outlines]
+        shape = [np.array(x, dtype=np.float32).reshape(-1, 2) for x in outlines if len(x) >= 6]
+    except (TypeError, ValueError):
+        shape = None
+    return (x, y, x + width, y + height), shape, _by_id(names, annotation.get("category_id")) or ""
+
+
+def _is_key(id_: object) -> bool:
+    return id_ is not None and isinstance(id_, Hashable)
+
+
+def _by_id(table: dict[Any, Item], id_: Any) -> Item | None:
+    """Look up an id, also if it is written as text or with a decimal point in one place and not in the other."""
+    if _is_key(id_):
+        if id_ in table:
+            return table[id_]
+        try:
+            return table[whole(id_)]
+        except (KeyError, TypeError, ValueError):
+            return table.get(str(id_))
+    return None
+
+
+def _size(width: Any, height: Any) -> Size | None:
+    """Return an annotated size; None where it is not known, for which tools write nothing, 0 or -1."""
+    try:
+        size = whole(width), whole(height)
+    except (TypeError, ValueError):
+        return None
+    return size if min(size) > 0 else None
+
+
+class ImageFinder:
+    """Find the files that annotations name, though the tool that wrote these had them at other places.
+
+    A path is looked up as written, then with fewer and fewer of its first folders, below ROOT, ROOT/images,
+    ROOT/JPEGImages and `others`. Last comes the only file of that name anywhere below ROOT.
+    """
+
+    def __init__(self, root: Path, *others: Path) -> None:
+        self.root = root
+        self.places = dict.fromkeys(p for p in (root, root / "images", root / "JPEGImages", *others) if p.is_dir())
+
+    def __call__(self, written: str) -> tuple[str, list[str]]:
+        """Return the path relative to ROOT, and if there is no such file where it was looked for.
+
+        Unusable if there are several.
+        """
+        first = os.path.join(self.root, written)
+        if os.path.isfile(first):
+            return written, []
+        path = unquote(urlsplit(written).path if "://" in written else written)
+        parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")]
+        if not parts:
+            return written, [first]
+        candidates = (os.path.join(place, *parts[k:]) for k in range(len(parts)) for place in self.places)
+        found = next(([path] for path in candidates if os.path.isfile(path)), self._by_name.get(_folded(parts[-1]), []))
+        if len(found) > 1:
+            raise Unusable("images whose name several files have")
+        if found:
+            return Path(os.path.relpath(found[0], self.root)).as_posix(), []
+        places = (os.path.join(place, parts[-1]) for place in self.places)
+        return written, [*dict.fromkeys((first, *places)), f"{parts[-1]} in all folders below {self.root}"]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        paths: dict[str, list[str]] = defaultdict(list)
+        for path in walk(self.root):
+            paths[_folded(path.name)].append(str(path))
+        return paths
+
+
+def _folded(name: str) -> str:
+    """Return what names have in common that differ in case or in how accents are written."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def read_voc(data: DataConfig, split: str, _: IndexWriter) -> Split:
     """Read Pascal VOC's XML files."""
     root, stem = Path(data.root), {"train": "train", "validation": "val"}[split]
     listed, images = root / "ImageSets" / "Main" / f"{stem}.txt", root / "JPEGImages"
-    paths = _files(Path(data.annotations or root / "Annotations"), (".xml",))
+    folder = Path(data.annotations or root / "Annotations")
+    paths = _files(folder, ".xml")
     if listed.is_file():
-        stems = {line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()}
+        stems = {line.split()[0] for line in read_text(listed).splitlines() if line.strip()}
         paths = [path for path in paths if path.stem in stems]
-    items = _parsed(((path.stem, path) for path in paths), _voc_image)
-    return images if images.is_dir() else root, items, listed.is_file()
+    images = images if images.is_dir() else root
+    finder = ImageFinder(images, root, root / "images", folder)
+    by_stem = {
+        path.stem: path.name for path in images.iterdir() if path.suffix.lower() not in (".xml", ".txt", ".json")
+    }
+    items = _parsed(((path.stem, path) for path in paths), lambda stem, path: _voc_image(stem, path, finder, by_stem))
+    return images, items, listed.is_file()
 
 
-def _voc_image(stem: str, path: Path) -> AnnotatedImage:
+def _voc_image(stem: str, path: Path, finder: ImageFinder, by_stem: dict[str, str]) -> AnnotatedImage:
     root = ElementTree.parse(path).getroot()
-    size = int(root.findtext("size/width") or 0), int(root.findtext("size/height") or 0)
-    things = root.findall("object")
+    name, tried = finder((root.findtext("filename") or "").strip() or f"{stem}.jpg")
+    if tried and stem in by_stem:  # no ending, or another one
+        name = by_stem[stem]
+    size = _size(root.findtext("size/width"), root.findtext("size/height"))
+    things = ((f"{path}, object {k}", thing) for k, thing in enumerate(root.findall("object"), 1))
+    return AnnotatedImage(name, size, tried=tried, **_objects(things, _voc_object))
+
+
+def _voc_object(thing: ElementTree.Element) -> Object:
+    try:
+        points = (
+            [float(x.text or "") for x in polygon.iter() if x.tag[0] in "xy"] for polygon in thing.findall("polygon")
+        )
+        outlines = [np.array(x, dtype=np.float32).reshape(-1, 2) for x in points if len(x) >= 6]
+    except ValueError:
+        outlines = None
+    if thing.find("bndbox") is None:
+        if not outlines:
+            raise Unusable("objects without a box")
+        corners = np.concatenate(outlines)
+        return (*corners.min(0).tolist(), *corners.max(0).tolist()), outlines, thing.findtext("name") or ""
     keys = ("xmin", "ymin", "xmax", "ymax")  # counted from 1, last pixel included
-    corners = [[float(thing.findtext(f"bndbox/{key}") or "nan") for key in keys] for thing in things]
-    boxes, labels = np.reshape(corners, (-1, 4)) - (1, 1, 0, 0), [thing.findtext("name") or "" for thing in things]
-    name = root.findtext("filename") or f"{stem}.jpg"
-    return AnnotatedImage(name, size if min(size) > 0 else None, boxes, labels=labels)
+    left, top, right, bottom = _floats(thing.findtext(f"bndbox/{key}") or "" for key in keys)
+    return (left - 1, top - 1, right, bottom), outlines, thing.findtext("name") or ""
 
 
-def read_yolo(data: DataConfig, split: str) -> Split:
+def read_yolo(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     """Read YOLO's text files: `class x_centre y_centre width height` or `class x y x y …`, fractions of the image."""
     images, texts = Path(data.root, "images"), Path(data.annotations or Path(data.root, "labels"))
     folders = {"train": ("train",), "validation": ("val", "valid", "validation")}[split]
     folder = next((name for name in folders if (images / name).is_dir()), "")
-    names = (path.relative_to(images) for path in _files(images / folder, IMAGE_SUFFIXES))
-    items = _parsed(((name.as_posix(), (texts / name).with_suffix(".txt")) for name in names), _yolo_image)
-    return images, items, bool(folder)
+    names = [path.relative_to(images) for path in find_images(images / folder, writer.faults)]
+    if not texts.is_dir():
+        raise UserError(f"{texts}: no such folder; check data.root and data.annotations")
+    named = ((name.as_posix(), (texts / name).with_suffix(".txt")) for name in names)
+    return images, _parsed(named, _yolo_image), bool(folder)
 
 
 def _yolo_image(name: str, path: Path) -> AnnotatedImage:
-    boxes, shapes = [], []
-    for _, *values in _rows(path) if path.is_file() else ():
-        if len(values) == 4:
-            x, y, width, height = values
-            boxes.append((x - width / 2, y - height / 2, x + width / 2, y + height / 2))
-            shapes.append([])
-        else:
-            outline = np.array(values, dtype=np.float32).reshape(-1, 2)
-            boxes.append((*outline.min(0).tolist(), *outline.max(0).tolist()))
-            shapes.append([outline])
-    return AnnotatedImage(name, boxes=boxes, shapes=shapes, relative=True)
+    lines = _lines(path) if path.is_file() else []
+    return AnnotatedImage(name, relative=True, **_objects(lines, _yolo_object))
 
 
-def read_masks(data: DataConfig, split: str) -> Split:
+def _yolo_object(words: list[str]) -> Object:
+    if len(words) == 1:
+        raise Unusable("lines of one word; separate the numbers by spaces")
+    values = _floats(words[1:])  # the class may be a number or a name
+    is_box = len(values) in (4, 5)  # a confidence may follow
+    if not is_box and (len(values) < 6 or len(values) % 2):
+        raise Unusable("lines of neither a box nor the corners of a polygon")
+    if max(map(abs, values[:4] if is_box else values)) > 2:  # some tools write coordinates slightly outside
+        raise Unusable("lines in pixels instead of fractions of the image")
+    if is_box:
+        x, y, width, height = values[:4]
+        return (x - width / 2, y - height / 2, x + width / 2, y + height / 2), [], ""
+    outline = np.array(values, dtype=np.float32).reshape(-1, 2)
+    return (*outline.min(0).tolist(), *outline.max(0).tolist()), [outline], ""
+
+
+def read_masks(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     """Read images and their masks (white = object), matched by name: a box per connected white component."""
     images, folder = Path(data.root, "images"), Path(data.annotations or Path(data.root, "masks"))
-    masks = {path.relative_to(folder).with_suffix(""): path for path in _files(folder, IMAGE_SUFFIXES)}
+    masks = {path.relative_to(folder).with_suffix(""): path for path in find_images(folder, writer.faults)}
 
     def parse(name: str, mask: Path) -> AnnotatedImage:
-        with Image.open(mask) as file:
-            white = (np.asarray(file.convert("L")) >= 128).astype(np.uint8)
-        _, _, components, _ = cv2.connectedComponentsWithStats(white, connectivity=8)
+        if not mask.is_file():
+            raise Unusable("images without a mask")
+        levels = np.asarray(load_mask(mask))
+        if levels.max() < 128:
+            raise Unusable("masks without white (levels from 128 on)")
+        _, _, components, _ = cv2.connectedComponentsWithStats((levels >= 128).astype(np.uint8), connectivity=8)
         found = components[1:].tolist()  # the first one is the background
         boxes = [(x, y, x + w, y + h) for x, y, w, h, area in found if area >= _MIN_COMPONENT]
-        return AnnotatedImage(name, file.size, boxes, mask=Path(os.path.relpath(mask, images)).as_posix())
+        size = levels.shape[1], levels.shape[0]
+        return AnnotatedImage(name, size, boxes, mask=Path(os.path.relpath(mask, images)).as_posix())
 
-    names = (path.relative_to(images) for path in _files(images, IMAGE_SUFFIXES))
+    names = (path.relative_to(images) for path in find_images(images, writer.faults))
     named = ((name.as_posix(), masks.get(name.with_suffix(""), folder / name)) for name in names)
     return images, _parsed(named, parse), False
 
@@ -302,22 +512,56 @@ def read_masks(data: DataConfig, split: str) -> Split:
 READERS = {"open_images": read_open_images, "coco": read_coco, "voc": read_voc, "yolo": read_yolo, "masks": read_masks}
 
 
-def _parsed(named: Iterable[tuple[str, Path]], parse: Parser) -> Iterator[AnnotatedImage]:
-    """Parse the annotations of each (name, path); those that cannot be read become a `problem`."""
-    for name, path in named:
+def _parsed(
+    named: Iterable[tuple[str, Item]], parse: Callable[[str, Item], AnnotatedImage]
+) -> Iterator[AnnotatedImage]:
+    """Parse the annotations of each (name, path or content); what cannot be read becomes a problem."""
+    for name, annotations in named:
+        place = str(annotations) if isinstance(annotations, Path) else name
         try:
-            yield parse(name, path)
+            yield parse(name, annotations)
+            continue
+        except Unusable as error:
+            problem = str(error), place
+        except UserError as error:  # names the place
+            problem = "annotations that cannot be read", str(error)
         except UNREADABLE as error:
-            yield AnnotatedImage(name, problem=f"{path}: {error}")
+            problem = "annotations that cannot be read", f"{place}: {error}"
+        yield AnnotatedImage(name, problems=[problem])
 
 
-def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def _objects(records: Iterable[tuple[str, Item]], parse: Callable[[Item], Object]) -> dict[str, Any]:
+    """Parse the record of each object for itself, given with its place; return arguments for `AnnotatedImage`."""
+    boxes, shapes, labels, places, problems = [], [], [], [], []
+    for place, record in records:
+        try:
+            box, shape, label = parse(record)
+        except Unusable as error:
+            problems.append((str(error), place))
+            continue
+        if shape is None:
+            problems.append(("shapes that cannot be read; their boxes are used", place))
+        boxes.append(box)
+        shapes.append(shape or [])
+        labels.append(label)
+        places.append(place)
+    return {"boxes": boxes, "shapes": shapes, "labels": labels, "places": places, "problems": problems}
+
+
+def _files(folder: Path, suffix: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check data.root and data.annotations")
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == suffix)
 
 
-def _rows(path: Path) -> list[list[float]]:
-    """Read a text file of numbers."""
-    rows = ([float(word) for word in line.split()] for line in path.read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if row]
+def _lines(path: Path) -> list[tuple[str, list[str]]]:
+    """Read the words of each line that has some, with its place."""
+    lines = enumerate(read_text(path).splitlines(), 1)
+    return [(f"{path}:{number}", words) for number, line in lines if (words := line.split())]
+
+
+def _floats(words: Iterable[str]) -> list[float]:
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        raise Unusable("boxes with words where numbers belong") from None

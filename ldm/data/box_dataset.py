@@ -6,6 +6,7 @@ docs/data.md lists the differences from the original. Dimension key: S side of t
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,15 +23,20 @@ from torch.utils.data import Dataset
 
 from ldm.config import DataConfig
 from ldm.data import masks
-from ldm.data.box_index import BoxIndex, Entry
-from ldm.files import UserError
-from ldm.images import MID_GREY, UNREADABLE, Box, levels_to_tensor, normalise, pad_box
+from ldm.data.box_index import BoxIndex, Entry, turned_size
+from ldm.files import UserError, read_table
+from ldm.images import FORMATS, MID_GREY, UNREADABLE, Box, flatten, levels_to_tensor, load_mask, normalise, pad_box
 
 if TYPE_CHECKING:
     import albumentations as A
 
 EXEMPLAR_PADDING = 10  # pixels around the box, see masks.pixel_scale
 MAX_ATTEMPTS = 20  # unreadable images in a row
+T = Image.Transpose
+TURNS = {  # from stored to upright pixels, by EXIF orientation
+    2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM,
+    5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90,
+}  # fmt: skip
 
 Captions = Callable[[Entry, int], str]  # caption of an image whose box of that number is the hole
 OpenFile = Callable[[str], BinaryIO]  # opens a file of the dataset by its name
@@ -55,8 +61,8 @@ class SampleRecipe:
             `image` (3, S, S) in [-1, 1]; `keep_mask` (1, S, S) in [0, 1], 0 in the hole; `masked_image` = image *
             keep_mask; `exemplar` (3, E, E), CLIP-normalised; all float32. With captions a text, `caption`.
         """
-        with open_file(entry.name) as stream, Image.open(stream) as file:  # reads the header only
-            size, data = file.size, self.data
+        with open_file(entry.name) as stream, Image.open(stream, formats=FORMATS) as file:  # reads the header only
+            size, data = turned_size(file.size, entry.orientation), self.data
             if size != entry.size:
                 raise ValueError(f"is {size[0]} x {size[1]}, indexed as {entry.size[0]} x {entry.size[1]}")
             chosen = int(rng.integers(len(entry.boxes)))
@@ -71,7 +77,7 @@ class SampleRecipe:
             hole = self._draw_hole(size, box, grown, shape, rng)
             window = window or masks.crop_window(size, grown, rng)
             padded = pad_box(box, size, round(EXEMPLAR_PADDING * masks.pixel_scale(size)))
-            decoded, reduction = self._decode(file, window, padded)
+            decoded, reduction = self._decode(file, window, padded, entry.orientation)
 
         if reduction > 1:
             hole, window = hole.reduce(reduction), reduced_window(window, decoded.size, reduction)
@@ -119,15 +125,18 @@ class SampleRecipe:
             return masks.polygon_hole(size, masks.arbitrary_polygon(box, grown, rng, jitter))
         return masks.rectangle_hole(size, grown)
 
-    def _decode(self, file: Image.Image, window: Box, padded: Box) -> tuple[Image.Image, int]:
-        """Decode the photograph as RGB, reduced by 1, 2, 4 or 8: as far as image and exemplar allow."""
+    def _decode(self, file: Image.Image, window: Box, padded: Box, orientation: int = 1) -> tuple[Image.Image, int]:
+        """Decode the photograph as RGB, upright, reduced by 1, 2, 4 or 8: as far as image and exemplar allow."""
         shortest, width = min(padded.right - padded.left, padded.bottom - padded.top), file.width
         spare = min(shortest // self.exemplar_size, (window.right - window.left) // self.image_size)
-        if spare >= 2 and window.clipped(*file.size) == window:
+        if spare >= 2 and window.clipped(*turned_size(file.size, orientation)) == window:
             reduction = 8 if spare >= 8 else 4 if spare >= 4 else 2
+            if orientation != 1:  # an incomplete block at the end would be the first one after turning
+                reduction = math.gcd(reduction, *file.size)
             file.draft("RGB", (width // reduction, file.height // reduction))  # only JPEG can do it
-        decoded = file.convert("RGB")
-        return decoded, round(width / decoded.width)
+        decoded = flatten(file, MID_GREY) if file.mode[0] in "IF" else file.convert("RGB")
+        reduction = round(width / decoded.width)
+        return decoded.transpose(TURNS[orientation]) if orientation != 1 else decoded, reduction
 
 
 def object_shape(entry: Entry, chosen: int, open_file: OpenFile) -> Image.Image | None:
@@ -136,8 +145,8 @@ def object_shape(entry: Entry, chosen: int, open_file: OpenFile) -> Image.Image 
         return masks.polygon_hole(entry.size, *entry.shapes[chosen])
     if not entry.mask:
         return None
-    with open_file(entry.mask) as stream, Image.open(stream) as file:
-        white = file.convert("L").point([0] * 128 + [255] * 128)
+    with open_file(entry.mask) as stream:
+        white = load_mask(stream).point([0] * 128 + [255] * 128)
     if white.size != entry.size:
         raise ValueError(f"its mask {entry.mask} is {white.width} x {white.height}, expected the image's size")
     return ImageChops.multiply(white, masks.rectangle_hole(entry.size, entry.boxes[chosen]))
@@ -207,18 +216,14 @@ def open_captions(source: str, index: BoxIndex, count: int) -> Captions:
     They are its classes if `source` is `classes`, or come from a CSV file with the columns file_name, relative to the
     folder of images, and caption. UserError if the index has no classes, or the file is damaged or lacks images.
     """
-    import pandas as pd  # part of the training extra
-
     if source == "classes":
         if not index.has_labels:
             raise UserError(f"{index.path}: has no classes, which data.captions: classes needs; see docs/data.md")
         return lambda entry, chosen: entry.labels[chosen].lower()
-    columns = ["file_name", "caption"]
-    try:
-        table = pd.read_csv(source, usecols=columns, dtype=str, keep_default_na=False, index_col=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: not a readable CSV with the columns {', '.join(columns)} ({error})") from None
-    captions: dict[str, str] = dict(zip(table.file_name, table.caption, strict=True))
+    rows = [row for _, row in read_table(source)]
+    if not any(row.keys() >= {"file_name", "caption"} for row in rows):
+        raise UserError(f"{source}: not a table with the columns file_name, caption; see docs/text.md")
+    captions = {row["file_name"]: str(row.get("caption", "")) for row in rows if "file_name" in row}
     if missing := [name for name in (index[i].name for i in range(count)) if name not in captions]:
         raise UserError(
             f"{source}: lacks {len(missing):,} of {count:,} images, {missing[0]} first; captions may be empty"

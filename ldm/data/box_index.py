@@ -7,9 +7,9 @@ images and M boxes. Texts and lists of varying length lie end to end; `…_ends`
 from __future__ import annotations
 
 import json
+import math
 import os
 from array import array
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +19,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ldm.data.masks import clip_box
-from ldm.files import UserError, atomic_write
+from ldm.files import Skipped, UserError, atomic_write
 from ldm.images import Box
 
 MIN_AREA, MAX_AREA = 0.02, 0.80  # fraction of the image that a usable box covers, inclusive
+NO_BOX, CROWD, SKIPPED_EXIF = "images without a usable box", "crowds", "images rotated by EXIF, see data.exif"
+_SMALL, _LARGE = (
+    f"boxes of less than {MIN_AREA:.0%} of their image",
+    f"boxes of more than {MAX_AREA:.0%} of their image",
+)
+_BY_CHOICE = {NO_BOX, CROWD, SKIPPED_EXIF, _SMALL, _LARGE}  # reasons that are no faults of the data
 _VERSION = "1"
 _MAX_SIDE = 65535  # pixels; the range of uint16, and JPEG's limit
 _COLUMNS = {  # type code of `array.array`; shape; column without which this one says nothing and is left out
     "names": ("B", -1, "names"), "name_ends": ("q", -1, "names"),  # (N,) paths relative to the folder of images, UTF-8
-    "sizes": ("H", (-1, 2), "names"),  # (N, 2) width and height in pixels, as stored
+    "sizes": ("H", (-1, 2), "names"),  # (N, 2) width and height in pixels, turned by the orientation
+    "orientations": ("B", -1, "orientations"),  # (N,) EXIF orientation that turns the stored pixels
     "boxes": ("H", (-1, 4), "names"), "box_ends": ("q", -1, "names"),  # (M, 4) as `Box`; (N,)
     "points": ("f", (-1, 2), "points"), "polygon_ends": ("q", -1, "points"),  # x, y of the corners of all polygons
     "shape_ends": ("q", -1, "points"),  # (M,) polygons of each box
@@ -36,7 +43,7 @@ _COLUMNS = {  # type code of `array.array`; shape; column without which this one
     "box_classes": ("i", -1, "classes"),  # (M,) class of each box
 }  # fmt: skip
 _REBUILD = "write it again with scripts/inspect_dataset.py --rebuild"
-Size = tuple[int, int]  # (width, height) in pixels as stored
+Size = tuple[int, int]  # (width, height) in pixels
 Boxes = Sequence[Sequence[float]]  # x_min, y_min, x_max, y_max
 Shapes = Sequence[Sequence[np.ndarray]] | None  # per box the outlines of its object, each (n, 2) x, y
 Labels = Sequence[str] | None  # class name per box, "" if unknown
@@ -51,6 +58,7 @@ class Entry(NamedTuple):
     shapes: list[list[np.ndarray]]  # per box the outlines of its object, each (n, 2) float32 x, y; empty: unknown
     mask: str  # path of an image in which the objects are white, relative to the same folder; "" if none
     labels: tuple[str, ...] = ()  # class name per box ("" if unknown); empty if the dataset has no classes
+    orientation: int = 1  # EXIF orientation that turns the stored pixels, before all else here applies; 1: as stored
 
 
 class BoxIndex:
@@ -70,6 +78,14 @@ class BoxIndex:
         self.has_shapes = "points" in self._arrays or "masks" in self._arrays  # of some image
         self._classes = [self._text("classes", "class_ends", i) for i in range(len(self._arrays.get("class_ends", ())))]
 
+    @property
+    def left_out(self) -> list[str]:
+        """What was left out of the dataset, a text for each reason, the most frequent one first."""
+        counts, places = (json.loads(self.metadata.get(key, "{}")) for key in ("dropped", "places"))
+        ordered = sorted(counts.items(), key=lambda item: -item[1])
+        found = ((f"{count:,} {reason}", ", ".join(places.get(reason, ()))) for reason, count in ordered)
+        return [f"{text} ({named})" if named else text for text, named in found]
+
     def __len__(self) -> int:
         return len(self._arrays["sizes"])
 
@@ -77,7 +93,7 @@ class BoxIndex:
         if not 0 <= i < len(self):
             raise IndexError(i)
         width, height = self._arrays["sizes"][i].tolist()
-        boxes = self._span("box_ends", i)
+        boxes, orientations = self._span("box_ends", i), self._arrays.get("orientations")
         return Entry(
             name=self._text("names", "name_ends", i),
             size=(width, height),
@@ -85,6 +101,7 @@ class BoxIndex:
             shapes=[self._shapes(k) for k in range(boxes.start, boxes.stop)],
             mask=self._text("masks", "mask_ends", i) if "masks" in self._arrays else "",
             labels=tuple(self._classes[k] for k in self._arrays["box_classes"][boxes]) if self.has_labels else (),
+            orientation=1 if orientations is None else int(orientations[i]),
         )
 
     def _shapes(self, box: int) -> list[np.ndarray]:
@@ -102,9 +119,10 @@ class BoxIndex:
 class IndexWriter:
     """Collect images in memory, and write the index when the `with` block ends without an error."""
 
-    def __init__(self, path: str | Path, source: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: str | Path, source: Mapping[str, str] | None = None, *, strict: bool = False) -> None:
+        """With `strict` the first fault of the data is a UserError, not left out."""
         self.path, self.source = Path(path), dict(source or {})  # origin of the annotations, for `BoxIndex.metadata`
-        self.dropped: Counter[str] = Counter()  # boxes and images left out, by reason
+        self.faults, self.unwanted = Skipped(strict=strict), Skipped()  # boxes and images left out
         self.images = self.boxes = 0  # kept so far
         self._columns = {name: array(typecode) for name, (typecode, *_) in _COLUMNS.items()}
         self._classes: dict[str, int] = {}
@@ -112,21 +130,34 @@ class IndexWriter:
     def __enter__(self) -> IndexWriter:
         return self
 
+    def leave_out(self, reason: str, place: object) -> None:
+        """Count a box or an image that is not in the index; UserError if it is a fault and the writer is strict."""
+        (self.unwanted if reason in _BY_CHOICE else self.faults).add(reason, place)
+
     def add(
-        self, name: str, size: Size, boxes: Boxes, shapes: Shapes = None, mask: str = "", labels: Labels = None
+        self,
+        name: str,
+        size: Size,
+        boxes: Boxes,
+        shapes: Shapes = None,
+        mask: str = "",
+        labels: Labels = None,
+        orientation: int = 1,
+        places: Sequence[str] = (),
     ) -> bool:
         """Add an image with those of its boxes that cover 2 % to 80 % of it; return whether there are any.
 
-        The arguments are as in `Entry`, but `boxes` may be fractional or partly outside the image.
+        The arguments are as in `Entry`, but `boxes` may be fractional or partly outside the image. `places` say where
+        each box was read (default: the name).
         """
         if not all(0 < side <= _MAX_SIDE for side in size):
-            self.dropped[f"images of more than {_MAX_SIDE} pixels a side"] += 1
+            self.leave_out(f"images of more than {_MAX_SIDE} pixels a side", name)
             return False
         before, columns = self.boxes, self._columns
         for k, box in enumerate(boxes):
             x_min, y_min, x_max, y_max = (round(edge, 3) for edge in box)  # 0.29 of 100 pixels: 28.999999999999996
             if reason := _unusable(x_min, y_min, x_max, y_max, size):
-                self.dropped[reason] += 1
+                self.leave_out(reason, places[k] if places else name)
                 continue
             self.boxes += 1
             columns["boxes"].extend(clip_box(x_min, y_min, x_max, y_max, size))
@@ -136,10 +167,11 @@ class IndexWriter:
             columns["shape_ends"].append(len(columns["polygon_ends"]))
             columns["box_classes"].append(self._classes.setdefault(labels[k] if labels else "", len(self._classes)))
         if self.boxes == before:
-            self.dropped["images without a usable box"] += 1
+            self.leave_out(NO_BOX, name)
             return False
         self.images += 1
         columns["sizes"].extend(size)
+        columns["orientations"].append(orientation)
         columns["box_ends"].append(self.boxes)
         self._append_text("names", "name_ends", name)
         self._append_text("masks", "mask_ends", mask)
@@ -153,28 +185,36 @@ class IndexWriter:
         if kind is not None:
             return
         if not self.images:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "no images found"
+            reasons = ", ".join(str(some) for some in (self.faults, self.unwanted) if some) or "no images found"
             raise UserError(f"{self.path}: not one usable box ({reasons}); check the paths and the annotations")
         for name in self._classes:
             self._append_text("classes", "class_ends", name)
+        if max(self._columns["orientations"]) == 1:
+            del self._columns["orientations"][:]
         arrays = {
             name: np.asarray(self._columns[name]).reshape(shape)
             for name, (_, shape, needed) in _COLUMNS.items()
             if self._columns[needed]
         }
-        metadata = {"version": _VERSION, "dropped": json.dumps(self.dropped), **self.source}
+        dropped, places = self.faults.counts + self.unwanted.counts, self.faults.places | self.unwanted.places
+        metadata = {"version": _VERSION, "dropped": json.dumps(dropped), "places": json.dumps(places), **self.source}
         with atomic_write(self.path) as partial:
             save_file(arrays, partial, metadata=metadata)
+
+
+def turned_size(size: Size, orientation: int) -> Size:
+    """Return the size of an image after turning it as its EXIF orientation, 1 to 8, says; or invert that."""
+    return (size[1], size[0]) if orientation >= 5 else size
 
 
 def _unusable(x_min: float, y_min: float, x_max: float, y_max: float, size: Size) -> str:
     """Return the reason why a box is left out, or an empty string."""
     width, height = size
-    if not (x_min < x_max and y_min < y_max):  # also true of NaN
+    if not math.isfinite(x_min + y_min + x_max + y_max):
+        return "boxes with corners that are not finite"
+    if not (x_min < x_max and y_min < y_max):
         return "boxes without area"
     if x_max <= 0 or y_max <= 0 or x_min >= width or y_min >= height:
         return "boxes outside their image"
     area = (x_max - x_min) * (y_max - y_min) / (width * height)
-    if area < MIN_AREA:
-        return f"boxes of less than {MIN_AREA:.0%} of their image"
-    return f"boxes of more than {MAX_AREA:.0%} of their image" if area > MAX_AREA else ""
+    return _SMALL if area < MIN_AREA else _LARGE if area > MAX_AREA else ""

@@ -5,6 +5,7 @@ every sample carries a `key` from which the training step draws its noise. A sam
 number of workers nor on the number of processes.
 """
 
+import logging
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Sampler
 
 from ldm.config import Config, ConfigError
@@ -21,6 +23,8 @@ from ldm.data.box_dataset import BoxDataset, Sample, SampleRecipe, open_captions
 from ldm.data.cached import CachedDataset
 from ldm.data.shards import Shards
 from ldm.files import UserError
+
+logger = logging.getLogger(__name__)
 
 Data = BoxDataset | CachedDataset | Shards
 
@@ -87,9 +91,10 @@ class DataModule(pl.LightningDataModule):
             order = EpochSampler(len(data), seed=self.seed if trains else None, **part)
         if trains:
             order.epoch, order.start = self._position["epoch"], self._position["batch"] * batch_size
-        if len(order) < batch_size:
-            got = f"got {len(order)} {purpose} samples per process, expected at least a batch of {batch_size}"
-            raise UserError(f"{self.data.root}: {got}; prepare more data or lower data.batch_size and val_batch_size")
+        if len(order) < (needed := batch_size if trains else 1):
+            got = f"got {len(order)} {purpose} samples per process, expected at least {needed}"
+            remedy = "; prepare more data" + " or lower data.batch_size" * trains
+            raise UserError(f"{self.data.root}: {got}{remedy}")
         return DataLoader(
             data,
             batch_size=batch_size,
@@ -98,7 +103,7 @@ class DataModule(pl.LightningDataModule):
             persistent_workers=workers > 0,
             worker_init_fn=set_up_worker if workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
-            drop_last=True,
+            drop_last=trains,
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -147,7 +152,10 @@ def _split(config: Config, split: str, max_samples: int | None) -> Data:
         return Shards(data.root, split, sample_recipe(config), seed, buffer, max_samples)
     if data.kind == "cached":
         return CachedDataset(data.root, split, seed=seed, max_samples=max_samples)
-    return box_dataset(config, split, max_samples=max_samples)
+    dataset = box_dataset(config, split, max_samples=max_samples)
+    for line in dataset.index.left_out:
+        rank_zero_only(logger.warning)("%s: left out: %s", split, line)
+    return dataset
 
 
 def _check_source(config: Config) -> None:

@@ -81,10 +81,12 @@ def _spans(index: BoxIndex, images: Path, max_bytes: int) -> Iterator[tuple[int,
 def _members(i: int, entry: Entry, images: Path) -> Iterator[tuple[str, bytes]]:
     shapes = [[outline.tolist() for outline in outlines] for outlines in entry.shapes]
     record = {"name": entry.name, "size": entry.size, "boxes": entry.boxes, "shapes": shapes}
+    if entry.orientation != 1:
+        record["orientation"] = entry.orientation
     yield f"{i:09d}.json", json.dumps(record).encode()
-    yield f"{i:09d}{Path(entry.name).suffix.lower()}", (images / entry.name).read_bytes()
+    yield f"{i:09d}{Path(entry.name).suffix.lower() or '.image'}", (images / entry.name).read_bytes()
     if entry.mask:
-        yield f"{i:09d}.mask{Path(entry.mask).suffix.lower()}", (images / entry.mask).read_bytes()
+        yield f"{i:09d}.mask{Path(entry.mask).suffix.lower() or '.image'}", (images / entry.mask).read_bytes()
 
 
 def _unpacked(members: Members) -> tuple[Entry, Callable[[str], BinaryIO]]:
@@ -93,7 +95,8 @@ def _unpacked(members: Members) -> tuple[Entry, Callable[[str], BinaryIO]]:
     mask = next((name for name in members if name.startswith("mask.")), "")
     image = next(name for name in members if name not in ("json", mask))
     shapes = [[np.array(outline, dtype=np.float32) for outline in outlines] for outlines in record["shapes"]]
-    entry = Entry(image, tuple(record["size"]), [Box(*corners) for corners in record["boxes"]], shapes, mask)
+    boxes, orientation = [Box(*corners) for corners in record["boxes"]], record.get("orientation", 1)
+    entry = Entry(image, tuple(record["size"]), boxes, shapes, mask, orientation=orientation)
     return entry, lambda name: io.BytesIO(members[name])
 
 

@@ -3,16 +3,14 @@
 import argparse
 import datetime
 import pdb
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.config import Config, ConfigError, dump_config, load_config
+from ldm.config import Config, ConfigError, dump_config, load_config, split_overrides
 from ldm.files import verify_zip
 
-OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
 MEMORY = "lower data.batch_size, raise trainer.accumulate_grad_batches, model.unet.activation_checkpointing=true"
 
 
@@ -39,10 +37,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--no-test", "--no_test", **flag, default=True, help=unused)
     add("-d", "--debug", **flag, default=False, help="start the post-mortem debugger on an error")
     add("--dry-run", action="store_true", help="print config, parameter counts and steps per epoch, and stop")
-    words = sys.argv[1:] if argv is None else argv
-    # Taken out first: options such as --base and --debug would swallow an override that follows them.
-    overrides = [word for word in words if OVERRIDE.match(word)]
-    args = parser.parse_args([word for word in words if not OVERRIDE.match(word)])
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
     if not args.base and args.resume in (None, "auto"):
         parser.error("nothing to train: give --base CONFIG, for instance --base configs/v1.yaml, or --resume RUN")
     args.overrides = overrides if args.seed is None else [*overrides, f"seed={args.seed}"]
