@@ -69,7 +69,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         except Exception as error:  # damaged files raise nearly anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{path}: not a checkpoint to resume from: {reason}") from error
-        if "optimizer_states" not in checkpoint:
+        if any(part not in checkpoint for part in ("optimizer_states", "loops", "pytorch-lightning_version")):
             raise CheckpointError(f"{path}: holds no training state; start a new run from it with --pretrained-model")
         return checkpoint
 

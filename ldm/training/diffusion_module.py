@@ -228,6 +228,7 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
             checkpoint["timesteps"] = self.timesteps.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         if self.timesteps is not None and "timesteps" in checkpoint:
             self.timesteps.load_state_dict(checkpoint["timesteps"])
         override_optimizer_hparams(checkpoint, self._lrs(), weight_decay=self.options.weight_decay)

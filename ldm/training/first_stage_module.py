@@ -136,6 +136,7 @@ class FirstStageTraining(TrainingModule):
         return self.with_lr_schedule(torch.optim.Adam(trained, lr=self.options.base_lr, betas=(0.5, 0.9)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         override_optimizer_hparams(checkpoint, [self.options.base_lr])
 
 

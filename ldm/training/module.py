@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from ldm.checkpoint.keys import check_keys
 from ldm.config import ConfigError
 from ldm.files import UserError
 
@@ -38,6 +39,11 @@ class TrainingModule(pl.LightningModule):
         """Copy a batch to the device, except the keys: they seed generators on the CPU."""
         tensors = {name: value for name, value in batch.items() if name != "key"}
         return {**super().transfer_batch_to_device(tensors, device, dataloader_idx), "key": batch["key"]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a state of another model, such as that of a run whose config was changed, before any is restored."""
+        expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        check_keys(expected, checkpoint["state_dict"], source=self.trainer.ckpt_path)
 
     def record(self, name: str, values: Tensor, chosen: Tensor | None = None) -> None:
         """Add values, or the `chosen` ones, to a curve. They stay on the device: reading one would wait for it."""

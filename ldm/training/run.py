@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.callbacks import LambdaCallback, Timer
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from ldm.checkpoint.io import read_checkpoint
@@ -106,7 +106,9 @@ class Run:
     def fit(self, checkpoint: Path | None) -> int:
         """Train, from `checkpoint` on if there is one; return 0, or 128 + the signal that ended the run."""
         if self.trainer.is_global_zero:
-            self._record(checkpoint)
+            # Once the checkpoint is restored: a config that does not fit it must not replace the run's own.
+            record = LambdaCallback(on_train_start=lambda *_: self._record(checkpoint))
+            self.trainer.callbacks.append(record)  # pyright: ignore[reportAttributeAccessIssue]
             print(f"run directory: {self.run_dir}\n{self.summary()}")
         try:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint)

@@ -245,6 +245,34 @@ def test_a_run_tells_how_it_was_started(fit: Fit, make_config: MakeConfig, tmp_p
     assert first["command"] == sys.argv and first["seed"] == 23
 
 
+@pytest.mark.parametrize("fault", ["another model", "lacks a tensor", "has one more", "of no version"])
+def test_a_state_that_does_not_fit_leaves_the_run_as_it_was(
+    fault: str, fit: Fit, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    fit(make_config("trainer.max_steps=1"), tmp_path)
+    path, config = tmp_path / "checkpoints" / "last.ckpt", (tmp_path / "config.yaml").read_text()
+    whole, overrides = last(tmp_path), ["trainer.max_steps=2"]
+    broken = {**whole, "state_dict": dict(whole["state_dict"])}
+    if fault == "another model":
+        overrides.append("model.exemplar_encoder.mapper_layers=2")
+    elif fault == "lacks a tensor":
+        del broken["state_dict"]["learnable_vector"]
+    elif fault == "has one more":
+        broken["state_dict"]["model_ema.decay"] = torch.tensor(0.9)
+    else:
+        del broken["pytorch-lightning_version"]
+    torch.save(broken, path)
+    run = Run(make_config(*overrides), tmp_path)
+    run.initialise(None, from_scratch=False, resuming=True)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt"):
+        run.fit(path)
+    assert (tmp_path / "config.yaml").read_text() == config
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 1
+    torch.save(whole, path)
+    fit(make_config("trainer.max_steps=2"), tmp_path, resume=path)
+    assert last(tmp_path)["global_step"] == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
