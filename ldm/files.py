@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_NAMED = 3  # places that a summary names of each reason
-
 
 class UserError(ValueError):
     """Input that cannot be used; the message names it and says what to do. Command lines print it in one line."""
@@ -29,11 +27,11 @@ class Skipped:
     As text it is one line for the end of a run, such as "2 without a box (row 3, row 8), 1 unreadable (a.png)".
     """
 
-    def __init__(self, *, strict: bool = False) -> None:
-        """With `strict` the first record that is left out raises a UserError."""
+    def __init__(self, *, strict: bool = False, named: int = 3) -> None:
+        """With `strict` the first record that is left out raises a UserError; `named` places of a reason are kept."""
         self.counts: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
-        self._strict = strict
+        self._strict, self._named = strict, named
 
     def add(self, reason: str, place: object) -> None:
         """Count a record by its reason, a few words; `place` names its file, row or number."""
@@ -41,8 +39,8 @@ class Skipped:
             raise UserError(f"{place}: {reason}")
         self.counts[reason] += 1
         places = self.places.setdefault(reason, [])
-        if len(places) <= _NAMED:
-            places.append(str(place) if len(places) < _NAMED else "...")
+        if len(places) <= self._named:
+            places.append(str(place) if len(places) < self._named else "...")
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -151,6 +149,21 @@ def claim_file(path: str | Path) -> Path:
             continue
         return candidate
     raise AssertionError
+
+
+@contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """Take a free name for the block, which writes the file; FileExistsError if another process has it.
+
+    An empty file stands for it meanwhile, and is removed if the block fails.
+    """
+    path = Path(path)
+    path.touch(exist_ok=False)
+    try:
+        yield
+    finally:
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
 
 
 def check_writable(folder: str | Path) -> None:

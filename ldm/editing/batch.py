@@ -4,13 +4,16 @@ Tables, folders and the benchmark all become lists of `Job`. A job that fails is
 that are present, whole and made with the same settings are skipped.
 """
 
-import csv
 import json
 import os
+import re
+import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -28,11 +31,13 @@ from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
 from ldm.editing.settings import COLUMNS, EditSettings, numbers, settings_from
 from ldm.editing.watermark import add_watermark
-from ldm.files import UserError, write_text
+from ldm.files import Skipped, UserError, check_writable, claimed, read_table, write_text
 from ldm.images import find_images, save_png
 
 FILES = ("scene", "mask", "reference", "reference_mask")  # columns with files, relative to the table's folder
 OUTLINES = ("box", "polygon")
+KNOWN = {"name", *FILES, *OUTLINES, *COLUMNS}
+LONGEST_NAME = 255 - len(".png")  # bytes, of a result; more than that no usual file system takes
 DEFAULT_SETTINGS = EditSettings()
 
 # An edit without a model, such as pasting the exemplar.
@@ -59,6 +64,11 @@ class Job:
         return make_request(self.scene, self.reference, self.settings, **hole, reference_mask=self.reference_mask)
 
     @property
+    def files(self) -> list[str]:
+        """The names of the files that are read."""
+        return [file for file in (self.scene, self.mask, self.reference, self.reference_mask) if file]
+
+    @property
     def group(self) -> tuple[Any, ...]:
         """What the jobs of one batch have in common."""
         return self.reference is not None, self.settings.prompt is not None, *self.settings.sampling.values()
@@ -69,82 +79,6 @@ class Job:
         return json.dumps({**columns, **self.settings.record(), **metadata}, sort_keys=True)
 
 
-def read_jobs(path: Path, base: EditSettings = DEFAULT_SETTINGS) -> list[Job]:
-    """Read a table of jobs.
-
-    Args:
-        path: .csv with a header, or .jsonl with an object per line. Columns are the fields of `Job`, and settings in
-            any spelling of the command line. Without `name` a result is called after its row and scene. Files are
-            relative to the table's folder.
-        base: settings that a row leaves out.
-
-    Raises:
-        UserError: the table is missing, damaged or empty, or a row has an unknown column, a wrong value or a used name.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            if path.suffix.lower() == ".csv":
-                rows = [{key: text for key, text in row.items() if text} for row in csv.DictReader(file)]
-            else:
-                rows = [json.loads(line) for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable table ({error}); expected CSV with a header, or JSON lines") from error
-    if not rows:
-        raise UserError(f"{path}: holds no rows")
-    jobs = []
-    for number, row in enumerate(rows, 1):
-        try:
-            jobs.append(_job(row, number, path.parent, base))
-        except UserError as error:
-            raise UserError(f"{path}, row {number}: {error}") from None
-    return _check_names(jobs, path)
-
-
-def match_folders(scenes: Path, masks: Path, references: Path, base: EditSettings = DEFAULT_SETTINGS) -> list[Job]:
-    """Make a job with the settings `base` of every image in `scenes`, with the mask and exemplar of the same stem.
-
-    `references` may be a single file for all. Raises UserError if an image lacks its mask or exemplar.
-    """
-
-    def of_stem(folder: Path, scene: Path) -> str:
-        if folder.is_file():
-            return str(folder)
-        found = [path for path in find_images(folder) if path.stem == scene.stem]
-        if len(found) != 1:
-            raise UserError(f"{folder}: holds {len(found)} images called {scene.stem}, expected one for {scene}")
-        return str(found[0])
-
-    found = find_images(scenes)
-    jobs = [Job(scene.stem, str(scene), of_stem(references, scene), base, of_stem(masks, scene)) for scene in found]
-    return _check_names(jobs, scenes)
-
-
-def _job(row: Any, number: int, folder: Path, base: EditSettings) -> Job:
-    known = {"name", *FILES, *OUTLINES, *COLUMNS}
-    unknown = row.keys() - known if isinstance(row, dict) else {row}
-    if unknown:
-        raise UserError(f"got {', '.join(sorted(map(str, unknown)))}, expected some of {', '.join(sorted(known))}")
-    row = {key: value for key, value in row.items() if value is not None}
-    files = {key: str(folder / str(row.pop(key))) for key in FILES if key in row}
-    box, polygon = (numbers(str(row.pop(key, ""))) for key in OUTLINES)
-    name = str(row.pop("name", "")) or f"{number:06d}_{Path(files.get('scene', '')).stem}"
-    settings = settings_from(row, base)
-    if not settings.is_single or settings.per_component:
-        raise UserError("several samples, seeds or components are not for tables; give each its row")
-    if "scene" not in files or ("reference" not in files and settings.prompt is None):
-        raise UserError(f"lacks {'reference or prompt' if 'scene' in files else 'scene'}")
-    return Job(name=name, settings=settings, box=box, polygon=polygon, **files)
-
-
-def _check_names(jobs: list[Job], where: Path) -> list[Job]:
-    seen: set[str] = set()
-    for job in jobs:
-        if job.name in seen or Path(job.name).name != job.name:
-            raise UserError(f"{where}: the name {job.name!r} is there twice or is no file name; give each row its own")
-        seen.add(job.name)
-    return jobs
-
-
 @dataclass
 class Report:
     """The outcome by name: done, skipped, or failed with the reason; and the seconds of painting."""
@@ -153,12 +87,169 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    kinds: dict[str, str] = field(default_factory=dict)  # of what failed: the reason without values and file names
 
-    def write(self, path: Path) -> None:
-        """Write a JSON object per job, in no particular order."""
-        lines = [{"name": name, "status": status} for status in ("done", "skipped") for name in getattr(self, status)]
+    def fail(self, name: str, reason: object, files: Iterable[str | None] = ()) -> None:
+        """Note a failure; its reason is counted without the name of one of `files` that it begins with."""
+        self.failed[name] = kind = str(reason)
+        for file in files:
+            kind = kind.removeprefix(f"{file}: ")
+        self.kinds[name] = re.sub(r"^row \d+: |got .*?, (?=expected)", "", kind)
+
+    def reasons(self) -> Skipped:
+        """Count the failures by reason."""
+        counted = Skipped()
+        for name, kind in self.kinds.items():
+            counted.add(kind, name)
+        return counted
+
+    def refuse(self, where: Path, count: int) -> None:
+        """Raise a UserError that names the first failures of `count` records, if there are any."""
+        if self.failed:
+            first = "; ".join(islice((f"{name}: {reason}" for name, reason in self.failed.items()), 3))
+            raise UserError(f"{where}: {len(self.failed)} of {count} are wrong: {first}")
+
+    def write(self, path: Path, jobs: Iterable[Job] = ()) -> None:
+        """Write a JSON object per job, in no particular order; those of `jobs` without an outcome are `waiting`."""
+        status = dict.fromkeys((job.name for job in jobs), "waiting")
+        status |= dict.fromkeys(self.skipped, "skipped") | dict.fromkeys(self.done, "done")
+        lines = [{"name": name, "status": one} for name, one in status.items() if name not in self.failed]
         lines += [{"name": name, "status": "failed", "reason": reason} for name, reason in self.failed.items()]
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_jobs(
+    path: Path,
+    base: EditSettings = DEFAULT_SETTINGS,
+    *,
+    ignore_columns: bool = False,
+    report: Report | None = None,
+) -> list[Job]:
+    """Read a table of jobs.
+
+    Args:
+        path: see `read_table`. Columns are the fields of `Job`, and settings in any spelling of the command line.
+            Without `name` a result is called after its row and scene; it may end in .png. Files are relative to the
+            table's folder.
+        base: settings that a row leaves out.
+        ignore_columns: pass over columns of other names.
+        report: gets the rows that are wrong, as failed.
+
+    Raises:
+        UserError: the table is missing, damaged or empty, or has an unknown column; without a report also, a row is
+            unreadable, or has a wrong value or a used name.
+    """
+    unreadable, wrong = Skipped(named=sys.maxsize), report or Report()
+    rows = read_table(path, unreadable)
+    for reason, places in unreadable.places.items():
+        for place in places:
+            wrong.fail(place.removeprefix(f"{path}, "), reason)
+    if not any(row for _, row in rows):
+        raise UserError(f"{path}: holds no rows{f' but {unreadable}' if unreadable else ''}")
+    unknown = sorted({column for _, row in rows for column in row} - KNOWN)
+    if unknown and not ignore_columns:
+        raise UserError(
+            f"{path}: got the column{'s' * (len(unknown) > 1)} {', '.join(unknown)}, expected some of "
+            f"{', '.join(sorted(KNOWN))}; --ignore-columns passes over others"
+        )
+    jobs: dict[str, Job] = {}
+    for number, row in rows:
+        row = {key: value for key, value in row.items() if key in KNOWN and value is not None}
+        stem = f"{number:06d}_{Path(str(row.get('scene', ''))).stem}".encode(errors="ignore")[:LONGEST_NAME]
+        name = re.sub(r"\.png$", "", str(row.pop("name", "")), flags=re.IGNORECASE) or stem.decode(errors="ignore")
+        is_used = name in jobs or name in wrong.failed
+        try:
+            if is_used:
+                raise UserError(f"the name {name!r:.80} is there twice; give each row its own")
+            jobs[name] = _job(name, row, path.parent, base)
+        except ValueError as error:
+            wrong.fail(f"row {number}" if is_used else name, f"row {number}: {error}")
+    if report is None:
+        wrong.refuse(path, len(rows) + unreadable.counts.total())
+    return list(jobs.values())
+
+
+def match_folders(
+    scenes: Path,
+    masks: Path,
+    references: Path,
+    base: EditSettings = DEFAULT_SETTINGS,
+    *,
+    apart: Sequence[Path] = (),
+    report: Report | None = None,
+) -> list[Job]:
+    """Make a job with the settings `base` of every image in `scenes`, with the mask and exemplar of the same stem.
+
+    Args:
+        scenes, masks, references: folders, see `find_images`; a folder inside another one is not searched for that one.
+            Masks and references may be a single file for all. Stems may differ in upper and lower case where no other
+            file has them.
+        base: settings of all jobs.
+        apart: more folders that are not searched, such as that of the results.
+        report: gets the scenes without exactly one mask and exemplar, as failed.
+
+    Raises:
+        UserError: a folder holds no images; without a report also, a scene has no mask or exemplar, or several.
+    """
+    wrong, folders = report or Report(), (scenes, masks, references)
+    by_stem: dict[Path, dict[str, list[Path]]] = {}
+    for folder in folders:
+        by_stem[folder] = {}
+        inner = [other for other in (*folders, *apart) if other != folder and other.is_relative_to(folder)]
+        for path in [] if folder.is_file() else find_images(folder):
+            if not any(path.is_relative_to(other) for other in inner):
+                by_stem[folder].setdefault(path.stem.casefold(), []).append(path)
+
+    def of_stem(folder: Path, scene: Path) -> str:
+        if folder.is_file():
+            return str(folder)
+        alike = by_stem[folder].get(scene.stem.casefold(), [])
+        found = [path for path in alike if path.stem == scene.stem]
+        if not found and len(by_stem[scenes][scene.stem.casefold()]) == 1:
+            found = alike
+        if not found:
+            raise UserError(f"no image of its stem in {folder}")
+        if len(found) > 1:
+            names = " and ".join(path.relative_to(folder).as_posix() for path in found)
+            raise UserError(f"{names} in {folder} have its stem; rename all but one")
+        return str(found[0])
+
+    jobs, found = [], sorted(path for paths in by_stem[scenes].values() for path in paths)
+    for scene in found:
+        try:
+            _check_name(scene.stem)
+            of_stem(scenes, scene)
+            jobs.append(Job(scene.stem, str(scene), of_stem(references, scene), base, of_stem(masks, scene)))
+        except ValueError as error:
+            wrong.fail(scene.relative_to(scenes).as_posix(), error)
+    if report is None:
+        wrong.refuse(scenes, len(found))
+    for folder in {masks, references} - {scenes}:
+        alone = Skipped()
+        for stem in sorted(by_stem[folder].keys() - by_stem[scenes].keys()):
+            alone.add("without a scene", by_stem[folder][stem][0].relative_to(folder))
+        if alone:
+            warnings.warn(f"{folder}: passed over {alone}", stacklevel=2)
+    return jobs
+
+
+def _job(name: str, row: dict[str, Any], folder: Path, base: EditSettings) -> Job:
+    files = {key: str(folder / str(value)) for key in FILES if (value := row.pop(key, None))}
+    box, polygon = (numbers(str(row.pop(key, ""))) for key in OUTLINES)
+    settings = settings_from(row, base)
+    if not settings.is_single or settings.per_component:
+        raise UserError("several samples, seeds or components are not for tables; give each its row")
+    if "scene" not in files or ("reference" not in files and settings.prompt is None):
+        raise UserError(f"lacks {'reference or prompt' if 'scene' in files else 'scene'}")
+    _check_name(name)
+    return Job(name=name, settings=settings, box=box, polygon=polygon, **files)
+
+
+def _check_name(name: str) -> None:
+    if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(
+            f"name: got {name!r:.80}, expected a file name of at most {LONGEST_NAME} bytes, without a folder"
+        )
 
 
 def process_rank() -> tuple[int, int]:
@@ -179,6 +270,7 @@ class _Item:
     request: EditRequest
     fitted: FittedScene | None = None
     pixel_values: Tensor | None = None
+    is_new: bool = True  # its result's name was free
 
 
 @dataclass
@@ -186,7 +278,7 @@ class EditRun:
     """Many edits in one go, and their outcome so far.
 
     Raises:
-        UserError: batch_size or workers is less than 1.
+        UserError: batch_size or workers is less than 1, or `outdir` cannot be written to.
         OSError: a result cannot be written.
     """
 
@@ -203,12 +295,19 @@ class EditRun:
     def __post_init__(self) -> None:
         if min(self.batch_size, self.workers) < 1:
             raise UserError(f"got batch_size={self.batch_size}, workers={self.workers}, expected 1 or more")
+        check_writable(self.outdir)
         if self.watermark:
             self.metadata = {**self.metadata, "watermark": self.watermark}
 
     def edit(self, jobs: Iterable[Job]) -> Report:
         """Edit every job that has no result yet, with at most a few batches in memory."""
         jobs = sorted(jobs, key=lambda job: [repr(value) for value in job.group])
+        inputs = {os.path.realpath(file) for job in jobs for file in job.files}
+        for job in [job for job in jobs if os.path.realpath(self.path(job)) in inputs]:
+            self.report.fail(
+                job.name, f"{self.path(job)}: is an input, too; choose another --outdir", [str(self.path(job))]
+            )
+            jobs.remove(job)
         writing: deque[Future[None]] = deque()
         with (
             ThreadPoolExecutor(self.workers) as readers,
@@ -216,15 +315,12 @@ class EditRun:
             moving_bar(total=len(jobs), desc="editing", unit="image", disable=None) as bar,
         ):
             for batch in self.batches(readers, jobs, bar):
-                pairs = zip(batch, self.paint(batch, bar), strict=False)
-                writing.extend(writers.submit(self.finish, *pair) for pair in pairs)
+                writing.extend(writers.submit(self.finish, *pair) for pair in self.paint(batch, bar))
                 bar.update(len(batch))
                 while len(writing) > 2 * self.batch_size:
                     writing.popleft().result()
             for future in writing:
                 future.result()
-        failed = self.report.failed
-        self.report.failed = {job.name: failed[job.name] for job in jobs if job.name in failed}
         return self.report
 
     def batches(self, readers: ThreadPoolExecutor, jobs: list[Job], bar: tqdm) -> Iterator[list[_Item]]:
@@ -247,78 +343,100 @@ class EditRun:
             while batch := list(islice(group, size)):
                 yield batch
 
+    def path(self, job: Job) -> Path:
+        """Return the name of a job's result."""
+        return self.outdir / f"{job.name}.png"
+
     def read(self, job: Job) -> _Item | None:
         """Read a job's files; None if there is a result, or if they cannot be used."""
         try:
+            is_new = not self.path(job).exists()
             if self.is_done(job):
                 self.report.skipped.append(job.name)
                 return None
             request = job.request()
             if not isinstance(self.editor, Editor):
-                return _Item(job, request)
+                return _Item(job, request, is_new=is_new)
             (exemplar,) = request.exemplars
             pixel_values = None if exemplar is None else self.editor.exemplar_tensor(exemplar)
-            return _Item(job, request, self.editor.fit(request.scene, request.hole, job.settings), pixel_values)
-        except (ValueError, OSError) as error:
-            self.report.failed[job.name] = str(error)
+            fitted = self.editor.fit(request.scene, request.hole, job.settings)
+            return _Item(job, request, fitted, pixel_values, is_new)
+        except (ValueError, OSError, ArithmeticError, MemoryError) as error:
+            self.report.fail(job.name, str(error) or type(error).__name__, job.files)
             return None
 
     def is_done(self, job: Job) -> bool:
         """Tell whether a job's result is present, whole, and made with the same settings."""
         try:
-            with Image.open(self.outdir / f"{job.name}.png") as image:
+            with Image.open(self.path(job)) as image:
                 image.load()
                 return image.info.get("parameters") == job.parameters(self.metadata)
         except (OSError, ValueError, SyntaxError):
             return False
 
-    def paint(self, batch: Sequence[_Item], bar: tqdm) -> Iterable[Tensor | Image.Image]:
-        """Paint a batch: (3, S, S) pixels in [-1, 1] each, whole images from a baseline, nothing if it fails."""
-        start, settings = time.perf_counter(), [item.job.settings for item in batch]
-        exemplars = [item.pixel_values for item in batch if item.pixel_values is not None]
-        prompts = [one.prompt for one in settings if one.prompt is not None]
+    def paint(self, batch: Sequence[_Item], bar: tqdm) -> list[tuple[_Item, Tensor | Image.Image]]:
+        """Return each item with what is painted: (3, S, S) pixels in [-1, 1], or a baseline's whole image.
+
+        A batch that fails is painted again one by one, and items that fail alone are left out.
+        """
+        start = time.perf_counter()
         try:
-            if not isinstance(self.editor, Editor):
-                return [self.editor(item.request) for item in batch]
-            fits = [item.fitted for item in batch if item.fitted is not None]
-            return self.editor.paint(
-                torch.cat([fitted.image for fitted in fits]),
-                torch.cat([fitted.keep_mask for fitted in fits]),
-                torch.cat(exemplars) if exemplars else None,
-                [one.seeds[0] for one in settings],
-                prompts=prompts or None,
-                on_phase=bar.set_description,
-                on_step=lambda step, num_steps, *_: bar.set_description(f"step {step} of {num_steps}", refresh=False),
-                **settings[0].sampling,
-            )
+            return list(zip(batch, self._paint(batch, bar), strict=True))
         except NotFiniteError as error:
-            pairs = zip(batch, error.is_finite, strict=True)
-            self.report.failed |= {item.job.name: str(error) for item, is_finite in pairs if not is_finite}
-            return error.painted.clamp(-1, 1)
-        except ValueError as error:  # e.g. more steps than the model has timesteps: true of the whole batch
-            self.report.failed |= {item.job.name: str(error) for item in batch}
-            return []
+            triples = list(zip(batch, error.painted.clamp(-1, 1), error.is_finite, strict=True))
+            for item in (item for item, _, is_finite in triples if not is_finite):
+                self.report.fail(item.job.name, error)
+            return [(item, x) for item, x, is_finite in triples if is_finite]
+        except ValueError as error:
+            if len(batch) == 1:
+                self.report.fail(batch[0].job.name, error, batch[0].job.files)
+                return []
         finally:
             self.report.seconds += time.perf_counter() - start
+        return [pair for item in batch for pair in self.paint([item], bar)]
+
+    def _paint(self, batch: Sequence[_Item], bar: tqdm) -> Iterable[Tensor | Image.Image]:
+        if not isinstance(self.editor, Editor):
+            return [self.editor(item.request) for item in batch]
+        settings = [item.job.settings for item in batch]
+        fits = [item.fitted for item in batch if item.fitted is not None]
+        exemplars = [item.pixel_values for item in batch if item.pixel_values is not None]
+        prompts = [one.prompt for one in settings if one.prompt is not None]
+        return self.editor.paint(
+            torch.cat([fitted.image for fitted in fits]),
+            torch.cat([fitted.keep_mask for fitted in fits]),
+            torch.cat(exemplars) if exemplars else None,
+            [one.seeds[0] for one in settings],
+            prompts=prompts or None,
+            on_phase=bar.set_description,
+            on_step=lambda step, num_steps, *_: bar.set_description(f"step {step} of {num_steps}", refresh=False),
+            **settings[0].sampling,
+        )
 
     def finish(self, item: _Item, painted: Tensor | Image.Image) -> None:
         """Put a painted square back, judge it, mark it and write it."""
-        name, result = item.job.name, painted
-        if name in self.report.failed:  # in painting
-            return
-        if not isinstance(result, Image.Image):
-            assert item.fitted is not None
-            result = item.fitted.put_back(result, **item.job.settings.pasting)
+        job, path, result = item.job, self.path(item.job), painted
         try:
+            if not isinstance(result, Image.Image):
+                assert item.fitted is not None
+                result = item.fitted.put_back(result, **job.settings.pasting)
             (reason,) = unsafe_reasons(self.content_filter, [result], item.request.hole)
             if reason:
                 raise UserError(f"withheld: {reason}")
             result = add_watermark(result, self.watermark)
-        except UserError as error:  # withheld, or too small for its watermark
-            self.report.failed[name] = str(error)
-            return
-        if self.on_result is not None:
-            self.on_result(item.job, result)
-        # Last: its presence says that the job is done.
-        save_png(result, self.outdir / f"{name}.png", {"parameters": item.job.parameters(self.metadata)})
-        self.report.done.append(name)
+            if self.on_result is not None:
+                self.on_result(job, result)
+            # Last: its presence says that the job is done.
+            with claimed(path) if item.is_new else nullcontext():
+                save_png(result, path, {"parameters": job.parameters(self.metadata)})
+            self.report.done.append(job.name)
+        except FileExistsError:
+            if self.is_done(job):
+                self.report.skipped.append(job.name)
+            else:
+                self.report.fail(job.name, "another run wrote its result meanwhile; give each run its own --outdir")
+        except (ValueError, ArithmeticError, MemoryError) as error:  # withheld, or too small for its watermark
+            self.report.fail(job.name, str(error) or type(error).__name__)
+        except OSError as error:  # the disk is full: the run ends
+            self.report.fail(job.name, error)
+            raise

@@ -14,13 +14,14 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, count
+from contextlib import ExitStack, suppress
+from itertools import accumulate, chain, count
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.editing.settings import EditSettings, add_options, given_options, numbers
-from ldm.files import UserError
+from ldm.files import UserError, check_writable, claimed
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     many.add_argument("--jobs", help="CSV or JSON lines, a row for each edit: docs/editing.md", **FILE)
     many.add_argument("--batch-size", type=int, default=4, help="edits painted together; default: %(default)s")
     many.add_argument("--workers", type=int, default=2, help="reading threads, and writing ones; default: %(default)s")
+    many.add_argument("--strict", action="store_true", help="edit nothing if a row is wrong or a file missing")
+    many.add_argument("--ignore-columns", action="store_true", help="pass over columns of unknown names")
     hole = parser.add_argument_group("hole", "instead of --mask; without any, the scene's transparent part")
     repeatable: dict[str, Any] = {"action": "append", "default": []}
     hole.add_argument("--box", type=numbers, metavar="X0,Y0,X1,Y1", help="a rectangle; repeatable", **repeatable)
@@ -215,24 +218,36 @@ def run_command(command: Callable[[], int], remedy: str = "fewer --n-samples", h
 
 def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
     """Edit this process's share of a table's rows, or of folders, and return the exit status: 1 if rows failed."""
-    from ldm.editing.batch import edit_many, match_folders, process_rank, read_jobs
+    from ldm.editing.batch import Report, edit_many, match_folders, process_rank, read_jobs
     from ldm.editing.safety import load_filter
 
+    report, (rank, processes) = Report(), process_rank()
+    options: dict[str, Any] = {"report": None if args.strict else report}
     if args.jobs:
-        jobs = read_jobs(args.jobs, settings)
+        jobs = read_jobs(args.jobs, settings, ignore_columns=args.ignore_columns, **options)
     else:
-        jobs = match_folders(args.image, args.mask, args.reference[0], settings)
-    rank, processes = process_rank()
-    editor = load_editor(args)
-    args.outdir.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("batch_size", "workers", "watermark")}
-    options["content_filter"] = load_filter(args.safety, editor.device) if args.safety else None
-    metadata = model_metadata(args, editor.model.weight_dtype)
-    report = edit_many(editor, jobs[rank::processes], args.outdir, metadata=metadata, **options)
+        jobs = match_folders(args.image, args.mask, args.reference[0], settings, apart=[args.outdir], **options)
+    if args.strict and (missing := [file for job in jobs for file in job.files if not Path(file).is_file()]):
+        raise UserError(f"{len(missing)} files are missing, first {missing[0]}; check the paths")
+    if rank:  # the first process tells what is wrong with the table
+        report = Report()
+    check_writable(args.outdir)
     path = args.outdir / ("report.jsonl" if processes == 1 else f"report-{rank + 1}-of-{processes}.jsonl")
-    report.write(path)
+    jobs = jobs[rank::processes]
+    try:
+        if jobs:
+            editor = load_editor(args)
+            options = {name: getattr(args, name) for name in ("batch_size", "workers", "watermark")}
+            options["content_filter"] = load_filter(args.safety, editor.device) if args.safety else None
+            metadata = model_metadata(args, editor.model.weight_dtype)
+            edit_many(editor, jobs, args.outdir, metadata=metadata, report=report, **options)
+    finally:  # also where the disk is full, or after an interruption
+        if report.done or report.failed or report.skipped:
+            report.write(path, jobs)
     for name, reason in report.failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
+    if report.failed:
+        print(f"failed, by reason: {report.reasons()}", file=sys.stderr)
     print(f"{len(report.done)} done, {len(report.skipped)} there already, {len(report.failed)} failed; {path}")
     return 1 if report.failed else 0
 
@@ -380,16 +395,18 @@ def save_results(
     """
     from ldm.images import save_png
 
-    suffix, versions = "", count(2)
-    while not args.overwrite and any((args.outdir / f"{stem}{suffix}.png").exists() for stem in images):
-        suffix = f"_v{next(versions)}"
-    for stem, (image, detail) in images.items():
-        path = args.outdir / f"{stem}{suffix}.png"
-        verb = "overwrote" if path.exists() else "wrote"
-        save_png(image, path, {"parameters": json.dumps({**record, **detail}, default=str)})
-        print(f"{verb} {path}")
-    if suffix:
-        print(f"kept the earlier results of the same name; these end in {suffix} (--overwrite replaces them)")
+    for suffix in chain([""], (f"_v{version}" for version in count(2))):
+        paths = [args.outdir / f"{stem}{suffix}.png" for stem in images]
+        with suppress(FileExistsError), ExitStack() as stack:
+            for path in [] if args.overwrite else paths:
+                stack.enter_context(claimed(path))
+            for path, (image, detail) in zip(paths, images.values(), strict=True):
+                verb = "overwrote" if args.overwrite and path.exists() else "wrote"
+                save_png(image, path, {"parameters": json.dumps({**record, **detail}, default=str)})
+                print(f"{verb} {path}")
+            if suffix:
+                print(f"kept the earlier results of the same name; these end in {suffix} (--overwrite replaces them)")
+            return
 
 
 def contact_sheet(

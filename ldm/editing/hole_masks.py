@@ -136,7 +136,7 @@ def apply_shape(hole: Image.Image, shape: str, seed: int = 0) -> Image.Image:
     """
     if shape == "given":
         return hole
-    rng, result = np.random.default_rng(seed), Image.new("L", hole.size)
+    rng, result = np.random.default_rng(seed % 2**64), Image.new("L", hole.size)  # negative seeds as torch reads them
     for component in connected_components(hole):
         box = hole_box(component)
         if shape == "box":

@@ -5,12 +5,12 @@ Command-line options, columns of job tables, JSON schemas and the call as text a
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
-from ldm.files import UserError
+from ldm.files import UserError, whole
 
 # Samplers and the number of steps each takes by default.
 DEFAULT_STEPS = {"dpm_solver_pp": 20, "plms": 50, "ddim": 50, "unipc": 20, "ddpm": 250}
@@ -21,7 +21,7 @@ CONTROLS: dict[str, tuple[str, float, float, float]] = {
     "prompt": ("Prompt", 0, 0, 0),
     "negative_prompt": ("Negative prompt", 0, 0, 0),
     "n_samples": ("Candidates", 1, 8, 1),
-    "seed": ("Seed", 0, 2**31 - 1, 0),
+    "seed": ("Seed", 0, 0, 0),
     "sampler": ("Sampler", 0, 0, 0),
     "num_steps": ("Steps", 1, 250, 1),
     "guidance_scale": ("Guidance scale", 1, 15, 0.5),
@@ -34,6 +34,7 @@ CONTROLS: dict[str, tuple[str, float, float, float]] = {
     "reference_fit": ("Exemplar's fit", 0, 0, 0),
 }
 _STEPS = ", ".join(f"{sampler} {steps}" for sampler, steps in DEFAULT_STEPS.items())
+_SIDE = 2**20  # pixels, more than any scene is long
 _MARGIN = "surroundings shown on each side, as a share of the hole's longer side"
 
 
@@ -44,7 +45,7 @@ class Option:
     flags: tuple[str, ...]  # on the command line, the preferred one first; then those of the original and of old
     help: str  # one phrase, without the default
     choices: tuple[str, ...] = ()  # the allowed words of a string
-    low: float = -math.inf  # inclusive, as `high`
+    low: float = -math.inf  # inclusive, as `high`; numbers have both everywhere, tables and the page included
     high: float = math.inf
     nargs: str | int | None = None  # as in argparse; a setting with it may be a tuple of numbers
     default_text: str = ""  # the default in words, where it is computed
@@ -66,14 +67,20 @@ class EditSettings:
 
     prompt: str | None = _set(None, "--prompt", "what to paint, in words")
     negative_prompt: str | None = _set(None, "--negative-prompt", "what to avoid, in words")
-    n_samples: int = _set(1, "--n-samples --n_samples", "results to make", low=1)
+    n_samples: int = _set(1, "--n-samples --n_samples", "results to make", low=1, high=10_000)
     seed: int | tuple[int, ...] = _set(
-        0, "--seed", "sample i uses SEED + i, or the i-th of several seeds", nargs="+", low=-(2**63), high=2**63 - 1
+        0, "--seed", "sample i uses SEED + i, or the i-th of several seeds", nargs="+", low=-(2**63), high=2**64 - 1
     )
     sampler: str = _set("dpm_solver_pp", "--sampler", "solver", choices=tuple(DEFAULT_STEPS))
-    num_steps: int | None = _set(None, "--steps --num-steps", "more is slower and finer", low=1, default_text=_STEPS)
+    num_steps: int | None = _set(
+        None, "--steps --num-steps", "more is slower and finer", low=1, high=10_000, default_text=_STEPS
+    )
     guidance_scale: float = _set(
-        5.0, "--guidance-scale --scale", "1 is without guidance; the paper uses 5, the original's script 1"
+        5.0,
+        "--guidance-scale --scale",
+        "1 is without guidance; the paper uses 5, the original's script 1",
+        low=-1000,
+        high=1000,
     )
     guidance_interval: tuple[float, float] = _set(
         (0.0, 1.0),
@@ -84,17 +91,24 @@ class EditSettings:
         high=1,
     )
     eta: float = _set(0.0, "--eta --ddim_eta", "stochasticity of the sampler ddim", low=0, high=1)
-    dilate: int = _set(0, "--dilate --grow", "pixels to widen the hole by", low=0)
+    dilate: int = _set(0, "--dilate --grow", "pixels to widen the hole by", low=0, high=_SIDE)
     mask_shape: str = _set(
         "given", "--mask-shape --shape", "paint the hole's components, their boxes or other shapes", choices=MASK_SHAPES
     )
     per_component: bool = _set(
         False, "--per-component --separate", "edit the hole's connected components one by one, each with its own crop"
     )
-    crop_margin: float | None = _set(None, "--crop-margin --context-margin", _MARGIN, low=0, default_text="the model's")
+    crop_margin: float | None = _set(
+        None, "--crop-margin --context-margin", _MARGIN, low=0, high=1000, default_text="the model's"
+    )
     whole_image: bool = _set(False, "--whole-image", "show the whole scene, as the paper does")
     feather: int | None = _set(
-        None, "--feather", "pixels in which the hole's edge fades", low=0, default_text="a fiftieth of its longer side"
+        None,
+        "--feather",
+        "pixels in which the hole's edge fades",
+        low=0,
+        high=_SIDE,
+        default_text="a fiftieth of its longer side",
     )
     match_colors: bool = _set(
         True, "--match-colors --colour-agreement", "correct the decoder's colour error along the hole's edge"
@@ -178,6 +192,10 @@ KINDS = {f.name: next(k for k in (bool, int, float, str) if k.__name__ in str(f.
 COLUMNS = {flag.removeprefix("--").replace("-", "_"): name for name in OPTIONS for flag in (name, *OPTIONS[name].flags)}
 
 
+# How a word of the command line or of a cell is read.
+PARSERS: dict[type, Callable[[str], Any]] = {int: whole, float: float, str: str}
+
+
 def check_setting(name: str, value: Any) -> Any:
     """Return a setting's value in its own type, or raise UserError."""
     option = OPTIONS[name]
@@ -197,14 +215,15 @@ def _check_item(name: str, value: Any) -> Any:
             return value
         expected = f"one of {', '.join(option.choices)}" if option.choices else f"a {kind.__name__}"
         raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
-    if not _is_finite(value) or (kind is int and value % 1) or not option.low <= value <= option.high:
-        expected = f"a finite {kind.__name__} from {option.low:g} to {option.high:g}"
+    is_inside = _is_number(value) and option.low <= value <= option.high  # NaN is in no range
+    if not is_inside or (kind is int and value % 1):
+        expected = f"a {'whole ' * (kind is int)}number from {option.low} to {option.high}"
         raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
     return kind(value)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def settings_from(values: Mapping[str, Any], base: EditSettings | None = None) -> EditSettings:
@@ -234,7 +253,7 @@ def _parsed(name: str, text: str) -> Any:
     try:
         if kind is bool:
             return BOOLEANS[text.strip().lower()]
-        items = [kind(word) for word in text.replace(",", " ").split()]
+        items = [PARSERS[kind](word) for word in text.replace(",", " ").split()]
     except (KeyError, ValueError):
         raise UserError(f"{name}: got {text!r:.80}, expected {kind.__name__}") from None
     return items[0] if len(items) == 1 else items
@@ -258,7 +277,7 @@ def add_options(parser: Any, *names: str, **helps: str) -> None:
         elif option.choices:
             more["choices"] = option.choices
         else:
-            more |= {"type": kind, "nargs": option.nargs, "metavar": "TEXT" if kind is str else "N"}
+            more |= {"type": PARSERS[kind], "nargs": option.nargs, "metavar": "TEXT" if kind is str else "N"}
         parser.add_argument(*option.flags, dest=name, default=argparse.SUPPRESS, **more)
 
 

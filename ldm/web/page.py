@@ -247,7 +247,7 @@ def control(name: str, schema: Mapping[str, Any]) -> Component:
         return gr.Dropdown(schema["enum"], **common)
     if schema["type"] == "string":
         return gr.Textbox(max_length=schema["maxLength"], **common)
-    if schema["step"]:
+    if "step" in schema:
         return gr.Slider(schema["minimum"], schema["maximum"], step=schema["step"], **common)
     return gr.Number(minimum=schema["minimum"], maximum=schema["maximum"], **common)
 

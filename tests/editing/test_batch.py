@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 import inference
-from ldm.editing.batch import match_folders, read_jobs
+from ldm.editing import batch
+from ldm.editing.batch import Report, edit_many, match_folders, read_jobs
+from ldm.editing.editor import Editor
+from ldm.editing.request import EditRequest
 from ldm.editing.settings import EditSettings
 from ldm.files import UserError
+from ldm.images import save_png
+from ldm.latent_diffusion import LatentDiffusion
 
 ROWS = 7
 SIZES = [(90, 60), (64, 64), (40, 120), (33, 47), (200, 90), (70, 70), (51, 80)]
@@ -167,8 +177,12 @@ def test_folders_are_matched_by_name(tiny_folder: Path, folder: Path, capsys: py
     assert set(pictures(folder / "out")) == {str(i) for i in range(ROWS)}
     assert [job.reference for job in match_folders(*(folder / p for p in ("scenes", "masks")), folder / "jobs.csv")]
     (folder / "masks" / "4.png").unlink()
-    assert inference.main([*words, str(folder / "exemplars")]) == 2
-    assert "masks: " in capsys.readouterr().err
+    words[words.index(str(folder / "out"))] = str(folder / "more")
+    assert inference.main([*words, str(folder / "exemplars"), "--strict"]) == 2
+    assert "4.png" in capsys.readouterr().err and not (folder / "more").exists()
+    assert inference.main([*words, str(folder / "exemplars")]) == 1
+    assert set(pictures(folder / "more")) == {str(i) for i in range(ROWS)} - {"4"}
+    assert report(folder / "more")["4.png"] == "failed"
 
 
 @pytest.mark.slow
@@ -186,16 +200,17 @@ def test_two_processes_share_the_rows(tiny_folder: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("jobs.csv", "scene,reference,colour\na.png,b.png,red\n", "row 1: got colour, expected some of"),
+        ("jobs.csv", "scene,reference,colour\na.png,b.png,red\n", "got the column colour, expected some of"),
         ("jobs.csv", "scene,seed\na.png,3\n", "row 1: lacks reference or prompt"),
         ("jobs.csv", "scene,reference,seed\na.png,b.png,many\n", "row 1: seed: got 'many'"),
         ("jobs.csv", "scene,reference,sampler\na.png,b.png,magic\n", "row 1: sampler: got 'magic'"),
         ("jobs.csv", "scene,reference,n_samples\na.png,b.png,2\n", "row 1: several samples"),
         ("jobs.csv", "name,scene,reference\nx,a.png,b.png\nx,a.png,b.png\n", "'x' is there twice"),
-        ("jobs.csv", "name,scene,reference\n../x,a.png,b.png\n", "is no file name"),
+        ("jobs.csv", "name,scene,reference\n../x,a.png,b.png\n", "name: got '../x'"),
         ("jobs.csv", "scene,reference\n", "holds no rows"),
-        ("jobs.jsonl", '{"scene": "a.png"', "not a readable table"),
-        ("jobs.jsonl", "3\n", "row 1: got 3"),
+        ("jobs.jsonl", '{"scene": "a.png"', "holds no rows"),
+        ("jobs.jsonl", '3\n{"scene": "a.png", "reference": "b.png"}\n', "row 1: no JSON object"),
+        ("jobs.csv", "scene,reference\na.png,b.png\na.png,b.png,c.png\n", "1 of 2 are wrong: row 2: "),
     ],
 )
 def test_tables_that_are_none(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -242,3 +257,179 @@ def test_options_that_are_for_single_edits(
     with pytest.raises(SystemExit):
         inference.main(["--jobs", "jobs.csv", *options])
     assert message in capsys.readouterr().err
+
+
+WRONG: dict[str, dict[str, object]] = {
+    "seed": {"seed": 2**64},
+    "negative": {"seed": -(2**63) - 1},
+    "many-steps": {"num_steps": 10**9},
+    "no-number": {"guidance_scale": "nan"},
+    "infinite": {"guidance_scale": "inf"},
+    "margin": {"context_margin": "1e308"},
+    "sampler": {"sampler": "euler_a"},
+    "eta": {"eta": "0.5"},
+    "box": {"mask": "", "box": "nan,0,1,1"},
+    "far": {"mask": "", "box": "1e300,0,1e301,1"},
+    "missing": {"scene": "nowhere.png"},
+    "directory": {"scene": "."},
+    "damaged": {"scene": "damaged.png"},
+    "black": {"mask": "black.png"},
+    "steps-of-model": {"num_steps": 5000},
+    "a/b": {},
+    "..\0": {},
+    "x" * 252: {},
+    "é" * 126: {},
+    "first": {},
+}
+RIGHT: dict[str, dict[str, object]] = {
+    "first": {},
+    "largest": {"seed": 2**64 - 1},
+    "smallest": {"seed": -(2**63), "shape": "arbitrary"},
+    "spreadsheet": {"seed": "7.0"},
+    "wide": {"mask": "", "box": "-5,-5,1e9,1e9"},
+    "x" * 251: {},
+    "é" * 125: {},
+    "suffix.PNG": {},
+}
+
+
+def test_wrong_rows_fail_alone(tiny_folder: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "damaged.png").write_bytes((folder / "scenes" / "0.png").read_bytes()[:400])
+    Image.new("L", SIZES[0]).save(folder / "black.png")
+    common = {"scene": "scenes/0.png", "mask": "masks/0.png", "reference": "exemplars/0.png"}
+    right, wrong = ([{**common, "name": name, **row} for name, row in rows.items()] for rows in (RIGHT, WRONG))
+    mixed = [row for pair in zip_longest(right, wrong) for row in pair if row]  # the last is the second called first
+    (folder / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    assert run(tiny_folder, folder, "out", table="jobs.jsonl") == 1
+    told = capsys.readouterr().err
+    made = {name.removesuffix(".PNG") for name in RIGHT}
+    assert set(pictures(folder / "out")) == made
+    states = report(folder / "out")
+    assert {name for name, state in states.items() if state == "done"} == made
+    assert states.keys() - made == WRONG.keys() - {"first"} | {f"row {len(mixed)}"}
+    assert all(f"failed: {name}: " in told for name in ("seed", "margin", "directory", f"row {len(mixed)}"))
+    assert "2 seed: " in told  # counted by reason, without values
+
+    assert run(tiny_folder, folder, "strict", "--strict", table="jobs.jsonl") == 2
+    assert "row 2: " in capsys.readouterr().err and not (folder / "strict").exists()
+    (folder / "jobs.jsonl").write_text(json.dumps({**common, "reference": "nowhere.png"}))
+    assert run(tiny_folder, folder, "strict", "--strict", table="jobs.jsonl") == 2
+    assert "nowhere.png" in capsys.readouterr().err and not (folder / "strict").exists()
+
+
+def test_columns_of_no_meaning(folder: Path) -> None:
+    """A row by a spreadsheet, with an index and notes."""
+    text = "\ufeff;name; Scene ;scene;reference;seed\r\n0;a.png;x;a.png;b.png;1.0\r\n;;;;;\r\n1;;;c.png;d.png;\r\n"
+    (folder / "t.csv").write_text(text, newline="", encoding="utf-8")
+    with pytest.raises(UserError, match=r"Scene.*reference_mask"):
+        read_jobs(folder / "t.csv")
+    jobs = read_jobs(folder / "t.csv", ignore_columns=True)
+    assert [(job.name, Path(job.scene).name, job.settings.seed) for job in jobs] == [
+        ("a", "a.png", 1),
+        ("000003_c", "c.png", 0),
+    ]
+
+
+def copy(request: EditRequest) -> Image.Image:
+    return request.scene.copy()
+
+
+def test_a_batch_that_fails_is_painted_again_one_by_one(
+    tiny_model: LatentDiffusion, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor, paint = Editor(tiny_model), Editor.paint
+
+    def fail(self: Editor, image: Tensor, keep_mask: Tensor, pixel_values: Tensor, seeds: list[int], **options: Any):
+        if 3 in seeds:
+            raise UserError("the third cannot be painted")
+        return paint(self, image, keep_mask, pixel_values, seeds, **options)
+
+    monkeypatch.setattr(Editor, "paint", fail)
+    jobs = read_jobs(folder / "jobs.csv", EditSettings(num_steps=1))
+    done = edit_many(editor, jobs, folder / "out", metadata={}, batch_size=ROWS)
+    assert done.failed == {"r3": "the third cannot be painted"} and len(done.done) == ROWS - 1
+
+
+def test_a_full_disk_ends_the_run_with_a_report(
+    tiny_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = batch.save_png
+
+    def save_some(image: Image.Image, path: Path, text: dict[str, str]) -> None:
+        if path.stem == "r1":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(image, path, text)
+
+    monkeypatch.setattr(batch, "save_png", save_some)
+    assert run(tiny_folder, folder, "out", "--workers", "1", "--batch-size", "1") == 2
+    assert "No space left" in capsys.readouterr().err
+    states = report(folder / "out")
+    assert states["r1"] == "failed" and states["r6"] == "waiting" and states["r0"] == "done" and len(states) == ROWS
+    assert not [path for path in (folder / "out").iterdir() if not path.stat().st_size]
+    monkeypatch.undo()
+    assert run(tiny_folder, folder, "out") == 0
+    assert set(pictures(folder / "out")) == {f"r{i}" for i in range(ROWS)}
+
+
+def test_results_of_another_run_stay(folder: Path) -> None:
+    """Runs of the same and of another table write a name between its first look and the result."""
+    jobs, out = read_jobs(folder / "jobs.csv"), folder / "out"
+
+    def interfere(job: batch.Job, _: Image.Image) -> None:
+        if job.name in ("r1", "r2"):
+            mine = {"r1": job, "r2": replace(job, scene="another")}[job.name]
+            save_png(Image.new("RGB", (3, 3)), out / f"{job.name}.png", {"parameters": mine.parameters({})})
+
+    done = edit_many(copy, jobs, out, metadata={}, on_result=interfere)
+    assert done.skipped == ["r1"] and list(done.failed) == ["r2"] and len(done.done) == ROWS - 2
+    assert all(Image.open(out / f"{name}.png").size == (3, 3) for name in ("r1", "r2"))
+
+
+def test_scenes_are_never_replaced_by_results(folder: Path) -> None:
+    before = (folder / "scenes" / "2.png").read_bytes()
+    jobs = match_folders(*(folder / part for part in ("scenes", "masks", "exemplars")))
+    done = edit_many(copy, jobs, folder / "masks" / ".." / "scenes", metadata={})
+    assert done.failed.keys() == {str(i) for i in range(ROWS)}
+    assert (folder / "scenes" / "2.png").read_bytes() == before
+
+
+def test_folders_that_cannot_be_written_are_told_before_painting(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"jobs\.csv"):
+        edit_many(copy, read_jobs(folder / "jobs.csv"), folder / "jobs.csv", metadata={})
+
+
+def test_folders_as_people_have_them(tmp_path: Path) -> None:
+    """Endings of all kinds, capitals, hidden files, masks among the scenes, and what has no partner or two."""
+    scenes = tmp_path / "scenes"
+    masks, things, out = scenes / "masks", tmp_path / "things", scenes / "out"
+    for folder in (scenes, masks, things, out):
+        folder.mkdir()
+    image = Image.new("RGB", (8, 8))
+    forms = {
+        "a.JPG": "JPEG",
+        "b.tif": "TIFF",
+        "C.bmp": "BMP",
+        "d.jfif": "JPEG",
+        "e": "PNG",
+        "f.gif": "GIF",
+        "g.png": "PNG",
+    }
+    forms |= {"h.png": "PNG", "h.jpg": "JPEG", "i.png": "PNG", "I.png": "PNG", "._j.png": "PNG", "k.png": "PNG"}
+    for name, form in forms.items():
+        image.save(scenes / name, form)
+    for stem in "abcdefghikz":
+        image.save(masks / f"{stem}.bmp")
+        image.save(things / f"{stem}.webp")
+    (masks / "g.bmp").unlink()
+    image.save(things / "k.gif")
+    image.save(out / "a.png")
+    wrong = Report()
+    with pytest.warns(UserWarning) as told:
+        jobs = match_folders(scenes, masks, things, apart=[out], report=wrong)
+    assert [job.name for job in jobs] == ["C", "a", "b", "d", "e", "f", "i"]
+    assert all(Path(file).stem.casefold() == job.name.casefold() for job in jobs for file in job.files)
+    assert wrong.failed.keys() == {"I.png", "g.png", "h.png", "h.jpg", "k.png"}
+    assert "h.jpg and h.png" in wrong.failed["h.png"] and "k.gif and k.webp" in wrong.failed["k.png"]
+    assert len(told) == 2 and all("z." in str(one.message) for one in told)
+    with pytest.raises(UserError, match="5 of 12"):
+        match_folders(scenes, masks, things, apart=[out])

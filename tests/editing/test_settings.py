@@ -109,13 +109,21 @@ def test_columns_of_tables(column: str, text: str, name: str, value: Any) -> Non
     ("name", "value"),
     [
         ("n_samples", 0),
-        ("seed", 2**63),
+        ("seed", 2**64),
+        ("seed", -(2**63) - 1),
+        ("seed", 10**400),
+        ("seed", 1.5),
+        ("seed", float("nan")),
+        ("seed", True),
         ("seed", ()),
         ("seed", "1"),
         ("sampler", "euler"),
         ("num_steps", 0),
         ("num_steps", 2.5),
+        ("num_steps", 10**9),
+        ("n_samples", 10**9),
         ("guidance_scale", float("inf")),
+        ("guidance_scale", 1e308),
         ("guidance_interval", (0.5, 0.2)),
         ("guidance_interval", (0.5, 1.2)),
         ("guidance_interval", (0.5,)),
@@ -124,6 +132,8 @@ def test_columns_of_tables(column: str, text: str, name: str, value: Any) -> Non
         ("dilate", -1),
         ("mask_shape", "round"),
         ("crop_margin", float("nan")),
+        ("crop_margin", 1e308),
+        ("dilate", 2**63),
         ("feather", -1),
         ("feather", True),
         ("match_colors", 1),
@@ -154,7 +164,7 @@ def test_seeds() -> None:
     with pytest.raises(UserError, match="seed"):
         EditSettings(seed=[1, 2], n_samples=3)
     with pytest.raises(UserError, match="seed"):
-        EditSettings(seed=2**63 - 1, n_samples=2)
+        EditSettings(seed=2**64 - 1, n_samples=2)
 
 
 def test_steps_follow_the_sampler() -> None:
