@@ -72,7 +72,7 @@ def by_table(model: Path, folder: Path, out: Path) -> Path:
 
 def by_benchmark(model: Path, folder: Path, out: Path) -> Path:
     config = BenchmarkConfig(settings=PROTOCOLS["ours"], checkpoint=model / "model.safetensors")
-    assert BenchmarkRun(Bench(folder), out, config, device="cpu").edit() == 1
+    assert BenchmarkRun(Bench(folder), out, config, device="cpu").edit() == {}
     return out / "results" / f"{ID}.png"
 
 
