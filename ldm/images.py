@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +25,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF
 _SIGNED = FORMATS[:-1]  # formats with a signature; a TGA file is taken for one only where somebody names it
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MID_GREY = (128, 128, 128)  # 0 in the model's range, as the inside of a hole
+_T = Image.Transpose
+# EXIF orientation => how viewers turn the pixels
+TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270}
+TURNS |= {7: _T.TRANSVERSE, 8: _T.ROTATE_90}
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
+
+Picture = Image.Image | str | os.PathLike[str] | bytes | IO[bytes] | np.ndarray | Tensor  # see `open_image`
 
 logger = logging.getLogger(__name__)
 
@@ -51,55 +59,120 @@ def pad_box(box: Box, size: tuple[int, int], padding: int) -> Box:
     return Box(box.left - padding, box.top - padding, box.right + padding, box.bottom + padding).clipped(*size)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file as viewers show it: RGB, fully loaded.
+def open_image(picture: Picture, name: str = "the image") -> Image.Image:
+    """Read an image as viewers show it: RGB, fully loaded; an RGB image without EXIF is returned as it is.
 
     EXIF orientation is applied; palette, grey, CMYK and 16-bit images are converted; transparent parts are laid over
-    mid-grey, the model's value for unknown pixels. The first frame of an animation is read. UserError if the file is
-    missing, damaged, no image, or beyond Pillow's limit of 179 million pixels.
+    mid-grey, the model's value for unknown pixels. The first frame of an animation is read.
+
+    Args:
+        picture: a path; an image; bytes or an open file; an array (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W),
+            of 1, 3 or 4 channels, with levels 0 to 255, or floats in [0, 1], or bool; a uint16 array (H, W). Grey of 16
+            or 32 bits in which no level is above 255 is read as 8 bits.
+        name: what messages call a picture that is no path.
+
+    Raises:
+        UserError: it is missing, damaged, no image, or beyond Pillow's limit of 179 million pixels.
     """
-    return _read(path, lambda image: flatten(image, MID_GREY))
+    return read_picture(picture, lambda image: flatten(image, MID_GREY), name)
 
 
-def load_mask(path: str | Path | BinaryIO) -> Image.Image:
-    """Read a hole mask (mode L, white = paint here) like `open_image`, with transparent parts as black (keep)."""
-    return _read(path, lambda image: flatten(image, (0, 0, 0)).convert("L"))
+def load_mask(picture: Picture, name: str = "the mask") -> Image.Image:
+    """Read a hole mask (mode L, white = paint here) like `open_image`, with transparent parts as black (keep).
+
+    A mask of 0 and 1 is read as 0 and 255.
+    """
+    return read_picture(picture, mask_levels, name)
 
 
-def open_upright(path: str | Path) -> Image.Image:
-    """Read an image file like `open_image`, but keep transparency: RGBA if the file has some, else RGB."""
-    return _read(path, _rgb_or_rgba)
+def open_upright(picture: Picture, name: str = "the image") -> Image.Image:
+    """Read an image like `open_image`, but keep transparency: RGBA if it has some, else RGB."""
+    return read_picture(picture, _rgb_or_rgba, name)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Convert an image as `open_upright` does a file; returned as is if there is nothing to convert."""
-    return _rgb_or_rgba(ImageOps.exif_transpose(image) if ExifTags.Base.Orientation in image.getexif() else image)
+def mask_levels(image: Image.Image) -> Image.Image:
+    """Convert an upright image to a mask's grey levels, mode L, see `load_mask`."""
+    grey = flatten(image, (0, 0, 0)).convert("L")
+    return grey.point([0, *[255] * 255]) if grey.getextrema() == (0, 1) else grey
 
 
 def _rgb_or_rgba(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return flatten(image, MID_GREY)
-    result = image.convert("RGBA")
+    result = _straight(image).convert("RGBA")
     result.info = _profile(image)
     return result
 
 
-def _read(path: str | Path | BinaryIO, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _straight(image: Image.Image) -> Image.Image:
+    """Undo the multiplication by alpha in grey, which Pillow converts to nothing else."""
+    return image.convert("LA") if image.mode == "La" else image
+
+
+def read_picture(picture: Picture, convert: Callable[[Image.Image], Image.Image], name: str) -> Image.Image:
+    """Read a picture upright and convert it; see `open_image`."""
+    if isinstance(picture, (str, os.PathLike)):
+        name = str(picture)
+    opened: Any = picture
+    if isinstance(picture, (bytes, bytearray)):
+        opened = io.BytesIO(picture)
     try:
+        if isinstance(picture, Image.Image):
+            return convert(_turned(picture))
+        if isinstance(picture, (np.ndarray, Tensor)):
+            return convert(_from_array(picture))
+        if not (isinstance(opened, (str, os.PathLike)) or hasattr(opened, "read")):
+            expected = "an image, a path, bytes, an open file, an array or a tensor"
+            raise UserError(f"got {type(picture).__name__}, expected {expected}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a warning from 89 million pixels on
-            with Image.open(path, formats=FORMATS) as image:
-                ImageOps.exif_transpose(image, in_place=True)
-                return convert(image)
+            warnings.simplefilter("ignore")  # of more than 89 million pixels, of EXIF without sense
+            with Image.open(opened, formats=FORMATS) as image:
+                image.load()
+                return convert(_turned(image))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
+        is_address = re.match(r"\w{2,}:/", name)
+        remedy = "an address; download it first and give the file" if is_address else "no such file; check the path"
+        raise UserError(f"{name}: {remedy}") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image file that can be read; save it as PNG or JPEG") from None
+        raise UserError(f"{name}: not an image file that can be read; save it as PNG or JPEG") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: has more than 179 million pixels; reduce its size first") from None
-    except Exception as error:  # of damaged files; Pillow's decoders and its reading of EXIF raise nearly anything
+        raise UserError(f"{name}: has more than 179 million pixels; reduce its size first") from None
+    except Exception as error:  # of damaged files; Pillow's decoders raise nearly anything
         reason = str(error) or type(error).__name__
-        raise UserError(f"{path}: damaged or unsupported image ({reason}); re-save it as PNG or JPEG") from None
+        raise UserError(f"{name}: damaged or unsupported image ({reason}); re-save it as PNG or JPEG") from None
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF says; EXIF that cannot be read turns nothing."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow's reading of EXIF raises nearly anything; the pixels may be sound
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _from_array(array: np.ndarray | Tensor) -> Image.Image:
+    values = np.asarray(array) if isinstance(array, np.ndarray) else array.detach().cpu()
+    got, order = f"{type(array).__name__} of shape {(*array.shape,)} and type {array.dtype}", "(H, W, C)"
+    if isinstance(values, Tensor):
+        values, order = (values.float() if values.is_floating_point() else values).numpy(), "(C, H, W)"
+        values = np.moveaxis(values, 0, -1) if values.ndim == 3 else values
+    if values.ndim not in (2, 3) or values.shape[2:] not in ((), (1,), (3,), (4,)) or not values.size:
+        raise UserError(f"got {got}, expected (H, W), or {order} with 1, 3 or 4 channels")
+    if values.dtype == np.uint16 and values.ndim == 2:
+        return Image.fromarray(values)
+    top = 1 if values.dtype.kind in "fb" else 255
+    if values.dtype.kind not in "fbiu" or not (values.min() >= 0 and values.max() <= top):  # NaN, too
+        raise UserError(f"got {got}, expected uint8, or floats in [0, 1]")
+    levels = np.rint(values * (255.0 / top)).astype(np.uint8)
+    return Image.fromarray(levels[..., 0] if levels.shape[2:] == (1,) else levels)
+
+
+def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Tell whether two (W, H) are of one image in two sizes, up to a pixel of rounding on each side."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= max(sum(size), sum(other))
 
 
 def find_images(folder: str | Path, skipped: Skipped | None = None) -> list[Path]:
@@ -148,10 +221,12 @@ def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         raise ValueError("floating-point pixels have no fixed range")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        result = Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        if grey.max() > 255:  # else levels of 8 bits, which would all be black
+            grey = (grey + 128) // 257
+        result = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     elif image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (*background, 255))
-        result = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+        result = Image.alpha_composite(canvas, _straight(image).convert("RGBA")).convert("RGB")
     else:
         result = image.convert("RGB")
     result.info = _profile(image)

@@ -83,14 +83,14 @@ def relight(args: argparse.Namespace, sampling: dict[str, Any], settings: EditSe
 
     from ldm.editing.progress import edit_progress
     from ldm.editing.relight import Relighter, on_grey
-    from ldm.editing.request import as_rgb
     from ldm.editing.safety import drop_unsafe, load_filter
     from ldm.editing.watermark import add_watermark
+    from ldm.images import open_image
 
     device, _ = set_up(args)
     # The files are read first: a wrong path should not wait for a large model.
     foreground = on_grey(args.image, args.mask)
-    background = args.background and as_rgb(args.background)
+    background = args.background and open_image(args.background)
     args.outdir.mkdir(parents=True, exist_ok=True)
     content_filter = load_filter(args.safety, device) if args.safety else None
     light = {name: getattr(args, name) for name in LIGHT_OPTIONS}

@@ -300,9 +300,10 @@ def load_editor(args: argparse.Namespace) -> Editor:
 
 def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     """Edit a scene, write the results and return the exit status: 1 if a content filter withheld some."""
-    from ldm.editing.request import as_rgb, make_request
+    from ldm.editing.request import make_request
     from ldm.editing.safety import drop_unsafe, load_filter
     from ldm.editing.watermark import add_watermark, check_watermark
+    from ldm.images import open_image
 
     device, _ = set_up(args)
     name = args.image.stem if args.image else use_bundled_example(args)
@@ -339,7 +340,7 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     safe = [add_watermark(result, args.watermark) for result in safe]
     named = {f"{name}_{detail['seed']}": (result, detail) for result, detail in zip(safe, details, strict=True)}
     if not args.skip_grid:
-        sheet = contact_sheet(as_rgb(args.image), request.hole, exemplars, safe)
+        sheet = contact_sheet(open_image(args.image), request.hole, exemplars, safe)
         named[f"{name}_{settings.seeds[0]}_grid"] = (sheet, {"seed": [detail["seed"] for detail in details]})
     save_results(args, named, record)
     return 1 if len(safe) < len(results) else 0

@@ -21,10 +21,10 @@ from ldm.checkpoint.io import sha256_file
 from ldm.checkpoint.keys import is_finite
 from ldm.config import Config
 from ldm.editing.geometry import FittedScene, fit_scene
-from ldm.editing.request import EditRequest, Picture, as_rgb, make_request
+from ldm.editing.request import EditRequest, make_request
 from ldm.editing.settings import EditSettings, settings_from
 from ldm.files import UserError
-from ldm.images import exemplar_to_tensor
+from ldm.images import Picture, exemplar_to_tensor, open_image
 from ldm.latent_diffusion import LatentDiffusion, decoder_file, first_not_finite, load_model
 from ldm.models.controlnet import HINT_DOWNSAMPLING, Control, ControlNet, Steering, load_controlnet
 from ldm.samplers import OnStep
@@ -161,7 +161,7 @@ class Editor:
     def _steering(self, controls: Sequence[Control], fitted: FittedScene) -> Steering | None:
         if not controls:
             return None
-        hints = [fitted.same_square(as_rgb(control.picture), self.model.config.image_size) for control in controls]
+        hints = [fitted.same_square(open_image(control.picture), self.model.config.image_size) for control in controls]
         return Steering(controls, hints, self.model.weight_dtype)
 
     @torch.inference_mode()

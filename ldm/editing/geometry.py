@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.editing.hole_masks import distance_transform, hole_box
 from ldm.files import UserError
-from ldm.images import Box, mask_to_tensor, pad_box, pil_to_tensor, tensor_to_pil
+from ldm.images import Box, mask_to_tensor, pad_box, pil_to_tensor, same_aspect, tensor_to_pil
 
 MAX_ENLARGEMENT = 4  # a scene pixel covers at most this many model pixels per side
 FEATHER_SHARE = 1 / 50  # default feather, as a share of the hole's longer side
@@ -92,8 +92,7 @@ class FittedScene:
 
     def same_square(self, image: Image.Image, image_size: int) -> Tensor:
         """Cut the same square from another image of the scene, RGB: (1, 3, S, S) in [0, 1]."""
-        width, height = self.scene.size
-        if abs(image.width * height - image.height * width) > sum((*image.size, width, height)):  # beyond rounding
+        if not same_aspect(image.size, self.scene.size):
             raise UserError(f"the control image has size {image.size}, expected the scene's: {self.scene.size}")
         square = self.window.cut(image.resize(self.scene.size, Image.Resampling.BICUBIC))
         square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)

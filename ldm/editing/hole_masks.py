@@ -7,24 +7,25 @@ import warnings
 from collections.abc import Sequence
 from functools import reduce
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
 from ldm.data.masks import JITTER, arbitrary_polygon, clip_box, pixel_scale, polygon_hole, rectangle_hole
 from ldm.files import UserError
-from ldm.images import Box, flatten, load_mask, pad_box
+from ldm.images import Box, Picture, mask_levels, pad_box, read_picture, same_aspect
 
 MAX_COMPONENTS = 64  # each is an edit of its own
 WIDENING = 0.2  # how far an arbitrary shape may reach beyond its box, as a share of the box's longer side
+DARK = 32  # grey level up to which the frame of a mask counts as black
+MAX_LABEL = 32  # levels of a mask that are all so low are probably numbers of classes
 TO_BINARY = [0] * 128 + [255] * 128  # grey levels of a mask file => hole mask
 
 
 def make_hole(
     scene: Image.Image,
     *,
-    mask: Image.Image | str | Path | None = None,
+    mask: Picture | None = None,
     boxes: Sequence[Sequence[float]] = (),
     polygons: Sequence[Sequence[float]] = (),
 ) -> Image.Image:
@@ -32,21 +33,18 @@ def make_hole(
 
     Args:
         scene: upright; RGB, or RGBA where it has transparency.
-        mask: see `as_hole`; a mask of another size is resized (nearest) with a warning.
+        mask: see `as_hole` and `fit_mask`.
         boxes, polygons: see `box_hole` and `draw_polygon`. The hole is the union of all; without mask, boxes and
             polygons it is the scene's transparent part.
 
     Raises:
-        UserError: the hole is empty, or both a mask and boxes or polygons are given.
+        UserError: the hole is empty, the mask does not fit, or both a mask and boxes or polygons are given.
     """
     if mask is not None and (boxes or polygons):
         raise UserError("got a mask and boxes or polygons, expected one of them")
     size = scene.size
     if mask is not None:
-        hole = as_hole(mask)
-        if hole.size != size:
-            warnings.warn(f"the mask has size {hole.size}, the scene {size}; the mask is resized", stacklevel=3)
-            hole = hole.resize(size, Image.Resampling.NEAREST)
+        hole = fit_mask(as_hole(mask), size, "scene")
     elif boxes or polygons:
         parts = [*(box_hole(size, box) for box in boxes), *(draw_polygon(size, polygon) for polygon in polygons)]
         hole = reduce(ImageChops.lighter, parts)
@@ -57,16 +55,54 @@ def make_hole(
     return hole
 
 
-def as_hole(mask: Image.Image | str | Path) -> Image.Image:
-    """Return a mask as mode L: 255 where its level is 128 or more, else 0; raise UserError if it is all 0."""
-    if isinstance(mask, Image.Image):
-        grey, name = flatten(ImageOps.exif_transpose(mask), (0, 0, 0)).convert("L"), "the mask"
-    else:
-        grey, name = load_mask(mask), str(mask)
-    lightest = int(np.asarray(grey).max())
-    if lightest < 128:
-        raise UserError(f"{name}: empty, got no grey level above {lightest}; paint what is to be replaced white (255)")
-    return grey.point(TO_BINARY)
+def as_hole(mask: Picture) -> Image.Image:
+    """Return a mask as mode L: 255 where its level is 128 or more, else 0. What is transparent is 0.
+
+    Raises UserError if it is all 0; or if its frame is mostly opaque and not black while other parts are transparent:
+    then the hole was erased from it, and its opaque part would be painted.
+    """
+    return read_picture(mask, _hole, "the mask")
+
+
+def _hole(image: Image.Image) -> Image.Image:
+    grey, alpha = mask_levels(image), "its shape is in the alpha channel; save it as white (255) on opaque black"
+    lightest, has_alpha = int(np.asarray(grey).max()), False
+    if image.has_transparency_data:
+        levels = np.asarray(image.convert("LA" if image.mode == "La" else "RGBA"))
+        frame = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
+        has_alpha = levels[..., -1].min() < 255
+        is_light = (frame[:, -1] >= 128) & (frame[:, :-1].max(1) > DARK)
+        if levels[..., -1].min() < 128 and is_light.mean() > 0.5:
+            raise UserError(f"erased from an opaque image, {alpha}")
+    if lightest >= 128:
+        return grey.point(TO_BINARY)
+    hint = "paint what is to be replaced white (255)"
+    if has_alpha:
+        hint = alpha
+    elif image.mode == "P":
+        hint = "its colours come from a palette, as those of labels; make the label that is to be replaced white (255)"
+    elif 0 < lightest <= MAX_LABEL:
+        hint = "its levels look like labels; multiply 0 and 1 by 255"
+    elif image.mode != "L" and np.ptp(np.asarray(image.convert("RGB")), axis=-1).any():
+        hint = "colours count by their grey level; " + hint
+    raise UserError(f"empty, got no grey level above {lightest}; {hint}")
+
+
+def fit_mask(mask: Image.Image, size: tuple[int, int], what: str) -> Image.Image:
+    """Resize a mask (nearest) to the (W, H) of its image, with a warning if that is another.
+
+    `what` is the image's name in messages. UserError if the aspects differ by more than a pixel of rounding.
+    """
+    if mask.size == size:
+        return mask
+    if not same_aspect(mask.size, size):
+        remedy = "give one of its size"
+        if same_aspect((mask.height, mask.width), size):
+            remedy = "it looks like the mask ignores the photo's EXIF rotation: turn it as viewers turn the photo"
+        sizes = f"{mask.width} x {mask.height}, the {what} {size[0]} x {size[1]}"
+        raise UserError(f"the mask is {sizes}; {remedy}")
+    warnings.warn(f"the mask has size {mask.size}, the {what} {size}; the mask is resized", stacklevel=3)
+    return mask.resize(size, Image.Resampling.NEAREST)
 
 
 def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ldm.config import RELIGHTING_CHANNELS
 from ldm.editing.editor import OnPhase, checked
-from ldm.editing.request import Picture, as_rgb, upright
+from ldm.editing.hole_masks import fit_mask
 from ldm.editing.settings import EditSettings
 from ldm.files import UserError
-from ldm.images import tensor_to_pil
+from ldm.images import Picture, load_mask, open_image, open_upright, tensor_to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.samplers import OnStep
 
@@ -94,7 +94,7 @@ class Relighter:
         defaults["guidance_scale"] = GUIDANCE[self.reads_background]
         settings = EditSettings(prompt=prompt, **defaults | sampling)
         image = on_grey(foreground, mask)
-        behind = as_rgb(background) if background is not None else None
+        behind = open_image(background) if background is not None else None
         size = _multiples(size) if size else working_size(image.size, self.model.config.image_size)
         model, count, begin = self.model, len(settings.seeds), on_phase or (lambda _: None)
         begin("encoding")
@@ -150,11 +150,9 @@ class Relighter:
 
 
 def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
-    """Lay a foreground over grey, with `mask`, of its size, or its alpha channel as opacity: RGB."""
-    image = upright(foreground).convert("RGBA")
-    matte = image.getchannel("A") if mask is None else as_rgb(mask).convert("L")
-    if matte.size != image.size:
-        raise UserError(f"the mask has size {matte.size}, the foreground {image.size}; give a mask of the same size")
+    """Lay a foreground over grey, with `mask`, see `fit_mask`, or its alpha channel as opacity: RGB."""
+    image = open_upright(foreground, "the foreground").convert("RGBA")
+    matte = image.getchannel("A") if mask is None else fit_mask(load_mask(mask), image.size, "foreground")
     if matte.getbbox() is None:
         raise UserError("the foreground is empty; give an image that is not all transparent, or a mask with white")
     return Image.composite(image.convert("RGB"), Image.new("RGB", image.size, GREY), matte)

@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageChops, ImageOps
 
-from ldm import images
 from ldm.editing import hole_masks
 from ldm.editing.geometry import pull_push_fill, with_rim
 from ldm.editing.settings import EditSettings
 from ldm.files import UserError
-from ldm.images import MID_GREY, flatten, mask_to_tensor, open_upright, pil_to_tensor, tensor_to_pil
-
-Picture = Image.Image | str | Path
+from ldm.images import MID_GREY, Picture, flatten, mask_to_tensor, open_upright, pil_to_tensor, tensor_to_pil
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,9 @@ def make_request(
     """Read and normalise the inputs of an edit.
 
     Args:
-        scene: image or path, any size, aspect and mode. A colour profile stays with the result.
-        exemplar: image or path; None uses the null token. A list edits each connected component of the hole by itself:
-            one exemplar for each, from top to bottom, or one for all.
+        scene: a picture as for `open_image`, of any size, aspect and mode. A colour profile stays with the result.
+        exemplar: likewise; None uses the null token. A list edits each connected component of the hole by itself: one
+            exemplar for each, from top to bottom, or one for all.
         settings: None takes the defaults.
         mask, boxes, polygons: the hole, see `make_hole`.
         reference_mask: white where the object of the exemplar is, see `prepare_exemplar`.
@@ -58,12 +55,11 @@ def make_request(
         OSError, ValueError: a file cannot be read.
     """
     settings = settings or EditSettings()
-    upright_scene = upright(scene)
+    upright_scene = open_upright(scene, "the scene")
     hole = hole_masks.make_hole(upright_scene, mask=mask, boxes=boxes, polygons=polygons)
     hole = hole_masks.apply_shape(hole_masks.dilate(hole, settings.dilate), settings.mask_shape, settings.seeds[0])
-    if exemplar is None or isinstance(exemplar, Picture):
-        exemplars = [exemplar]
-    else:
+    exemplars: list[Any] = [exemplar]  # an array is one picture
+    if isinstance(exemplar, (list, tuple)):
         exemplars, settings = list(exemplar), replace(settings, per_component=True)
     options = {"background": settings.reference_background, "fit": settings.reference_fit}
     prepared = (one if one is None else prepare_exemplar(one, reference_mask, **options) for one in exemplars)
@@ -91,34 +87,22 @@ def prepare_exemplar(
     """Crop an exemplar to its object: RGB.
 
     Args:
-        exemplar: image or path, any size and mode.
-        mask: white (>= 128) where the object is, of the exemplar's size; None takes the exemplar's alpha channel.
+        exemplar: a picture of any size and mode.
+        mask: white (>= 128) where the object is, see `fit_mask`; None takes the exemplar's alpha channel.
         background: keep, or replace by grey, which the model knows as "nothing".
         fit: squash, as the paper does when the encoder's square is filled; or pad to a square with grey.
     """
-    image = upright(exemplar)
+    image = open_upright(exemplar, "the exemplar")
     if mask is not None:
-        shape = hole_masks.as_hole(mask)
+        shape = hole_masks.fit_mask(hole_masks.as_hole(mask), image.size, "exemplar")
     else:
         shape = image.convert("RGBA").getchannel("A").point(hole_masks.TO_BINARY)
     bounds = shape.getbbox()
     if bounds is None:
         raise UserError("the exemplar is transparent everywhere; give an opaque image, or its mask")
     image = flatten(image, MID_GREY)
-    if shape.size != image.size:
-        raise UserError(f"the exemplar's mask has size {shape.size}, the exemplar {image.size}; give one of its size")
     if background == "grey":
         image = Image.composite(image, Image.new("RGB", image.size, MID_GREY), shape)
     image = image.crop(bounds)
     side = max(image.size)
     return image if fit == "squash" else ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, MID_GREY)
-
-
-def upright(image: Picture) -> Image.Image:
-    """Return an image or file as upright 8-bit RGB, or RGBA where it has transparency."""
-    return images.upright(image) if isinstance(image, Image.Image) else open_upright(image)
-
-
-def as_rgb(image: Picture) -> Image.Image:
-    """Return an image or file as upright 8-bit RGB, transparent parts over mid-grey."""
-    return flatten(upright(image), MID_GREY)

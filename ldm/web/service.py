@@ -28,7 +28,7 @@ from ldm.editing.safety import ContentFilter, unsafe_reasons
 from ldm.editing.settings import CONTROLS, DEFAULTS, OPTIONS, EditSettings, check_setting, json_schema
 from ldm.editing.watermark import add_watermark, check_watermark
 from ldm.files import UserError
-from ldm.images import open_image, open_upright, save_png, tensor_to_pil
+from ldm.images import open_image, open_upright, same_aspect, save_png, tensor_to_pil
 from ldm.latent_diffusion import LatentDiffusion
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # formats of uploads, recognised by their content
@@ -191,10 +191,7 @@ class EditService:
         self.touch((scene, hole_mask, exemplar))
         image, hole = self.open_upload(scene, open_upright), self.open_upload(hole_mask, as_hole)
         reference = exemplar and self.open_upload(exemplar, open_upright)
-        if abs(hole.width * image.height - hole.height * image.width) > sum(image.size):  # beyond rounding
-            size = f"{image.width} x {image.height}"
-            raise UserError(f"the mask is {hole.width} x {hole.height}, the scene {size}; give a mask of its size")
-        if hole.size != image.size:  # drawn on a smaller copy of a large scene
+        if same_aspect(hole.size, image.size):  # drawn on a smaller copy of a large scene: nothing to warn of
             hole = hole.resize(image.size, Image.Resampling.NEAREST)
         return make_request(image, reference, settings, mask=hole)
 

@@ -213,8 +213,10 @@ def test_exemplars_are_cut_out() -> None:
     picture.putalpha(mask)
     assert prepare_exemplar(picture).size == (20, 10)
     assert prepare_exemplar(Image.new("RGB", (7, 5))).size == (7, 5)
-    with pytest.raises(UserError, match=r"\(4, 4\).*\(7, 5\)"):
-        prepare_exemplar(Image.new("RGB", (7, 5)), Image.new("L", (4, 4), 255))
+    with pytest.raises(UserError, match="40 x 40, the exemplar 70 x 50"):
+        prepare_exemplar(Image.new("RGB", (70, 50)), Image.new("L", (40, 40), 255))
+    with pytest.warns(UserWarning, match="exemplar"):
+        assert prepare_exemplar(picture, mask.resize((80, 40))).size == (20, 10)
     picture.putalpha(100)
     with pytest.raises(UserError, match="transparent"):
         prepare_exemplar(picture)
@@ -309,6 +311,40 @@ def test_mask_of_another_size_warns(editor: Editor) -> None:
     outside[20:40, 20:40] = False
     assert np.array_equal(result[outside], np.asarray(scene)[outside])
     assert not np.array_equal(result[~outside], np.asarray(scene)[~outside])
+
+
+def test_a_mask_that_ignores_the_rotation_of_a_photo(tmp_path: Path) -> None:
+    """Stored lying, seen upright; the mask was drawn on the pixels as stored, in their size or smaller."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(96, 64).save(tmp_path / "photo.jpg", exif=exif)
+    for scene in (tmp_path / "photo.jpg", Image.open(tmp_path / "photo.jpg"), (tmp_path / "photo.jpg").read_bytes()):
+        for size in ((96, 64), (48, 32), (47, 32)):
+            with pytest.raises(UserError, match=r"\d+ x \d+, the scene 64 x 96; .* EXIF"):
+                make_request(scene, RED, mask=box_mask(size, (8, 8, 40, 24)))
+        with pytest.raises(UserError, match=r"150 x 50, the scene 64 x 96; (?!.*EXIF)"):
+            make_request(scene, RED, mask=box_mask((150, 50), (8, 8, 40, 24)))
+    box_mask((96, 64), (8, 8, 40, 24)).save(tmp_path / "mask.jpg", exif=exif)  # turned as the photo is
+    hole = make_request(tmp_path / "photo.jpg", RED, mask=tmp_path / "mask.jpg").hole
+    assert hole.size == (64, 96) and hole.getbbox() == (40, 8, 56, 40)
+
+
+def test_arrays_and_tensors_are_edited_as_images(editor: Editor) -> None:
+    scene, mask, exemplar = photo(50, 40), box_mask((50, 40), (10, 10, 30, 30)), photo(20, 30, seed=1)
+    expected, array = pixels(edit(editor, scene, mask, exemplar)), np.asarray(exemplar)
+    chw = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    for a in (array, chw, chw / 255):
+        assert np.array_equal(pixels(edit(editor, scene, np.asarray(mask) > 0, a)), expected)
+    for hole in (np.asarray(mask), np.asarray(mask) // 255, np.asarray(mask) / 255, torch.tensor(np.asarray(mask) > 0)):
+        for shape in (hole.shape, (1, *hole.shape) if isinstance(hole, torch.Tensor) else (*hole.shape, 1)):
+            result = edit(editor, np.asarray(scene), hole.reshape(shape), (exemplar,))
+            assert np.array_equal(pixels(result), pixels(edit(editor, scene, mask, [exemplar])))
+    for arguments, words in (
+        ((None, mask, RED), "the scene: got NoneType"),
+        ((scene, mask, {}), "the exemplar: got dict"),
+    ):
+        with pytest.raises(UserError, match=words):
+            edit(editor, *arguments)
 
 
 def test_mask_levels(editor: Editor) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from ldm.editing.hole_masks import (
     MAX_COMPONENTS,
@@ -143,3 +147,70 @@ def test_holes_of_a_scene() -> None:
         as_hole(Image.new("L", SIZE, 127))
     with pytest.raises(UserError, match="mask"):
         make_hole(scene, mask=levels, boxes=[(0, 0, 2, 2)])
+
+
+def drawn(mode: str, ground: Any, shape: Any, palette: Sequence[int] = ()) -> Image.Image:
+    """A square of 24 pixels on a ground of 64."""
+    mask = Image.new(mode, (64, 64), ground)
+    ImageDraw.Draw(mask).rectangle((20, 20, 43, 43), fill=shape)
+    if palette:
+        mask.putpalette([*palette, *[0] * (768 - len(palette))])
+    return mask
+
+
+UNDERSTOOD = {
+    "grey": drawn("L", 0, 255),
+    "0 and 1": drawn("L", 0, 1),
+    "0 and 1, colour": drawn("RGB", (0, 0, 0), (1, 1, 1)),
+    "32 bits, 0 and 255": drawn("I", 0, 255),
+    "32 bits, 0 and 1": drawn("I", 0, 1),
+    "32 bits, 0 and 65535": drawn("I", 0, 65535),
+    "16 bits": Image.fromarray(np.asarray(drawn("L", 0, 255)).astype(np.uint16) * 257),
+    "16 bits, 0 and 255": Image.fromarray(np.asarray(drawn("L", 0, 255)).astype(np.uint16)),
+    "16 bits, 0 and 1": Image.fromarray(np.asarray(drawn("L", 0, 1)).astype(np.uint16)),
+    "one bit": drawn("1", 0, 1),
+    "black and white palette": drawn("P", 0, 1, [0, 0, 0, 255, 255, 255]),
+    "palette of 0 and 1": drawn("P", 0, 1, [0, 0, 0, 1, 1, 1]),
+    "strokes on a clear layer": drawn("RGBA", (0, 0, 0, 0), (255,) * 4),
+    "strokes on a clear white layer": drawn("RGBA", (255, 255, 255, 0), (255,) * 4),
+    "strokes, grey with alpha": drawn("LA", (255, 0), (255, 255)),
+    "strokes, grey multiplied by alpha": drawn("LA", (255, 0), (255, 255)).convert("La"),
+    "strokes that are half clear": drawn("RGBA", (0, 0, 0, 0), (255, 255, 255, 140)),
+    "white on opaque black with alpha": drawn("RGBA", (0, 0, 0, 255), (255,) * 4),
+}
+
+
+@pytest.mark.parametrize("kind", UNDERSTOOD)
+def test_masks_that_are_understood(kind: str, tmp_path: Path) -> None:
+    assert as_hole(UNDERSTOOD[kind]).getbbox() == (20, 20, 44, 44)
+    if UNDERSTOOD[kind].mode != "La":
+        path = tmp_path / ("mask.tif" if UNDERSTOOD[kind].mode == "I" else "mask.png")
+        UNDERSTOOD[kind].save(path)
+        assert as_hole(path).getbbox() == (20, 20, 44, 44)
+
+
+@pytest.mark.parametrize(
+    ("mask", "hint"),
+    [
+        (drawn("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)), "alpha channel"),  # erased
+        (drawn("RGBA", (255,) * 4, (255, 255, 255, 0)), "alpha channel"),
+        (drawn("RGBA", (255,) * 4, (0, 0, 0, 0)), "alpha channel"),
+        (drawn("RGBA", (90, 140, 70, 255), (90, 140, 70, 0)), "alpha channel"),  # from a photo
+        (drawn("LA", (255, 255), (255, 0)), "alpha channel"),
+        (drawn("LA", (255, 255), (255, 0)).convert("La"), "alpha channel"),
+        (drawn("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)), "alpha channel"),  # strokes
+        (drawn("RGBA", (0, 0, 0, 0), (255, 0, 0, 255)), "alpha channel"),
+        (drawn("RGBA", (0, 0, 0, 0), (255, 255, 255, 120)), "alpha channel"),
+        (drawn("P", 0, 1, [0, 0, 0, 128, 0, 0]), "palette"),  # Pascal VOC's first class
+        (drawn("L", 0, 5), "label"),
+        (drawn("L", 1, 1), "255"),
+        (drawn("RGB", (0, 0, 0), (255, 0, 0)), "grey level above 76; colours"),
+        (drawn("L", 0, 127), "grey level above 127"),
+        (drawn("L", 0, 0), "empty"),
+        (drawn("1", 0, 0), "empty"),
+    ],
+)
+def test_masks_that_are_not_understood_get_a_hint(mask: Image.Image, hint: str) -> None:
+    with pytest.raises(UserError, match=hint) as caught:
+        as_hole(mask)
+    assert str(caught.value).startswith("the mask: ")

@@ -234,7 +234,7 @@ def test_refusals(service: EditService, files: dict[str, Path], tmp_path: Path) 
     Image.new("L", (60, 90), 255).save(tall)
     for changes, values, message in (
         ({"mask": black}, {}, r"^black\.png: "),
-        ({"mask": tall}, {}, "60 x 90, the scene 90 x 60"),
+        ({"mask": tall}, {}, "60 x 90, the scene 90 x 60; .* EXIF"),
         ({}, {"num_steps": 251}, "num_steps: got 251"),
     ):
         with pytest.raises(UserError, match=message):
