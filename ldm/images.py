@@ -201,6 +201,13 @@ def find_images(folder: str | Path, skipped: Skipped | None = None) -> list[Path
 
 def walk(folder: str | Path) -> Iterator[Path]:
     """Yield the paths of the files below a folder that are not hidden."""
+    for place, names in walk_folders(folder):
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file() or not path.exists())  # no pipes; broken links
+
+
+def walk_folders(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and those below it that are not hidden, with their files' names; links are followed once."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
@@ -209,8 +216,7 @@ def walk(folder: str | Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         folders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))  # a link after what it names
-        paths = (Path(place, name) for name in names if not name.startswith("."))
-        yield from (path for path in paths if path.is_file() or not path.exists())  # no pipes; broken links
+        yield place, names
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -35,7 +35,7 @@ from ldm.data.box_index import (
     turned_size,
 )
 from ldm.files import UserError, read_json, read_text, whole
-from ldm.images import FORMATS, UNREADABLE, find_images, load_mask, walk
+from ldm.images import FORMATS, UNREADABLE, find_images, load_mask, walk, walk_folders
 
 OPEN_IMAGES_CSV = {split: f"{split}-annotations-bbox.csv" for split in ("validation", "test")}
 OPEN_IMAGES_CSV["train"] = "oidv6-train-annotations-bbox.csv"
@@ -71,8 +71,8 @@ Split = tuple[Path, Iterable[AnnotatedImage], bool]  # folder of the images; ima
 def open_index(data: DataConfig, split: str, *, rebuild: bool = False) -> BoxIndex:
     """Open the index of a split; write it first if it is missing, older than the annotations, or with `rebuild`.
 
-    Of several processes one writes and the others wait. A change inside an annotation file of a folder goes unnoticed
-    as long as no file is added or removed. UserError if there is no usable box, or a file cannot be read or written.
+    Of several processes one writes and the others wait. A change inside a text file of Open Images goes unnoticed as
+    long as none is added or removed. UserError if there is no usable box, or a file cannot be read or written.
     """
     path = index_path(data, split)
     try:
@@ -99,8 +99,13 @@ def annotations_state(data: DataConfig, split: str) -> str:
         places = [Path(data.annotations or root / "bbox" / split), root / "annotations" / OPEN_IMAGES_CSV[split]]
     else:
         named = [Path(place) for place in (data.annotations, data.val_annotations) if place is not None]
-        folders = (Path(folder) for place in (root, *named) for folder, *_ in os.walk(place))  # of a file: none
-        places = [*named, *(folder for folder in folders if folder.name != "index")]
+        walked = [(Path(folder), names) for place in (root, *named) for folder, names in walk_folders(place)]
+        own = index_path(data, split).parent.resolve()
+        walked = [(folder, names) for folder, names in walked if folder.resolve() != own]
+        # Labelling tools rewrite a file in place, which its folder does not show; of images that would take too long.
+        suffixes = ("",) if data.kind == "masks" else (".txt", ".xml")
+        files = (folder / name for folder, names in walked for name in names if name.endswith(suffixes))
+        places = [*named, *(folder for folder, _ in walked), *files]
     stats = [(str(place), place.stat()) for place in places if place.exists()]
     settings = ([] if data.kind == "open_images" else [data.exif]) + ["strict"] * data.strict
     text = json.dumps([*([name, stat.st_mtime_ns, stat.st_size] for name, stat in stats), *settings])

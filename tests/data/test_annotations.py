@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +176,35 @@ def test_the_index_is_written_once_and_again_after_a_change(tmp_path: Path) -> N
     images(tmp_path / "images" / "train", ("c",))
     (tmp_path / "labels" / "train" / "c.txt").write_text("0 0.35 0.5625 0.5 0.625\n")
     assert len(open_index(source, "train")) == 3
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo", "masks"])
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_a_file_that_is_corrected_in_place_counts(kind: str, is_linked: bool, tmp_path: Path) -> None:
+    source, folder = LAYOUTS[kind](tmp_path), {"voc": "Annotations", "yolo": "labels/train", "masks": "masks"}[kind]
+    if is_linked:
+        (tmp_path / folder).rename(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
+        (tmp_path / folder).symlink_to(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
+    before = [box for i in range(2) for box in open_index(source, "train")[i].boxes]
+    stat = (tmp_path / folder).stat()
+    for path in (tmp_path / folder).iterdir():
+        if kind == "masks":
+            mask = Image.new("L", SIZE)
+            mask.paste(255, (20, 20, 60, 70))
+            mask.save(path)
+        else:
+            path.write_text(path.read_text().replace(">11<", ">21<").replace("0.35 0.5625", "0.36 0.5625"))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    os.utime(tmp_path / folder, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert [box for i in range(2) for box in open_index(source, "train")[i].boxes] != before
+
+
+def test_an_index_among_the_data_is_not_a_change(tmp_path: Path) -> None:
+    source = replace(yolo(tmp_path), index=str(tmp_path / "lists"))
+    open_index(source, "train")
+    first = (tmp_path / "lists" / "yolo-train.safetensors").stat().st_mtime_ns
+    open_index(source, "train")
+    assert (tmp_path / "lists" / "yolo-train.safetensors").stat().st_mtime_ns == first
 
 
 def test_another_folder_for_the_index(tmp_path: Path) -> None:
