@@ -9,12 +9,12 @@ reads pickle protocol 2 alone and fails on objects that behave like lists or dic
 
 from __future__ import annotations
 
-import builtins
 import errno
 import hashlib
 import json
 import logging
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -43,7 +43,8 @@ _DAMAGED = "truncated or damaged; download or copy it again"
 _MAPPING_KEYS = ("state_dict", "module")  # Lightning and DeepSpeed keep the weights one level down
 _ZIP = b"PK"
 _JSON = b"{"  # of a safetensors header, after its length in 8 bytes
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the first pickle of a file from before torch 1.6
+# The first pickle of a file from before torch 1.6, from protocol 2 on and before.
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little"), str(0x1950A86A20F9469CFC6C).encode()
 _MAPS, _SMALLEST_MAP = 100, 2**23  # about as many for a large file; bytes
 _LARGEST_EXPANSION = 20  # of a zip file; compressed weights shrink by a tenth, hardly ever by half
 
@@ -183,7 +184,8 @@ def _unpickle(path: Path, head: bytes) -> tuple[object, list[str], dict[int, str
         module = SimpleNamespace(__name__=__name__, Unpickler=unpickler, load=load)
         with open(path, "rb") as file:
             source = path if mapped else file
-            content = torch.load(source, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
+            options: Any = {"map_location": "cpu", "weights_only": False, "pickle_module": module, "mmap": mapped}
+            content = torch.load(source, encoding="latin1", **options)  # Python 2 wrote bytes, of any value, as text
         return content, sorted(unpickler.dropped), unpickler.records if mapped else {}
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -197,7 +199,7 @@ def _is_mappable(path: Path, head: bytes) -> bool:
     if not head.startswith(_ZIP):
         if tarfile.is_tarfile(path):  # torch.load would unpack it
             raise CheckpointError("a tar archive (torch before 0.1.10 wrote such); save it again with a newer torch")
-        if _LEGACY_MAGIC not in head[:32]:
+        if not any(magic in head[:32] for magic in _LEGACY_MAGIC):
             bare = head.startswith(pickle.PROTO)
             raise CheckpointError("a pickle, but not of torch; save the weights with torch.save" if bare else _DAMAGED)
         return False
@@ -216,21 +218,96 @@ def _is_mappable(path: Path, head: bytes) -> bool:
     return stored and native and path.suffix != ".safetensors"  # torch.load trusts that name more than the content
 
 
-class _Placeholder:
-    """Stands for an object that is not built; accepts whatever a pickle does to objects and keeps nothing."""
+# Standard modules and names that make data, under the names that the protocols 0 to 5 and Python 2 to 3.14 give them.
+# All else of the standard library may have effects when it is called; whatever comes from elsewhere is inert here.
+_DATA = re.compile(
+    r"(?:__builtin__|builtins|_?codecs|abc|argparse|array|calendar|_?collections(?:_abc)?|copy_?reg|dataclasses|datetime"
+    r"|_datetime|_?(?:py)?decimal|enum|fractions|_?functools|inspect|_?io|ipaddress|itertools|numbers|_?operator|pathlib"
+    r"|ntpath|posixpath|_?random|re|statistics|string|_?struct|types|typing|uuid|_?weakref(?:set)?|zoneinfo)\..*"
+    r"|logging\.getLogger|.*\.(?:\w*(?:Error|Exception|Warning|_result|Result)|struct_time|terminal_size|HTTP\w+|Signals|AddressFamily)"
+)
+_EFFECTS = re.compile(  # what leads out of data, wherever it stands in a dotted name
+    r".*\.(?:(?:os|nt|posix|sys|subprocess|shutil|importlib|builtins|__builtin__)(?:\.|$)|__(?:import|builtins|globals"
+    r"|subclasses|loader|code|dict|getattribute)__|(?:eval|exec|execfile|compile|open|open_code|FileIO|FileType|input"
+    r"|\w*FunctionType|LambdaType|CodeType|breakpoint|exit|quit|setattr|delattr|globals|locals|vars|reload)$)"
+    r"|pathlib\..*\.[a-z]\w*$"
+)
+_STANDARD = sys.stdlib_module_names | {"__builtin__", "commands", "copy_reg", "distutils", "imp"}  # Python 2's, too
+_HOLDERS = {
+    "functools.partial",
+    "copyreg._reconstructor",
+    "copy_reg._reconstructor",
+}  # call nothing that they are given
+_HOOKS = ("__setstate__", "append", "extend", "add")  # attributes of an object that unpickling calls
 
-    def __new__(cls, *_: object, **__: object) -> _Placeholder:
-        return super().__new__(cls)
+
+class _Placeholder(dict[Any, Any]):
+    """Stands for an object that is not built; it keeps the items of what behaves like a dict, and nothing else.
+
+    To name something is no offence, to call it is one if it has effects, or is given what has.
+    """
+
+    path: ClassVar[str] = ""
+    given: str  # the first name with effects among the arguments
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Placeholder:
+        made = super().__new__(cls)
+        made.given = _effect(*args, *kwargs.values())
+        if args or kwargs:  # pickles also make objects without calling a constructor; these have no arguments
+            made.__init__()
+        return made
+
+    def __init__(self, *_: object, **__: object) -> None:
+        _refuse(_effect(type(self)) or ("" if self.path in _HOLDERS else self.given))
+
+    def __call__(self, *args: object, **kwargs: object) -> _Placeholder:
+        _refuse(_effect(self, *args, *kwargs.values()))
+        return self
 
     def _ignore(self, *_: object, **__: object) -> None: ...
 
-    __init__ = __setitem__ = append = extend = add = _ignore
+    append = extend = add = _ignore
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return id(self)
+
+
+def _effect(*values: object) -> str:
+    """Return the first name with effects that the values are or were made with, or ""."""
+    for value in values:
+        if isinstance(value, type) and issubclass(value, _Placeholder):
+            standard = value.path.partition(".")[0] in _STANDARD
+            if _EFFECTS.match(value.path) or (standard and not _DATA.fullmatch(value.path)):
+                return value.path
+        elif isinstance(value, _Placeholder) and value.given:
+            return value.given
+    return ""
+
+
+def _refuse(path: str) -> None:
+    if path:
+        raise CheckpointError(f"refused: the pickle calls {path}, which no weights need; get them elsewhere")
+
+
+def _placeholder(path: str) -> type[_Placeholder]:
+    return type(path.rpartition(".")[2], (_Placeholder,), {"path": path})
+
+
+def _attribute(target: Any, name: object, *_: object) -> type[_Placeholder]:
+    """Stand for `getattr`, by which bound methods and some enumerations are pickled."""
+    owner = target if isinstance(target, type) else type(target)
+    path = owner.path if issubclass(owner, _Placeholder) else f"{owner.__module__}.{owner.__qualname__}"
+    return _placeholder(f"{_effect(target) or path}.{name}")
+
+
+def _rebuild(build: Any) -> Any:
+    return lambda storage, *args: storage if isinstance(storage, _Placeholder) else build(storage, *args)
 
 
 _BUILDERS: dict[str, Any] = {
-    "torch._utils._rebuild_tensor": _utils._rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _utils._rebuild_tensor_v2,
-    "torch._utils._rebuild_tensor_v3": _utils._rebuild_tensor_v3,
+    "torch._utils._rebuild_tensor": _rebuild(_utils._rebuild_tensor),
+    "torch._utils._rebuild_tensor_v2": _rebuild(_utils._rebuild_tensor_v2),
+    "torch._utils._rebuild_tensor_v3": _rebuild(_utils._rebuild_tensor_v3),
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": lambda build, _, args, __: build(*args),  # a subclass, as a plain tensor
@@ -238,14 +315,9 @@ _BUILDERS: dict[str, Any] = {
     "torch.Size": torch.Size,
     "collections.OrderedDict": OrderedDict,
     "collections.defaultdict": lambda *_: OrderedDict(),  # its factory is not wanted
+    "builtins.getattr": _attribute,
+    "__builtin__.getattr": _attribute,
 }
-# Names of the standard library that honest checkpoints hold, for plain data; Python 2's names of builtins among them.
-_DATA_MODULES = {
-    *("_codecs", "abc", "argparse", "collections", "copy_reg", "copyreg", "dataclasses", "datetime", "decimal"),
-    *("enum", "fractions", "functools", "numbers", "pathlib", "re", "types", "typing", "uuid"),
-}
-_DATA_BUILTINS = {"long", "unicode", "xrange"} | {name for name, what in vars(builtins).items() if type(what) is type}
-_REFUSED_MODULES = (set(sys.stdlib_module_names) | {"__builtin__", "commands", "distutils", "imp"}) - _DATA_MODULES
 
 
 def _safe_unpickler() -> Any:
@@ -261,7 +333,9 @@ def _safe_unpickler() -> Any:
         stack: list[Any]
 
         def load_build(self) -> None:
-            self.stack.pop()  # attributes are of no interest, and none may be set on torch's own functions and classes
+            state = self.stack.pop()  # attributes are of no interest, and none may be set on torch's own functions
+            parts = [part for part in (state if isinstance(state, tuple) else [state]) if isinstance(part, dict)]
+            _refuse(_effect(*(part[name] for part in parts for name in _HOOKS if name in part)))
 
         def load_binpersid(self) -> None:
             identity = self.stack[-1]
@@ -276,19 +350,14 @@ def _safe_unpickler() -> Any:
         }
 
         def find_class(self, module: str, name: str) -> Any:
-            full_name = f"{module}.{name}".encode("unicode_escape").decode()  # a terminal obeys some characters
-            if full_name in _BUILDERS:
-                return _BUILDERS[full_name]
+            path = f"{module}.{name}".encode("unicode_escape").decode()  # a terminal obeys some characters
+            if path in _BUILDERS:
+                return _BUILDERS[path]
             if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
                 return dtype
-            plain = module in ("builtins", "__builtin__") and name in _DATA_BUILTINS
-            if module.partition(".")[0] in _REFUSED_MODULES and not plain:
-                raise CheckpointError(
-                    f"refused: the pickle calls {full_name}, which no weights need; get them elsewhere"
-                )
-            if not plain:
-                self.dropped.add(full_name)
-            return type(name, (_Placeholder,), {})
+            if module not in ("builtins", "__builtin__"):
+                self.dropped.add(path)
+            return _placeholder(path)
 
     return Unpickler
 

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import http
 import importlib
+import io
+import json
 import logging
 import os
 import pickle
+import platform
 import random
 import re
 import resource
+import signal
+import socket
+import struct
 import subprocess
 import sys
+import time
 import types
 import uuid
 import weakref
 import zipfile
 from argparse import Namespace
+from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from enum import Enum, pickle_by_enum_name
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.parsing import AttributeDict
 from safetensors.torch import load_file
 from torch import nn
 
@@ -185,7 +203,7 @@ class Call:
 
 
 @both_formats
-@pytest.mark.parametrize("function", [os.system, eval, exec, subprocess.check_output, importlib.import_module, getattr])
+@pytest.mark.parametrize("function", [os.system, eval, exec, subprocess.check_output, importlib.import_module])
 def test_code_is_refused(tmp_path: Path, function: Any, zipped: bool) -> None:
     trace = tmp_path / "trace"
     code = f"touch {trace}" if function in (os.system, subprocess.check_output) else f"open({str(trace)!r}, 'w')"
@@ -219,21 +237,205 @@ def test_a_pickle_changes_nothing_of_torch(tmp_path: Path, zipped: bool) -> None
     assert torch.UntypedStorage.from_buffer is from_buffer
 
 
+def text(value: str) -> bytes:
+    """The opcodes that push a text."""
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+SYSTEM = b"cposix\nsystem\n"
+GETATTR = b"cbuiltins\ngetattr\n("
+EMPTY = b"cargparse\nNamespace\n)\x81"  # an object that is made without a call
+
+# Pickles, without header and end, that run a command (as text) or create a file (at a path).
+ATTACKS: dict[str, Callable[[bytes, str], bytes]] = {
+    "REDUCE": lambda run, _: SYSTEM + b"(" + run + b"tR",
+    "STACK_GLOBAL": lambda run, _: text("posix") + text("system") + b"\x93(" + run + b"tR",
+    "a name that leads through a module": lambda run, _: (
+        text("torch.serialization") + text("os.system") + b"\x93(" + run + b"tR"
+    ),
+    "INST": lambda run, _: b"(" + run + b"iposix\nsystem\n",
+    "OBJ": lambda run, _: b"(" + SYSTEM + run + b"o",
+    "BUILD": lambda run, _: EMPTY + b"}" + text("__setstate__") + SYSTEM + b"sb" + run + b"b",
+    "BUILD with slots": lambda run, _: EMPTY + b"N}" + text("__setstate__") + SYSTEM + b"s\x86b" + run + b"b",
+    "APPEND": lambda run, _: EMPTY + b"}" + text("append") + SYSTEM + b"sb" + run + b"a",
+    "ADDITEMS": lambda run, _: EMPTY + b"}" + text("add") + SYSTEM + b"sb(" + run + b"\x90",
+    "partial": lambda run, _: b"cfunctools\npartial\n(" + SYSTEM + b"tR(" + run + b"tR",
+    "attribute of a partial": lambda run, _: (
+        GETATTR + b"cfunctools\npartial\n(" + SYSTEM + b"tR" + text("func") + b"tR(" + run + b"tR"
+    ),
+    "attribute of a module": lambda run, _: (
+        GETATTR + b"ctorch.serialization\nos\n" + text("system") + b"tR(" + run + b"tR"
+    ),
+    "attributes of attributes": lambda run, _: (
+        GETATTR + GETATTR + b"ctorch.serialization\nload\n" + text("__globals__") + b"tR" + text("get") + b"tR("
+        + text("os") + b"tRp0\n0" + GETATTR + b"g0\n" + text("system") + b"tR(" + run + b"tR"
+    ),
+    "method by its name": lambda run, _: (
+        b"coperator\nmethodcaller\n(" + text("system") + run + b"tR(ctorch.serialization\nos\ntR"
+    ),
+    "attribute by its name": lambda run, _: (
+        b"coperator\nattrgetter\n(" + text("system") + b"tR(ctorch.serialization\nos\ntR(" + run + b"tR"
+    ),
+    "map": lambda run, _: b"cbuiltins\nlist\n(cbuiltins\nmap\n(" + SYSTEM + b"(" + run + b"ltRtR",
+    "evaluated": lambda _, path: b"cbuiltins\neval\n(" + text(f"open({path!r}, 'w')") + b"tR",
+    "opened": lambda _, path: b"cio\nopen\n(" + text(path) + text("w") + b"tR",
+    "profiled": lambda _, path: b"ccProfile\nrun\n(" + text(f"open({path!r}, 'w')") + b"tR",
+    "method of a path": lambda _, path: (
+        text("pathlib") + text("Path.touch") + b"\x93(cpathlib\nPosixPath\n(" + text(path) + b"tRtR"
+    ),
+    "method of an object": lambda _, path: (
+        GETATTR + b"cpathlib\nPosixPath\n(" + text(path) + b"tR" + text("touch") + b"tR(tR"
+    ),
+    "code": lambda _, path: b"cbuiltins\nexec\n(" + text(f"open({path!r}, 'w')") + b"}tR",
+    "persistent id": lambda run, _: (
+        b"(" + text("storage") + SYSTEM + b"(" + run + b"tR" + text("0") + text("cpu") + b"K\x01tQ"
+    ),
+}  # fmt: skip
+
+
 @both_formats
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize(
-    "extra",
-    [int, str, range, range(3), slice(1, 2), complex(1, 2), 2**70, b"x", bytearray(b"x"), {1}, frozenset([1]),
-     defaultdict(int), defaultdict(list), Counter("ab"), deque([1], 2), Path("x"), uuid.uuid4(), Fraction(1, 2),
-     datetime.now(), Namespace(a=1), partial(save), np.float64(2), np.arange(3), np.random.RandomState(0),
-     random.getstate(), OmegaConf.create({"a": [1, {"b": "x"}]}), torch.device("cpu"), torch.eye(2).to_sparse()],
-    ids=lambda extra: type(extra).__name__,
-)  # fmt: skip
-def test_honest_objects_beside_the_weights(tmp_path: Path, extra: object, protocol: int, zipped: bool) -> None:
-    content = {"state_dict": {"w": torch.ones(2)}, "extra": [extra, {"nested": extra}]}
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_calls_with_effects_are_refused(
+    tmp_path: Path, attack: Callable[[bytes, str], bytes], zipped: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace"
+    program = b"\x80\x04" + attack(text(f"touch {trace}"), str(trace)) + b"."
+
+    class Unpickler(pickle._Unpickler):
+        def persistent_load(self, pid: Any) -> None: ...
+
+    with suppress(Exception):  # what comes behind the effect
+        Unpickler(io.BytesIO(program)).load()
+    assert trace.exists()  # so it is an attack
+    trace.unlink()
+    with pytest.raises(CheckpointError, match=r"evil\.ckpt: refused: the pickle calls "):
+        read_checkpoint(as_torch_file(tmp_path / "evil.ckpt", program, zipped))
+    assert not trace.exists()
+
+
+class Colour(Enum):
+    RED = 1
+
+
+class NamedColour(Enum):
+    RED = 1
+    __reduce_ex__ = pickle_by_enum_name  # by getattr
+
+
+class Pair(NamedTuple):
+    a: int
+    b: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    path: Path = Path("x")
+
+
+class Settled(dict[str, Any]): ...
+
+
+HONEST: dict[str, Any] = {
+    "types": (int, str, range, slice, type(None), Path, defaultdict, Namespace, np.float32, torch.Tensor),
+    "functions": (len, print, open, os.path.join, os.system, torch.relu, torch.load),  # named, not called
+    "methods": (Path("x").exists, "{}".format, [].append, Settings.__init__, random.Random(0).random),
+    "builtins": (
+        range(3), slice(1, 2), 1j, 2**70, b"\xff\x00", bytearray(b"x"), {1}, frozenset([1]), Ellipsis, iter([1]),
+    ),
+    "errors": (ValueError("x"), FileNotFoundError(2, "x"), subprocess.CalledProcessError(1, "x")),
+    "containers": (
+        defaultdict(int), defaultdict(list, a=[1]), Counter("ab"), deque([1], 2), OrderedDict(a=1), array("f"),
+    ),
+    "own classes": (Pair(1, "x"), Settings(), Settled(a=1), Namespace(a=1), types.SimpleNamespace(a=1)),
+    "enumerations": (Colour.RED, NamedColour.RED, re.IGNORECASE, http.HTTPStatus.OK, socket.AF_INET, signal.SIGINT),
+    "paths": (Path("x"), PurePosixPath("x"), PureWindowsPath("C:/x")),
+    "times": (datetime.now(), timedelta(1), UTC, ZoneInfo("UTC"), time.gmtime()),
+    "numbers": (Fraction(1, 2), Decimal(1), uuid.uuid4(), random.getstate(), random.Random(0)),
+    "partial": (partial(max, 1), partial(open, mode="rb"), partial(Colour)),
+    "standard library": (
+        logging.getLogger("x"), json.JSONEncoder(), platform.uname(), re.compile("x"), io.BytesIO(b"x"),
+    ),
+    "numpy": (np.float64(2), np.int64(3), np.bool_(True), np.arange(3), np.dtype("f4"), np.array([None]), np.sum),
+    "numpy's random states": (np.random.RandomState(0), np.random.default_rng(0), np.random.get_state()),
+    "OmegaConf": (OmegaConf.create({"a": [1, {"b": "x"}], "c": None, "d": "${a}"}), OmegaConf.structured(Settings)),
+    "torch": (
+        torch.Size([1]), torch.device("cuda:0"), torch.float16, torch.get_rng_state(), torch.Generator(), torch.strided,
+    ),
+    "torch's modules": (
+        nn.Linear(1, 1), torch.optim.AdamW([nn.Parameter(torch.ones(1))]), torch.distributions.Normal(0, 1),
+    ),
+    "tensors": (torch.eye(2).to_sparse(), nn.Parameter(torch.ones(1)), torch.empty(1, device="meta")),
+    "Lightning": (ModelCheckpoint(), EarlyStopping("x"), AttributeDict(a=1), TrainerFn.FITTING),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("extra", HONEST.values(), ids=HONEST)
+def test_honest_objects_beside_the_weights(tmp_path: Path, extra: tuple[Any, ...], protocol: int) -> None:
     path = tmp_path / "a.ckpt"
-    torch.save(content, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
-    assert_equal(read_checkpoint(path), {"w": torch.ones(2)})
+    extra = tuple(x for x in extra if can_be_pickled(x, protocol))
+    if protocol:
+        for zipped in (True, False):
+            content = {"state_dict": {"w": torch.ones(2)}, "extra": [*extra, {"nested": extra}]}
+            torch.save(content, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+            assert_equal(read_checkpoint(path), {"w": torch.ones(2)})
+    else:  # torch has no names for storages in it
+        torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "plain.ckpt")
+        with zipfile.ZipFile(tmp_path / "plain.ckpt") as old, zipfile.ZipFile(path, "w") as new:
+            for name in old.namelist():
+                record, added = old.read(name), text("extra") + pickle.dumps(extra, 0)[:-1] + b"s."
+                new.writestr(name, record.removesuffix(b".") + added if name.endswith("data.pkl") else record)
+        assert_equal(read_checkpoint(path), {"w": torch.ones(2)})
+
+
+def can_be_pickled(value: object, protocol: int) -> bool:
+    try:
+        pickle.dumps(value, protocol)
+    except (TypeError, ValueError, AttributeError, pickle.PicklingError, NotImplementedError):
+        return False
+    return True
+
+
+def test_bytes_of_python_2(tmp_path: Path) -> None:
+    """Its pickles hold the numbers of numpy's scalars as text that is no UTF-8."""
+    scalar = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(U\x02f8K\x00K\x01tRU\x08\x00\xff\xfe\x80\x00\x00\xf0?tR"
+    long = b"c__builtin__\nlong\nc__builtin__\nunicode\nc__builtin__\nxrange\nc__builtin__\nbasestring\n"
+    program = b"\x80\x02}(U\x01aK\x01U\x01b" + scalar + b"U\x01c(" + long + b"l" + b"u."
+    for zipped in (True, False):
+        with pytest.raises(CheckpointError, match="holds no named tensors, but keys 'a', 'b', 'c'"):
+            read_checkpoint(as_torch_file(tmp_path / "a.ckpt", program, zipped))
+
+
+def test_weights_in_a_class_that_behaves_like_a_dict(tmp_path: Path) -> None:
+    state = Settled(w=torch.ones(2))
+    for content in (state, {"state_dict": state}, Settled(state_dict=state), AttributeDict(state_dict=state)):
+        torch.save(content, tmp_path / "a.ckpt")
+        assert_equal(read_checkpoint(tmp_path / "a.ckpt"), {"w": torch.ones(2)})
+
+
+class Net(pl.LightningModule):
+    def __init__(self, config: Any, kind: Any = Colour.RED, folder: Path = Path("x")) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = nn.Linear(1, 1)
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters())
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, partial(min, 1))]
+
+
+def test_a_file_of_lightning(tmp_path: Path) -> None:
+    net = Net(OmegaConf.create({"lr": 1e-4, "channels": [1, 2], "path": Path("x"), "nested": {"a": None}}))
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[ModelCheckpoint(tmp_path, save_last=True), EarlyStopping("x", strict=False)],
+    )  # fmt: skip
+    trainer.fit(net, torch.utils.data.DataLoader(torch.ones(2, 1)))
+    assert_equal(read_checkpoint(tmp_path / "last.ckpt"), net.state_dict())
 
 
 @both_formats
