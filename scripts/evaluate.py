@@ -176,7 +176,7 @@ def warnings_of(evaluation: Evaluation) -> list[str]:
         warnings.append(f"the paper's crop leaves nothing of {lost} holes; its score is of the other items")
     if evaluation.lossy:
         warnings.append(f"results are not exact: {evaluation.lossy}; write PNG")
-    if evaluation.unreadable:
+    if evaluation.unreadable and evaluation.real:
         reason = next(iter(evaluation.unreadable.values()))
         warnings.append(f"{len(evaluation.unreadable)} real images are left out, the first: {reason}")
     return warnings

@@ -59,9 +59,10 @@ class Run:
     """The images of one run."""
 
     name: str  # in the table
-    folder: Path | None  # with ID.png, see `images_by_id`; None stands for the benchmark's own true images
+    folder: Path | None  # None stands for the benchmark's own true images
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the run wrote beside its images
     timing: Mapping[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Path] = field(default_factory=dict)  # by id
 
     @classmethod
     def read(cls, path: Path, name: str = "") -> Run:
@@ -71,12 +72,7 @@ class Run:
         root = path.parent if path.name == "results" and (path.parent / "settings.json").is_file() else path
         folder = root / "results" if (root / "results").is_dir() else root
         settings, timing = (read_json(root / f"{name}.json", {}) for name in ("settings", "timing"))
-        return cls(name or root.name, folder, settings, timing)
-
-    @cached_property
-    def images(self) -> dict[str, Path]:
-        """The results by id."""
-        return images_by_id(self.folder) if self.folder else {}
+        return cls(name or root.name, folder, settings, timing, images_by_id(folder))
 
     def image(self, bench: Bench, id_: str) -> Path:
         if self.folder is None:
@@ -157,10 +153,9 @@ class Evaluation:
         try:
             item, lossy = self.bench[index], []
             for path in [run.image(self.bench, item.id) for run in edited]:
-                (width, height), (scene_width, scene_height) = open_image(path).size, item.scene.size
-                if (width, height) != (scene_width, scene_height):
-                    place = f"{path}, {width}x{height} for a scene of {scene_width}x{scene_height}"
-                    raise UserError(f"{place}: of another size")
+                if (size := open_image(path).size) != item.scene.size:
+                    sizes = [f"{width}x{height}" for width, height in (size, item.scene.size)]
+                    raise UserError(f"{path} with {sizes[0]} instead of {sizes[1]}: of another size")
                 with Image.open(path) as image:
                     lossy += [path] * (image.format == "JPEG")
             return metrics.hole_box(item.scene, item.hole_mask), metrics.paper_box(item.hole_mask), lossy

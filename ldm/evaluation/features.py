@@ -9,7 +9,7 @@ Dimension key: N images · B batch · D feature channels · S side of the networ
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -133,6 +133,14 @@ class FeatureNetwork(nn.Module):
         return self._embed(x).float()
 
     @torch.inference_mode()
+    def features(self, x: Tensor, names: Sequence[object]) -> np.ndarray:
+        """Compute features like `forward`, as an array; UserError with the name of the first that is not finite."""
+        features = self(x.to(next(self.parameters()).device)).cpu().numpy()
+        if len(wrong := np.flatnonzero(~np.isfinite(features).all(1))):
+            raise UserError(f"{names[wrong[0]]}: {self.name} gives features that are not finite; check its weights")
+        return features
+
+    @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
         """Compute the features (N, D) float32, not normalised, of N texts, in the space of the image features."""
         if self._embed_text is None:
@@ -175,59 +183,44 @@ def iter_features(
     with bar, ThreadPoolExecutor(max(num_workers, 1)) as pool:
         for start in range(0, len(views), batch_size):
             batch = views[start : start + batch_size]
-            yield _features(network, batch, cache, pool, unreadable)
+            known: dict[View, np.ndarray] = {}
+            missing: dict[View, tuple[str, Tensor]] = {}
+            for view, reading in [(view, pool.submit(_read, network, view, cache)) for view in dict.fromkeys(batch)]:
+                try:
+                    key, found = reading.result()
+                except (UserError, OSError) as error:
+                    if unreadable is None:
+                        raise
+                    unreadable[view.path] = str(error)
+                    continue
+                if isinstance(found, Tensor):
+                    missing[view] = key, found
+                else:
+                    known[view] = found
+            for _, group in groupby(missing.items(), key=lambda one: one[1][1].shape):  # Inception takes any size
+                same_shape = dict(group)
+                pixels = torch.stack([x for _, x in same_shape.values()])
+                features = network.features(pixels, [view.path for view in same_shape])
+                for (view, (key, _)), feature in zip(same_shape.items(), features, strict=True):
+                    known[view] = feature
+                    if cache:
+                        cache.put(key, feature)
+            rows = [known[view] for view in batch if view in known]
+            yield np.stack(rows) if rows else np.empty((0, network.dim), np.float32)
             bar.update(len(batch))
 
 
-def _features(
-    network: FeatureNetwork,
-    views: Sequence[View],
-    cache: FeatureCache | None,
-    pool: Executor,
-    unreadable: dict[Path, str] | None,
-) -> np.ndarray:
-    def read(view: View) -> tuple[str, np.ndarray | Tensor]:
-        """Return a view's key in the cache, and its feature from there or else its pixels."""
-        if cache is None:
-            return "", _preprocessed(network, view)
+def _read(network: FeatureNetwork, view: View, cache: FeatureCache | None) -> tuple[str, np.ndarray | Tensor]:
+    """Return a view's key in the cache, and its feature from there or else its pixels."""
+    key = ""
+    if cache:
         identity = repr((sha256_file(view.path), network.key, view.resize_mode, view.box))
         key = hashlib.sha256(identity.encode()).hexdigest()
-        feature = cache.get(key)
-        return key, _preprocessed(network, view) if feature is None else feature
-
-    known: dict[View, Any] = {}
-    missing: dict[View, tuple[str, Tensor]] = {}
-    for view, reading in [(view, pool.submit(read, view)) for view in dict.fromkeys(views)]:
-        try:
-            key, found = reading.result()
-        except (UserError, OSError) as error:
-            if unreadable is None:
-                raise
-            unreadable[view.path] = str(error)
-            continue
-        if isinstance(found, Tensor):
-            missing[view] = key, found
-        else:
-            known[view] = found
-    device = next(network.parameters()).device
-    computed: list[np.ndarray] = []
-    with torch.inference_mode():
-        for _, same_shape in groupby((x for _, x in missing.values()), key=lambda x: x.shape):  # Inception: any size
-            computed += [*network(torch.stack(list(same_shape)).to(device)).cpu().numpy()]
-    for (view, (key, _)), feature in zip(missing.items(), computed, strict=True):
-        if not np.isfinite(feature).all():
-            raise UserError(f"{view.path}: {network.name} gives features that are not finite; check its weights")
-        known[view] = feature
-        if cache:
-            cache.put(key, feature)
-    rows = [known[view] for view in views if view in known]
-    return np.stack(rows) if rows else np.empty((0, network.dim), np.float32)
-
-
-def _preprocessed(network: FeatureNetwork, view: View) -> Tensor:
+        if (feature := cache.get(key)) is not None:
+            return key, feature
     image = open_image(view.path)
     try:
-        return network.preprocess(image, view.resize_mode, view.box)
+        return key, network.preprocess(image, view.resize_mode, view.box)
     except UserError as error:
         raise UserError(f"{view.path}: {error}") from error
 

@@ -41,6 +41,10 @@ class Statistics:
     cov: np.ndarray  # (D, D) float64, unbiased (divided by n - 1)
     network: str = ""  # exact name of the feature network; "" = not recorded, then it is not compared
 
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.cov).all()):
+            raise UserError("got features, or their mean or covariance, that are not finite; compute them again")
+
     @cached_property
     def factor(self) -> np.ndarray:
         """F (D, rank) with F Fᵀ = cov."""
@@ -59,16 +63,20 @@ class Statistics:
         """Read a file of `save`, or one with `mu`, `sigma` and `n` but no network's name."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                mean, cov, n, network = *(file[name] for name in ("mu", "sigma", "n")), str(file.get("network", ""))
+                mean, cov, n = (file[name].astype(np.float64) for name in ("mu", "sigma", "n"))
+                network = str(file.get("network", ""))
         except KeyError as error:
             hint = "; pytorch-fid's files are of another network" if "'n " in f"{error} " else ""
             raise UserError(f"{path}: lacks {error}{hint}; compute it from the images instead") from None
         except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: no readable .npz of statistics ({error}); --write-real writes one") from error
         shapes_fit = mean.ndim == 1 and cov.shape == (mean.size, mean.size) and n.ndim == 0
-        if not shapes_fit or n < 2 or not np.isfinite(mean).all() or not np.allclose(cov, cov.T, rtol=1e-6):
-            raise UserError(f"{path}: no mean and symmetric covariance of at least 2 images; compute it again")
-        return cls(int(n), mean.astype(np.float64), cov.astype(np.float64), network)
+        is_finite = all(np.isfinite(x).all() for x in (mean, cov, n))
+        if not (
+            shapes_fit and is_finite and n >= 2 and np.allclose(cov, cov.T, rtol=1e-6) and (np.diag(cov) >= 0).all()
+        ):
+            raise UserError(f"{path}: no finite mean and covariance of at least 2 images; compute it again")
+        return cls(int(n), mean, cov, network)
 
 
 class RunningStatistics:

@@ -67,11 +67,11 @@ def region_similarities(
     network: FeatureNetwork, images: Sequence[Image.Image], hole: Image.Image, exemplars: Sequence[Image.Image]
 ) -> list[float]:
     """Return, per image, 100 times the cosine between its hole box and the exemplar, averaged over exemplars."""
-    device = next(network.parameters()).device
     box = hole_box(images[0], hole)
     views = [network.preprocess(image, SQUASH, box) for image in images]
     views += [network.preprocess(exemplar, SQUASH) for exemplar in exemplars]
-    features = F.normalize(network(torch.stack(views).to(device)), dim=1).cpu()
+    names = [f"result {k}" for k in range(1, len(images) + 1)] + ["exemplar"] * len(exemplars)
+    features = F.normalize(torch.from_numpy(network.features(torch.stack(views), names)), dim=1)
     regions, targets = features[: len(images)], features[len(images) :]
     return (100 * regions @ targets.T).mean(1).tolist()
 

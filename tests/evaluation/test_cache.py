@@ -68,6 +68,21 @@ def test_killed_processes_that_share_a_folder_leave_whole_features(tmp_path: Pat
     assert all(len(np.load(path)) == 8 for path in (tmp_path / "cache").rglob("*.npy") if path.name[0] != ".")
 
 
+@pytest.mark.parametrize(
+    "wrong", [np.full(8, np.nan), np.array([1, np.inf]), np.ones((2, 4)), np.array(["a", "b"]), np.zeros(8, complex)]
+)
+@pytest.mark.parametrize("is_archive", [False, True])
+def test_what_is_no_feature_is_computed_anew(tmp_path: Path, wrong: np.ndarray, is_archive: bool) -> None:
+    cache = FeatureCache(tmp_path)
+    put_all(cache, features(2))
+    (path,) = tmp_path.rglob("0-1.npy")
+    wrong = wrong.astype(np.float32) if wrong.dtype == np.float64 else wrong
+    with open(path, "wb") as file:
+        np.savez(file, wrong) if is_archive else np.save(file, wrong)
+    assert cache.get("0-1") is None
+    assert cache.get("0-0") is not None
+
+
 @pytest.mark.parametrize("content", [b"", b"not an array", b"cut"])
 def test_a_damaged_feature_is_computed_anew(tmp_path: Path, content: bytes) -> None:
     cache = FeatureCache(tmp_path)

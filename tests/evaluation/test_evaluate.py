@@ -273,6 +273,29 @@ def test_real_images_that_cannot_be_read_are_left_out_and_named(bench: Path, own
     assert evaluate(bench, run, *metrics, real, "--strict") == 2
 
 
+def test_a_figure_that_is_not_finite_is_refused(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = measured(bench, results(tmp_path / "run"), names=["clip"])
+    monkeypatch.setattr("ldm.evaluation.evaluate.cosine_scores", lambda a, _: np.full(len(a), np.nan))
+    with pytest.raises(UserError, match="run: got nan"):
+        evaluation.measure()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (9, 8, 7)])
+def test_results_of_one_colour_are_measured_or_refused_in_a_line(
+    bench: Path, tmp_path: Path, colour: tuple[int, int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for id_ in IDS:
+        Image.new("RGB", (32, 32), colour).save(run / f"{id_}.png")
+    for metric in ("fid", "kid", "precision-recall", "clip", "identification", "foreground-fid", "background"):
+        code = evaluate(bench, run, "--metrics", metric)
+        assert code == 0 or (colour == (0, 0, 0) and metric in ("clip", "identification"))  # cosines of nothing
+        captured = capsys.readouterr()
+        assert "nan" not in captured.out and captured.err.count("\n") == (code > 0)
+
+
 def test_papers_figures_stand_beside_complete_runs_only(bench: Path, tmp_path: Path) -> None:
     network = colours("")
     network.name = "CLIP ViT-B/32 (OpenAI)"

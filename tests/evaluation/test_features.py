@@ -30,7 +30,7 @@ from ldm.evaluation.features import (
     load_network,
     normalised_square,
 )
-from ldm.evaluation.metrics import cosine_scores, paper_box
+from ldm.evaluation.metrics import cosine_scores, paper_box, region_similarities
 from ldm.files import UserError
 from ldm.images import CLIP_MEAN, CLIP_STD
 from tests.procweights import read_golden, weight
@@ -450,6 +450,39 @@ def test_features_that_are_not_finite_are_refused_with_the_file(pictures: list[P
         tower.scale[2] = float("nan")
     with pytest.raises(UserError, match=f"{pictures[0]}: .*counting"):
         extract(network, [View(pictures[0], "whole")])
+    image = Image.open(pictures[0]).convert("RGB")
+    with pytest.raises(UserError, match="counting"):
+        region_similarities(network, [image], Image.new("L", image.size, 255), [image])
+
+
+def test_the_one_picture_whose_features_are_not_finite_is_named(
+    pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, _ = counting_network()
+    embed = network._embed
+
+    def spoilt(x: Tensor) -> Tensor:
+        features = embed(x)
+        features[2, 1] = float("inf")
+        return features
+
+    monkeypatch.setattr(network, "_embed", spoilt)
+    with pytest.raises(UserError, match=f"{pictures[2]}: counting"):
+        extract(network, [View(path, "squash") for path in pictures[:4]])
+
+
+def test_unreadable_pictures_are_left_out_if_asked_for(tmp_path: Path, pictures: list[Path]) -> None:
+    network, _ = counting_network()
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(pictures[1].read_bytes()[:500])
+    paths = [tmp_path / "missing.png", pictures[0], broken, pictures[1]]
+    views = [View(path, "squash") for path in paths]
+    for cache in (None, FeatureCache(tmp_path / "cache")):
+        unreadable: dict[Path, str] = {}
+        found = [*iter_features(network, views, batch_size=1, cache=cache, unreadable=unreadable)]
+        assert [len(chunk) for chunk in found] == [0, 1, 0, 1]
+        assert np.array_equal(np.concatenate(found), extract(network, views[1::2]))
+        assert sorted(unreadable) == sorted([paths[0], broken])
 
 
 # ---- EfficientNet-Lite0 ----

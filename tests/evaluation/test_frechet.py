@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,10 +161,41 @@ def test_unusable_files_are_told_apart(tmp_path: Path) -> None:
     np.savez(path, mu=np.array([object()]), sigma=np.eye(1), n=3)  # a pickle, which is not read
     with pytest.raises(UserError, match=r"real\.np"):
         Statistics.load(path)
-    for bad in (np.eye(3), np.full((4, 4), np.nan), np.triu(np.ones((4, 4)))):
-        np.savez(path, mu=np.zeros(4), sigma=bad, n=5)
-        with pytest.raises(UserError, match=r"real\.npz: "):
-            Statistics.load(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        *[("sigma", bad) for bad in (np.eye(3), np.full((4, 4), np.nan), np.triu(np.ones((4, 4))), -np.eye(4))],
+        *[("sigma", np.diag([1, 1, 1, bad])) for bad in (np.nan, np.inf)],
+        *[("mu", bad) for bad in (np.full(4, np.nan), np.full(4, -np.inf), np.array(["a"] * 4))],
+        *[("n", bad) for bad in (1, np.nan, np.inf, [5], "many")],
+    ],
+)
+def test_statistics_that_are_no_numbers_are_refused(tmp_path: Path, part: str, value: Any) -> None:
+    path = tmp_path / "real.npz"
+    np.savez(path, **{"mu": np.zeros(4), "sigma": np.eye(4), "n": np.array(5), part: value})
+    with pytest.raises(UserError, match=r"real\.npz: "):
+        Statistics.load(path)
+
+
+@given(st.sampled_from([np.nan, np.inf, -np.inf]), st.integers(0, 19))
+def test_features_that_are_not_finite_have_no_distance(value: float, position: int) -> None:
+    features = normal(5, 4, 0)
+    features.flat[position] = value
+    for run in (lambda: statistics_of(features), lambda: frechet_estimate(features, statistics_of(normal(5, 4, 1)))):
+        with np.errstate(invalid="ignore"), pytest.raises(UserError):
+            run()
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_equal_images_have_a_distance_without_warnings(n: int) -> None:
+    equal, real = np.tile(normal(1, 4, 0), (n, 1)), normal(9, 4, 1)
+    with warnings.catch_warnings(action="error"):
+        assert frechet_estimate(equal, statistics_of(equal), num_resamples=5).value == 0
+        estimate = frechet_estimate(equal, statistics_of(real), num_resamples=5)
+    shift = np.square(equal[0] - real.mean(0)).sum() + np.trace(np.cov(real.T))
+    assert estimate.low == pytest.approx(estimate.value) and estimate.value == pytest.approx(shift)
 
 
 def test_one_image_has_no_covariance() -> None:
