@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "copy-paste | seamless-clone | opencv-inpaint (no model); default: %(default)s",
     )
     add("--limit", type=int, metavar="N", help="only the first N items")
+    add("--strict", action="store_true", help="stop at the first item that fails; default: go on with the others")
     add("--results-only", "--skip_grid", "--skip_save", action="store_true", help="no source/ and grid/")
     sampling = parser.add_argument_group("settings", "in place of the protocol's")
     sampling.add_argument("--protocol", default="paper", choices=("paper", "ours"), help="default: %(default)s")
@@ -114,6 +115,7 @@ def edit(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         workers=max(args.workers, 1),
         device=args.device,
+        strict=args.strict,
         has_source=not args.results_only,
         prepare=partial(set_up, args),
     )

@@ -88,6 +88,7 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     kinds: dict[str, str] = field(default_factory=dict)  # of what failed: the reason without values and file names
+    strict: bool = False  # the first failure is a UserError
 
     def fail(self, name: str, reason: object, files: Iterable[str | None] = ()) -> None:
         """Note a failure; its reason is counted without the name of one of `files` that it begins with."""
@@ -95,6 +96,8 @@ class Report:
         for file in files:
             kind = kind.removeprefix(f"{file}: ")
         self.kinds[name] = re.sub(r"^row \d+: |got .*?, (?=expected)", "", kind)
+        if self.strict:
+            raise UserError(f"{name}: {reason}")
 
     def reasons(self) -> Skipped:
         """Count the failures by reason."""

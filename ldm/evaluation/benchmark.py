@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
-from ldm.editing.batch import Baseline, Job, edit_many, process_rank
+from ldm.editing.batch import Baseline, Job, Report, edit_many, process_rank
 from ldm.editing.editor import DTYPES, Editor, pick_device, weight_hashes
 from ldm.editing.settings import EditSettings
 from ldm.evaluation.cocoee import Bench, copy_paste, opencv_inpaint, seamless_clone
@@ -72,6 +72,7 @@ class BenchmarkRun:
     batch_size: int = 16  # items per forward pass and process
     workers: int = 2  # threads that read, and threads that write, of each process
     device: str = "auto"  # auto | cpu | cuda | mps
+    strict: bool = False  # the first item that fails ends the run with a UserError
     has_source: bool = True  # write source/ and grid/ too, as the original does
     prepare: Callable[[], object] | None = None  # called first in every process that is started
 
@@ -114,6 +115,7 @@ class BenchmarkRun:
             batch_size=self.batch_size,
             workers=self.workers,
             metadata=self.config.record,
+            report=Report(strict=self.strict),
             on_result=self._write_source if self.has_source else None,
         )
         if rank == 0 and report.done:

@@ -8,12 +8,15 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ldm.editing.settings import EditSettings
 from ldm.evaluation.benchmark import PROTOCOLS, BenchmarkConfig, BenchmarkRun
@@ -175,6 +178,28 @@ def test_a_bench_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no: " in capsys.readouterr().err
 
 
+def test_an_item_whose_painting_is_not_finite_fails_alone(
+    bench: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ldm.latent_diffusion import LatentDiffusion
+
+    decode = LatentDiffusion.decode_latents
+    seen = list[Tensor]()
+
+    def spoilt(model: LatentDiffusion, z: Tensor, *known: Tensor) -> Tensor:
+        """Spoil the image of one item, in the batch and alone."""
+        seen.extend(z[1:2] if not seen else [])
+        is_spoilt = (z - seen[0]).abs().amax((1, 2, 3)) < 1e-3
+        return torch.where(is_spoilt[:, None, None, None], torch.nan, decode(model, z, *known))
+
+    monkeypatch.setattr(LatentDiffusion, "decode_latents", spoilt)
+    options = ["--checkpoint", str(tiny_folder), *FAST, "--batch-size", "3"]
+    assert edit(bench, tmp_path, *options) == 1
+    assert sorted(pictures(tmp_path)) == [IDS[0], *IDS[2:]]
+    assert f"failed: {IDS[1]}: " in capsys.readouterr().err
+    assert edit(bench, tmp_path / "strict", *options, "--strict") == 2
+
+
 def cut_exemplar(bench: Path, folder: Path, *ids: str) -> Path:
     """Copy a benchmark and damage the exemplars of items."""
     broken = Path(shutil.copytree(bench, folder))
@@ -199,11 +224,25 @@ def test_an_item_that_cannot_be_read_fails_alone(
     assert json.loads((tmp_path / "out" / "timing.json").read_text())["pictures"] == 3
 
 
+@pytest.mark.parametrize("method", ["model", "copy-paste"])
+def test_the_first_failure_ends_a_strict_run(
+    bench: Path, tiny_folder: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = cut_exemplar(bench, tmp_path / "bench", IDS[1], IDS[4])
+    options = ["--method", method, "--strict", "--batch-size", "1", *FAST]
+    assert edit(broken, tmp_path / "out", *options, "--checkpoint", str(tiny_folder)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {IDS[1]}: ") and f"{IDS[1]}_ref.png" in error
+    assert not (tmp_path / "out" / "timing.json").exists()
+
+
 @pytest.mark.slow
 def test_items_of_several_processes_fail_alone(bench: Path, tmp_path: Path) -> None:
     broken = cut_exemplar(bench, tmp_path / "bench", IDS[0], IDS[3])
     run = BenchmarkRun(Bench(broken), tmp_path / "out", BenchmarkConfig(method="copy-paste"), device="cpu")
     failed = run.edit(2)
+    with pytest.raises(UserError, match=r"ref\.png"):
+        replace(run, outdir=tmp_path / "strict", strict=True).edit(2)
     assert sorted(failed) == [IDS[0], IDS[3]] and all(f"{id_}_ref.png" in failed[id_] for id_ in failed)
     assert sorted(pictures(tmp_path / "out")) == [IDS[1], IDS[2], IDS[4]]
 
