@@ -40,7 +40,29 @@ from ldm.files import UserError, atomic_write
 log = logging.getLogger(__name__)
 
 _DAMAGED = "truncated or damaged; download or copy it again"
-_MAPPING_KEYS = ("state_dict", "module")  # Lightning and DeepSpeed keep the weights one level down
+# Where trainers keep the weights; the averaged ones last.
+_MAPPING_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "params",
+    "ema",
+    "ema_model",
+    "ema_state_dict",
+)
+_MAPPING_KEYS += ("state_dict_ema", "model_ema", "params_ema")
+# Parts of names that come from wrappers: distribution, compilation, sharding, recomputation.
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(?=.)|_orig_mod\.?(?=.)"
+)
+# What stands before the names of a whole model, and what may stand before those of a part alone.
+_OUTER = re.compile(r"((?:\w+\.)*?)(?:model\.diffusion_model|first_stage_model|cond_stage_model)\.")
+_OUTER_OF_PART = re.compile(
+    r"((?:model|ema_model|ema|net|network|state_dict|unet|vae|autoencoder|generator)\.)"
+    r"(?:encoder\.(?:conv_in|down)|down_blocks\.\d+\.resnets|input_blocks|vision_model|text_model)\."
+)
 _ZIP = b"PK"
 _JSON = b"{"  # of a safetensors header, after its length in 8 bytes
 # The first pickle of a file from before torch 1.6, from protocol 2 on and before.
@@ -67,18 +89,71 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         with _open_safetensors(path) as file:
             if not (names := file.keys()):
                 raise CheckpointError(f"{path}: holds no tensors; pass a checkpoint with weights")
-        return _map_safetensors(path, names)
+        return unwrapped(_map_safetensors(path, names), path)
     content, dropped, records = _unpickle(path, head)
+    tensors = _named_tensors(content, path, dropped)
+    if dropped:
+        log.warning("%s: dropped what is not a tensor: objects of %s", path, ", ".join(dropped))
+    return unwrapped(_map_records(path, tensors, records) if records else tensors, path)
+
+
+def _named_tensors(content: object, path: Path, dropped: list[str]) -> dict[str, Tensor]:
+    """Return the weights among what was read; refuse several sets of them, but for averaged ones beside the last."""
     found: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
-    found = next((nested for key in _MAPPING_KEYS if isinstance(nested := found.get(key), Mapping)), found)
-    tensors = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
-    if not tensors:
+    places = _places(found)
+    usual = [place for place in places if "ema" not in place] or list(places)
+    if len(usual) > 1:
+        raise CheckpointError(f"{path}: holds weights at each of {', '.join(usual)}; save one of them alone")
+    if usual and (usual[0] not in ("", "state_dict", "module") or len(places) > 1):
+        others = (
+            f", and left out {', '.join(place for place in places if place not in usual)}" if len(places) > 1 else ""
+        )
+        log.warning("%s: took the weights at %s%s", path, usual[0], others)
+    nested = {
+        f"{key}.{name}": x for key, part in found.items() if isinstance(part, Mapping) for name, x in part.items()
+    }
+    values = places[usual[0]] if usual else {name: x.detach() for name, x in nested.items() if isinstance(x, Tensor)}
+    if not values:
         what = f"keys {', '.join(map(repr, list(found)[:5]))}" if found else f"a {type(content).__name__}"
         what += f" and objects of {', '.join(dropped[:5])}" if dropped else ""
         raise CheckpointError(f"{path}: holds no named tensors, but {what}; save the model's `state_dict()` instead")
-    if dropped:
-        log.warning("%s: dropped what is not a tensor: objects of %s", path, ", ".join(dropped))
-    return _map_records(path, tensors, records) if records else tensors
+    return values
+
+
+def _places(found: Mapping[Any, Any], place: str = "") -> dict[str, dict[str, Tensor]]:
+    """Return the sets of named tensors at the usual keys, by the keys that lead there."""
+    inside: dict[str, dict[str, Tensor]] = {}
+    for key in _MAPPING_KEYS if place.count(".") < 3 else ():  # a dictionary may hold itself
+        if isinstance(nested := found.get(key), Mapping):
+            inside |= _places(nested, f"{place}.{key}".removeprefix("."))
+    own = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
+    return inside or ({place: own} if own else {})
+
+
+def unwrapped(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+    """Take wrappers' parts off the names of a whole model or of one of its parts, and say so in one line.
+
+    Raises:
+        CheckpointError: several copies of the weights lie under different prefixes.
+    """
+    names = {name: _WRAPPERS.sub("", name) for name in tensors}
+    removed = dict.fromkeys(part for name in tensors for part in _WRAPPERS.findall(name))
+    outer = dict.fromkeys(match[1] for name in names.values() if (match := _OUTER.match(name)))
+    if not outer and (match := next(filter(None, map(_OUTER_OF_PART.match, names.values())), None)):
+        outer = {match[1]: None} if all(name.startswith(match[1]) for name in names.values()) else {}
+    twice = len(set(names.values())) < len(names)
+    if len(outer) > 1 or twice:
+        which = [repr(prefix) for prefix in (*removed, *outer) if prefix]
+        raise CheckpointError(
+            f"{source}: holds its weights more than once, told apart by {', '.join(which)}; save one copy"
+        )
+    if prefix := next(iter(outer), ""):
+        removed[prefix] = None
+        names = {name: new.removeprefix(prefix) for name, new in names.items() if new.startswith(prefix)}
+    if removed:
+        rest = f", and left out {len(tensors) - len(names)} other tensors" if len(names) < len(tensors) else ""
+        log.warning("%s: took %s off its names%s", source, ", ".join(map(repr, removed)), rest)
+    return {new: tensors[name] for name, new in names.items()}
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

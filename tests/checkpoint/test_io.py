@@ -496,6 +496,97 @@ def test_a_whole_module_is_not_a_checkpoint(tmp_path: Path, zipped: bool) -> Non
         read_checkpoint(path)
 
 
+# --- weights in wrappers
+
+PUBLISHED = {
+    "model.diffusion_model.input_blocks.0.0.weight": torch.full((1,), 1.0),
+    "model.diffusion_model.out.2.weight": torch.full((1,), 2.0),
+    "first_stage_model.encoder.conv_in.weight": torch.full((1,), 3.0),
+    "cond_stage_model.final_ln.weight": torch.full((1,), 4.0),
+    "proj_out.weight": torch.full((1,), 5.0),
+    "learnable_vector": torch.full((1,), 6.0),
+}
+FIRST_STAGE_ALONE = {"encoder.conv_in.weight": torch.full((1,), 1.0), "quant_conv.bias": torch.full((1,), 2.0)}
+UNET_OF_DIFFUSERS = {"conv_in.weight": torch.ones(1), "down_blocks.0.resnets.0.conv1.weight": torch.ones(1)}
+State = dict[str, torch.Tensor]
+
+
+def prefixed(prefix: str, state: State, only: str = "") -> State:
+    """Put a prefix before the names, or behind their part `only`."""
+    return {(only + prefix + n[len(only) :] if n.startswith(only) else n): x for n, x in state.items()}
+
+
+parts = st.sampled_from(["module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module."])
+places = st.sampled_from(["state_dict", "model_state_dict", "model", "module", "net", "params", "ema", "params_ema"])
+owners = st.sampled_from(["", "model.", "net.", "ema_model.", "state_dict.", "any.thing."])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    state=st.sampled_from([PUBLISHED, FIRST_STAGE_ALONE, UNET_OF_DIFFUSERS]),
+    wrappers=st.lists(parts, max_size=3),
+    owner=owners,
+    inside=st.sampled_from(["", "model.diffusion_model.", "first_stage_model.encoder."]),
+    nested=st.lists(places, max_size=2, unique=True),
+    as_safetensors=st.booleans(),
+)
+def test_wrappers_are_taken_off(
+    tmp_path: Path, state: State, wrappers: list[str], owner: str, inside: str, nested: list[str], as_safetensors: bool
+) -> None:
+    wrapped = prefixed("".join(wrappers), state, inside)
+    wrapped = prefixed(owner if state is PUBLISHED or owner.count(".") == 1 else "", wrapped)
+    content: dict[str, Any] = wrapped
+    for place in nested:
+        content = {place: content, "epoch": 3, "optimizer": {"lr": 1e-4}}
+    if as_safetensors:
+        write_safetensors(tmp_path / "a", wrapped)
+    else:
+        torch.save(content, tmp_path / "a")
+    got = read_checkpoint(tmp_path / "a")
+    assert got.keys() == state.keys()
+    assert_equal({name: got[name] for name in state}, state)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"model": prefixed("module.", PUBLISHED)}, ["model", "module."]),
+        (prefixed("_orig_mod.", PUBLISHED, "model.diffusion_model."), ["_orig_mod."]),
+        ({"model": PUBLISHED, "ema": prefixed("module.", PUBLISHED), "step": 1}, ["model", "ema"]),
+        ({"anything": PUBLISHED, "step": 1}, ["anything."]),
+        (prefixed("ema_model.", PUBLISHED) | {"initted": torch.ones(1)}, ["ema_model.", "1 other"]),
+    ],
+)  # fmt: skip
+def test_what_was_taken_off_is_said_in_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: object, named: list[str]
+) -> None:
+    assert_equal(read_checkpoint(save(tmp_path / "a.ckpt", content, zipped=True)), PUBLISHED)
+    assert all(what in caplog.text for what in ("a.ckpt", *named))
+
+
+@pytest.mark.parametrize("state", [PUBLISHED, FIRST_STAGE_ALONE, UNET_OF_DIFFUSERS])
+def test_plain_files_stay_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture, state: State) -> None:
+    for content in (state, {"state_dict": state}):
+        assert_equal(read_checkpoint(save(tmp_path / "a.ckpt", content, zipped=True)), state)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (prefixed("online_model.", PUBLISHED) | prefixed("ema_model.", PUBLISHED), ["online_model.", "ema_model."]),
+        (PUBLISHED | prefixed("ema_model.", PUBLISHED), ["ema_model."]),
+        (PUBLISHED | prefixed("module.", PUBLISHED), ["module."]),
+        (PUBLISHED | prefixed("_orig_mod.", PUBLISHED, "model.diffusion_model."), ["_orig_mod."]),
+        ({"state_dict": PUBLISHED, "model": PUBLISHED}, ["state_dict", "model"]),
+    ],
+)
+def test_several_copies_are_refused_by_their_prefixes(tmp_path: Path, content: object, named: list[str]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(save(tmp_path / "a.ckpt", content, zipped=True))
+    assert all(what in str(caught.value) for what in ("a.ckpt", *named))
+
+
 # --- files that are no checkpoints
 
 
@@ -527,7 +618,9 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 def test_no_tensors(tmp_path: Path) -> None:
-    for content in ({"epoch": 1, "state_dict": {}}, [torch.ones(2)], {"model": {"w": torch.ones(2)}}):
+    cyclic: dict[str, Any] = {"epoch": 1}
+    cyclic["model"] = cyclic
+    for content in ({"epoch": 1, "state_dict": {}}, [torch.ones(2)], {"model": {"w": "x"}}, cyclic):
         path = save(tmp_path / "a.ckpt", content, zipped=True)
         with pytest.raises(CheckpointError, match="holds no named tensors"):
             read_checkpoint(path)
@@ -600,11 +693,14 @@ def test_a_small_pickle_takes_little(tmp_path: Path, program: bytes, message: st
 
 
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+no_dot = st.characters(exclude_characters=".", codec="utf-8")  # parts of names may be wrappers'
 shapes = st.lists(st.integers(0, 4), max_size=3)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(layout=st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(dtypes, shapes), min_size=1, max_size=4))
+@given(
+    layout=st.dictionaries(st.text(no_dot, min_size=1, max_size=8), st.tuples(dtypes, shapes), min_size=1, max_size=4)
+)
 def test_round_trips(tmp_path: Path, layout: dict[str, tuple[torch.dtype, list[int]]]) -> None:
     layout.pop("__metadata__", None)  # reserved by the format
     state = {name: torch.randint(0, 2, shape).to(dtype) for name, (dtype, shape) in layout.items()}
