@@ -82,8 +82,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from ldm.evaluation.features import load_network
     from ldm.evaluation.inception import load_inception
     from ldm.evaluation.quality import load_gmm
-    from ldm.files import write_text
+    from ldm.files import check_writable, write_text
 
+    for path in filter(None, (args.json, args.markdown, args.write_real)):
+        check_writable(path.resolve().parent)
     bench = Bench(args.bench)
     runs = [named_run(text) for text in args.results]
     device = pick_device(args.device)

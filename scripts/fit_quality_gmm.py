@@ -15,6 +15,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.files import UserError, check_writable
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -44,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="full needs many more images per component than the network has channels (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the starting point (default: %(default)s)")
+    parser.add_argument("--strict", action="store_true", help="fail if an image cannot be read; default: leave it out")
     parser.add_argument("--limit", type=int, metavar="N", help="take only the first N images, by name")
     parser.add_argument("--cache", metavar="FOLDER", help="as for scripts/evaluate.py, which shares it")
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
@@ -73,13 +76,11 @@ def fit(args: argparse.Namespace) -> None:
     from ldm.images import find_images
 
     if args.components < 1 or (args.limit is not None and args.limit < 1):
-        raise ValueError("--components and --limit: expected 1 or more")
+        raise UserError("--components and --limit: expected 1 or more")
     paths = find_images(args.folder)[: args.limit]
-    if len(paths) < 2 * args.components:
-        raise ValueError(
-            f"{args.folder}: got {len(paths)} image(s) for {args.components} components, expected at least twice as "
-            "many; give more images or fewer --components"
-        )
+    check_number(args, len(paths))
+    check_writable(args.out.resolve().parent)
+    unreadable: dict[Path, str] = {}
     network = load_network(args.features, pick_device(args.device))
     features = extract(
         network,
@@ -88,7 +89,13 @@ def fit(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         num_workers=args.workers,
         label="features",
+        unreadable=None if args.strict else unreadable,
     )
+    if unreadable:
+        reason = next(iter(unreadable.values()))
+        print(f"warning: {len(unreadable)} images are left out, the first: {reason}", file=sys.stderr)
+        paths = [path for path in paths if path not in unreadable]
+        check_number(args, len(paths))
     per_component = len(paths) / args.components
     if args.covariance == "full" and per_component < features.shape[1]:
         print(
@@ -111,6 +118,15 @@ def fit(args: argparse.Namespace) -> None:
     )
     mixture.save(args.out)
     print(f"{args.out}: {args.components} {args.covariance} components, {len(paths)} images, {network.name}")
+
+
+def check_number(args: argparse.Namespace, number: int) -> None:
+    """Raise a UserError if there are too few images for the components."""
+    if number < 2 * args.components:
+        raise UserError(
+            f"{args.folder}: got {number} image(s) for {args.components} components, expected at least twice as many; "
+            "give more images or fewer --components"
+        )
 
 
 def content_digest(paths: list[Path]) -> str:
@@ -136,14 +152,14 @@ def fit_mixture(
         provenance: what the mixture's own is to say beside the settings.
 
     Raises:
-        ValueError: scikit-learn is not installed, or the features allow no such mixture.
+        UserError: scikit-learn is not installed, or the features allow no such mixture.
     """
     try:
         import sklearn
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture as Estimator
     except ImportError as error:
-        raise ValueError(f'{error}: fitting needs the "eval" extra; do pip install -e ".[eval]"') from error
+        raise UserError(f'{error}: fitting needs the "eval" extra; do pip install -e ".[eval]"') from error
     from tqdm import tqdm
 
     from ldm.evaluation.quality import GaussianMixture
@@ -160,7 +176,7 @@ def fit_mixture(
                 estimator.fit(x)
             except ValueError as error:
                 reason = str(error).partition("\n")[0]
-                raise ValueError(
+                raise UserError(
                     f"no mixture could be fitted ({reason}); try fewer --components or --covariance diag"
                 ) from error
             iterations += estimator.n_iter_

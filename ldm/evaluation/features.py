@@ -133,19 +133,20 @@ class FeatureNetwork(nn.Module):
         return self._embed(x).float()
 
     @torch.inference_mode()
-    def features(self, x: Tensor, names: Sequence[object]) -> np.ndarray:
-        """Compute features like `forward`, as an array; UserError with the name of the first that is not finite."""
-        features = self(x.to(next(self.parameters()).device)).cpu().numpy()
-        if len(wrong := np.flatnonzero(~np.isfinite(features).all(1))):
-            raise UserError(f"{names[wrong[0]]}: {self.name} gives features that are not finite; check its weights")
-        return features
-
-    @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
         """Compute the features (N, D) float32, not normalised, of N texts, in the space of the image features."""
         if self._embed_text is None:
             raise UserError(f"{self.name}: has no text tower; use open_clip:ARCH/TAG")
         return self._embed_text(list(texts)).float().cpu().numpy()
+
+
+@torch.inference_mode()
+def finite_features(network: FeatureNetwork, x: Tensor, names: Sequence[object]) -> np.ndarray:
+    """Compute the features (B, D) of preprocessed images; UserError with the name of the first that is not finite."""
+    features = network(x.to(next(network.parameters()).device)).cpu().numpy()
+    if len(wrong := np.flatnonzero(~np.isfinite(features).all(1))):
+        raise UserError(f"{names[wrong[0]]}: {network.name} gives features that are not finite; check its weights")
+    return features
 
 
 def extract(network: FeatureNetwork, views: Sequence[View], **options: Any) -> np.ndarray:
@@ -200,7 +201,7 @@ def iter_features(
             for _, group in groupby(missing.items(), key=lambda one: one[1][1].shape):  # Inception takes any size
                 same_shape = dict(group)
                 pixels = torch.stack([x for _, x in same_shape.values()])
-                features = network.features(pixels, [view.path for view in same_shape])
+                features = finite_features(network, pixels, [view.path for view in same_shape])
                 for (view, (key, _)), feature in zip(same_shape.items(), features, strict=True):
                     known[view] = feature
                     if cache:

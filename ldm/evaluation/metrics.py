@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.evaluation.features import SQUASH, Box, FeatureNetwork
+from ldm.evaluation.features import SQUASH, Box, FeatureNetwork, finite_features
 from ldm.evaluation.frechet import Estimate
 from ldm.files import UserError
 
@@ -71,7 +71,7 @@ def region_similarities(
     views = [network.preprocess(image, SQUASH, box) for image in images]
     views += [network.preprocess(exemplar, SQUASH) for exemplar in exemplars]
     names = [f"result {k}" for k in range(1, len(images) + 1)] + ["exemplar"] * len(exemplars)
-    features = F.normalize(torch.from_numpy(network.features(torch.stack(views), names)), dim=1)
+    features = F.normalize(torch.from_numpy(finite_features(network, torch.stack(views), names)), dim=1)
     regions, targets = features[: len(images)], features[len(images) :]
     return (100 * regions @ targets.T).mean(1).tolist()
 

@@ -273,6 +273,16 @@ def test_real_images_that_cannot_be_read_are_left_out_and_named(bench: Path, own
     assert evaluate(bench, run, *metrics, real, "--strict") == 2
 
 
+@pytest.mark.parametrize("option", ["--json", "--markdown", "--write-real"])
+def test_where_nothing_can_be_written_nothing_is_measured(
+    bench: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = results(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    monkeypatch.delattr(Evaluation, "measure")
+    assert evaluate(bench, run, option, tmp_path / "file" / "m.npz") == 2
+
+
 def test_a_figure_that_is_not_finite_is_refused(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation = measured(bench, results(tmp_path / "run"), names=["clip"])
     monkeypatch.setattr("ldm.evaluation.evaluate.cosine_scores", lambda a, _: np.full(len(a), np.nan))

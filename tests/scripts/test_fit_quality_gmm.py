@@ -120,9 +120,20 @@ def test_bad_requests_are_one_line(
 def test_damaged_or_missing_pictures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "nowhere", tmp_path / "gmm") == 2
     assert "nowhere: " in capsys.readouterr().err
-    (folder / "1" / "broken.png").write_bytes(b"\x89PNG nothing")
-    assert run(folder, tmp_path / "gmm", "--components", "2") == 2
-    assert "broken.png" in capsys.readouterr().err
+    options = ["--components", "2", "--covariance", "diag"]
+    assert run(folder, tmp_path / "whole", *options) == 0
+    broken = folder / "1" / "broken.png"
+    broken.write_bytes((folder / "0" / "00.png").read_bytes()[:-30])
+    capsys.readouterr()
+    assert run(folder, tmp_path / "gmm", *options, "--strict") == 2
+    assert f"{broken}: damaged" in capsys.readouterr().err
+    assert run(folder, tmp_path / "gmm", *options) == 0
+    assert f"{broken}: damaged" in capsys.readouterr().err
+    first, second = (load_gmm(tmp_path / name).provenance for name in ("whole", "gmm"))
+    assert first == second
+    assert run(folder, tmp_path / "gmm", "--components", "2", "--limit", "4") == 0
+    (folder / "0" / "00.png").write_bytes(broken.read_bytes())
+    assert run(folder, tmp_path / "gmm", "--components", "2", "--limit", "4") == 2  # three are too few
 
 
 def test_an_impossible_fit_is_one_line() -> None:
