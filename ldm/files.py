@@ -8,10 +8,11 @@ import json
 import os
 import shutil
 import tempfile
+import unicodedata
 import uuid
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,9 @@ def read_table(path: str | Path, skipped: Skipped | None = None) -> list[tuple[i
     """Read a table as spreadsheets, pandas and scripts write it.
 
     Args:
-        path: .jsonl with an object per line, or text with a header, separated by commas, semicolons or tabs. Names and
-            cells are stripped. Empty cells, columns without a name and empty rows are left out.
+        path: .jsonl with an object per line, .json with a list of objects, or text with a header, separated by commas,
+            semicolons or tabs. Names and cells are stripped. Empty cells, columns without a name and empty rows are
+            left out, and so is Excel's first line "sep=;".
         skipped: takes rows that cannot be read; without it the first of them is a UserError.
 
     Returns:
@@ -91,13 +93,15 @@ def read_table(path: str | Path, skipped: Skipped | None = None) -> list[tuple[i
     skipped = Skipped(strict=True) if skipped is None else skipped
     path, rows = Path(path), []
     lines = list(io.StringIO(read_text(path), newline=""))
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        for number, line in enumerate((line for line in lines if line.strip()), 1):
+    if (is_list := path.suffix.lower() == ".json") or path.suffix.lower() in (".jsonl", ".ndjson"):
+        entries: Iterable[Any] = read_json(path) if is_list else filter(str.strip, lines)
+        for number, row in enumerate(entries, 1):
             try:
-                rows.append((number, {**json.loads(line)}))
+                rows.append((number, {**(row if is_list else json.loads(row))}))
             except (TypeError, ValueError):
                 skipped.add("no JSON object", f"{path}, row {number}")
         return rows
+    lines = lines[1:] if lines and lines[0].strip('"').lower().startswith("sep=") else lines
     separator = max(",;\t", key=lines[0].count) if lines else ","
     try:
         header, *table = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)] or [[]]
@@ -111,6 +115,11 @@ def read_table(path: str | Path, skipped: Skipped | None = None) -> list[tuple[i
         elif any(cells):
             rows.append((number, {name: cell for name, cell in zip(header, cells, strict=False) if name and cell}))
     return rows
+
+
+def composed(name: object) -> str:
+    """Return a file's name with each accent in its letter; in macOS's form of names it stands behind the letter."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 def whole(value: Any) -> int:

@@ -92,12 +92,19 @@ CELL = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_s
     separator=st.sampled_from(",;\t"),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
     end=st.sampled_from(["\n", "\r\n"]),
+    mark=st.sampled_from(["", "sep={}", "SEP={}", '"sep={}"']),
 )
 def test_tables_of_spreadsheets_are_read(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]], separator: str, encoding: str, end: str
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[dict[str, str]],
+    separator: str,
+    encoding: str,
+    end: str,
+    mark: str,
 ) -> None:
     path = tmp_path_factory.mktemp("table") / "t.csv"
     with path.open("w", encoding=encoding, newline="") as file:
+        file.write(mark and mark.format(separator) + end)
         writer = csv.writer(file, delimiter=separator, lineterminator=end)
         writer.writerow(["", " name", "note ", "ä ö"])  # the first column is an index without a name
         for number, row in enumerate(rows):
@@ -106,6 +113,9 @@ def test_tables_of_spreadsheets_are_read(
     assert read_table(path) == [(2 * i + 1, row) for i, row in enumerate(rows)]
     path = path.with_suffix(".jsonl")
     path.write_bytes(end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode(encoding))
+    assert read_table(path) == list(enumerate(rows, 1))
+    path = path.with_suffix(".json")
+    path.write_bytes(json.dumps(rows, ensure_ascii=False, indent=1).encode(encoding))
     assert read_table(path) == list(enumerate(rows, 1))
 
 
@@ -116,7 +126,9 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     assert read_table(tmp_path / "t.csv", skipped) == [(1, {"a": "1", "b": "2"}), (3, {"a": "3"})]
     assert read_table(tmp_path / "t.jsonl", skipped) == [(1, {"a": 1}), (5, {"a": 2})]
     assert sorted(skipped.counts.values()) == [1, 3] and "row 2" in str(skipped)
-    for name in ("t.csv", "t.jsonl"):
+    write_text(tmp_path / "t.json", '[{"a": 1}, 2, {"a": 3}]')
+    assert read_table(tmp_path / "t.json", skipped) == [(1, {"a": 1}), (3, {"a": 3})]
+    for name in ("t.csv", "t.jsonl", "t.json"):
         with pytest.raises(UserError, match="row 2"):
             read_table(tmp_path / name)
     write_text(tmp_path / "t.csv", "a,b, a\n1,2,3\n")

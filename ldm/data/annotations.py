@@ -34,7 +34,7 @@ from ldm.data.box_index import (
     Size,
     turned_size,
 )
-from ldm.files import UserError, read_json, read_text, whole
+from ldm.files import UserError, composed, read_json, read_text, whole
 from ldm.images import FORMATS, UNREADABLE, find_images, load_mask, walk, walk_folders
 
 OPEN_IMAGES_CSV = {split: f"{split}-annotations-bbox.csv" for split in ("validation", "test")}
@@ -495,7 +495,8 @@ def _yolo_object(words: list[str]) -> Object:
 def read_masks(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     """Read images and their masks (white = object), matched by name: a box per connected white component."""
     images, folder = Path(data.root, "images"), Path(data.annotations or Path(data.root, "masks"))
-    masks = {path.relative_to(folder).with_suffix(""): path for path in find_images(folder, writer.faults)}
+    found = find_images(folder, writer.faults)
+    masks = {composed(path.relative_to(folder).with_suffix("")): path for path in found}
 
     def parse(name: str, mask: Path) -> AnnotatedImage:
         if not mask.is_file():
@@ -510,7 +511,8 @@ def read_masks(data: DataConfig, split: str, writer: IndexWriter) -> Split:
         return AnnotatedImage(name, size, boxes, mask=Path(os.path.relpath(mask, images)).as_posix())
 
     names = (path.relative_to(images) for path in find_images(images, writer.faults))
-    named = ((name.as_posix(), masks.get(name.with_suffix(""), folder / name)) for name in names)
+    others = ((name, masks.get(composed(name), folder / name)) for name in names)  # the mask of a.jpg may be a.jpg.png
+    named = ((name.as_posix(), masks.get(composed(name.with_suffix("")), other)) for name, other in others)
     return images, _parsed(named, parse), False
 
 

@@ -31,7 +31,7 @@ from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
 from ldm.editing.settings import COLUMNS, EditSettings, numbers, settings_from
 from ldm.editing.watermark import add_watermark
-from ldm.files import Skipped, UserError, check_writable, claimed, read_table, write_text
+from ldm.files import Skipped, UserError, check_writable, claimed, composed, read_table, write_text
 from ldm.images import find_images, save_png
 
 FILES = ("scene", "mask", "reference", "reference_mask")  # columns with files, relative to the table's folder
@@ -186,7 +186,7 @@ def match_folders(
     Args:
         scenes, masks, references: folders, see `find_images`; a folder inside another one is not searched for that one.
             Masks and references may be a single file for all. Stems may differ in upper and lower case where no other
-            file has them.
+            file has them, and the mask of a.jpg may be a.jpg.png.
         base: settings of all jobs.
         apart: more folders that are not searched, such as that of the results.
         report: gets the scenes without exactly one mask and exemplar, as failed.
@@ -198,17 +198,20 @@ def match_folders(
     by_stem: dict[Path, dict[str, list[Path]]] = {}
     for folder in folders:
         by_stem[folder] = {}
+        names = {composed(path.name).casefold(): stem for stem, paths in by_stem[scenes].items() for path in paths}
         inner = [other for other in (*folders, *apart) if other != folder and other.is_relative_to(folder)]
         for path in [] if folder.is_file() else find_images(folder):
             if not any(path.is_relative_to(other) for other in inner):
-                by_stem[folder].setdefault(path.stem.casefold(), []).append(path)
+                stem = composed(path.stem).casefold()
+                by_stem[folder].setdefault(names.get(stem, stem), []).append(path)
 
     def of_stem(folder: Path, scene: Path) -> str:
         if folder.is_file():
             return str(folder)
-        alike = by_stem[folder].get(scene.stem.casefold(), [])
+        stem = composed(scene.stem).casefold()
+        alike = by_stem[folder].get(stem, [])
         found = [path for path in alike if path.stem == scene.stem]
-        if not found and len(by_stem[scenes][scene.stem.casefold()]) == 1:
+        if not found and len(by_stem[scenes][stem]) == 1:
             found = alike
         if not found:
             raise UserError(f"no image of its stem in {folder}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,6 +198,17 @@ def test_a_file_that_is_corrected_in_place_counts(kind: str, is_linked: bool, tm
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
     os.utime(tmp_path / folder, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert [box for i in range(2) for box in open_index(source, "train")[i].boxes] != before
+
+
+@pytest.mark.parametrize("name", ["{}.png", "{}.jpg.png"])
+def test_masks_match_by_names_as_other_programs_and_systems_write_them(name: str, tmp_path: Path) -> None:
+    mask = Image.new("L", SIZE)
+    mask.paste(255, BOX)
+    (tmp_path / "masks").mkdir()
+    for image in ("ä", "b.1", "c", "d"):
+        images(tmp_path / "images", (unicodedata.normalize("NFD", image),))
+        mask.save(tmp_path / "masks" / unicodedata.normalize("NFC", name.format(image)))
+    assert open_index(DataConfig("masks", str(tmp_path)), "train").num_boxes == 3  # and one for validation
 
 
 def test_an_index_among_the_data_is_not_a_change(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -433,3 +435,22 @@ def test_folders_as_people_have_them(tmp_path: Path) -> None:
     assert len(told) == 2 and all("z." in str(one.message) for one in told)
     with pytest.raises(UserError, match="5 of 12"):
         match_folders(scenes, masks, things, apart=[out])
+
+
+@pytest.mark.parametrize("name", ["{}.png", "{}.jpg.png", "{}.JPG.png"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_folders_match_by_names_as_other_programs_and_systems_write_them(name: str, form: str, tmp_path: Path) -> None:
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "masks").mkdir()
+    image = Image.new("RGB", (8, 8))
+    for scene in ("Tür", "ga が", "b.1"):
+        image.save(tmp_path / "scenes" / unicodedata.normalize("NFD", f"{scene}.jpg"))
+        image.save(tmp_path / "masks" / unicodedata.normalize(form, name.format(scene)))
+    image.save(tmp_path / "thing.png")
+    with warnings.catch_warnings(action="error"):
+        jobs = match_folders(tmp_path / "scenes", tmp_path / "masks", tmp_path / "thing.png")
+    for job in jobs:
+        assert job.mask is not None
+        mask = Path(job.mask).name
+        assert unicodedata.normalize("NFC", mask) == name.format(unicodedata.normalize("NFC", job.name))
+    assert len(jobs) == 3
