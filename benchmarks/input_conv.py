@@ -113,7 +113,7 @@ def errors(config: Config, checkpoint: Path) -> tuple[float, float]:
         context = module.context(None, batch["caption"])
         for draw in range(4):
             generators = [torch.Generator().manual_seed(key + draw) for key in batch["key"].tolist()]
-            z_0, z_masked = module.latents(batch, generators)
+            z_0, z_masked = module.latents(batch, module.posterior_noise(generators))
             t = torch.stack([torch.randint(1000, (), generator=g) for g in generators])
             eps = torch.stack([torch.randn(z_0.shape[1:], generator=g) for g in generators])
             x = module.unet_input(q_sample(z_0, t, eps, alphas_cumprod), z_masked, batch["keep_mask"])

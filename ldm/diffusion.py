@@ -163,14 +163,8 @@ def _alpha_sigma(alphas_cumprod: Tensor, t: Tensor | int, ndim: int) -> tuple[Te
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def draw_noise(
-    shape: Sequence[int],
-    generator: Generators = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Draw standard normal noise of shape (B, …).
+def draw_noise(shape: Sequence[int], generator: Generators = None, *, device: torch.device | str = "cpu") -> Tensor:
+    """Draw standard normal noise of shape (B, …), float32.
 
     The numbers are drawn on the generators' own device, CPU as a rule, and then moved: equal seeds give equal noise on
     every device. With one generator per sample the noise of a sample does not depend on its neighbours; None takes
@@ -179,11 +173,13 @@ def draw_noise(
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(f"got {len(generator)} generators for a batch of {shape[0]}, expected one per sample")
-        noise = torch.stack([torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator])
+        noise = torch.empty(tuple(shape), device=generator[0].device)
+        for sample, source in zip(noise, generator, strict=True):
+            sample.normal_(generator=source)
     else:
         source = generator.device if generator else torch.device("cpu")
         noise = torch.randn(tuple(shape), generator=generator, device=source)
-    return send(noise, device).to(dtype)
+    return send(noise, device)
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -192,3 +188,10 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     if on_cpu and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=on_cpu)  # to the CPU it would return before the values are there
+
+
+def send_together(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Return tensors on a device by one `send`; each begins at a multiple of its numbers' size in bytes."""
+    buffer = send(torch.cat([x.flatten().view(torch.uint8) for x in tensors]), device)
+    parts = buffer.split([x.nbytes for x in tensors])
+    return [part.view(x.dtype).view(x.shape) for part, x in zip(parts, tensors, strict=True)]

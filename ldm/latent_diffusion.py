@@ -95,11 +95,13 @@ class LatentDiffusion(nn.Module):
             self._ac = self.schedule.alphas_cumprod.to(self.betas.device, torch.float32)
         return self._ac
 
-    def encode_image(self, x: Tensor, generator: Generators = None, index: Sequence[int] | None = None) -> Tensor:
+    def encode_image(
+        self, x: Tensor, generator: Generators | Tensor = None, index: Sequence[int] | None = None
+    ) -> Tensor:
         """Encode pixels (N, 3, H, W) in [-1, 1] as scaled latents (B, Z, h, w), float32 of about unit variance.
 
-        Each latent is a draw of its own. `index` says which image each of the B shows; by default each image gives
-        one, a single image one for each generator.
+        Each latent is a draw of its own, by a generator or noise (B, Z, h, w) that is there. `index` says which image
+        each of the B shows; by default each image gives one, a single image one for each generator.
         """
         posterior = self.first_stage_model.encode(x.to(self.weight_dtype))  # pixels [-1, 1] => q(z | x)
         posterior = posterior if index is None else posterior[index]

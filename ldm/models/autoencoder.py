@@ -31,15 +31,15 @@ class DiagonalGaussian:
         """Return the posteriors of the chosen images, in that order; an image may be chosen several times."""
         return DiagonalGaussian(torch.cat([self.mean[index], self.logvar[index]], dim=1))
 
-    def sample(self, generator: Generators = None) -> Tensor:
-        """Draw a latent, (B, Z, h, w): mean + std noise; `generator` may be one per sample.
+    def sample(self, source: Generators | Tensor = None) -> Tensor:
+        """Draw a latent, (B, Z, h, w): mean + std noise; `source` is the noise, a generator, or one per sample.
 
         A single posterior gives as many samples as there are generators.
         """
-        batch = len(generator) if isinstance(generator, Sequence) and len(self.mean) == 1 else len(self.mean)
-        shape = (batch, *self.mean.shape[1:])
-        noise = draw_noise(shape, generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + (0.5 * self.logvar).exp() * noise
+        if not isinstance(source, Tensor):
+            batch = len(source) if isinstance(source, Sequence) and len(self.mean) == 1 else len(self.mean)
+            source = draw_noise((batch, *self.mean.shape[1:]), source, device=self.mean.device)
+        return self.mean + (0.5 * self.logvar).exp() * source.to(self.mean.dtype)
 
     def kl(self) -> Tensor:
         """Compute the divergence from the standard normal, (B,), in nats, summed over the latent."""

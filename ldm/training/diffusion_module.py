@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import NEW_PARTS
 from ldm.config import Config, LoggingConfig, TrainingConfig
-from ldm.diffusion import min_snr_weight, send
+from ldm.diffusion import draw_noise, min_snr_weight, send_together
 from ldm.images import exemplar_to_pixels
 from ldm.latent_diffusion import LatentDiffusion, add_imagenet_tower
 from ldm.models.autoencoder import DiagonalGaussian
@@ -142,22 +142,30 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         and masked image, t, eps, null-drop. A sample's loss does not depend on its neighbours.
         """
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
-        z_0, z_masked = self.latents(batch, generators)  # pixels [-1, 1] => scaled latents (B, Z, h, w)
-        t, eps, dropped = (send(x, z_0.device) for x in self.draw(z_0.shape, generators))
+        noise = self.posterior_noise(generators)
+        draws = noise, *self.draw(noise.chunk(2)[0].shape, generators)
+        noise, t, eps, dropped = send_together(draws, batch["keep_mask"].device)
+        z_0, z_masked = self.latents(batch, noise)  # pixels [-1, 1] => scaled latents (B, Z, h, w)
         context = self.batch_context(batch)  # exemplars, captions => tokens (B, L, D)
         context = self.drop_condition(context, dropped)  # the null token with probability p_uncond
         # || eps - eps_theta([x_t, z_masked, keep_mask], t, context) ||^2 with x_t = alpha_t z_0 + sigma_t eps
         return self.loss(z_0, z_masked, batch["keep_mask"], context, t, eps), t
 
+    def posterior_noise(self, generators: list[torch.Generator]) -> Tensor:
+        """Draw the noise of B images' posteriors, then that of the masked images', on the CPU: (2 B, Z, h, w)."""
+        side = self.config.image_size // self.downsampling
+        shape = 2 * len(generators), self.config.first_stage.embed_dim, side, side
+        return draw_noise(shape, [*generators, *generators])
+
     @torch.no_grad()
-    def latents(self, batch: dict[str, Any], generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Encode image and masked image in one call, or sample cached posteriors, as scaled latents (B, Z, h, w)."""
+    def latents(self, batch: dict[str, Any], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode image and masked image in one call, or take cached posteriors, as scaled latents (B, Z, h, w)."""
         if "image_moments" in batch:
-            posteriors = (DiagonalGaussian(batch[name]) for name in ("image_moments", "masked_moments"))
-            z_0, z_masked = (self.config.scale_factor * p.sample(generators) for p in posteriors)
+            moments = torch.cat([batch["image_moments"], batch["masked_moments"]])
+            z = self.config.scale_factor * DiagonalGaussian(moments).sample(noise)
         else:
-            pixels = torch.cat([batch["image"], batch["masked_image"]])
-            z_0, z_masked = self.encode_image(pixels, [*generators, *generators]).chunk(2)
+            z = self.encode_image(torch.cat([batch["image"], batch["masked_image"]]), noise)
+        z_0, z_masked = z.chunk(2)
         return z_0, z_masked
 
     def draw(self, shape: torch.Size, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +207,7 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
     def preview(self, batch: dict[str, Any], options: LoggingConfig) -> list[Tensor]:
         """Return scenes, masked scenes, exemplars if the model reads them, and samples; (B, 3, H, W) in [-1, 1]."""
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
-        z_0, z_masked = self.latents(batch, generators)
+        z_0, z_masked = self.latents(batch, self.posterior_noise(generators).to(batch["keep_mask"].device))
         c_concat, context = self.c_concat(z_masked, batch["keep_mask"]), self.batch_context(batch)
         settings: dict[str, Any] = {"num_steps": options.sampler_steps, "guidance_scale": options.guidance_scale}
         sample = self.sample(c_concat, context, **settings, generator=generators)

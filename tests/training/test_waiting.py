@@ -84,6 +84,7 @@ class FakeDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.slow: list[str] = []
+        self.copies: list[torch.Size] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, kwargs = func(*args, **(kwargs or {})), kwargs or {}
@@ -93,6 +94,8 @@ class FakeDevice(TorchDispatchMode):
         made = {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
         if "cpu" in given and "meta" in given | made and not kwargs.get("non_blocking"):
             self.slow.append(str(func))  # a tensor copied, or used as an index, while the CPU waits
+        if copies and "cpu" in given and "meta" in given | made:
+            self.copies.append(args[0].shape)
         return result
 
 
@@ -125,3 +128,7 @@ def test_a_step_sends_all_draws_without_waiting(
     with FakeDevice() as device:
         module.training_step(on_device, 0).backward()
     assert device.slow == []
+    if config.stage == "diffusion":
+        Z, side = config.model.first_stage.embed_dim, 32 // module.downsampling
+        values = 3 * 4 * Z * side**2  # noise of the two posteriors and of the loss, for four samples
+        assert device.copies == [(4 * values + 4 * 8 + 4,)]  # bytes; a timestep and whether to drop the condition
