@@ -133,17 +133,20 @@ def whole(value: Any) -> int:
         return int(number)
 
 
-def claim_directory(path: str | Path) -> Path:
-    """Make a new folder at `path`, or at `path`-2, -3, … where one exists; of several processes each gets its own."""
+def claim_directory(path: str | Path, others: Iterable[Path] | None = None) -> Path:
+    """Make a new folder at `path`, or where it exists at the first of `others`, by default `path`-2, -3, …
+
+    Of several processes each gets its own.
+    """
     path = Path(path)
-    for number in itertools.count(1):
-        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+    others = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2)) if others is None else others
+    for candidate in itertools.chain([path], others):
         try:
             candidate.mkdir(parents=True)
         except FileExistsError:
             continue
         return candidate
-    raise AssertionError
+    raise UserError(f"{path}: exists, and so do the names to take instead; choose another one")
 
 
 def claim_file(path: str | Path) -> Path:

@@ -159,6 +159,10 @@ def test_folders_are_claimed_by_one_process_each(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         claimed = set(pool.map(claim_directory, [tmp_path / "runs" / "a"] * 8))
     assert claimed == {tmp_path / "runs" / name for name in ("a", *(f"a-{n}" for n in range(2, 9)))}
+    others = [tmp_path / name for name in ("b", "runs", "c")]
+    assert [claim_directory(tmp_path / "runs", others) for _ in range(2)] == [tmp_path / "b", tmp_path / "c"]
+    with pytest.raises(UserError, match="runs"):
+        claim_directory(tmp_path / "runs", others)
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         claim_directory(tmp_path / "file" / "a")

@@ -6,9 +6,11 @@ number of workers nor on the number of processes.
 """
 
 import logging
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,7 +36,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     Consecutive samples of the shuffled order go to consecutive ranks: a step of W processes with batch B holds the same
     samples as a step of one process with batch W·B. The remainder of `length` / `world_size` is left out. Without a
-    seed the order is kept. In the first `epoch`, `start` samples of this rank are skipped, for resuming.
+    seed the order is kept. In the first `epoch`, `start` samples, of all ranks together, are skipped, for resuming.
     """
 
     def __init__(
@@ -54,9 +56,9 @@ class EpochSampler(Sampler[tuple[int, int]]):
         order = np.arange(self.length)
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-        own = order[: len(self) * self.world_size][self.rank :: self.world_size]
-        start, self.start = self.start, 0
-        yield from ((self.epoch, index) for index in own[start:].tolist())
+        order, self.start = order[self.start :], 0
+        own = order[: len(order) // self.world_size * self.world_size][self.rank :: self.world_size]
+        yield from ((self.epoch, index) for index in own.tolist())
 
 
 class DataModule(pl.LightningDataModule):
@@ -66,7 +68,7 @@ class DataModule(pl.LightningDataModule):
         super().__init__()
         _check_source(config)
         self.data, self.seed = config.data, config.seed
-        self._position = {"epoch": 0, "batch": 0}  # of the next batch, if a checkpoint was loaded
+        self.epoch, self.samples = 0, 0  # that a resumed run begins in, and the samples of it that were seen
         self.train_set = _split(config, "train", None)
         self.val_set = _split(config, "validation", self.data.max_val_samples)
 
@@ -86,11 +88,11 @@ class DataModule(pl.LightningDataModule):
         part = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size} if self.trainer else {}
         if isinstance(data, Shards):
             data = replace(data, batch_size=batch_size, num_workers=workers, **part)
-            order = EpochSampler(len(data), seed=None)
+            order, start = EpochSampler(len(data), seed=None), self.samples // data.world_size
         else:
-            order = EpochSampler(len(data), seed=self.seed if trains else None, **part)
+            order, start = EpochSampler(len(data), seed=self.seed if trains else None, **part), self.samples
         if trains:
-            order.epoch, order.start = self._position["epoch"], self._position["batch"] * batch_size
+            order.epoch, order.start = self.epoch, start
         if len(order) < (needed := batch_size if trains else 1):
             got = f"got {len(order)} {purpose} samples per process, expected at least {needed}"
             remedy = "; prepare more data" + " or lower data.batch_size" * trains
@@ -106,17 +108,46 @@ class DataModule(pl.LightningDataModule):
             drop_last=trains,
         )
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the batch (of one rank) that follow the checkpoint."""
+    def _layout(self) -> tuple[int, int, int]:
+        """Return batch size, number of processes and, where it decides the order, number of workers."""
+        assert self.trainer is not None
+        workers = max(self.data.num_workers, 1) if isinstance(self.train_set, Shards) else 1
+        return self.data.batch_size, self.trainer.world_size, workers
+
+    def batches(self) -> tuple[int, int]:
+        """Return how many batches an epoch has, and after how many of them a resumed run begins.
+
+        Of the samples that were not seen whole batches remain, whatever the size of those before.
+        """
+        size, processes, _ = self._layout()
+        whole, left = (n // processes // size for n in (len(self.train_set), len(self.train_set) - self.samples))
+        return whole, whole - left
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position behind the checkpoint: the epoch, and the samples of it that all processes have seen."""
         assert self.trainer is not None
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # pyright: ignore[reportAttributeAccessIssue]
         batch = self.trainer.fit_loop.epoch_loop.batch_progress
-        return (
-            {"epoch": epoch + 1, "batch": 0} if batch.is_last_batch else {"epoch": epoch, "batch": batch.current.ready}
-        )
+        size, processes, _ = layout = self._layout()
+        seen, before = (self.samples, self.batches()[1]) if epoch == self.epoch else (0, 0)
+        samples = seen + (batch.current.ready - before) * size * processes
+        ended = {"epoch": epoch + 1, "samples": 0} if batch.is_last_batch else {"epoch": epoch, "samples": samples}
+        return {**ended, "layout": list(layout)}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._position = {"epoch": 0, **state_dict}
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        size, processes, _ = layout = self._layout()
+        # Earlier versions counted batches, of the size that they have now.
+        state = {"epoch": 0, "samples": state_dict.get("batch", 0) * size * processes, "layout": layout, **state_dict}
+        self.epoch, self.samples = state["epoch"], state["samples"]
+        if isinstance(self.train_set, Shards) and self.samples and tuple(state["layout"]) != layout:
+            # each worker reads its shards batch by batch
+            self.samples = math.ceil(self.samples / (size * processes)) * size * processes
+            changed = "with another batch size or another number of processes or workers than before"
+            seen = f"up to {self.samples:,} samples of this epoch are seen twice and as many are left out"
+            rank_zero_only(logger.warning)("%s: shards are read in another order %s; %s", self.data.root, changed, seen)
+        whole, before = self.batches()
+        if before >= whole:  # less than a batch is left
+            self.epoch, self.samples = self.epoch + 1, 0
 
 
 def set_up_worker(worker: int) -> None:

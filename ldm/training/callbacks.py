@@ -1,9 +1,11 @@
 """What a run does besides stepping: checkpoints, curves, speed, image grids, signals."""
 
 import csv
+import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -17,11 +19,12 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.throughput import measure_flops
 from pytorch_lightning import LightningModule as Module
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
 from ldm.checkpoint.io import CheckpointError, atomic_target
 from ldm.checkpoint.keys import TEXT_MODULE, TOWER
@@ -35,7 +38,8 @@ from ldm.training.first_stage_module import FirstStageTraining
 from ldm.training.module import NonFiniteError, logs_step
 
 MODULES = {"diffusion": DiffusionTraining, "first_stage": FirstStageTraining}
-SHOWN = ("train/loss", "train/psnr", "train/samples_per_s")  # in the progress bar
+SHOWN = {"train/loss": "loss {:.3g}", "train/samples_per_s": "{:.3g}/s"}  # in the line of progress
+BAR = " |{bar}|"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PARTS = {  # prefixes of parameter names => the part of the model, as the curves name it; others: mapper
     "learnable_vector": "null_token",
@@ -104,6 +108,14 @@ class Checkpoints(Callback):
         if trainer.fit_loop.restarted_mid_epoch and epochs.completed == epochs.ready:
             # Resumed behind the last step of an epoch: Lightning completes that epoch and would not count the next.
             trainer.fit_loop.reset_restart_stage()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
+        """Count the epoch's batches in the size that they have now; before, they may have been larger or smaller."""
+        progress, data = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        whole, before = data.batches()
+        progress["is_last_batch"] = data.samples == 0  # checkpoints are written behind a batch
+        shift = (before if data.samples else whole) - progress["current"]["ready"]
+        progress["current"] = {name: count + shift for name, count in progress["current"].items()}
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         for number, handler in self._previous.items():
@@ -260,6 +272,55 @@ def batch_flops(config: Config, batch: dict[str, Any]) -> int:
         return measure_flops(module, lambda: module.losses(shapes)[0].mean(), lambda loss: loss)
 
 
+class Progress(Callback):
+    """Shows steps, samples, time left, loss and speed.
+
+    A terminal has one line, redrawn as steps pass; elsewhere, as in a log file, each logged step writes one.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size, self.terminal, self.bar = batch_size, sys.stderr.isatty(), tqdm(disable=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.bar = tqdm(
+            total=None if math.isinf(steps) else int(steps),
+            initial=trainer.global_step,
+            bar_format=f"step {{n_fmt}}/{{total_fmt}}{BAR if self.terminal else ','} {{remaining}} left{{postfix}}",
+            dynamic_ncols=True,
+            delay=0 if self.terminal else math.inf,  # never drawn, but it keeps the time
+            disable=not trainer.is_global_zero,
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == self.bar.n:
+            return  # gradients are accumulated
+        samples = (trainer.fit_loop.total_batch_idx + 1) * self.batch_size * trainer.world_size
+        metrics = trainer.progress_bar_metrics
+        figures = (form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
+        self.bar.set_postfix_str(", ".join([f"{samples:,} samples", *figures]), refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+        if logs_step(trainer, trainer.global_step) and not self.terminal:
+            self._say(str(self.bar))
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if self.terminal:
+            self.bar.set_postfix_str(f"validation {args[3] + 1}/{trainer.num_val_batches[0]}")
+
+    def on_validation_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if (loss := trainer.callback_metrics.get("val/loss")) is not None:
+            self._say(f"step {trainer.global_step}: val/loss {loss:.4g}")
+
+    def _say(self, line: str) -> None:
+        if not self.bar.disable:
+            self.bar.write(line) if self.terminal else print(line, flush=True)
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+    on_exception = teardown
+
+
 class ImageGrid(Callback):
     """Writes the module's `preview` of validation samples at intervals, by averaged weights, as PNG and to loggers."""
 
@@ -300,9 +361,9 @@ def run_callbacks(config: Config, run_dir: Path) -> list[Callback]:
     stage = config.training if config.stage == "diffusion" else config.first_stage_training
     ema = (fsdp.ShardedEMA if config.trainer.get("strategy") == "fsdp2" else EMA)(stage.ema_decay)
     return [
-        *([RichProgressBar()] if config.trainer.get("enable_progress_bar", True) else []),
         *([ema] if ema.decay > 0 else []),
         Monitor(config),
+        *([Progress(config.data.batch_size)] if config.trainer.get("enable_progress_bar", True) else []),
         ImageGrid(config.logging, run_dir / "images", ema),
         Checkpoints(config.logging, directory),
         # only when there is a fresh val/loss

@@ -1,7 +1,11 @@
 """The command line of training: options, the run to resume, errors in one line."""
 
 import argparse
+import contextlib
 import datetime
+import glob
+import itertools
+import os
 import pdb
 import sys
 from collections.abc import Sequence
@@ -9,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import Config, ConfigError, dump_config, load_config, split_overrides
-from ldm.files import verify_zip
+from ldm.files import claim_directory, verify_zip
 
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but the first
 MEMORY = "lower data.batch_size, raise trainer.accumulate_grad_batches, model.unet.activation_checkpointing=true"
 
 
@@ -56,7 +61,7 @@ def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
     run_dir, checkpoint, logdir = None, None, Path(args.logdir)
     name = args.name or Path(*args.base[-1:]).stem
     if args.resume == "auto":  # the newest run of this name with a whole checkpoint
-        runs = sorted(logdir.glob(f"????-??-??T??-??-??_{name}"), reverse=True)
+        runs = sorted(logdir.glob(f"????-??-??T??-??-??_{glob.escape(name)}"), reverse=True)
         run_dir, checkpoint = next(((run, path) for run in runs if (path := _newest_checkpoint(run))), (None, None))
     elif args.resume:
         given = Path(args.resume)
@@ -69,8 +74,16 @@ def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
         if checkpoint is None:
             raise ConfigError(f"--resume {given}: no whole checkpoint in {run_dir / 'checkpoints'}; start a new run")
     if run_dir is None:
-        stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-        return load_config(*args.base, overrides=args.overrides), logdir / f"{stamp}_{name}", None
+        config, now = load_config(*args.base, overrides=args.overrides), datetime.datetime.now()
+        # Of runs that start together each gets a second of its own. A number behind the name would be part of another
+        # run's name, which `--resume auto` would then take for this one.
+        moments = (now + datetime.timedelta(seconds=seconds) for seconds in itertools.count())
+        run_dirs = (logdir / f"{moment:%Y-%m-%dT%H-%M-%S}_{name}" for moment in moments)
+        run_dir, is_first = next(run_dirs), all(os.environ.get(rank, "0") == "0" for rank in RANKS)
+        makes = (
+            is_first and args.train and not args.dry_run
+        )  # to other processes Lightning sends the checkpoints' place
+        return config, claim_directory(run_dir, run_dirs) if makes else run_dir, None
     return load_config(run_dir / "config.yaml", *args.base, overrides=args.overrides), run_dir, checkpoint
 
 
@@ -88,7 +101,7 @@ def _newest_checkpoint(run_dir: Path) -> Path | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says and return the exit status."""
-    args = parse_args(argv)
+    args, run_dir = parse_args(argv), Path()
     try:
         config, run_dir, checkpoint = resolve_run(args)
         from ldm.training.run import Run  # seconds of imports that a mistyped config should not cost
@@ -110,3 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             pdb.post_mortem()
         return 2
+    finally:
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()  # of a run that has written nothing

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import platform
+import shlex
 import subprocess
 import sys
 import warnings
@@ -115,16 +116,41 @@ class Run:
         except Interrupted as stop:
             if not self.trainer.is_global_zero:
                 return 0  # Lightning kills the first process as soon as another one reports a failure
-            saved = stop.saved and f"saved {stop.saved}; continue with --resume {self.run_dir}"
+            print(f"run directory: {self.run_dir}")
+            saved = stop.saved and f"saved {stop.saved}; continue with: {_command('main.py', resume=self.run_dir)}"
             print(f"{stop}: {saved or 'nothing to save yet'}")
             return 128 + stop.number
         except RuntimeError as error:  # a peer that is gone: NCCL's error type or a message of Gloo's
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
             ended = f"another process of this run has ended ({str(error).splitlines()[0]})"
-            remedy = f"see its own messages, then continue with --resume {self.run_dir}"
+            folder = self.trainer.checkpoint_callback.dirpath  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            run_dir = Path(folder).parent  # of the first process
+            remedy = f"see its own messages, then continue with --resume {run_dir}"
             raise UserError(f"process {self.trainer.global_rank}: {ended}; {remedy}") from error
+        if self.trainer.is_global_zero:
+            print(self.result())
         return 0
+
+    def result(self) -> str:
+        """Return as text: where the run is, its last and best checkpoint, and the command that uses it."""
+        lines, folder = [f"run directory: {self.run_dir}"], self.run_dir / "checkpoints"
+        best, checkpoint = folder / "best.ckpt", folder / "last.ckpt"
+        if checkpoint.is_file():
+            lines.append(f"last checkpoint: {checkpoint} (step {self.trainer.global_step})")
+        if best.is_file():
+            loss = self.trainer.checkpoint_callback.best_model_score  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            lines.append(f"best checkpoint: {best}" + (f" (val/loss {loss:.4g})" if loss is not None else ""))
+            checkpoint = best
+        reads = {"exemplar": ["reference"], "text": ["prompt"], "both": ["reference", "prompt"]}
+        words = {word: word.upper() for word in ("image", "mask", *reads[self.config.model.condition])}
+        if self.config.stage == "diffusion":
+            following = _command("inference.py", config=self.run_dir / "config.yaml", checkpoint=checkpoint, **words)
+        elif self.config.model.first_stage.decoder == "asymmetric":
+            following = _command("scripts/export_checkpoint.py", checkpoint, "DECODER.safetensors")
+        else:
+            following = _command("main.py", "--train-from-scratch", base="CONFIG", pretrained_model=checkpoint)
+        return "\n".join([*lines, f"next: {following}"])
 
     def _record(self, checkpoint: Path | None) -> None:
         """Write the config (`config.yaml`), and when, how and with what this part of the run began (`history.json`)."""
@@ -148,6 +174,12 @@ class Run:
         write_text(self.run_dir / "config.yaml", dump_config(self.config))
         before = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
         write_json(history, [*before, start])
+
+
+def _command(*words: object, **options: object) -> str:
+    """Return a command line of this project, quoted for a shell."""
+    named = (word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value))
+    return shlex.join(["python", *(str(word) for word in (*words, *named))])
 
 
 def _commit() -> str | None:
@@ -179,7 +211,12 @@ def _check_combinations(config: Config, processes: int) -> None:
 def _trainer(config: Config, run_dir: Path) -> pl.Trainer:
     try:
         trainer = pl.Trainer(
-            **{"enable_model_summary": False, "default_root_dir": run_dir, **config.trainer},
+            **{
+                "enable_model_summary": False,
+                "default_root_dir": run_dir,
+                **config.trainer,
+                "enable_progress_bar": False,
+            },
             callbacks=run_callbacks(config, run_dir),
             logger=[_logger(name, config, run_dir) for name in config.logging.loggers],
             plugins=[SafeCheckpointIO()],

@@ -31,18 +31,23 @@ def test_ranks_share_the_samples_of_one_order(length: int, world_size: int, epoc
     assert [pair for step in zip(*ranks, strict=True) for pair in step] == whole[: length // world_size * world_size]
 
 
-@given(lengths, world_sizes, st.data())
-def test_a_start_leaves_out_what_was_seen_and_only_once(length: int, world_size: int, data: st.DataObject) -> None:
-    share = length // world_size
-    start = data.draw(st.integers(0, share))
-    rank = data.draw(st.integers(0, world_size - 1))
-    common = {"length": length, "seed": 3, "rank": rank, "world_size": world_size}
-    whole, resumed = EpochSampler(**common, epoch=2), EpochSampler(**common, epoch=2, start=start)
-    assert len(whole) == len(resumed) == share  # Lightning counts from the epoch's beginning
-    assert list(resumed) == list(whole)[start:]
-    for sampler in (whole, resumed):
+@given(lengths, world_sizes, world_sizes, st.data())
+def test_a_start_leaves_out_what_was_seen_by_as_many_or_other_ranks(
+    length: int, before: int, after: int, data: st.DataObject
+) -> None:
+    steps = data.draw(st.integers(0, length // before))
+    seen = list(EpochSampler(length, seed=3, epoch=2))[: steps * before]
+    ranks = [
+        EpochSampler(length, seed=3, rank=rank, world_size=after, epoch=2, start=len(seen)) for rank in range(after)
+    ]
+    assert {len(sampler) for sampler in ranks} == {length // after}  # Lightning counts from the epoch's beginning
+    rest = [pair for step in zip(*(list(sampler) for sampler in ranks), strict=True) for pair in step]
+    order = list(EpochSampler(length, seed=3, epoch=2))
+    assert seen + rest == order[: len(seen) + (length - len(seen)) // after * after]
+    for sampler in ranks:
         sampler.set_epoch(3)
-    assert list(resumed) == list(whole)
+    whole = EpochSampler(length, seed=3, rank=after - 1, world_size=after, epoch=3)
+    assert list(ranks[-1]) == list(whole)
 
 
 def test_epochs_and_seeds_are_shuffled_differently() -> None:

@@ -175,6 +175,18 @@ class SignalAt(Callback):
             signal.raise_signal(self.number)
 
 
+class StopAt(Callback):
+    """Ends a run after a step, as time that is up does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, trainer: pl.Trainer, *args: Any
+    ) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
 Fit = Callable[..., tuple[Run, int]]
 
 

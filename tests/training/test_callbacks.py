@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ldm.training.cli import main
 from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.first_stage_module import FirstStageTraining
 from ldm.training.module import NonFiniteError
-from tests.training.conftest import Fit, MakeConfig, SignalAt, column, last
+from tests.training.conftest import Fit, MakeConfig, SignalAt, StopAt, column, last
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
@@ -75,6 +77,59 @@ def test_epochs_shorter_than_the_logging_interval_are_logged(fit: Fit, make_conf
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     assert [int(row["step"]) for row in rows] == [4, 9]
     assert all(row[f"train/{name}"] for row in rows for name in ("grad_norm", "lr", "samples_per_s", "step_s"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+SIX_STEPS = ("trainer.max_epochs=null", "trainer.max_steps=6")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "step", "samples", "validations"),
+    [
+        (SIX_STEPS, "6/6", 12, 1),
+        (("trainer.max_epochs=2",), "8/8", 16, 2),
+        (("trainer.max_epochs=-1",), "5/?", 10, 2),
+        (("trainer.max_epochs=2", "trainer.accumulate_grad_batches=2"), "4/4", 16, 2),
+    ],
+)
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_one_line(
+    is_terminal: bool,
+    overrides: tuple[str, ...],
+    step: str,
+    samples: int,
+    validations: int,
+    fit: Fit,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    if is_terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+    config = make_config(*overrides, "trainer.enable_progress_bar=true", "data.val_batch_size=1")
+    fit(config, tmp_path, callbacks=[StopAt(5)] if "-1" in overrides[0] else [])
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert sum("val/loss" in line for line in lines) == validations
+    if is_terminal:
+        drawn = terminal.getvalue().replace("\n", "\r").split("\r")
+        assert all(len(line) <= 80 for line in drawn)
+        assert any("validation 4/4" in line for line in drawn)
+        assert len(lines) == validations
+        lines = [line for line in drawn if "samples" in line]
+    else:
+        assert "\r" not in out + err
+        assert len(lines) == validations + int(step.split("/")[0])
+        lines = [line for line in lines if "val/loss" not in line]
+    for word in (f"step {step}", f"{samples} samples", "left", "loss ", "/s"):
+        assert word in lines[-1]
 
 
 @pytest.mark.parametrize("stage", ["diffusion", "first_stage"])

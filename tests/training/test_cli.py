@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import yaml
 
 from ldm.config import load_config
-from ldm.training.cli import main, parse_args
+from ldm.training.cli import main, parse_args, resolve_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -99,6 +100,46 @@ def test_a_log_folder_that_cannot_be_made(
     arguments = ["-b", str(config_file), "-l", str(tmp_path / "file" / "logs")]
     assert main([*arguments, "--pretrained-model", str(pretrained)]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+class TestRunDirectories:
+    @pytest.fixture
+    def words(self, config_file: Path, pretrained: Path, tmp_path: Path) -> list[str]:
+        return ["-b", str(config_file), "-l", str(tmp_path / "a [x]"), "-n", "s", "--pretrained-model", str(pretrained)]
+
+    def test_runs_of_one_name_that_start_together_have_their_own(self, words: list[str], tmp_path: Path) -> None:
+        with multiprocessing.get_context("fork").Pool(4) as pool:
+            made = pool.map(_run_dir, [words] * 8)
+        assert len(set(made)) == 8 and set(made) == set((tmp_path / "a [x]").iterdir())
+        assert all(path.name.endswith("_s") and len(path.name) == len("2026-01-31T12-00-00_s") for path in made)
+
+    @pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+    def test_processes_of_one_run_share_one(
+        self, rank: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for value in ("1", "0", "2"):
+            monkeypatch.setenv(rank, value)
+            _run_dir(words)
+        assert len(list((tmp_path / "a [x]").iterdir())) == 1
+
+    @pytest.mark.parametrize("more", [["--dry-run"], ["--train=no"], ["data.root=/nowhere"]])
+    def test_what_does_not_train_leaves_none(self, more: list[str], words: list[str], tmp_path: Path) -> None:
+        main([*words, *more])
+        assert list(tmp_path.glob("*/*")) == []
+
+    def test_auto_takes_runs_of_exactly_this_name(self, words: list[str], tmp_path: Path) -> None:
+        for name in ("s", "s-2", "x_s"):
+            folder = tmp_path / "a [x]" / f"2999-01-01T00-00-00_{name}" / "checkpoints"
+            folder.mkdir(parents=True)
+            torch.save({}, folder / "last.ckpt")
+            (folder.parent / "config.yaml").touch()
+        for name in ("s", "s-2"):
+            run_dir = resolve_run(parse_args([*words, "-n", name, "--resume", "auto"]))[1]
+            assert run_dir.name == f"2999-01-01T00-00-00_{name}"
+
+
+def _run_dir(words: list[str]) -> Path:
+    return resolve_run(parse_args(words))[1]
 
 
 class TestResumeErrors:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from ldm.config import ConfigError
+from ldm.data.box_dataset import sample_key
+from ldm.data.datamodule import EpochSampler
 from ldm.training.cli import main, parse_args, resolve_run
 from scripts import make_shards
-from tests.training.conftest import Fit, MakeConfig, SignalAt, column, last
+from tests.training.conftest import TRAIN_SAMPLES, Fit, MakeConfig, SignalAt, column, last
 
 pytestmark = pytest.mark.slow
 
@@ -197,6 +200,51 @@ def test_overrides_win_over_the_checkpoint(
     before, after = (state["optimizer_states"][0]["param_groups"][0] for state in states)
     assert (before["lr"], before["weight_decay"]) == (1e-3, 0.01)
     assert (after["lr"], after["weight_decay"]) == (2e-4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("stop", "size", "then"),
+    [
+        (2, 1, [1] * 5),
+        (2, 3, [3]),
+        (1, 4, [4]),
+        (1, 5, [5]),
+        (3, 4, []),  # less than a batch is left
+        (4, 1, []),  # the epoch had ended, whatever a smaller batch would have found at its end
+        (4, 3, []),
+    ],
+)
+def test_another_batch_size_neither_repeats_nor_skips_samples(
+    stop: int, size: int, then: list[int], fit: Fit, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Stopped after `stop` batches of two of an epoch's nine samples, and twice more after that."""
+    two_epochs = ("trainer.max_epochs=2", "trainer.limit_val_batches=0")
+    before, checkpoint = Recorder(), tmp_path / "checkpoints" / "last.ckpt"
+    run, _ = fit(make_config(*two_epochs), tmp_path, callbacks=[before, SignalAt(stop)])
+    order = [
+        int(sample_key([23, *item])) for epoch in (0, 1) for item in EpochSampler(TRAIN_SAMPLES, seed=23, epoch=epoch)
+    ]
+    first, second = order[:TRAIN_SAMPLES], order[TRAIN_SAMPLES:]
+    assert [*chain(*before.keys)] == first[: 2 * stop]
+    after, steps = [], stop
+    while steps < stop + len(then) + TRAIN_SAMPLES // size:
+        recorder = Recorder()
+        stops = [SignalAt(steps + 1)] if len(after) < 3 else []
+        run, _ = fit(
+            make_config(*two_epochs, f"data.batch_size={size}"),
+            tmp_path,
+            resume=checkpoint,
+            callbacks=[recorder, *stops],
+        )
+        after += recorder.keys
+        assert run.trainer.global_step > steps
+        steps = run.trainer.global_step
+    sizes = [*then, *[size] * (TRAIN_SAMPLES // size)]
+    assert [len(keys) for keys in after] == sizes
+    seen = [*chain(*after)]
+    assert seen[: sum(then)] == first[2 * stop :][: sum(then)]
+    assert seen[sum(then) :] == second[: TRAIN_SAMPLES // size * size]
+    assert last(tmp_path)["DataModule"]["epoch"] == 2
 
 
 def test_curves_of_a_resumed_run_are_appended(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import wandb as wandb_module
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -22,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import NEW_PARTS, to_module_keys
 from ldm.config import ConfigError
+from ldm.editing.cli import build_parser
 from ldm.latent_diffusion import load_model
 from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.run import Run
-from tests.training.conftest import Fit, MakeConfig, last
+from tests.training.conftest import Fit, MakeConfig, StopAt, column, last
 
 ROOT = Path(__file__).parents[2]
 
@@ -273,6 +273,54 @@ def test_a_state_that_does_not_fit_leaves_the_run_as_it_was(
     assert last(tmp_path)["global_step"] == 2
 
 
+def last_words(out: str) -> tuple[dict[str, str], list[str]]:
+    """What a run printed at its end, by name, and the words of the command that it recommends."""
+    told = dict(line.split(": ", 1) for line in out.splitlines()[-5:] if ": " in line)
+    python, script, *words = shlex.split(told["next"])
+    assert python == "python" and (ROOT / script).is_file()
+    return told, [script, *words]
+
+
+@pytest.mark.parametrize("overrides", [(), ("trainer.limit_val_batches=0",)])
+def test_a_run_ends_with_the_command_that_uses_it(
+    overrides: tuple[str, ...],
+    fit: Fit,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, _ = fit(make_config("trainer.max_epochs=1", *overrides), tmp_path / "a run")
+    told, (script, *words) = last_words(capsys.readouterr().out)
+    used = "best" if not overrides else "last"
+    assert told["run directory"] == str(run.run_dir)
+    assert ("best checkpoint" in told) is (used == "best")
+    if used == "best":
+        best = min(column(run.run_dir, "val/loss"))
+        assert float(told["best checkpoint"].split("val/loss ")[1].rstrip(")")) == pytest.approx(best, rel=1e-3)
+    args = build_parser("").parse_args(words)
+    assert script == "inference.py" and args.image and args.mask and args.reference and "--prompt" not in words
+    assert (args.config, args.checkpoint) == (run.run_dir / "config.yaml", run.run_dir / "checkpoints" / f"{used}.ckpt")
+    moved = run.run_dir.rename(tmp_path / "moved")  # what was the best is then unknown to Lightning
+    fit(make_config("trainer.max_epochs=1", *overrides), moved, resume=moved / "checkpoints" / "last.ckpt")
+    assert str(moved / "checkpoints" / f"{used}.ckpt") in last_words(capsys.readouterr().out)[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        (("model.condition=text",), {"--prompt"}),
+        (("model.condition=both",), {"--prompt", "--reference"}),
+        (("stage=first_stage",), {"--pretrained-model", "--train-from-scratch"}),
+        (("stage=first_stage", "model.first_stage.decoder=asymmetric"), set()),
+    ],
+)
+def test_the_command_suits_the_model(overrides: tuple[str, ...], options: set[str], make_config: MakeConfig) -> None:
+    run = SimpleNamespace(config=make_config(*overrides), run_dir=Path("run"), trainer=None)
+    _, words = last_words(Run.result(run))  # pyright: ignore[reportArgumentType]
+    assert options <= set(words) and "run/checkpoints/last.ckpt" in words
+    assert {"--prompt", "--reference"} & set(words) == {"--prompt", "--reference"} & options
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
@@ -303,16 +351,6 @@ def test_a_run_without_an_end(fit: Fit, make_config: MakeConfig, tmp_path: Path)
 def test_a_run_whose_time_is_up_is_saved(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
     run, code = fit(make_config("trainer.max_epochs=100000", "trainer.max_time={milliseconds: 1}"), tmp_path)
     assert code == 0 and last(tmp_path)["global_step"] == run.trainer.global_step > 0
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, trainer: pl.Trainer, *args: Any
-    ) -> None:
-        trainer.should_stop = trainer.global_step >= self.step
 
 
 def test_packages_that_are_not_installed_do_not_end_a_run(
