@@ -390,15 +390,14 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "set()"
 
 
-def test_an_edit_imports_nothing_that_it_does_not_need(
-    tiny_folder: Path, files: dict[str, Path], tmp_path: Path
-) -> None:
-    words = ["--image", files["scene"], "--mask", files["mask"], "--reference", files["exemplar"], "--steps", "1"]
-    words += ["--checkpoint", tiny_folder, "--device", "cpu", "--outdir", tmp_path / "out"]
+def test_the_bundled_edit_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
+    """Nor looks for garbage in modules. sympy takes a second: torch needs it for operations on the meta device."""
+    words = ["--steps", "1", "--device", "cpu", "--outdir", str(tmp_path / "out")]
     unneeded = ("ldm.evaluation", "ldm.training", "transformers", "sympy", "pytorch_lightning", "cv2")
     code = (
-        f"import sys, inference\nassert inference.main({list(map(str, words))}) == 0\n"
+        f"import gc, sys, inference\nassert inference.main({words}) == 0\n"
+        "print(gc.isenabled() and gc.get_freeze_count() > 100_000)\n"
         f"print([name for name in sys.modules if name.startswith({unneeded})])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-2:] == ["True", "[]"]
