@@ -23,7 +23,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
-_BLOCK = 1 << 20  # elements at a time: a few arrays of 8 MiB, which stay in the cache
+_BLOCK = 1 << 15  # elements at a time: arrays of 256 KiB, which stay in the cache
 
 
 def uniform(name: str, numel: int) -> Tensor:

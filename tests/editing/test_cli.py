@@ -247,16 +247,14 @@ def test_the_original_command_line(tiny_folder: Path, files: dict[str, Path], tm
         "--seed 321 --scale 5"
     )
     rest = "--H 512 --W 512 --C 4 --f 8 --n_samples 1 --n_iter 2 --fixed_code --skip_save --precision autocast"
-    assert inference.main(f"{command} {rest} --ddim_eta 0.0 --device cpu".split()) == 0
+    assert parse(command.split(), "")[1].steps == 50
+    ours = "--guidance-interval 0.2 0.8 --device cpu"
+    assert inference.main(f"{command} {rest} --ddim_eta 0.0 --ddim_steps 3 {ours}".split()) == 0
     with Image.open(out / "scene_321.png") as result:
         settings = json.loads(result.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
-    assert (settings["sampler"], settings["num_steps"], settings["guidance_scale"]) == ("plms", 50, 5.0)
+    assert (settings["sampler"], settings["num_steps"], settings["guidance_scale"]) == ("plms", 3, 5.0)
+    assert settings["guidance_interval"] == [0.2, 0.8]
     assert (out / "scene_322.png").is_file()  # the second iteration
-    ours = "--guidance-interval 0.2 0.8 --device cpu --overwrite"
-    assert inference.main(f"{command} --ddim_steps 3 {ours}".split()) == 0
-    with Image.open(out / "scene_321.png") as result:
-        settings = json.loads(result.text["parameters"])  # pyright: ignore[reportAttributeAccessIssue]
-    assert (settings["num_steps"], settings["guidance_interval"]) == (3, [0.2, 0.8])
 
 
 def test_bundled_example_is_the_first_complete_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
