@@ -33,6 +33,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  #
 
 Picture = Image.Image | str | os.PathLike[str] | bytes | IO[bytes] | np.ndarray | Tensor  # see `open_image`
 
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # bytes, unpacked; Pillow's 1 MiB refuses profiles of printers, workflows
 logger = logging.getLogger(__name__)
 
 

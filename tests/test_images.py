@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ldm import images
 from ldm.files import UserError
@@ -268,6 +268,19 @@ def test_profiles_stay_where_they_are_true(tmp_path: Path) -> None:
         path = save(photo().convert(mode), tmp_path / f"{mode}.png", icc_profile=profile)
         for opened in (images.open_image(path), images.open_upright(path)):
             assert opened.info == ({"icc_profile": profile} if kept else {}), mode
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
+def test_large_texts_and_profiles_do_not_keep_an_image_from_being_read(kind: str, tmp_path: Path) -> None:
+    large, texts = "".join(map(chr, np.random.default_rng(0).integers(32, 127, 2_000_000))), PngImagePlugin.PngInfo()
+    if kind == "zTXt":
+        texts.add_text("workflow", large, zip=True)
+    elif kind == "iTXt":
+        texts.add_itxt("workflow", large, zip=True)
+    profile = {"icc_profile": large.encode()} if kind == "iCCP" else {}
+    photo().save(tmp_path / "large.png", pnginfo=texts, **profile)
+    np.testing.assert_array_equal(images.open_image(tmp_path / "large.png"), photo())
+    assert images.find_images(tmp_path) == [tmp_path / "large.png"]
 
 
 def test_unusable_files_are_one_clear_line(tmp_path: Path) -> None:
