@@ -18,6 +18,9 @@ from ldm.files import UserError
 from ldm.images import Box, mask_to_tensor, pad_box, pil_to_tensor, same_aspect, tensor_to_pil
 
 MAX_ENLARGEMENT = 4  # a scene pixel covers at most this many model pixels per side
+MAX_SIDE = 2**17  # of the square around a hole, pixels; its parts are resized in time that grows with the side
+MAX_PADDED = 2**14  # side up to which a square is padded along its rows before it is resized
+STRIP = 2**22  # pixels of a square that are in memory at a time
 FEATHER_SHARE = 1 / 50  # default feather, as a share of the hole's longer side
 # Largest correction of `match_boundary_colors` in [-1, 1]. Decoders err by less; a larger difference means that the
 # painted object reaches over the hole's edge.
@@ -36,17 +39,50 @@ class Window:
         """Return the part inside an image of `size` (W, H)."""
         return Box(self.left, self.top, self.left + self.side, self.top + self.side).clipped(*size)
 
-    def cut(self, image: Image.Image) -> Image.Image:
-        """Crop an image to the window; beyond the borders the image is continued by reflection."""
+    def cut(self, image: Image.Image, size: int, resample: Image.Resampling, mode: str = "RGB") -> Image.Image:
+        """Crop an image to the window and resize it to (size, size); beyond the borders it is continued by reflection.
+
+        Equal to resizing the whole square, of which only a strip is in memory at a time: Pillow resamples along rows
+        first, then along columns.
+        """
         box = self.clipped(image.size)
-        inside = image.crop(box)
-        left, top = box.left - self.left, box.top - self.top
-        right, bottom = self.side - left - inside.width, self.side - top - inside.height
-        if not (left or top or right or bottom):
-            return inside
-        pixels = np.asarray(inside)
-        channels = [(0, 0)] * (pixels.ndim - 2)
-        return Image.fromarray(np.pad(pixels, [(top, bottom), (left, right), *channels], mode="reflect"))
+        if self.side > box.right - box.left and self.side > MAX_PADDED:  # padding first would make side^2 pixels
+            turned = image.crop(box).transpose(Image.Transpose.TRANSPOSE)
+            moved = Window(self.top - box.top, self.left - box.left, self.side)
+            return moved.cut(turned, size, resample, mode).transpose(Image.Transpose.TRANSPOSE)
+        columns, rows = (
+            np.pad(np.arange(stop - start), (start - first, first + self.side - stop), mode="reflect")
+            for first, start, stop in ((self.left, box.left, box.right), (self.top, box.top, box.bottom))
+        )
+        thickness, wide = max(1, STRIP // self.side), []
+        for top in range(box.top, box.bottom, thickness):
+            strip = image.crop((box.left, top, box.right, min(top + thickness, box.bottom)))
+            if strip.width < self.side:
+                strip = Image.fromarray(np.asarray(strip)[:, columns])
+            wide.append(np.asarray(strip.convert(mode).resize((size, strip.height), resample)))
+        reduced, tall = np.concatenate(wide), []
+        for left in range(0, size, thickness):
+            strip = Image.fromarray(reduced[:, left : left + thickness][rows])
+            tall.append(np.asarray(strip.resize((strip.width, size), resample)))
+        return Image.fromarray(np.concatenate(tall, axis=1))
+
+    def enlarge(self, square: Image.Image, box: Box) -> Image.Image:
+        """Resize a square image, (S, S), to the window's size and return its part in `box`, RGB.
+
+        Equal to resizing the whole square, in strips as `cut`.
+        """
+        left, top, right, bottom = (edge - start for edge, start in zip(box, (self.left, self.top) * 2, strict=True))
+        if self.side > MAX_PADDED:  # up to rounding
+            scale = square.width / self.side
+            part = left * scale, top * scale, right * scale, bottom * scale
+            return square.resize(box.size, Image.Resampling.BICUBIC, part)
+        wide = square.resize((self.side, square.height), Image.Resampling.BICUBIC)
+        result, thickness = Image.new("RGB", box.size), max(1, STRIP // self.side)
+        for start in range(left, right, thickness):
+            strip = wide.crop((start, 0, min(start + thickness, right), wide.height))
+            strip = strip.resize((strip.width, self.side), Image.Resampling.BICUBIC)
+            result.paste(strip.crop((0, top, strip.width, bottom)), (start - left, 0))
+        return result
 
 
 def fit_window(
@@ -62,6 +98,9 @@ def fit_window(
         hole, size: bounding box of the hole; (W, H) of the scene.
         min_side: least side in pixels, as far as the scene is that large.
         whole_image: take the smallest square that holds the whole scene instead.
+
+    Raises:
+        UserError: the square is more than MAX_SIDE pixels wide.
     """
     side = max(size)
     if not whole_image:
@@ -69,6 +108,10 @@ def fit_window(
         wanted = max(round(longest * (1 + 2 * crop_margin)), min_side)
         least = round(longest * (1 + crop_margin))
         side = min(wanted, max(min(size), least), side)
+    if side > MAX_SIDE:
+        raise UserError(
+            f"the square around the hole is {side} pixels wide, expected at most {MAX_SIDE}; make it shorter"
+        )
     left, top = (_place(hole[axis], hole[axis + 2], size[axis], side) for axis in (0, 1))
     return Window(left, top, side)
 
@@ -94,8 +137,8 @@ class FittedScene:
         """Cut the same square from another image of the scene, RGB: (1, 3, S, S) in [0, 1]."""
         if not same_aspect(image.size, self.scene.size):
             raise UserError(f"the control image has size {image.size}, expected the scene's: {self.scene.size}")
-        square = self.window.cut(image.resize(self.scene.size, Image.Resampling.BICUBIC))
-        square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        bicubic = Image.Resampling.BICUBIC
+        square = self.window.cut(image.resize(self.scene.size, bicubic), image_size, bicubic)
         return (pil_to_tensor(square)[None] + 1) / 2
 
     def put_back(
@@ -111,12 +154,8 @@ class FittedScene:
         """
         if match_colors and paste_back:
             painted = match_boundary_colors(painted[None], self.image, self.keep_mask)[0]
-        box, side = self.window.clipped(self.scene.size), self.window.side
-        square = tensor_to_pil(painted)
-        if square.size != (side, side):
-            square = square.resize((side, side), Image.Resampling.BICUBIC)
-        left, top = self.window.left, self.window.top
-        inside = square.crop((box.left - left, box.top - top, box.right - left, box.bottom - top))
+        box = self.window.clipped(self.scene.size)
+        inside = self.window.enlarge(tensor_to_pil(painted), box)
         result = self.scene.copy()
         # Blending is exact at both ends: weight 255 takes the painted pixel, 0 leaves the scene's.
         result.paste(inside, box[:2], self._weights(feather).crop(box) if paste_back else None)
@@ -145,12 +184,10 @@ def fit_scene(scene: Image.Image, hole: Image.Image, image_size: int, **options:
     that are to be replaced. The hole is not empty; `options` are crop_margin and whole_image of `fit_window`.
     """
     window = fit_window(hole_box(hole), scene.size, min_side=-(-image_size // MAX_ENLARGEMENT), **options)
+    square = window.cut(scene, image_size, Image.Resampling.BICUBIC)
     # Beyond the border the hole is reflected with the scene, which hides the mirror image of its content, too.
-    square, square_hole = window.cut(scene), window.cut(hole)
-    if window.side != image_size:
-        square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
-        share = square_hole.convert("F").resize((image_size, image_size), Image.Resampling.BOX)
-        square_hole = Image.fromarray(np.uint8(255) * (np.asarray(share) > 0))
+    share = window.cut(hole, image_size, Image.Resampling.BOX, "F")
+    square_hole = Image.fromarray(np.uint8(255) * (np.asarray(share) > 0))
     return FittedScene(scene, hole, window, pil_to_tensor(square)[None], mask_to_tensor(square_hole)[None])
 
 

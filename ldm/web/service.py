@@ -205,12 +205,11 @@ class EditService:
     def open_upload(self, path: str | Path, reader: Callable[[Path], Image.Image] = open_image) -> Image.Image:
         """Read an uploaded image; the messages of UserErrors name it without its folder."""
         path, pixels = Path(path), self.limits.pixels
-        longest = int(2 * pixels**0.5)  # the square around a hole may be as long on both sides
         try:
             with Image.open(path, formats=FORMATS) as header:  # reads no pixels
                 width, height = header.size
-            if width * height > pixels or max(width, height) > longest:
-                most = f"{pixels / 1e6:g} million pixels, and the long side at most {longest}"
+            if width * height > pixels:
+                most = f"{pixels / 1e6:g} million pixels"
                 raise UserError(f"{path}: {width} x {height}, expected at most {most}; reduce its size first")
             return reader(path)
         except UserError as error:

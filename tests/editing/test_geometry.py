@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from ldm.editing.geometry import MAX_CORRECTION, Window, fit_window, match_boundary_colors
+from ldm.editing import geometry
+from ldm.editing.geometry import MAX_CORRECTION, MAX_SIDE, Window, fit_scene, fit_window, match_boundary_colors
+from ldm.files import UserError
 from ldm.images import Box
 
 
@@ -104,3 +111,70 @@ def test_window_margins() -> None:
     assert fit_window(Box(200, 0, 380, 180), (1000, 200)) == Window(155, -35, 270)
     # A tiny hole is not enlarged without bound.
     assert fit_window(Box(50, 50, 51, 51), (1000, 800), min_side=128).side == 128
+
+
+def whole_square(image: Image.Image, window: Window) -> Image.Image:
+    """The square as it is defined, at once."""
+    box = window.clipped(image.size)
+    edges = [
+        (start - first, first + window.side - stop)
+        for first, start, stop in ((window.top, box.top, box.bottom), (window.left, box.left, box.right))
+    ]
+    pixels = np.asarray(image.crop(box))
+    return Image.fromarray(np.pad(pixels, [*edges, *[(0, 0)] * (pixels.ndim - 2)], mode="reflect"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(scenes(), st.floats(0, 2), st.booleans(), st.sampled_from([16, 33, 64]), st.integers(0, 3000))
+def test_strips_make_the_same_square(
+    scene: tuple[tuple[int, int, int, int], tuple[int, int]], margin: float, whole: bool, side: int, strip: int
+) -> None:
+    """Bit for bit, there and back, whatever of the square is in memory at a time."""
+    box, (width, height) = scene
+    rng = np.random.default_rng(width + 1000 * height)
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    window = fit_window(Box(*box), image.size, crop_margin=margin, whole_image=whole)
+    painted = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+    place = window.clipped(image.size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "STRIP", strip)
+        cut = window.cut(image, side, Image.Resampling.BICUBIC)
+        share = window.cut(image.convert("L"), side, Image.Resampling.BOX, "F")
+        enlarged = window.enlarge(painted, place)
+    square = whole_square(image, window)
+    assert cut.tobytes() == square.resize((side, side), Image.Resampling.BICUBIC).tobytes()
+    expected = whole_square(image.convert("L"), window).convert("F").resize((side, side), Image.Resampling.BOX)
+    assert share.tobytes() == expected.tobytes()
+    large = painted.resize((window.side, window.side), Image.Resampling.BICUBIC)
+    moved = [edge - start for edge, start in zip(place, (window.left, window.top) * 2, strict=True)]
+    assert enlarged.tobytes() == large.crop(Box(*moved)).tobytes()
+
+
+@pytest.mark.parametrize("size", [(60000, 3), (3, 20000), (9000, 7), (5, 6000)])
+def test_memory_grows_with_the_hole_and_not_with_the_square_around_it(size: tuple[int, int]) -> None:
+    scene, hole = Image.effect_noise(size, 50).convert("RGB"), Image.new("L", size, 255)
+    hole.putpixel((0, 0), 0)
+    tracemalloc.start()
+    fitted = fit_scene(scene, hole, 64)
+    result = fitted.put_back(torch.zeros(3, 64, 64))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 60 * 2**20  # 6000^2 pixels would be 108 MB
+    assert fitted.image.shape == (1, 3, 64, 64) and result.size == size
+    assert (
+        result.getpixel((0, 0)) == scene.getpixel((0, 0))
+        and result.getpixel((size[0] // 2, size[1] // 2)) == (128,) * 3
+    )
+
+
+def test_a_long_strip_keeps_its_place() -> None:
+    """Beyond the side up to which both ways are one: the same up to rounding, lying and upright."""
+    lying = Image.fromarray(np.linspace(0, 255, 20000).astype(np.uint8)[None].repeat(3, 0)).convert("RGB")
+    upright = lying.transpose(Image.Transpose.TRANSPOSE)
+    for scene in (lying, upright):
+        window = fit_window(Box(0, 0, *scene.size), scene.size)
+        cut = window.cut(scene, 64, Image.Resampling.BICUBIC)
+        back = window.enlarge(cut, window.clipped(scene.size))
+        assert np.abs(np.asarray(back).astype(int) - np.asarray(scene)).max() <= 3
+    with pytest.raises(UserError, match=str(MAX_SIDE)):
+        fit_window(Box(0, 0, MAX_SIDE + 1, 1), (MAX_SIDE + 1, 1))
