@@ -128,11 +128,11 @@ def test_bad_uploads(service: EditService, tmp_path: Path, kind: str) -> None:
 
 def test_large_uploads(editor: Editor, tmp_path: Path) -> None:
     """Their number of pixels counts, whatever their shape."""
+    exact = make_service(editor, tmp_path / "exact", Limits(pixels=12_000))
+    service = make_service(editor, tmp_path / "edits", Limits(pixels=11_999))
     for size in ((120, 100), (6000, 2)):
         Image.new("RGB", size).save(tmp_path / "photo.png")
-        exact = make_service(editor, tmp_path / "exact", Limits(pixels=12_000))
         assert exact.open_upload(tmp_path / "photo.png").size == size
-        service = make_service(editor, tmp_path / "edits", Limits(pixels=11_999))
         with pytest.raises(UserError, match=rf"photo\.png: {size[0]} x {size[1]}, "):
             service.open_upload(tmp_path / "photo.png")
 
