@@ -178,10 +178,14 @@ def claimed(path: str | Path) -> Iterator[None]:
             path.unlink()
 
 
-def check_writable(folder: str | Path) -> None:
-    """Make a folder and try to write there, before work whose results it is for; UserError if that fails."""
+def check_writable(folder: str | Path, longest: str = "") -> None:
+    """Make a folder and try to write there, before work whose results it is for; UserError if that fails.
+
+    `longest` is the longest name that a file there will have.
+    """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / longest).exists()  # an OSError if the name is too long
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"test")
     except OSError as error:
@@ -218,6 +222,10 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the disk is full
     finally:
         partial.unlink(missing_ok=True)
 

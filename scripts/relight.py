@@ -26,7 +26,7 @@ from ldm.editing.cli import (
     set_up,
 )
 from ldm.editing.settings import EditSettings, add_options, given_options, numbers
-from ldm.files import UserError
+from ldm.files import UserError, check_writable
 
 LIGHT_OPTIONS = ("light", "size", "strength", "highres_scale", "highres_strength")
 RECORDED = (*LIGHT_OPTIONS, "image", "mask", "background", "safety", "watermark")
@@ -87,15 +87,15 @@ def relight(args: argparse.Namespace, sampling: dict[str, Any], settings: EditSe
     from ldm.editing.watermark import add_watermark
     from ldm.images import open_image
 
-    device, _ = set_up(args)
+    prepared = device, _ = set_up(args)
     # The files are read first: a wrong path should not wait for a large model.
     foreground = on_grey(args.image, args.mask)
     background = args.background and open_image(args.background)
-    args.outdir.mkdir(parents=True, exist_ok=True)
+    check_writable(args.outdir)
     content_filter = load_filter(args.safety, device) if args.safety else None
     light = {name: getattr(args, name) for name in LIGHT_OPTIONS}
     with ThreadPoolExecutor(1) as hashing:
-        editor = load_editor(args)
+        editor = load_editor(args, prepared)
         # Hashing a large file takes several seconds; meanwhile the device paints.
         metadata = hashing.submit(model_metadata, args, editor.model.weight_dtype)
         options: dict[str, Any] = light | sampling | {"seed": settings.seeds}

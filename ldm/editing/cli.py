@@ -287,12 +287,12 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, str]:
     return device, pick_precision(args.precision, device)
 
 
-def load_editor(args: argparse.Namespace) -> Editor:
-    """Load the model that the options choose."""
+def load_editor(args: argparse.Namespace, prepared: tuple[torch.device, str] | None = None) -> Editor:
+    """Load the model that the options choose; `prepared` is what `set_up` returned, if it was called before."""
     from ldm.editing.editor import DTYPES, Editor
     from ldm.editing.progress import moving_bar
 
-    device, precision = set_up(args)
+    device, precision = prepared or set_up(args)
     options = {name: getattr(args, name) for name in ("config", "decoder", "compile")}
     with moving_bar(desc="loading", bar_format="{desc} [{elapsed}]", leave=False):
         return Editor.from_pretrained(args.checkpoint, device=device, dtype=DTYPES[precision], **options)
@@ -305,7 +305,7 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     from ldm.editing.watermark import add_watermark, check_watermark
     from ldm.images import open_image
 
-    device, _ = set_up(args)
+    prepared = device, _ = set_up(args)
     name = args.image.stem if args.image else use_bundled_example(args)
     # The files come first: a wrong path should not wait for a large model.
     references = args.reference or [None]
@@ -314,7 +314,7 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     request = make_request(args.image, exemplar, settings, **hole, reference_mask=args.reference_mask)
     if args.watermark is not None:
         check_watermark(request.scene.size, args.watermark)
-    args.outdir.mkdir(parents=True, exist_ok=True)
+    check_writable(args.outdir, f"{name}_{settings.seeds[0]}_grid.png")
     content_filter = load_filter(args.safety, device) if args.safety else None
     network = None
     if args.sort_by_similarity:
@@ -322,7 +322,7 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
 
         network = load_network(args.sort_by_similarity, device)
 
-    results, record = paint(args, request)
+    results, record = paint(args, request, prepared)
     seeds, safe = drop_unsafe(content_filter, settings.seeds, results, request.hole)
     if not safe:
         return 1
@@ -346,7 +346,9 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     return 1 if len(safe) < len(results) else 0
 
 
-def paint(args: argparse.Namespace, request: EditRequest) -> tuple[list[Image.Image], dict[str, Any]]:
+def paint(
+    args: argparse.Namespace, request: EditRequest, prepared: tuple[torch.device, str]
+) -> tuple[list[Image.Image], dict[str, Any]]:
     """Load the model and paint all samples, with a progress bar; return results, and metadata of them all."""
     from ldm.editing.progress import edit_progress
     from ldm.models.controlnet import Control
@@ -355,7 +357,7 @@ def paint(args: argparse.Namespace, request: EditRequest) -> tuple[list[Image.Im
     # Seeds that are painted together: all listed ones, or `--n-samples` of them `--n_iter` times.
     size = count if isinstance(settings.seed, tuple) else args.samples_per_call
     with ThreadPoolExecutor(1) as hashing:
-        editor = load_editor(args)
+        editor = load_editor(args, prepared)
         # Hashing a large file takes several seconds; meanwhile the device paints.
         metadata = hashing.submit(model_metadata, args, editor.model.weight_dtype)
         hints = zip(args.control, args.control_image, args.control_scale, strict=True)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -329,6 +331,40 @@ def test_errors_are_one_line(
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_the_place_of_the_results_is_tried_before_painting(
+    tiny_folder: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(Editor, "from_pretrained", lambda *_, **__: pytest.fail("painted"))
+    assert run(tiny_folder, files, files["scene"]) == 2
+    assert "scene.png" in capsys.readouterr().err
+    long = tmp_path / f"{'n' * 250}.png"
+    Image.open(files["scene"]).save(long)
+    assert run(tiny_folder, files | {"scene": long}, tmp_path / "out") == 2
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_is_named_by_the_file_that_it_lacks_room_for(
+    tiny_folder: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def full(self: Image.Image, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run(tiny_folder, files, tmp_path / "out") == 2
+    assert "scene_0.png" in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_process_is_set_up_once(
+    tiny_folder: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("ldm.editing.cli.keep_freed_memory", lambda: calls.append(1))
+    assert run(tiny_folder, files, tmp_path / "out") == 0
+    assert calls == [1]
 
 
 @pytest.mark.parametrize(
