@@ -4,9 +4,11 @@ A config file is YAML with the sections of `Config`. The schemas alone give each
 range. `docs/config.md` maps the keys of the original `configs/v1.yaml` to these.
 """
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, ClassVar, cast, dataclass_transform
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.files import UserError
+from ldm.files import UserError, whole
 
 RELIGHTING_CHANNELS = ("z_foreground", "z_background")
 INPUT_CHANNELS = ("x_t", "z_masked", "keep_mask", "hole_mask", *RELIGHTING_CHANNELS)
@@ -30,6 +32,13 @@ RENAMED = {  # keys of earlier versions, in configs beside checkpoints and in ru
     "first_stage_training": {"unknown_percent": "p_no_condition"},
 }
 OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
+TRAINER = {  # whole numbers that Lightning takes unchecked, with their least values
+    "max_epochs": 1,
+    "max_steps": 1,
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "log_every_n_steps": 0,
+}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -61,8 +70,12 @@ class Section:
             for item in value if isinstance(value, list) else [value]:
                 if choices and item not in choices:
                     raise self.error(key.name, f"one of {', '.join(choices)}", item)
+                if isinstance(item, float) and not math.isfinite(item):
+                    raise self.error(key.name, "a finite number", item)
                 if item is not None and not all(getattr(operator, rule)(item, bounds[rule]) for rule in bounds):
-                    raise self.error(key.name, " and ".join(f"{SIGNS[rule]} {bounds[rule]}" for rule in bounds), item)
+                    expected = " and ".join(f"{SIGNS[rule]} {bounds[rule]}" for rule in bounds)
+                    percent = bounds == {"ge": 0, "le": 1} and 1 < item <= 100
+                    raise self.error(key.name, expected + f"; {item:g} % is {item / 100:g}" * percent, item)
         self.check_together()
 
     def check_together(self) -> None:
@@ -214,7 +227,7 @@ class DataConfig(Section, prefix="data."):
 class TrainingConfig(Section, prefix="training."):
     """Objective and optimizer of the diffusion model."""
 
-    base_lr: float = setting(1.0e-5, gt=0)
+    base_lr: float = setting(1.0e-5, gt=0, le=1)
     lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
     warmup_steps: int = setting(10_000, ge=0)
     weight_decay: float = setting(0.01, ge=0)
@@ -243,7 +256,7 @@ class TrainingConfig(Section, prefix="training."):
 class FirstStageTrainingConfig(Section, prefix="first_stage_training."):
     """Objective of the first stage: L1 + perceptual + KL, with an optional patch discriminator."""
 
-    base_lr: float = setting(4.5e-6, gt=0)
+    base_lr: float = setting(4.5e-6, gt=0, le=1)
     lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
     warmup_steps: int = setting(0, ge=0)
     kl_weight: float = setting(1e-6, ge=0)  # sum over the latent against mean over pixels: 2e5 times LDM's at 256 px
@@ -273,13 +286,28 @@ class Config(Section):
     """A run: one model, one data source, one trainer."""
 
     stage: str = setting("diffusion", choices=("diffusion", "first_stage"))  # the part that is trained
-    seed: int = setting(23, ge=0)  # of weights, data order and noise
+    seed: int = setting(23, ge=-(2**63), lt=2**64)  # of weights, data order and noise
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     first_stage_training: FirstStageTrainingConfig = field(default_factory=FirstStageTrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trainer: dict[str, Any] = field(default_factory=dict)  # keyword arguments of Lightning's Trainer
+
+    def check_together(self) -> None:
+        self.seed %= 2**64  # signed and unsigned spellings of 64 bits are one seed
+        for key, least in TRAINER.items():
+            if (value := self.trainer.get(key)) is not None:
+                with suppress(TypeError, ValueError):
+                    self.trainer[key] = whole(value)
+                endless = key.startswith("max_")
+                if not isinstance(self.trainer[key], int) or (value < least and not (endless and value == -1)):
+                    expected = f"a whole number >= {least}" + ", or -1 for a run without an end" * endless
+                    raise self.error(f"trainer.{key}", expected, value)
+        for key in ("gradient_clip_val", "val_check_interval"):
+            value = self.trainer.get(key)
+            if isinstance(value, int | float) and value <= 0:
+                raise self.error(f"trainer.{key}", "> 0", value)
 
 
 def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[str] = ()) -> Config:

@@ -131,3 +131,47 @@ def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}: ")):
         load_config(tmp_path)  # a folder
     assert load_config(written(tmp_path / "empty.yaml", "")) == Config()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.p_uncond=20", "0.2"),
+        ("data.arbitrary_mask_percent=50", "data.p_arbitrary_mask"),
+        ("training.ema_decay=1.5", "< 1"),
+        ("training.base_lr=4.5", "<= 1"),
+        ("training.weight_decay=.inf", "finite"),
+        ("logging.guidance_scale=.nan", "finite"),
+        ("seed=18446744073709551616", "seed"),
+        ("trainer.max_steps=0", "-1"),
+        ("trainer.max_epochs=-2", "-1"),
+        ("trainer.max_epochs=1.5", "whole"),
+        ("trainer.max_epochs=many", "whole"),
+        ("trainer.accumulate_grad_batches=0", ">= 1"),
+        ("trainer.check_val_every_n_epoch=0", ">= 1"),
+        ("trainer.check_val_every_n_epoch=-1", ">= 1"),
+        ("trainer.log_every_n_steps=-1", ">= 0"),
+        ("trainer.gradient_clip_val=-1", "> 0"),
+        ("trainer.val_check_interval=0", "> 0"),
+    ],
+)
+def test_values_out_of_range_are_named(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides=[override])
+    key = override.split("=")[0]
+    assert (key.split(".")[-1] in str(error.value) or "p_arbitrary_mask" in says) and says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_of_the_trainer_may_be_written_as_floats() -> None:
+    trainer = load_config(overrides=["trainer.max_steps=1e3", "trainer.max_epochs=null"]).trainer
+    assert trainer == {"max_steps": 1000, "max_epochs": None} and isinstance(trainer["max_steps"], int)
+    assert load_config(overrides=["trainer.max_epochs=-1"]).trainer == {"max_epochs": -1}
+
+
+@settings(max_examples=10)
+@given(st.integers(-(2**63), 2**64 - 1))
+def test_seeds_are_any_64_bits_signed_or_unsigned(seed: int) -> None:
+    config = load_config(overrides=[f"seed={seed}"])
+    assert 0 <= config.seed < 2**64 and (config.seed - seed) % 2**64 == 0
+    assert load_config(OmegaConf.create(dump_config(config))) == config

@@ -62,7 +62,7 @@ class Run:
                 lambda x: not x.getMessage().startswith(NOISE)
             )
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-        pl.seed_everything(config.seed, workers=True, verbose=False)
+        pl.seed_everything(config.seed % 2**32, workers=True, verbose=False)
         self.config, self.run_dir = config, run_dir
         self.data = DataModule(config)
         self.trainer = _trainer(config, run_dir)

@@ -44,11 +44,11 @@ def test_unusable_command_lines(words: str, capsys: pytest.CaptureFixture[str]) 
 def test_dry_run(config_file: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = tmp_path / "logs"
     arguments = ["-b", str(config_file), "-l", str(logs), "--pretrained-model", str(pretrained), "--dry-run"]
-    assert main([*arguments, "--scale-lr", "trainer.accumulate_grad_batches=2", "-s", "9"]) == 0
+    assert main([*arguments, "--scale-lr", "trainer.accumulate_grad_batches=2", "-s", "-1"]) == 0
     out = capsys.readouterr().out
     assert not logs.exists()
     printed = yaml.safe_load(out[: out.index("part ")])
-    assert printed["seed"] == 9
+    assert printed["seed"] == 2**64 - 1
     assert printed["training"]["base_lr"] == pytest.approx(4e-3)  # two batches of two
     assert "samples: 9 train, 4 validation" in out
     assert "batch: 4 samples per step, learning rate 0.004" in out
@@ -122,7 +122,7 @@ class TestRunDirectories:
             _run_dir(words)
         assert len(list((tmp_path / "a [x]").iterdir())) == 1
 
-    @pytest.mark.parametrize("more", [["--dry-run"], ["--train=no"], ["data.root=/nowhere"]])
+    @pytest.mark.parametrize("more", [["--dry-run"], ["--train=no"], ["data.root=/nowhere"], ["data.batch_size=99"]])
     def test_what_does_not_train_leaves_none(self, more: list[str], words: list[str], tmp_path: Path) -> None:
         main([*words, *more])
         assert list(tmp_path.glob("*/*")) == []
