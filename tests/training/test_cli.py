@@ -122,7 +122,7 @@ class TestRunDirectories:
             _run_dir(words)
         assert len(list((tmp_path / "a [x]").iterdir())) == 1
 
-    @pytest.mark.parametrize("more", [["--dry-run"], ["--train=no"], ["data.root=/nowhere"], ["data.batch_size=99"]])
+    @pytest.mark.parametrize("more", [["--dry-run"], ["--train=no"], ["data.root=/nowhere"]])
     def test_what_does_not_train_leaves_none(self, more: list[str], words: list[str], tmp_path: Path) -> None:
         main([*words, *more])
         assert list(tmp_path.glob("*/*")) == []
