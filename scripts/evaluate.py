@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            evaluate(args)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
@@ -169,19 +172,19 @@ def markdown_table(record: Record) -> str:
 
 def warnings_of(evaluation: Evaluation) -> list[str]:
     """Say what makes the figures differ from those of the whole benchmark."""
-    warnings, n, m = [], len(evaluation.ids), len(evaluation.bench)
+    notes, n, m = [], len(evaluation.ids), len(evaluation.bench)
     if n < m:
         left_out = evaluation.left_out
-        warnings.append(f"measured on {n} of {m} items, so without the paper's figures; left out: {left_out}")
+        notes.append(f"measured on {n} of {m} items, so without the paper's figures; left out: {left_out}")
     if "clip" in evaluation.names and len(evaluation.paper_boxes) < n:
         lost = n - len(evaluation.paper_boxes)
-        warnings.append(f"the paper's crop leaves nothing of {lost} holes; its score is of the other items")
+        notes.append(f"the paper's crop leaves nothing of {lost} holes; its score is of the other items")
     if evaluation.lossy:
-        warnings.append(f"results are not exact: {evaluation.lossy}; write PNG")
+        notes.append(f"results are not exact: {evaluation.lossy}; write PNG")
     if evaluation.unreadable and evaluation.real:
         reason = next(iter(evaluation.unreadable.values()))
-        warnings.append(f"{len(evaluation.unreadable)} real images are left out, the first: {reason}")
-    return warnings
+        notes.append(f"{len(evaluation.unreadable)} real images are left out, the first: {reason}")
+    return notes
 
 
 def report(evaluation: Evaluation) -> dict[str, Any]:

@@ -136,7 +136,6 @@ def samples(record: Record, name: str) -> dict[str, dict[str, list[Sample]]]:
     from ldm.images import open_image
 
     bench = Bench(record["bench"])
-    position = {id_: k for k, id_ in enumerate(bench.ids)}
     run = record["runs"][name]
     results = images_by_id(Path(run["folder"])) if run["folder"] else {}
     found: dict[str, dict[str, list[Sample]]] = {}
@@ -146,7 +145,7 @@ def samples(record: Record, name: str) -> dict[str, dict[str, list[Sample]]]:
         for kind, chosen in choose_samples(values, metric["better"]).items():
             kinds[kind] = []
             for k in chosen:
-                item = bench[position[record["ids"][k]]]
+                item = bench.item(record["ids"][k])
                 result = open_image(results[item.id]) if results else item.scene
                 images = (item.scene, item.masked_scene(), item.exemplar, result)
                 kinds[kind].append(Sample(item.id, values[k], [tile_url(image) for image in images]))

@@ -125,7 +125,7 @@ class BenchmarkRun:
 
     def _write_source(self, job: Job, result: Image.Image) -> None:
         """Write the inputs of an item, and a row of scene, masked scene, exemplar and result."""
-        item = self.bench[self.bench.ids.index(job.name)]
+        item = self.bench.item(job.name)
         exemplar, masked = open_image(job.reference) if job.reference else item.exemplar, item.masked_scene()
         source = {"GT": item.scene, "inpaint": masked, "mask": item.hole_mask, "ref": exemplar}
         for name, image in source.items():

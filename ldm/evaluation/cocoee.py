@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ldm.editing.hole_masks import fit_mask
 from ldm.evaluation.metrics import hole_box
 from ldm.files import Skipped, UserError, read_text, whole
 from ldm.images import MID_GREY, Box, find_images, load_mask, open_image
@@ -42,7 +43,7 @@ class Bench:
 
     Raises:
         UserError: a folder or the id list is missing or unusable; for an item: a file cannot be read, its mask is
-            empty or has not its scene's size.
+            empty, or of another aspect than its scene.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -61,13 +62,18 @@ class Bench:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> BenchItem:
-        scene_path, mask_path, exemplar_path = self.paths(self.ids[index])
+        return self.item(self.ids[index])
+
+    def item(self, id_: str) -> BenchItem:
+        """Read the images of an item."""
+        scene_path, mask_path, exemplar_path = self.paths(id_)
         scene, hole_mask = open_image(scene_path), load_mask(mask_path)
         try:
+            hole_mask = fit_mask(hole_mask, scene.size, "scene")
             hole_box(scene, hole_mask)
         except UserError as error:
             raise UserError(f"{mask_path}: {error}") from None
-        return BenchItem(self.ids[index], scene, hole_mask, open_image(exemplar_path))
+        return BenchItem(id_, scene, hole_mask, open_image(exemplar_path))
 
     def paths(self, id_: str) -> tuple[Path, Path, Path]:
         """Return the files of scene, hole mask and exemplar."""
@@ -110,11 +116,8 @@ def read_ids(path: Path) -> list[str]:
             raise UserError(f"{path}, entry {position}: got {entry!r}, expected a whole number") from None
     if not counts:
         raise UserError(f"{path}: lists no ids; download it again")
-    repeated = Skipped()
-    for id_ in (id_ for id_, count in counts.items() if count > 1):
-        repeated.add("listed more than once and counted once", id_)
-    if repeated:
-        log.warning("%s: %s", path, repeated)
+    if repeated := [id_ for id_, count in counts.items() if count > 1]:
+        log.warning("%s: lists %d ids repeatedly, each counts once: %s", path, len(repeated), ", ".join(repeated[:3]))
     return list(counts)
 
 
@@ -124,18 +127,16 @@ def images_by_id(folder: Path, ending: str = "") -> dict[str, Path]:
     Of several with the same id the one that is called in full counts, or else the first; a warning names the others.
     UserError if there is none.
     """
-    by_id: dict[str, list[Path]] = {}
-    for path in find_images(folder):
+    found, repeated = dict[str, Path](), Skipped()
+    length = 12 + len(ending)
+    for path in sorted(find_images(folder), key=lambda path: (len(path.stem) != length, path.suffix != ".png")):
         digits = path.stem.removesuffix(ending)
         if path.stem == digits + ending and digits.isdecimal() and path.parent == folder:
-            by_id.setdefault(f"{int(digits):012d}", []).append(path)
-    if not by_id:
+            first = found.setdefault(f"{int(digits):012d}", path)
+            if first != path:
+                repeated.add("left out for another image of the same id", f"{path.name}, not {first.name}")
+    if not found:
         raise UserError(f"{folder}: holds no images that are called by their ids, such as 000000000007{ending}.png")
-    repeated, found = Skipped(), {}
-    for id_, paths in by_id.items():
-        found[id_], *others = sorted(paths, key=lambda path: path.name != f"{id_}{ending}.png")
-        for other in others:
-            repeated.add("left out for another image of the same id", f"{other.name}, not {found[id_].name}")
     if repeated:
         log.warning("%s: %s", folder, repeated)
     return found

@@ -28,7 +28,7 @@ from ldm.evaluation.inception import LOGITS, POOLED, SPATIAL, inception_score
 from ldm.evaluation.metrics import Estimate, cosine_scores
 from ldm.evaluation.quality import GaussianMixture, quality_scores
 from ldm.files import Skipped, UserError, read_json, read_table, whole
-from ldm.images import find_images, load_mask, open_image
+from ldm.images import find_images, open_image
 
 TRUE_IMAGE = "true picture"  # the run that consists of the benchmark's own scenes; a key of metrics.json
 FRECHET_RESAMPLES = 100  # each is an eigenvalue problem
@@ -129,9 +129,10 @@ class Evaluation:
         self.paper_boxes: dict[str, Box] = {}  # without the holes that the paper's rule cannot crop
         self.left_out = Skipped(strict=self.strict)  # items
         self.lossy = Skipped(strict=self.strict)  # results
-        self.unreadable: dict[Path, str] | None = None if self.strict else {}  # real images with the reasons
+        self.unreadable: dict[Path, str] = {}  # real images, with the reasons
+        self._real_options = {"label": "real images", "unreadable": None if self.strict else self.unreadable}
         with ThreadPoolExecutor(max(self.options.get("num_workers", 0), 1)) as pool:
-            checks = pool.map(lambda k: self._check(k, edited), range(len(self.bench)))
+            checks = pool.map(lambda id_: self._check(id_, edited), self.bench.ids)
             for id_, check in zip(self.bench.ids, tqdm(checks, desc="items", disable=None, leave=False), strict=True):
                 if isinstance(check, UserError):
                     place, _, reason = str(check).partition(": ")
@@ -148,11 +149,11 @@ class Evaluation:
         self.labels = exemplar_labels(self.bench.root, self.ids)
         self._exemplars: dict[FeatureNetwork, np.ndarray] = {}
 
-    def _check(self, index: int, edited: Sequence[Run]) -> tuple[Box, Box | None, list[Path]] | UserError:
+    def _check(self, id_: str, edited: Sequence[Run]) -> tuple[Box, Box | None, list[Path]] | UserError:
         """Return the boxes of an item's hole and which of its results are JPEGs, or else what is wrong with it."""
         try:
-            item, lossy = self.bench[index], []
-            for path in [run.image(self.bench, item.id) for run in edited]:
+            item, lossy = self.bench.item(id_), []
+            for path in [run.image(self.bench, id_) for run in edited]:
                 if (size := open_image(path).size) != item.scene.size:
                     sizes = [f"{width}x{height}" for width, height in (size, item.scene.size)]
                     raise UserError(f"{path} with {sizes[0]} instead of {sizes[1]}: of another size")
@@ -194,10 +195,6 @@ class Evaluation:
         paths = find_images(self.real) if self.real else [self.bench.paths(id_)[0] for id_ in self.bench.ids]
         return [View(path, WHOLE) for path in paths]
 
-    @property
-    def _real_options(self) -> dict[str, Any]:
-        return {**self.options, "label": "real images", "unreadable": self.unreadable}
-
     @cached_property
     def real_statistics(self) -> frechet.Statistics:
         if self.real is not None and self.real.suffix == ".npz":
@@ -213,7 +210,7 @@ class Evaluation:
     def _statistics(self, network: FeatureNetwork, *columns: slice) -> list[frechet.Statistics]:
         """Read the real images once, without keeping all features in memory."""
         running = [frechet.RunningStatistics(network.name) for _ in columns]
-        for features in iter_features(network, self.real_views, **self._real_options):
+        for features in iter_features(network, self.real_views, **self.options, **self._real_options):
             for statistics, part in zip(running, columns, strict=True):
                 statistics.add(features[:, part])
         return [statistics.result() for statistics in running]
@@ -222,7 +219,7 @@ class Evaluation:
     def real_sample(self) -> np.ndarray:
         """Features of at most MANIFOLD_SIZE real images, drawn at random, (M, D)."""
         drawn = np.random.default_rng(self.seed).permutation(len(self.real_views))[:MANIFOLD_SIZE]
-        return extract(self.network, [self.real_views[k] for k in np.sort(drawn)], **self._real_options)
+        return extract(self.network, [self.real_views[k] for k in np.sort(drawn)], **self.options, **self._real_options)
 
     @cached_property
     def reference_corners(self) -> tuple[np.ndarray, np.ndarray]:
@@ -294,9 +291,7 @@ class Subject:
         paper = PAPER.get(row.key) if is_comparable else None
         name, how = row.name.format(**words), row.how.format(**words) + values.note
         if not math.isfinite(values.value):
-            raise UserError(
-                f"{name} of {self.run.name}: got {values.value}; check its images and the network's weights"
-            )
+            raise UserError(f"{name} of {self.run.name}: got {values.value}; check images and weights")
         return Metric(name, values.value, values.n, how, row.better, low, high, paper)
 
 
@@ -357,8 +352,8 @@ def _inception(s: Subject) -> Values:
 def _background(s: Subject) -> Values:
     errors = []
     for id_ in tqdm(s.ev.ids if s.run.folder else [], desc=f"{s.run.name}: background", disable=None, leave=False):
-        scene, mask, _ = s.ev.bench.paths(id_)
-        error = metrics.background(open_image(s.run.image(s.ev.bench, id_)), open_image(scene), load_mask(mask))
+        item = s.ev.bench.item(id_)
+        error = metrics.background(open_image(s.run.image(s.ev.bench, id_)), item.scene, item.hole_mask)
         if not math.isnan(error.psnr):  # a hole may leave no background
             errors.append((error.ssim, error.psnr, error.max_abs))
     if not errors:

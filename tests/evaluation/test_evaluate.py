@@ -16,7 +16,7 @@ from PIL import Image
 from ldm.evaluation.cocoee import Bench
 from ldm.evaluation.evaluate import Evaluation, Run, exemplar_labels
 from ldm.files import UserError
-from tests.evaluation.conftest import COLOURS, IDS, colours, evaluate
+from tests.evaluation.conftest import COLOURS, IDS, colours, edit, evaluate
 
 N = len(IDS)
 
@@ -206,6 +206,21 @@ def test_an_item_that_is_damaged_is_left_out_and_named(
     assert all(figure["n"] == N - 1 for figure in written["runs"]["run"]["figures"].values())
     assert evaluate(own_bench, run, "--strict") == 2
     assert IDS[2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--results-only"]])
+def test_masks_of_another_size_are_judged_alike_in_editing_and_measuring(
+    own_bench: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (own_bench / "Mask_bbox_5").iterdir():
+        mask = Image.open(path)
+        mask.resize((40, 32) if IDS[1] in path.name else (64, 64), Image.Resampling.NEAREST).save(path)
+    assert edit(own_bench, tmp_path / "run", "--method", "copy-paste", *options) == 1
+    editing = capsys.readouterr().err
+    assert evaluate(own_bench, tmp_path / "run", "--json", tmp_path / "m.json") == 0
+    assert json.loads((tmp_path / "m.json").read_text())["ids"] == [id_ for id_ in IDS if id_ != IDS[1]]
+    for error in (editing, capsys.readouterr().err):
+        assert "(64, 64)" in error and IDS[1] in error  # resized; of another aspect
 
 
 def test_results_of_another_size_everywhere_are_of_another_bench(
