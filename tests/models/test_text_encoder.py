@@ -195,8 +195,9 @@ def test_the_same_image_as_diffusers_at_full_size(tmp_path: Path) -> None:
     numbers = torch.rand(2**22, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     def weight(shape: torch.Size) -> Tensor:  # a billion draws would take most of the time
-        drawn = numbers.repeat(-(-shape.numel() // len(numbers)))[: shape.numel()].view(shape)
-        return drawn / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 1 + 0.1 * drawn
+        drawn = numbers[: shape.numel()]
+        drawn = drawn / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 1 + 0.1 * drawn
+        return drawn.repeat(-(-shape.numel() // len(drawn)))[: shape.numel()].view(shape)
 
     state = {name: weight(x.shape) for name, x in model.state_dict().items() if name not in SCHEDULE_BUFFERS}
     load_weights(model, state, "random", dtype=torch.float32)
