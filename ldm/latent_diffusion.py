@@ -25,8 +25,10 @@ from ldm.checkpoint.keys import (
     CONDITION_ENCODER,
     SCHEDULE_BUFFERS,
     TOWER,
+    V_PREDICTION,
     check_keys,
     check_schedule,
+    identify,
     is_finite,
     to_file_keys,
     to_module_keys,
@@ -354,7 +356,11 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
 
     Tensors of type `dtype` are not copied. Raises `CheckpointError`, which names `source`, if the model is another.
     """
-    state = to_module_keys(state)
+    if V_PREDICTION in state and (own := model.config.parameterization) != "v":
+        raise CheckpointError(
+            f"{source}: predicts v, as its {V_PREDICTION} says, not {own}; set model.parameterization: v"
+        )
+    state = to_module_keys(state, expected=model.state_dict())
     expected = {name: x.shape for name, x in model.state_dict().items() if name not in SCHEDULE_BUFFERS}
     weights = {name: x for name, x in state.items() if name not in SCHEDULE_BUFFERS}
     check_keys(expected, weights, source=source)
@@ -398,7 +404,8 @@ def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> Autoencoder
         raise CheckpointError(f"{file}: {error}") from None
     last = state.get("decoder.conv_out.weight")
     if last is None or not any(name.startswith(CONDITION_ENCODER) for name in state):
-        raise CheckpointError(f"{file}: holds no mask-conditioned decoder ({CONDITION_ENCODER}…): docs/asymmetric.md")
+        kind = identify(state)
+        raise CheckpointError(f"{file}: no mask-conditioned decoder (docs/asymmetric.md); this is {kind}")
     config, dtype = first_stage.config, first_stage.quant_conv.weight.dtype
     width = last.shape[1] / (config.ch * config.ch_mult[0])
     blocks = {name.split(".")[4] for name in state if name.startswith("decoder.up.0.block.")}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file
-from ldm.checkpoint.keys import identify, is_finite, parts
+from ldm.checkpoint.keys import identify, is_finite, next_step, parts
 from ldm.files import verify_zip
 
 _ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
@@ -68,7 +68,8 @@ def describe(path: Path, *, header_only: bool, scan: bool) -> str:
         CheckpointError: it cannot be read.
     """
     state = read_checkpoint(path)
-    lines = [f"{path}: {identify(state)}", f"  {path.stat().st_size:,} bytes, {len(state)} tensors"]
+    lines = [f"{path}: {(kind := identify(state))}", f"  {path.stat().st_size:,} bytes, {len(state)} tensors"]
+    lines += [f"  to use it: {step}" for step in [next_step(kind)] if step]
     lines += [
         f"  {part}: {numbers:,} numbers in {tensors} tensors" for part, (tensors, numbers) in parts(state).items()
     ]

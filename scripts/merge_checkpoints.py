@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
-from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FIRST_STAGE, UNET, identify, swap_in_ema
+from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FIRST_STAGE, UNET, drop_ema, identify, swap_in_ema
 from ldm.checkpoint.merge import Source, add_difference, block_norms, merged, multipliers_of, offset, weighted_sum
 from scripts.checkpoint_cli import check_output, provenance
 
@@ -38,7 +38,7 @@ def read_source(label: str, path: Path, *, ema: str | None, only: list[str] | No
     state = read_checkpoint(path)
     print(f"{label} {path}: {identify(state)}, {len(state)} tensors")
     if ema is not None and any(name.startswith(EMA) for name in state):
-        state = swap_in_ema(state) if ema == "averaged" else {n: t for n, t in state.items() if not n.startswith(EMA)}
+        state = swap_in_ema(state) if ema == "averaged" else drop_ema(state)
     if only is not None:
         level = UNET if DIFFUSERS_INPUT_CONV in state else ""  # a UNet by itself
         wanted = tuple(PARTS[part] for part in only)

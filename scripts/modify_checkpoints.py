@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from ldm.checkpoint.convert import STEMS, read_component, read_json, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
-from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, swap_in_ema
+from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, drop_ema, swap_in_ema
 from ldm.checkpoint.merge import add_clip_tower, inflate_input_conv, input_conv
 from ldm.files import atomic_directory, write_text
 from scripts.checkpoint_cli import check_output, prefix_errors, provenance
@@ -61,7 +61,7 @@ def modified(args: argparse.Namespace, clip: Path | None) -> dict[str, Tensor]:
 
     num_ema = sum(name.startswith(EMA) for name in state)
     with prefix_errors(args.input):
-        state = swap_in_ema(state) if args.use_ema else {n: t for n, t in state.items() if not n.startswith(EMA)}
+        state = swap_in_ema(state) if args.use_ema else drop_ema(state)
     if num_ema:
         print(f"{'took the averaged weights from' if args.use_ema else 'left out'} {num_ema} tensors {EMA}*")
 

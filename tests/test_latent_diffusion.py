@@ -628,6 +628,25 @@ def test_wrong_checkpoints(
         load_model(tiny_config, path)
 
 
+def test_averaged_weights_alone_are_loaded(
+    tiny_config: Config, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = load_file(tiny_checkpoint)
+    dotless = {n: "model_ema." + n.removeprefix("model.").replace(".", "") for n in state if n.startswith("model.")}
+    write_safetensors(tmp_path / "ema.safetensors", {dotless.get(name, name): x for name, x in state.items()})
+    model, same = load_model(tiny_config, tmp_path / "ema.safetensors"), load_model(tiny_config, tiny_checkpoint)
+    assert all(torch.equal(x, same.state_dict()[name]) for name, x in model.state_dict().items())
+    assert "model_ema" in caplog.text
+
+
+def test_a_file_that_says_that_it_predicts_v(tiny_config: Config, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    write_safetensors(path, load_file(tiny_checkpoint) | {"v_pred": torch.zeros(0)})
+    with pytest.raises(CheckpointError, match=r"v_pred .*model\.parameterization: v"):
+        load_model(tiny_config, path)
+    load_model(load_config(tiny_config, overrides=["model.parameterization=v"]), path)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -47,7 +47,7 @@ def to_diffusers(state: State) -> Components:
     state = {name: x for name, x in state.items() if name not in derived and not name.startswith(keys.EMA)}
     table = _table(state)
     components: Components = {}
-    for name, (module, rest) in _located(state, table).items():
+    for name, (module, rest) in _located(state, table, state).items():
         tensor = state[name]
         if ".attn_1." in module and tensor.ndim == 4:  # 1x1 convolution (D, D, 1, 1) => linear layer (D, D)
             tensor = tensor[:, :, 0, 0]
@@ -68,7 +68,7 @@ def to_original(components: Mapping[str, State], schedule: ScheduleConfig | None
     table = _table(state)
     modules = _SYNONYMS | {name: module for module, names in table.items() for name in names}
     original: dict[str, Tensor] = {}
-    for name, (theirs, rest) in _located(state, modules).items():
+    for name, (theirs, rest) in _located(state, modules, components.get("unet", state)).items():
         module = modules[theirs]
         if len(parts := [part + rest for part in table.get(module, ())]) > 1:
             if missing := [part for part in parts if part not in state]:
@@ -126,8 +126,8 @@ def _table(names: Collection[str]) -> dict[str, list[str]]:
     return table
 
 
-def _located(names: Collection[str], modules: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Split each name into the longest module that it lies in, and the rest."""
+def _located(names: Collection[str], modules: Collection[str], state: State) -> dict[str, tuple[str, str]]:
+    """Split each name into the longest module that it lies in, and the rest; an error tells what `state` is."""
     found: dict[str, tuple[str, str]] = {}
     for name in names:
         module = name
@@ -136,7 +136,8 @@ def _located(names: Collection[str], modules: Collection[str]) -> dict[str, tupl
         found[name] = module, name.removeprefix(module)
     if unknown := [name for name, (module, _) in found.items() if not module]:
         listed = keys.listing("names without a counterpart", unknown)
-        raise CheckpointError(f"cannot be converted\n{listed}\ndo: pass Paint by Example or Stable Diffusion 1")
+        remedy = keys.misfit(state, "pass Paint by Example or Stable Diffusion 1")
+        raise CheckpointError(f"cannot be converted\n{listed}\ndo: {remedy}")
     return found
 
 

@@ -4,6 +4,7 @@ The published model's names are the file format. Modules use the same names exce
 project's trainer wrote hold module names.
 """
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from ldm.checkpoint.io import CheckpointError
 from ldm.config import ScheduleConfig
 from ldm.diffusion import make_schedule
+
+log = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
 Shapes = Mapping[str, Sequence[int]]
@@ -42,7 +45,12 @@ EMA_COUNTERS = (EMA + "decay", EMA + "num_updates")
 LORA_BASE = ".base_layer.weight"
 LORA_PARTS = (".lora_A.default.weight", ".lora_B.default.weight")
 
+V_PREDICTION = "v_pred"  # a name that marks models that predict v
+
 SCHEDULE_BUFFERS = tuple(make_schedule(ScheduleConfig()).buffers())
+
+# What other trainers and programs put beside the weights without effect on them, as a marker or for themselves.
+_EXTRAS = ("embedding_manager.", "denoiser.", V_PREDICTION, "ztsnr", "edm_", "logvar")
 
 # In files of 2022 the text tower's names lack the level `text_model`; this one tells them from an image tower's.
 _BARE_TEXT = TOWER + "embeddings.token_embedding.weight"
@@ -52,19 +60,27 @@ _NEW_MODULES = ("cond_stage_model.reduce.", "cond_stage_model.mapper.", "cond_st
 NEW_PARTS = (*_NEW_MODULES, "proj_out.", "learnable_vector")
 
 
-def to_module_keys(state: State, *, use_ema: bool = False) -> dict[str, Tensor]:
-    """Rename a file's tensors to the names that the modules use; `use_ema` as in `swap_in_ema`."""
-    state = _with_text_level(merge_lora(swap_in_ema(state) if use_ema else state))
-    # Averaged weights stay where they are alone, for `check_keys` to tell.
-    averaged = (EMA,) if holds(state, UNET) else EMA_COUNTERS
-    unused = (POSITION_IDS, TEXT_POSITION_IDS, *averaged)
-    return {_renamed(name, RENAMED): tensor for name, tensor in state.items() if not name.startswith(unused)}
+def to_module_keys(state: State, *, use_ema: bool = False, expected: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Rename a file's tensors to the names that the modules use; `use_ema` as in `swap_in_ema`.
+
+    Where averaged weights are there alone, they become the weights if the names `expected` by the modules are given.
+    """
+    state = with_text_level(merge_lora(swap_in_ema(state) if use_ema else state))
+    if not holds(state, UNET):
+        dotless = {_averaged(name): name for name in expected if name.startswith(UNET)}
+        if dotless and dotless.keys() <= state.keys():
+            log.warning("took the averaged weights (%s*): the file holds no others of the UNet", EMA)
+            state = {dotless.get(name, name): tensor for name, tensor in state.items()}
+    if extras := [name for name in state if name.startswith(_EXTRAS)]:
+        log.warning("left out what this model has no use for: %s", ", ".join(extras[:5]))
+    unused = (POSITION_IDS, TEXT_POSITION_IDS, *_EXTRAS)
+    return {_renamed(name, RENAMED): x for name, x in drop_ema(state).items() if not name.startswith(unused)}
 
 
 def to_file_keys(state: State) -> dict[str, Tensor]:
     """Rename a module's tensors to the published names and add `position_ids` (1, N) int64."""
     renames = [*((file, file) for file, _ in RENAMED), *((module, file) for file, module in RENAMED)]
-    renamed = {_renamed(name, renames): tensor for name, tensor in _with_text_level(state).items()}
+    renamed = {_renamed(name, renames): tensor for name, tensor in with_text_level(state).items()}
     for name in (POSITION_IDS, TEXT_POSITION_IDS):
         if (table := renamed.get(name.replace("position_ids", "position_embedding.weight"))) is not None:
             renamed[name] = torch.arange(len(table), device=table.device)[None]
@@ -75,15 +91,30 @@ def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
     return next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
 
 
-def _with_text_level(state: State) -> State:
+def _averaged(name: str) -> str:
+    return EMA + name.removeprefix("model.").replace(".", "")
+
+
+def with_text_level(state: State, like: State | None = None) -> State:
+    """Rename the text tower of a file of 2022 to today's names; with `like`, to those of that file."""
+    if _BARE_TEXT in (like or {}):
+        return {_renamed(name, [(TEXT_TOWER, TOWER)]): x for name, x in state.items()}
     return {_renamed(name, [(TOWER, TEXT_TOWER)]): x for name, x in state.items()} if _BARE_TEXT in state else state
+
+
+def drop_ema(state: State) -> dict[str, Tensor]:
+    """Leave out averaged weights, unless they are the UNet's only ones."""
+    unused = (EMA,) if holds(state, UNET) else EMA_COUNTERS
+    return {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
 
 
 def swap_in_ema(state: State) -> dict[str, Tensor]:
     """Replace the UNet's last weights by its averaged ones and drop `model_ema.*`; refuse if one is missing."""
+    if not holds(state, UNET) and holds(state, EMA):
+        raise CheckpointError(misfit(state))
     swapped = {name: tensor for name, tensor in state.items() if not name.startswith(EMA)}
     for name in [name for name in swapped if name.startswith("model.")]:
-        ema_name = EMA + name.removeprefix("model.").replace(".", "")
+        ema_name = _averaged(name)
         if ema_name not in state:
             raise CheckpointError(f"the checkpoint has no averaged (EMA) weight {ema_name}; load it without EMA")
         swapped[name] = state[ema_name]
@@ -152,17 +183,14 @@ def listing(what: str, names: Sequence[str], limit: int = 10) -> str:
 
 def _remedy(expected: Shapes, got: State, num_mismatched: int) -> str:
     """Say what a file is that does not fit, and what to do about it."""
-    if holds(got, EMA):
-        return f"the UNet's weights are there averaged alone ({EMA}*); pass the file with both kinds"
-    for wrapper in ("_orig_mod.", "module."):  # torch.compile's and DistributedDataParallel's
-        if any(f".{wrapper}" in f".{name}" for name in got):
-            return f"its names have the part {wrapper} of a wrapper; save the state_dict() of the module inside"
-    kind = identify(to_file_keys(got))
+    state = to_file_keys(got)
+    kind = identify(state)
     what = kind if INPUT_CONV in expected else ""
+    if what and next_step(kind):
+        return misfit(state)
     channels = got[INPUT_CONV].shape[1] if INPUT_CONV in got else 0
-    version_1 = what and not what.startswith(("Stable Diffusion 2", "SDXL"))
-    narrow = version_1 and channels == 4 != expected[INPUT_CONV][1]
-    text, reads_text = version_1 and holds(got, TEXT_MODULE, TEXT_TOWER), holds(expected, TEXT_MODULE)
+    narrow = what and channels == 4 != expected[INPUT_CONV][1]
+    text, reads_text = what and holds(got, TEXT_MODULE, TEXT_TOWER), holds(expected, TEXT_MODULE)
     modify = "python scripts/modify_checkpoints.py IN OUT"
     remedies = (  # the first that applies counts
         (narrow and reads_text, f"give it nine input channels with `{modify} --in-channels 9`, and train those"),
@@ -172,14 +200,22 @@ def _remedy(expected: Shapes, got: State, num_mismatched: int) -> str:
         ),
         (text and not reads_text and channels == 9, "it reads text, so use it with configs/inpaint-text.yaml"),
         ((text or narrow) and not reads_text, f"train it further: `{modify} --clip openai/clip-vit-large-patch14`"),
-        (what.startswith("IC-Light"), "add it to a model: `python scripts/merge_checkpoints.py offset BASE DELTA OUT`"),
-        (what.startswith("diffusers"), "convert its folder: `scripts/convert_checkpoint.py IN OUT --to original`"),
-        (what.startswith(("CLIP", "VAE")), "pass a checkpoint of the whole model"),
         (num_mismatched > len(expected) // 10, "the config describes a model of another size; pass the file's own"),
         (True, "pass the checkpoint that belongs to this config"),
     )
     remedy = next(remedy for applies, remedy in remedies if applies)
     return remedy if kind.startswith("unknown") else f"this is {kind}; {remedy}"
+
+
+def misfit(state: State, otherwise: str = "pass a checkpoint of the whole model") -> str:
+    """Say in a line what a file is that cannot be used in some place, and the next step."""
+    kind = identify(state)
+    return f"this is {kind}; {next_step(kind) or otherwise}"
+
+
+def next_step(kind: str) -> str:
+    """Return what to do with a file of a kind (`identify`) that is no model of this project, or ""."""
+    return next((step for start, step in _STEPS.items() if kind.startswith(start)), "")
 
 
 CONTROL = ("control_model.", "input_hint_block.", "controlnet_cond_embedding.")  # names of ControlNets begin so
@@ -190,7 +226,32 @@ _WIDE = {
     9: "inpainting (9 input channels)",
     12: "with 12 input channels (IC-Light fbc)",
 }
-_LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te)")
+_LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te|transformer)|\.(?:hada|lokr)_w")
+_KINDS = {  # beginning of a name => kind of a file that is no UNet of Stable Diffusion
+    rf"(?:{UNET})?double_blocks\.\d+\.img_attn|single_transformer_blocks\.": "Flux",
+    rf"(?:{UNET})?joint_blocks\.|transformer_blocks\.\d+\.attn\.add_q_proj": "Stable Diffusion 3",
+    r"image_proj(?:_model)?\.|ip_adapter\.": "IP-Adapter",
+    r"(?:adapter\.)?body\.\d+\.(?:block1|in_conv|resnets)\b": "T2I adapter",
+    r"string_to_param\.|emb_params$|clip_[lg]$|<[^>]*>$": "textual inversion (embeddings of words)",
+    r"(?:model\.)?1\.sub\.\d+\.|conv_first\.|RRDB_trunk\.|body\.\d+\.(?:rdb1|weight)": "ESRGAN, an upscaler",
+    r".*\.motion_modules\.": "AnimateDiff's motion modules",
+}
+ADDITIONS = ("LoRA", "ControlNet", "IP-Adapter", "T2I adapter", "textual inversion", "AnimateDiff")  # to a model
+_FOREIGN = "no model here is of this kind; pass Paint by Example, or Stable Diffusion 1 and what is made from it"
+_UNUSED = "it is not used here; pass a checkpoint of the whole model"
+_STEPS = {  # beginning of a kind that is no model here => what to do with such a file; the first counts
+    **dict.fromkeys(("SDXL", "Stable Diffusion 2", "Stable Diffusion 3", "Flux", "unknown (another"), _FOREIGN),
+    **dict.fromkeys(("diffusers component: UNet of S" + x for x in ("DXL", "table Diffusion 2")), _FOREIGN),
+    "LoRA": "merge it into its model with the program that made it, and pass the result",
+    "ControlNet, CompVis' names, with": "take the model's own file; this one goes beside it, as --control",
+    "ControlNet": "pass it as --control, beside a model that reads text",
+    **dict.fromkeys(("IP-Adapter", "T2I adapter", "textual inversion", "ESRGAN", "AnimateDiff"), _UNUSED),
+    "IC-Light": "add it to a model: `python scripts/merge_checkpoints.py offset BASE DELTA OUT`",
+    "averaged": f"the UNet's weights are there averaged alone ({EMA}*); pass the file with both kinds",
+    "asymmetric VAE": "pass it as --decoder, beside a checkpoint of the whole model",
+    "diffusers": "convert its folder: `python scripts/convert_checkpoint.py IN OUT --to original`",
+    **dict.fromkeys(("CLIP", "VAE"), "it is a part; pass a checkpoint of the whole model"),
+}
 _IC_LIGHT = {8: "fc", 12: "fbc"}  # by input channels
 _OUTPUT_CONVS = (UNET + "out.2.weight", "conv_out.weight")  # in either layout
 _LAST_GAINS = (UNET + "out.0.weight", "conv_norm_out.weight")  # of the last norm, in either layout
@@ -216,6 +277,8 @@ _PARTS = (
 def identify(state: State) -> str:
     """Say what a checkpoint is in a few words, by names and shapes; `unknown` where they tell nothing."""
     averaged = holds(state.keys() - set(EMA_COUNTERS), EMA)  # pruned files may keep the counters
+    if averaged and not holds(state, UNET):
+        return "averaged weights (EMA) alone, without those of the last step"
     return _kind(state) + (", training checkpoint with averaged weights (EMA)" if averaged else "")
 
 
@@ -266,18 +329,21 @@ def holds(state: Iterable[str], *prefixes: str) -> bool:
 
 
 def _kind(state: State) -> str:
+    if not holds(state, UNET) and any(_LORA.search(name) for name in state):
+        return "LoRA (low-rank additions, not a model by itself)"
     if holds(state, *CONTROL):
         layout = "diffusers" if holds(state, "controlnet_cond_embedding.") else "CompVis' names"
         return f"ControlNet, {layout}" + (", with the model that it controls" if holds(state, UNET) else "")
+    for pattern, kind in _KINDS.items():
+        if any(re.match(pattern, name) for name in state):
+            return kind
     unet = family(state)
     if INPUT_CONV in state or holds(state, UNET):
         if holds(state, "cond_stage_model.mapper.", FILE_TOWER, "learnable_vector"):
             return "Paint by Example"
         if INPUT_CONV in state:
             return _with_width(unet or "another UNet", state[INPUT_CONV].shape[1])
-        return unet or "unknown (another architecture)"  # Flux and SD3 also call theirs `model.diffusion_model`
-    if any(_LORA.search(name) for name in state):
-        return "LoRA (low-rank additions, not a model by itself)"
+        return unet or "unknown (another architecture)"  # others also call theirs `model.diffusion_model`
     if any(re.match(_CONDITION_BRANCH, name) for name in state):
         return "asymmetric VAE (its decoder sees the unmasked pixels)"
     if DIFFUSERS_INPUT_CONV in state and holds(state, "down_blocks."):
@@ -285,12 +351,12 @@ def _kind(state: State) -> str:
         if channels in _IC_LIGHT and is_difference(state):
             return f"IC-Light offset, {_IC_LIGHT[channels]} ({channels} input channels; to be added to a UNet)"
         return _with_width("diffusers component: UNet" + (f" of {unet}" if unet else ""), channels)
-    clip = "CLIP" if holds(state, "text_model.") else "CLIP's image tower"
+    clip = "CLIP" if holds(state, "text_model.", "token_embedding.") else "CLIP's image tower"
     kinds = {  # the first whose names are there
         ("encoder.down_blocks.",): "diffusers component: VAE",
         ("encoder.down.", f"{FIRST_STAGE}encoder.", "encoder.conv_in."): "VAE only, CompVis' names",
         ("uncond_vector",): "diffusers component: image encoder of Paint by Example",
-        ("vision_model.", "embeddings.patch_embedding."): clip,
+        ("vision_model.", "embeddings.patch_embedding.", "visual."): clip,
         ("text_model.", "embeddings.token_embedding."): "diffusers component: text encoder",
         ("down_blocks.", "mid_block.", "up_blocks.", "conv_in."): "diffusers component: part of a UNet",
     }

@@ -155,12 +155,15 @@ def multipliers_of(names: Collection[str], multiplier: float, blocks: Mapping[st
 def _matched(first: Source, *others: Source, differences: bool = False) -> tuple[Source, ...]:
     """Refuse what does not belong together; rename the others to the first one's layout, published or diffusers'."""
     sources = (first, *others)
-    additions = [next((k for k in ("LoRA", "ControlNet") if keys.identify(s.state).startswith(k)), "") for s in sources]
+    kinds = [keys.identify(source.state) for source in sources]
+    additions = [next((what for what in keys.ADDITIONS if kind.startswith(what)), "") for kind in kinds]
     for (label, state), kind in zip(sources, additions, strict=True):
         if keys.is_difference(state) and (state is first.state or not differences):
             raise CheckpointError(f"{label} is a difference of two networks; add it to one (offset BASE DELTA OUT)")
         if kind and len(set(additions)) > 1 and INPUT_CONV not in state:  # a ControlNet's file may hold both
             raise CheckpointError(f"{label} is a {kind}, no model by itself; pass the checkpoint of a model")
+        if keys.identify(state).startswith("averaged"):
+            raise CheckpointError(f"{label}: {keys.misfit(state)}")
         if keys.holds(state.keys() - set(keys.EMA_COUNTERS), EMA):
             raise CheckpointError(f"{label} holds its UNet twice, also averaged ({EMA}*); choose with --ema")
     for other in others:
@@ -188,6 +191,7 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
 
 
 def _named_like(first: Source, other: Source) -> Source:
+    other = Source(other.label, keys.with_text_level(other.state, like=first.state))
     if INPUT_CONV in first.state and DIFFUSERS_INPUT_CONV in other.state:
         return Source(other.label, to_original({"unet": other.state}))
     if DIFFUSERS_INPUT_CONV in first.state and INPUT_CONV in other.state:
@@ -220,7 +224,8 @@ def _common_names(a: Source, *others: Source) -> list[str]:
             lines.append(keys.listing(f"of another shape in {label}", differing))
     if lines or not names:
         what = "\n".join(lines) or "  no weight has the same name in all"
-        remedy = "do: pass checkpoints of one model, or merge a part alone (--only unet)"
+        kinds = ", ".join(f"{label} is {keys.identify(state)}" for label, state in sources)
+        remedy = f"do: pass checkpoints of one model, or merge a part alone (--only unet); {kinds}"
         raise CheckpointError(f"the checkpoints do not fit each other\n{what}\n{remedy}")
     return names
 
@@ -237,7 +242,7 @@ def input_conv(state: State) -> str:
     for key in INPUT_CONVS:
         if key in state and state[key].ndim == 4:
             return key
-    raise CheckpointError(f"no convolution {' or '.join(INPUT_CONVS)}; pass Stable Diffusion, or the UNet of diffusers")
+    raise CheckpointError(f"no convolution {' or '.join(INPUT_CONVS)}; {keys.misfit(state)}")
 
 
 def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = None) -> dict[str, Tensor]:
@@ -271,13 +276,16 @@ def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
 
     `clip_state` is `CLIPModel` or `CLIPVisionModel` of transformers. A UNet of the full size needs ViT-L/14.
     """
+    if step := keys.next_step(kind := keys.identify(state)):
+        raise CheckpointError(f"an image tower has no place in it: this is {kind}; {step}")
     level = "vision_model." if keys.holds(clip_state, "vision_model.") else ""
     bare = {name.removeprefix(level): tensor for name, tensor in clip_state.items() if name.startswith(level)}
     tower = {name: bare[name] for name in bare if name.startswith(_TOWER_PARTS) and not name.endswith("position_ids")}
     layers = len({name.split(".")[2] for name in tower if name.startswith("encoder.layers.")})
     patches, positions = (tower.get(f"embeddings.{x}.weight") for x in ("patch_embedding", "position_embedding"))
     if patches is None or positions is None or not layers or len(tower) != 7 + 16 * layers:
-        raise CheckpointError(f"no complete CLIP image tower: {len(tower)} tensors, {layers} layers; pass a CLIPModel")
+        what = f"{len(tower)} tensors, {layers} layers, in {keys.identify(clip_state)}"
+        raise CheckpointError(f"no complete CLIP image tower: {what}; pass a CLIPModel")
     size = {"width": len(patches), "layers": layers, "patch": patches.shape[-1], "positions": len(positions)}
     if INPUT_CONV in state and len(state[INPUT_CONV]) == _FULL_SIZE and size != _VIT_L_14:
         got, expected = (", ".join(f"{what} {value}" for what, value in sizes.items()) for sizes in (size, _VIT_L_14))

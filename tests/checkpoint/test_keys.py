@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm.checkpoint.convert import to_diffusers
 from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import (
     EMA_COUNTERS,
@@ -16,9 +17,12 @@ from ldm.checkpoint.keys import (
     POSITION_IDS,
     SCHEDULE_BUFFERS,
     check_keys,
+    identify,
+    swap_in_ema,
     to_file_keys,
     to_module_keys,
 )
+from ldm.checkpoint.merge import add_clip_tower
 
 
 def layout(state: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -76,6 +80,29 @@ def test_averaged_weights_that_are_not_there() -> None:
         to_module_keys(state, use_ema=True)
 
 
+def test_averaged_weights_alone_become_the_weights(sd_full_ema: dict[str, Tensor]) -> None:
+    alone = {name: x for name, x in sd_full_ema.items() if not name.startswith("model.diffusion_model.")}
+    expected = to_module_keys(sd_full_ema, use_ema=True)
+    got = to_module_keys(alone, expected=expected)
+    assert got.keys() == expected.keys()
+    assert all(got[name] is expected[name] for name in expected)
+    for refused in (alone, {name: x for name, x in alone.items() if not name.endswith("out2bias")}):
+        names = list(expected) if refused is not alone else []
+        left = to_module_keys(refused, expected=names)
+        assert identify(left).startswith("averaged")
+        with pytest.raises(CheckpointError, match=r"this is averaged weights .*model_ema\."):
+            check_keys({name: x.shape for name, x in expected.items()}, left)
+    with pytest.raises(CheckpointError, match=r"this is averaged weights"):
+        swap_in_ema(alone)
+
+
+def test_what_other_programs_add_is_left_out_with_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    extras = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0), "denoiser.sigmas": torch.zeros(3)}
+    extras["embedding_manager.x"] = torch.zeros(2)
+    assert list(to_module_keys({INPUT_CONV: torch.zeros(1), **extras})) == [INPUT_CONV]
+    assert all(name in caplog.text for name in extras)
+
+
 def test_a_checkpoint_that_fits(official: dict[str, Tensor]) -> None:
     modules = to_module_keys(official)
     expected = {name: tensor.shape for name, tensor in modules.items()}
@@ -110,17 +137,46 @@ def test_every_kind_of_difference_is_listed() -> None:
         (["vision_model.post_layernorm.weight"], "CLIP's image tower; "),
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], "VAE only"),
         (["first_stage_model.encoder.conv_in.weight"], "VAE only"),
-        (["module.proj_out.weight"], r"module\."),
-        (["model.diffusion_model._orig_mod.out.0.weight"], r"_orig_mod\."),
         (["model_ema.diffusion_modelout0weight", "first_stage_model.encoder.conv_in.weight"], r"model_ema\."),
         (["lora_unet_down_blocks_0.lora_up.weight"], "LoRA"),
-        (["control_model.input_hint_block.0.weight"], "ControlNet"),
+        (["control_model.input_hint_block.0.weight"], "ControlNet.*--control"),
+        (["decoder.encoder.layers.0.weight"], "asymmetric VAE.*--decoder"),
+        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "Flux; no model here"),
+        (["model.diffusion_model.joint_blocks.0.x.weight"], "Stable Diffusion 3; no model here"),
+        (["image_proj.proj.weight"], "IP-Adapter"),
+        (["adapter.body.0.in_conv.weight"], "T2I adapter"),
+        (["string_to_param.*"], "textual inversion"),
+        (["conv_first.weight"], "ESRGAN"),
     ],
 )
 def test_known_files_are_recognised(official: dict[str, Tensor], names: list[str], remedy: str) -> None:
     expected = {name: tensor.shape for name, tensor in to_module_keys(official).items()}
     with pytest.raises(CheckpointError, match=f"do: .*{remedy}"):
         check_keys(expected, to_module_keys({name: torch.zeros(1) for name in names}))
+
+
+@pytest.mark.parametrize(("width", "kind"), [(1024, "Stable Diffusion 2"), (2048, "SDXL")])
+@pytest.mark.parametrize("channels", [4, 9])
+def test_other_families_get_no_advice_that_cannot_work(
+    official: dict[str, Tensor], width: int, kind: str, channels: int
+) -> None:
+    """Their towers and contexts are others, so neither more channels nor a CLIP tower makes them fit."""
+    state = {
+        INPUT_CONV: torch.zeros(320, channels, 3, 3),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, width),
+        "cond_stage_model.model.ln_final.bias" if width == 1024 else "conditioner.embedders.0.x": torch.zeros(1),
+    }
+    assert identify(state).startswith(kind)
+    for reads_text in (False, True):
+        expected = {name: x.shape for name, x in to_module_keys(official).items()}
+        expected |= {"text_encoder.transformer.final_layer_norm.weight": (768,)} if reads_text else {}
+        with pytest.raises(CheckpointError, match=f"this is {kind}") as caught:
+            check_keys(expected, to_module_keys(state))
+        assert "modify_checkpoints" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=f"this is {kind}"):
+        to_diffusers(state)
+    with pytest.raises(CheckpointError, match=f"this is {kind}"):
+        add_clip_tower(state, {name: x for name, x in official.items() if ".vision_model." in name})
 
 
 def test_four_channels_and_other_sizes_are_recognised(official: dict[str, Tensor]) -> None:

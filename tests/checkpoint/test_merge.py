@@ -221,12 +221,40 @@ def with_gains(seed: int, gain: float) -> State:
         (checkpoint(1, 9), checkpoint(2), with_gains(3, 0.01), "C is a difference of two networks.*offset BASE"),
         (checkpoint(1, 9), {"lora_unet_x.lora_up.weight": torch.ones(2, 1)}, checkpoint(3), "B is a LoRA"),
         (checkpoint(1, 9), checkpoint(2), {"input_hint_block.0.weight": torch.ones(1)}, "C is a ControlNet"),
+        (checkpoint(1, 9), {"image_proj.proj.weight": torch.ones(1)}, checkpoint(3), "B is a IP-Adapter"),
+        (checkpoint(1, 9), {"emb_params": torch.ones(1, 768)}, checkpoint(3), "B is a textual inversion"),
+        (checkpoint(1, 9), {EMA + "diffusion_modelx": torch.ones(1)}, checkpoint(3), "B: this is averaged weights"),
     ],
 )
 def test_mistakes_are_caught_by_name(a: State, b: State, c: State, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         add_difference(source("A", a), source("B", b), source("C", c))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("old", ["A", "B", "C", "ABC", "BC"])
+def test_text_towers_of_2022_merge(old: str) -> None:
+    """Their names lack a level; the result has A's."""
+    tower = "cond_stage_model.transformer."
+    draws = torch.randn(3, 9, 8)
+    names = {label: tower + ("" if label in old else "text_model.") + "embeddings." for label in "ABC"}
+    states = {
+        label: checkpoint(i, 9 if label == "A" else 4) | {names[label] + "token_embedding.weight": draws[i]}
+        for i, label in enumerate("ABC")
+    }
+    merge = add_difference(*(source(label, state) for label, state in states.items()))
+    result = dict(merged(merge, multipliers_of(merge.names, 1.0, {})))
+    assert list(result) == list(states["A"])
+    torch.testing.assert_close(result[names["A"] + "token_embedding.weight"], draws[0] + draws[1] - draws[2])
+
+
+def test_files_of_other_kinds_are_named() -> None:
+    for other, kind in (
+        ({UNET + "double_blocks.0.img_attn.x": torch.ones(1)}, "Flux"),
+        ({"conv_first.x": torch.ones(1)}, "ESRGAN"),
+    ):
+        with pytest.raises(CheckpointError, match=f"B is {kind}"):
+            weighted_sum(source("A", checkpoint(1)), source("B", other))
 
 
 def test_other_names_and_shapes_are_listed() -> None:
