@@ -405,7 +405,7 @@ def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> Autoencoder
     last = state.get("decoder.conv_out.weight")
     if last is None or not any(name.startswith(CONDITION_ENCODER) for name in state):
         kind = identify(state)
-        raise CheckpointError(f"{file}: no mask-conditioned decoder (docs/asymmetric.md); this is {kind}")
+        raise CheckpointError(f"{file}: holds no mask-conditioned decoder (docs/asymmetric.md); this is {kind}")
     config, dtype = first_stage.config, first_stage.quant_conv.weight.dtype
     width = last.shape[1] / (config.ch * config.ch_mult[0])
     blocks = {name.split(".")[4] for name in state if name.startswith("decoder.up.0.block.")}
