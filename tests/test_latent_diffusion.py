@@ -295,14 +295,17 @@ def test_what_all_steps_share_is_computed_once(
 
 
 class Operations(TorchDispatchMode):
-    """Notes the names of the operations within it."""
+    """Notes the names of the operations within it; indexing by a mask, which counts it, is `nonzero`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func._schema.name)
+        is_masked = func is torch.ops.aten.index.Tensor and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        self.names.add("aten::nonzero" if is_masked else func._schema.name)
         return func(*args, **(kwargs or {}))
 
 
