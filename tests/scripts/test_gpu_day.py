@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
+import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 import tarfile
+import traceback
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import numpy as np
 import pytest
@@ -22,6 +30,16 @@ from scripts.pipeline import ROOT, Step
 from scripts.scenes import pack
 from scripts.scenes.compose import find_pictures
 from tests.material import make_material
+
+# What most steps of a day import.
+IMPORTED_ONCE = (
+    "ldm.training.cli",
+    "ldm.training.run",
+    "ldm.data.datamodule",
+    "ldm.editing.editor",
+    "scripts.evaluate",
+)
+IMPORTED_ONCE += ("ldm.evaluation.benchmark", "ldm.evaluation.evaluate", "matplotlib.figure", "jinja2", "rich.table")
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +173,65 @@ def test_what_is_missing_is_told(packed: Path, tmp_path: Path, capsys: pytest.Ca
     assert gpu_day.main([*words, str(packed)]) == 0  # this Python has the packages
 
 
+def _run_script(words: list[str], folder: Path, output: int) -> None:
+    """Run a script, or a module, as `python` does, with its output in an open file."""
+    os.setsid()
+    os.chdir(folder)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
+    code: object = 1
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            code = runpy.run_module(words[1], run_name="__main__", alter_sys=True) and 0
+        else:
+            sys.argv = words
+            sys.path.insert(0, str(Path(words[0]).parent))
+            code = runpy.run_path(words[0], run_name="__main__") and 0
+    except SystemExit as stopped:
+        code = stopped.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))  # without joining threads, which are not copied
+
+
+class Forked:
+    """Stands for `subprocess.Popen`: copies of this process, which spare the steps the seconds of their imports."""
+
+    def __init__(self, command: list[str], cwd: Path, stdout: IO[bytes], **_: object) -> None:
+        run = (command[1:], cwd, stdout.fileno())
+        self._process = multiprocessing.get_context("fork").Process(target=_run_script, args=run)
+        self._process.start()
+        self.pid = self._process.pid
+        self.terminate = self._process.terminate
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+
 @pytest.mark.slow
-def test_a_day_at_tiny_size(packed: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its steps by forking")
+def test_a_day_at_tiny_size(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From material to figures, everything that does not need a GPU."""
     out = tmp_path / "out"
+    for name in IMPORTED_ONCE:
+        importlib.import_module(name)
+    monkeypatch.setattr(gpu_day, "subprocess", SimpleNamespace(Popen=Forked))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which the day extends
+    handler = signal.getsignal(signal.SIGTERM)
     words = ["--tiny", "--device", "cpu", "--minutes", "10", "--skip", "tests", "speed", "--material", str(packed)]
-    command = [str(ROOT / "scripts" / "gpu_day.py"), *words, "--out", str(out), "--wheels", str(tmp_path)]
-    subprocess.run([sys.executable, *command], check=True, timeout=600)
+    try:
+        assert gpu_day.main([*words, "--out", str(out), "--wheels", str(tmp_path)]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     lines = (out / "day.log").read_text().splitlines()
     assert not [line for line in lines if re.search("failed|left out|out of time", line)]
     assert len(list(out.iterdir())) <= gpu_day.FILES
