@@ -168,9 +168,15 @@ def gradient(size: tuple[int, int], light: str, levels: tuple[int, int]) -> Imag
 
 
 def working_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
-    """Return the (W, H) with an image's aspect ratio and about `image_size`^2 pixels, in multiples of 64."""
+    """Return the (W, H) with an image's aspect ratio and about `image_size`^2 pixels, in multiples of 64.
+
+    UserError if the image is so thin that the multiples make more than four times as many.
+    """
     scale = image_size / (size[0] * size[1]) ** 0.5
-    return _multiples((size[0] * scale, size[1] * scale))
+    width, height = _multiples((size[0] * scale, size[1] * scale))
+    if width * height > 4 * image_size**2:
+        raise UserError(f"the foreground is {size[0]} x {size[1]}, too thin for the model; crop it, or give a size")
+    return width, height
 
 
 def _multiples(size: Sequence[float]) -> tuple[int, int]:

@@ -244,6 +244,9 @@ def test_images() -> None:
         levels = np.asarray(lights)[..., 0]
         assert lights.getpixel(lit) == (224,) * 3 == (levels.max(),) * 3 and levels.min() == 32, light
     assert working_size((3000, 2000), 512) == (640, 448)
+    for thin in ((60000, 3), (1, 5000)):
+        with pytest.raises(UserError, match=f"{thin[0]} x {thin[1]}"):
+            working_size(thin, 512)
     with pytest.raises(UserError, match="foreground"):
         on_grey(half, Image.new("L", (4, 4)))
     with pytest.raises(UserError, match="9 x 3, the foreground 4 x 4"):
