@@ -21,7 +21,8 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensor
 from ldm.checkpoint.keys import FIRST_STAGE, UNET, State
 from ldm.config import ModelConfig, ScheduleConfig
 from ldm.diffusion import make_schedule
-from ldm.files import write_text
+from ldm.files import UserError, write_text
+from ldm.files import read_json as read_any_json
 
 Components = dict[str, dict[str, Tensor]]  # component of the folder => its tensors
 Json = dict[str, Any]
@@ -149,8 +150,8 @@ STEMS = {"unet": _STEM, "vae": _STEM, "image_encoder": "model", "text_encoder": 
 def read_json(path: Path) -> Json:
     """Read a mapping from a JSON file."""
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, TypeError, ValueError) as error:
+        return {**read_any_json(path)}
+    except (UserError, TypeError) as error:
         raise CheckpointError(f"{path}: not a mapping in JSON ({error}); copy the folder again") from error
 
 
@@ -166,8 +167,9 @@ def weight_files(folder: Path) -> list[Path]:
             return [path]
         for name in (f"{stem}.{kind}.index{variant}.json", f"{stem}.{kind}{variant}.index.json"):
             if (index := folder / name).is_file():
-                if shards := sorted({folder / name for name in read_json(index).get("weight_map", {}).values()}):
-                    return shards
+                shards = read_json(index).get("weight_map")
+                if isinstance(shards, dict) and shards:
+                    return sorted({folder / str(name) for name in shards.values()})
                 raise CheckpointError(f"{index}: names no files in weight_map; copy the folder again")
     raise CheckpointError(f"{folder}: no weights in this folder; pass a folder that diffusers or transformers saved")
 
@@ -216,9 +218,6 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
     The components decide the pipeline, Paint by Example or Stable Diffusion; they must be complete and fit the config.
     """
     check_family(components, {})
-    for name, tensor in _NEEDED.items():
-        if name in components and tensor not in components[name]:
-            raise CheckpointError(f"incomplete: its {name} lacks {tensor!r}; pass a whole model")
     values = _values(model, components)
     for name, section, levels in (("unet", "unet", "down_blocks"), ("vae", "first_stage", "encoder.down_blocks")):
         firsts = [f"{levels}.{level}.resnets.0.conv1.weight" for level in range(100)]
@@ -294,7 +293,10 @@ def check_counterpart(model: ModelConfig, state: State) -> None:
 
 
 def check_family(components: Components, configs: Mapping[str, Json]) -> None:
-    """Refuse components with settings of another family than Stable Diffusion 1: their tensors mean something else."""
+    """Refuse components that are incomplete or of another family than Stable Diffusion 1: their tensors mean others."""
+    for name, tensor in _NEEDED.items():
+        if name in components and tensor not in components[name]:
+            raise CheckpointError(f"incomplete: its {name} lacks {tensor!r}; pass a whole model")
     for part in components:
         family = {key: value for key, value in _TEMPLATES[f"{part}/config.json"].items() if key in _FAMILY_KEYS}
         for key, value in (family | {"use_linear_projection": False}).items():

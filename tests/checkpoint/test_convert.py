@@ -427,10 +427,35 @@ def test_full_precision_goes_first(names: list[str], taken: str, tmp_path: Path)
 
 def test_an_index_without_files(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
-    for content in ('{"weight_map": {}}', "{}", "[]", "{"):
+    for content in (
+        '{"weight_map": {}}',
+        '{"weight_map": []}',
+        '{"weight_map": 3}',
+        '{"weight_map": null}',
+        "{}",
+        "[]",
+        "{",
+    ):
         index.write_text(content)
         with pytest.raises(CheckpointError, match=re.escape(str(index))):
             weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(("component", "name"), [("unet", "conv_in.weight"), ("vae", "decoder.conv_out.weight")])
+def test_a_folder_whose_shards_lack_a_weight(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], component: str, name: str
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(converted, folder)
+    path = next((folder / component).glob("*.safetensors"))
+    state = read_checkpoint(path)
+    path.unlink()
+    save_file({n: x for n, x in state.items() if n != name}, folder / component / "shard.safetensors")
+    index = json.dumps({"weight_map": dict.fromkeys(state, "shard.safetensors")})
+    (folder / component / f"{path.stem}.safetensors.index.json").write_text(index, encoding="utf-8-sig")
+    assert main([str(folder), str(tmp_path / "out.safetensors"), "--to", "original"]) == 2
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_the_bundled_model_runs_here_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
