@@ -235,22 +235,43 @@ def fork() -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
-def train_in_two(fork: Callable[..., Any]) -> Callable[..., None]:
-    """Runs a training command in two processes, over gloo on the loopback device."""
+def fork_two(fork: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """Starts a training command in two processes, over gloo on the loopback device."""
 
-    def run(*words: str) -> None:
+    def start(*words: str) -> list[Any]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         env |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
         words = (*words, "trainer.devices=2", "data.batch_size=1", "data.val_batch_size=1")
-        processes = [fork(words, **env, LOCAL_RANK=str(rank), RANK=str(rank)) for rank in (0, 1)]
+        return [fork(words, **env, LOCAL_RANK=str(rank), RANK=str(rank)) for rank in (0, 1)]
+
+    return start
+
+
+@pytest.fixture
+def train_in_two(fork_two: Callable[..., list[Any]]) -> Callable[..., None]:
+    """Runs a training command in two processes."""
+
+    def run(*words: str) -> None:
+        processes = fork_two(*words)
         for process in processes:
             process.join(300)
         assert [process.exitcode for process in processes] == [0, 0]
 
     return run
+
+
+ENDLESS = ("trainer.max_epochs=null", "trainer.max_steps=1000000", "logging.checkpoint_every=3")
+
+
+def wait_for_third_step(logdir: Path, is_alive: Callable[[], bool]) -> None:
+    """Wait until an `ENDLESS` run has taken three steps."""
+    deadline = time.monotonic() + 300
+    while not list(logdir.glob("*_run/checkpoints/step0000003.ckpt")):
+        assert is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -259,10 +280,9 @@ def main_process(command: list[str], tmp_path: Path) -> Iterator[Callable[..., s
     processes: list[subprocess.Popen[str]] = []
 
     def start(*words: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
-        endless = ["trainer.max_epochs=null", "trainer.max_steps=1000000", "logging.checkpoint_every=3"]
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
         process = subprocess.Popen(
-            [sys.executable, *launcher, "main.py", *command, *endless, *words],
+            [sys.executable, *launcher, "main.py", *command, *ENDLESS, *words],
             cwd=ROOT,
             env={**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
             stdout=subprocess.DEVNULL,
@@ -271,10 +291,7 @@ def main_process(command: list[str], tmp_path: Path) -> Iterator[Callable[..., s
             start_new_session=True,
         )
         processes.append(process)
-        deadline = time.monotonic() + 300
-        while not list(tmp_path.glob("*_run/checkpoints/step0000003.ckpt")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_third_step(tmp_path, lambda: process.poll() is None)
         return process
 
     yield start

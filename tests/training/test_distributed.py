@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import Fit, MakeConfig, column, last
+from tests.training.conftest import ENDLESS, Fit, MakeConfig, column, last, wait_for_third_step
 from tests.training.test_run import assert_gradients_close
 
 pytestmark = pytest.mark.slow
@@ -53,12 +53,16 @@ def test_a_killed_process_ends_the_other_with_a_message(launcher: str, main_proc
     assert launcher == "torchrun" or "Traceback" not in errors  # torchrun adds its own
 
 
-def test_a_signal_to_one_process_ends_both_at_a_logged_step(main_process: Callable[..., Any], tmp_path: Path) -> None:
-    two = ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=1")
-    process = main_process(*two, "trainer.log_every_n_steps=7", "trainer.limit_val_batches=0")
-    os.kill(children(process.pid)[-1], signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
+def test_a_signal_to_one_process_ends_both_at_a_logged_step(
+    fork_two: Callable[..., list[Any]], command: list[str], tmp_path: Path
+) -> None:
+    options = ("trainer.strategy=ddp", "trainer.log_every_n_steps=7", "trainer.limit_val_batches=0")
+    processes = fork_two(*command, *ENDLESS, *options)
+    wait_for_third_step(tmp_path, processes[0].is_alive)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [128 + signal.SIGTERM, 0]
     (run_dir,) = tmp_path.glob("*_run")
     step = last(run_dir)["global_step"]
     assert step % 7 == 0 or step % 3 == 0  # logged, or saved anyway

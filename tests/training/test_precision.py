@@ -76,9 +76,16 @@ def test_tf32_is_for_gpus_alone(make_config: MakeConfig, tmp_path: Path) -> None
     assert torch.equal(a @ b, exact)
 
 
-@pytest.mark.slow  # a minute of compiling
-def test_a_compiled_unet_trains_alike_and_its_run_goes_on_without(make_config: MakeConfig, tmp_path: Path) -> None:
-    """A UNet of one level, without validations, which would be compiled by themselves."""
+@pytest.mark.slow
+def test_a_compiled_unet_trains_alike_and_its_run_goes_on_without(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A UNet of one level, without validations, which would be compiled by themselves.
+
+    Its graphs, forward and backward, are captured as always; generating code for them would take a minute.
+    """
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
     unet = ("model.unet.channel_mult=[1]", "model.unet.attention_resolutions=[1]")
 
     def train(name: str, steps: int, *options: str, resume: Path | None = None) -> None:

@@ -69,6 +69,7 @@ def test_only_logged_steps_read_values(timesteps: str, fit: Fit, make_config: Ma
         "trainer.enable_progress_bar=true",
         "trainer.max_epochs=1",
         f"trainer.limit_train_batches={STEPS + 1}",
+        "trainer.limit_val_batches=1",
         f"trainer.log_every_n_steps={EVERY}",
         "trainer.gradient_clip_val=1.0",
     )
