@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +20,6 @@ from ldm.evaluation.benchmark import PROTOCOLS, BenchmarkConfig, BenchmarkRun
 from ldm.evaluation.cocoee import Bench
 from ldm.files import UserError
 from tests.evaluation.conftest import COLOURS, FAST, IDS, edit
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def pictures(outdir: Path) -> dict[str, np.ndarray]:
@@ -51,23 +46,9 @@ def test_every_item_once_whatever_the_batch(
 
 @pytest.mark.slow
 def test_every_item_once_in_two_processes(bench: Path, tiny_folder: Path, one_by_one: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/inference_test_bench.py", str(bench), "--outdir", str(tmp_path), *FAST]
-    command += ["--checkpoint", str(tiny_folder), "--devices", "2", "--batch-size", "2"]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--checkpoint", str(tiny_folder), *FAST, "--devices", "2", "--batch-size", "2"]
+    assert edit(bench, tmp_path, *options) == 0
     same(pictures(tmp_path), pictures(one_by_one))
-
-
-@pytest.mark.slow
-def test_processes_are_prepared_first(bench: Path, tmp_path: Path) -> None:
-    config, mark = BenchmarkConfig(method="copy-paste"), tmp_path / "prepared"
-    run = BenchmarkRun(Bench(bench), tmp_path / "out", config, device="cpu", prepare=partial(Path.touch, mark))
-    run.edit()
-    assert not mark.exists()
-    run.edit(2)
-    assert mark.exists()
 
 
 def test_started_processes_are_set_up_as_this_one(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,10 +218,14 @@ def test_the_first_failure_ends_a_strict_run(
 
 
 @pytest.mark.slow
-def test_items_of_several_processes_fail_alone(bench: Path, tmp_path: Path) -> None:
+def test_several_processes_are_prepared_and_their_items_fail_alone(bench: Path, tmp_path: Path) -> None:
     broken = cut_exemplar(bench, tmp_path / "bench", IDS[0], IDS[3])
-    run = BenchmarkRun(Bench(broken), tmp_path / "out", BenchmarkConfig(method="copy-paste"), device="cpu")
+    config, mark = BenchmarkConfig(method="copy-paste"), tmp_path / "prepared"
+    run = BenchmarkRun(Bench(broken), tmp_path / "out", config, device="cpu", prepare=partial(Path.touch, mark))
+    replace(run, outdir=tmp_path / "alone").edit()
+    assert not mark.exists()
     failed = run.edit(2)
+    assert mark.exists()
     with pytest.raises(UserError, match=r"ref\.png"):
         replace(run, outdir=tmp_path / "strict", strict=True).edit(2)
     assert sorted(failed) == [IDS[0], IDS[3]] and all(f"{id_}_ref.png" in failed[id_] for id_ in failed)
