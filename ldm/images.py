@@ -25,10 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF
 _SIGNED = FORMATS[:-1]  # formats with a signature; a TGA file is taken for one only where somebody names it
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MID_GREY = (128, 128, 128)  # 0 in the model's range, as the inside of a hole
-_T = Image.Transpose
-# EXIF orientation => how viewers turn the pixels
-TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270}
-TURNS |= {7: _T.TRANSVERSE, 8: _T.ROTATE_90}
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation => Image.Transpose, as viewers turn the pixels
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
 
 Picture = Image.Image | str | os.PathLike[str] | bytes | IO[bytes] | np.ndarray | Tensor  # see `open_image`
@@ -79,10 +76,7 @@ def open_image(picture: Picture, name: str = "the image") -> Image.Image:
 
 
 def load_mask(picture: Picture, name: str = "the mask") -> Image.Image:
-    """Read a hole mask (mode L, white = paint here) like `open_image`, with transparent parts as black (keep).
-
-    A mask of 0 and 1 is read as 0 and 255.
-    """
+    """Read a hole mask (mode L, white = paint here) like `open_image`, transparent parts as black (keep), 1 as 255."""
     return read_picture(picture, mask_levels, name)
 
 
@@ -100,28 +94,21 @@ def mask_levels(image: Image.Image) -> Image.Image:
 def _rgb_or_rgba(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return flatten(image, MID_GREY)
-    result = _straight(image).convert("RGBA")
+    result = image.convert("RGBA")
     result.info = _profile(image)
     return result
-
-
-def _straight(image: Image.Image) -> Image.Image:
-    """Undo the multiplication by alpha in grey, which Pillow converts to nothing else."""
-    return image.convert("LA") if image.mode == "La" else image
 
 
 def read_picture(picture: Picture, convert: Callable[[Image.Image], Image.Image], name: str) -> Image.Image:
     """Read a picture upright and convert it; see `open_image`."""
     if isinstance(picture, (str, os.PathLike)):
         name = str(picture)
-    opened: Any = picture
-    if isinstance(picture, (bytes, bytearray)):
-        opened = io.BytesIO(picture)
+    opened: Any = io.BytesIO(picture) if isinstance(picture, (bytes, bytearray)) else picture
     try:
-        if isinstance(picture, Image.Image):
-            return convert(_turned(picture))
         if isinstance(picture, (np.ndarray, Tensor)):
-            return convert(_from_array(picture))
+            opened = _from_array(picture)
+        if isinstance(opened, Image.Image):  # Pillow converts La to LA only
+            return convert(_turned(opened.convert("LA") if opened.mode == "La" else opened))
         if not (isinstance(opened, (str, os.PathLike)) or hasattr(opened, "read")):
             expected = "an image, a path, bytes, an open file, an array or a tensor"
             raise UserError(f"got {type(picture).__name__}, expected {expected}")
@@ -151,7 +138,7 @@ def _turned(image: Image.Image) -> Image.Image:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow's reading of EXIF raises nearly anything; the pixels may be sound
         turn = None
-    return image if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(Image.Transpose(turn))
 
 
 def _from_array(array: np.ndarray | Tensor) -> Image.Image:
@@ -233,7 +220,7 @@ def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         result = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     elif image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (*background, 255))
-        result = Image.alpha_composite(canvas, _straight(image).convert("RGBA")).convert("RGB")
+        result = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     else:
         result = image.convert("RGB")
     result.info = _profile(image)

@@ -36,12 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NotFiniteError(UserError):
-    """Some painted images hold NaN or infinite numbers; the message names the cause.
-
-    Attributes:
-        painted: (B, 3, H, W), all images of the batch, on the CPU.
-        is_finite: for each whether it can be used.
-    """
+    """Of the images `painted` (B, 3, H, W) those hold NaN or Inf that are not `is_finite`; the message says why."""
 
     def __init__(self, message: str, painted: Tensor, is_finite: Sequence[bool]) -> None:
         super().__init__(message)
@@ -192,10 +187,7 @@ class Editor:
             **sampling: for `LatentDiffusion.sample`.
 
         Returns:
-            (B, 3, S, S) float32 in [-1, 1] on the CPU: the painted hole and the decoder's rendering of the rest.
-
-        Raises:
-            NotFiniteError: some of them hold NaN or Inf.
+            (B, 3, S, S) float32 in [-1, 1] on the CPU, `checked`: the painted hole, and the rest as decoded.
         """
         model = self.model
         if not model.inpaints:
@@ -243,10 +235,9 @@ def checked(painted: Tensor, model: LatentDiffusion, steering: Steering | None =
     finite = painted.isfinite().flatten(1).all(1)
     if finite.all():
         return painted
-    weight = first_not_finite(model)
-    for control in steering.controls if steering else ():
-        states = control.network.state_dict().items()
-        weight = weight or next((f"{name} of the control network" for name, x in states if not is_finite(x)), None)
+    states = [control.network.state_dict() for control in steering.controls] if steering else []
+    steers = (f"{name} of the control network" for state in states for name, x in state.items() if not is_finite(x))
+    weight = first_not_finite(model) or next(steers, None)
     dtype = next(name for name, dtype in DTYPES.items() if dtype == model.weight_dtype)
     wider = {"fp16": "--precision bf16 or fp32", "bf16": "--precision fp32"}.get(dtype, "a smaller guidance scale")
     cause = f"{dtype} overflowed: use {wider}"

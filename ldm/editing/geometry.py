@@ -18,7 +18,7 @@ from ldm.files import UserError
 from ldm.images import Box, mask_to_tensor, pad_box, pil_to_tensor, same_aspect, tensor_to_pil
 
 MAX_ENLARGEMENT = 4  # a scene pixel covers at most this many model pixels per side
-MAX_SIDE = 2**17  # of the square around a hole, pixels; its parts are resized in time that grows with the side
+MAX_SIDE = 2**16  # of the square around a hole, pixels; memory and time grow with it
 MAX_PADDED = 2**14  # side up to which a square is padded along its rows before it is resized
 STRIP = 2**22  # pixels of a square that are in memory at a time
 FEATHER_SHARE = 1 / 50  # default feather, as a share of the hole's longer side
@@ -42,8 +42,7 @@ class Window:
     def cut(self, image: Image.Image, size: int, resample: Image.Resampling, mode: str = "RGB") -> Image.Image:
         """Crop an image to the window and resize it to (size, size); beyond the borders it is continued by reflection.
 
-        Equal to resizing the whole square, of which only a strip is in memory at a time: Pillow resamples along rows
-        first, then along columns.
+        Equal to resizing the whole square, of which a strip is in memory at a time: Pillow resamples along rows first.
         """
         box = self.clipped(image.size)
         if self.side > box.right - box.left and self.side > MAX_PADDED:  # padding first would make side^2 pixels
@@ -60,11 +59,7 @@ class Window:
             if strip.width < self.side:
                 strip = Image.fromarray(np.asarray(strip)[:, columns])
             wide.append(np.asarray(strip.convert(mode).resize((size, strip.height), resample)))
-        reduced, tall = np.concatenate(wide), []
-        for left in range(0, size, thickness):
-            strip = Image.fromarray(reduced[:, left : left + thickness][rows])
-            tall.append(np.asarray(strip.resize((strip.width, size), resample)))
-        return Image.fromarray(np.concatenate(tall, axis=1))
+        return Image.fromarray(np.concatenate(wide)[rows]).resize((size, size), resample)
 
     def enlarge(self, square: Image.Image, box: Box) -> Image.Image:
         """Resize a square image, (S, S), to the window's size and return its part in `box`, RGB.
@@ -99,8 +94,7 @@ def fit_window(
         min_side: least side in pixels, as far as the scene is that large.
         whole_image: take the smallest square that holds the whole scene instead.
 
-    Raises:
-        UserError: the square is more than MAX_SIDE pixels wide.
+    UserError if the square is more than MAX_SIDE pixels wide.
     """
     side = max(size)
     if not whole_image:

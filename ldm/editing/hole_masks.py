@@ -68,7 +68,7 @@ def _hole(image: Image.Image) -> Image.Image:
     grey, alpha = mask_levels(image), "its shape is in the alpha channel; save it as white (255) on opaque black"
     lightest, has_alpha = int(np.asarray(grey).max()), False
     if image.has_transparency_data:
-        levels = np.asarray(image.convert("LA" if image.mode == "La" else "RGBA"))
+        levels = np.asarray(image.convert("RGBA"))
         frame = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
         has_alpha = levels[..., -1].min() < 255
         is_light = (frame[:, -1] >= 128) & (frame[:, :-1].max(1) > DARK)
@@ -83,8 +83,6 @@ def _hole(image: Image.Image) -> Image.Image:
         hint = "its colours come from a palette, as those of labels; make the label that is to be replaced white (255)"
     elif 0 < lightest <= MAX_LABEL:
         hint = "its levels look like labels; multiply 0 and 1 by 255"
-    elif image.mode != "L" and np.ptp(np.asarray(image.convert("RGB")), axis=-1).any():
-        hint = "colours count by their grey level; " + hint
     raise UserError(f"empty, got no grey level above {lightest}; {hint}")
 
 

@@ -204,7 +204,7 @@ def test_masks_that_are_understood(kind: str, tmp_path: Path) -> None:
         (drawn("P", 0, 1, [0, 0, 0, 128, 0, 0]), "palette"),  # Pascal VOC's first class
         (drawn("L", 0, 5), "label"),
         (drawn("L", 1, 1), "255"),
-        (drawn("RGB", (0, 0, 0), (255, 0, 0)), "grey level above 76; colours"),
+        (drawn("RGB", (0, 0, 0), (255, 0, 0)), "grey level above 76"),
         (drawn("L", 0, 127), "grey level above 127"),
         (drawn("L", 0, 0), "empty"),
         (drawn("1", 0, 0), "empty"),
