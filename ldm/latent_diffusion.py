@@ -25,8 +25,8 @@ from ldm.checkpoint.keys import (
     CONDITION_ENCODER,
     SCHEDULE_BUFFERS,
     TOWER,
-    V_PREDICTION,
     check_keys,
+    check_prediction,
     check_schedule,
     identify,
     is_finite,
@@ -356,10 +356,7 @@ def load_weights(model: LatentDiffusion, state: dict[str, Tensor], source: str, 
 
     Tensors of type `dtype` are not copied. Raises `CheckpointError`, which names `source`, if the model is another.
     """
-    if V_PREDICTION in state and (own := model.config.parameterization) != "v":
-        raise CheckpointError(
-            f"{source}: predicts v, as its {V_PREDICTION} says, not {own}; set model.parameterization: v"
-        )
+    check_prediction(state, model.config.parameterization, source=source)
     state = to_module_keys(state, expected=model.state_dict())
     expected = {name: x.shape for name, x in model.state_dict().items() if name not in SCHEDULE_BUFFERS}
     weights = {name: x for name, x in state.items() if name not in SCHEDULE_BUFFERS}

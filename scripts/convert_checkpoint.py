@@ -30,7 +30,7 @@ from ldm.checkpoint.convert import (
     write_folder,
 )
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
-from ldm.checkpoint.keys import EMA, check_schedule, misfit, swap_in_ema
+from ldm.checkpoint.keys import EMA, check_prediction, check_schedule, misfit, swap_in_ema
 from ldm.config import Config, ConfigError, dump_config, load_config
 from ldm.diffusion import make_schedule
 from ldm.files import atomic_directory, write_text
@@ -50,6 +50,7 @@ def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:
         if "unet" not in components:
             raise CheckpointError(f"holds no UNet; {misfit(state)}")
         files = diffusers_configs(components, model)
+    check_prediction(state, model.parameterization, source=args.input)
     check_schedule(make_schedule(model.schedule).buffers(), state, source=args.input)
     if averaged := sum(name.startswith(EMA) for name in state):
         print(f"{'took the averaged weights from' if args.use_ema else 'left out'} {averaged} tensors {EMA}*")

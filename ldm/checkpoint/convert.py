@@ -43,9 +43,10 @@ def to_diffusers(state: State) -> Components:
 
     Leave out the noise schedule, position numbers and averaged weights; refuse names that the table lacks.
     """
+    unused = (keys.EMA, *keys.EXTRAS)
     derived = {keys.POSITION_IDS, keys.TEXT_POSITION_IDS, *keys.SCHEDULE_BUFFERS}
     state = keys.to_file_keys(keys.merge_lora(state))
-    state = {name: x for name, x in state.items() if name not in derived and not name.startswith(keys.EMA)}
+    state = {name: x for name, x in state.items() if name not in derived and not name.startswith(unused)}
     table = _table(state)
     components: Components = {}
     for name, (module, rest) in _located(state, table, state).items():

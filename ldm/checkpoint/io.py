@@ -105,14 +105,11 @@ def _named_tensors(content: object, path: Path, dropped: list[str]) -> dict[str,
     if len(usual) > 1:
         raise CheckpointError(f"{path}: holds weights at each of {', '.join(usual)}; save one of them alone")
     if usual and (usual[0] not in ("", "state_dict", "module") or len(places) > 1):
-        others = (
-            f", and left out {', '.join(place for place in places if place not in usual)}" if len(places) > 1 else ""
-        )
-        log.warning("%s: took the weights at %s%s", path, usual[0], others)
-    nested = {
-        f"{key}.{name}": x for key, part in found.items() if isinstance(part, Mapping) for name, x in part.items()
-    }
-    values = places[usual[0]] if usual else {name: x.detach() for name, x in nested.items() if isinstance(x, Tensor)}
+        others = ", ".join(place for place in places if place not in usual)
+        log.warning("%s: took the weights at %s%s", path, usual[0], others and f", and left out {others}")
+    parts = {key: part for key, part in found.items() if isinstance(part, Mapping)}
+    nested = {f"{key}.{n}": x.detach() for key in parts for n, x in parts[key].items() if isinstance(x, Tensor)}
+    values = places[usual[0]] if usual else nested
     if not values:
         what = f"keys {', '.join(map(repr, list(found)[:5]))}" if found else f"a {type(content).__name__}"
         what += f" and objects of {', '.join(dropped[:5])}" if dropped else ""
@@ -299,7 +296,8 @@ _DATA = re.compile(
     r"(?:__builtin__|builtins|_?codecs|abc|argparse|array|calendar|_?collections(?:_abc)?|copy_?reg|dataclasses|datetime"
     r"|_datetime|_?(?:py)?decimal|enum|fractions|_?functools|inspect|_?io|ipaddress|itertools|numbers|_?operator|pathlib"
     r"|ntpath|posixpath|_?random|re|statistics|string|_?struct|types|typing|uuid|_?weakref(?:set)?|zoneinfo)\..*"
-    r"|logging\.getLogger|.*\.(?:\w*(?:Error|Exception|Warning|_result|Result)|struct_time|terminal_size|HTTP\w+|Signals|AddressFamily)"
+    r"|logging\.getLogger|.*\.(?:struct_time|terminal_size|HTTP\w+|Signals|AddressFamily"
+    r"|\w*(?:Error|Exception|Warning|_result|Result))"
 )
 _EFFECTS = re.compile(  # what leads out of data, wherever it stands in a dotted name
     r".*\.(?:(?:os|nt|posix|sys|subprocess|shutil|importlib|builtins|__builtin__)(?:\.|$)|__(?:import|builtins|globals"
@@ -308,11 +306,8 @@ _EFFECTS = re.compile(  # what leads out of data, wherever it stands in a dotted
     r"|pathlib\..*\.[a-z]\w*$"
 )
 _STANDARD = sys.stdlib_module_names | {"__builtin__", "commands", "copy_reg", "distutils", "imp"}  # Python 2's, too
-_HOLDERS = {
-    "functools.partial",
-    "copyreg._reconstructor",
-    "copy_reg._reconstructor",
-}  # call nothing that they are given
+# These call nothing that they are given.
+_HOLDERS = ("functools.partial", "copyreg._reconstructor", "copy_reg._reconstructor")
 _HOOKS = ("__setstate__", "append", "extend", "add")  # attributes of an object that unpickling calls
 
 

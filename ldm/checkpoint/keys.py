@@ -45,12 +45,10 @@ EMA_COUNTERS = (EMA + "decay", EMA + "num_updates")
 LORA_BASE = ".base_layer.weight"
 LORA_PARTS = (".lora_A.default.weight", ".lora_B.default.weight")
 
-V_PREDICTION = "v_pred"  # a name that marks models that predict v
-
 SCHEDULE_BUFFERS = tuple(make_schedule(ScheduleConfig()).buffers())
 
 # What other trainers and programs put beside the weights without effect on them, as a marker or for themselves.
-_EXTRAS = ("embedding_manager.", "denoiser.", V_PREDICTION, "ztsnr", "edm_", "logvar")
+EXTRAS = ("embedding_manager.", "denoiser.", "v_pred", "ztsnr", "edm_", "logvar")
 
 # In files of 2022 the text tower's names lack the level `text_model`; this one tells them from an image tower's.
 _BARE_TEXT = TOWER + "embeddings.token_embedding.weight"
@@ -71,9 +69,9 @@ def to_module_keys(state: State, *, use_ema: bool = False, expected: Iterable[st
         if dotless and dotless.keys() <= state.keys():
             log.warning("took the averaged weights (%s*): the file holds no others of the UNet", EMA)
             state = {dotless.get(name, name): tensor for name, tensor in state.items()}
-    if extras := [name for name in state if name.startswith(_EXTRAS)]:
+    if extras := [name for name in state if name.startswith(EXTRAS)]:
         log.warning("left out what this model has no use for: %s", ", ".join(extras[:5]))
-    unused = (POSITION_IDS, TEXT_POSITION_IDS, *_EXTRAS)
+    unused = (POSITION_IDS, TEXT_POSITION_IDS, *EXTRAS)
     return {_renamed(name, RENAMED): x for name, x in drop_ema(state).items() if not name.startswith(unused)}
 
 
@@ -138,6 +136,13 @@ def merge_lora(state: State) -> State:
             raise CheckpointError(f"the checkpoint has a low-rank addition without {error}; it is incomplete") from None
         merged[f"{stem}.weight"] = (weight.float() + up @ down).to(weight.dtype)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in merged.items()}
+
+
+def check_prediction(state: State, parameterization: str, *, source: object) -> None:
+    """Compare what a checkpoint says that its model predicts, if it does, with the config's `parameterization`."""
+    if "v_pred" in state and parameterization != "v":
+        remedy = "set model.parameterization: v"
+        raise CheckpointError(f"{source}: predicts v, as its v_pred says, the config {parameterization}; {remedy}")
 
 
 def check_schedule(expected: State, got: State, *, source: object) -> None:

@@ -204,7 +204,12 @@ def _common_names(a: Source, *others: Source) -> list[str]:
     """Return the weights that all have, in A's order; A alone may have more, or a wider input convolution."""
     sources = (a, *others)
     weights = [
-        {n for n, x in state.items() if x.is_floating_point() and not n.endswith(_NO_WEIGHTS)} for _, state in sources
+        {
+            name
+            for name, x in state.items()
+            if x.is_floating_point() and not name.endswith(_NO_WEIGHTS) and not name.startswith(keys.EXTRAS)
+        }
+        for _, state in sources
     ]
     wanted = set.union(*weights[1:])
     names = [name for name in a.state if all(name in own for own in weights)]

@@ -78,7 +78,8 @@ class Run:
         Nothing is loaded or checked when resuming: the trainer will restore a whole state.
         """
         if not resuming:
-            state = to_module_keys(read_checkpoint(checkpoint)) if checkpoint else {}
+            names = self.module.state_dict()
+            state = to_module_keys(read_checkpoint(checkpoint), expected=names) if checkpoint else {}
             unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config's schedule; a random discriminator
             state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
             state, optional = self.module.starting_weights(state, checkpoint, from_scratch)

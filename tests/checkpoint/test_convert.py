@@ -463,6 +463,16 @@ def test_the_bundled_model_runs_here_alone(tmp_path: Path, capsys: pytest.Captur
     assert "efficientnet-lite0" in capsys.readouterr().err
 
 
+def test_what_other_programs_add(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state, path = read_checkpoint(small), tmp_path / "a.safetensors"
+    config = ["--config", str(small.parent / "config.yaml"), "--to", "diffusers", "--dry-run"]
+    write_safetensors(path, state | {"embedding_manager.x": torch.ones(3), "ztsnr": torch.ones(0)})
+    assert main([str(path), str(tmp_path / "out"), *config]) == 0
+    write_safetensors(path, state | {"v_pred": torch.ones(0)})
+    assert main([str(path), str(tmp_path / "out"), *config]) == 2
+    assert "model.parameterization: v" in capsys.readouterr().err
+
+
 def test_incomplete_checkpoints(sd: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(small.parent / "config.yaml")
     state = read_checkpoint(sd)

@@ -248,6 +248,14 @@ def test_text_towers_of_2022_merge(old: str) -> None:
     torch.testing.assert_close(result[names["A"] + "token_embedding.weight"], draws[0] + draws[1] - draws[2])
 
 
+@pytest.mark.parametrize("where", ["A", "B", "C"])
+def test_what_other_programs_add_keeps_nothing_from_merging(where: str) -> None:
+    states = {"A": checkpoint(1, 9), "B": checkpoint(2), "C": checkpoint(3)}
+    plain = add_difference(*(source(label, state) for label, state in states.items()))
+    states[where] |= {"embedding_manager.x": torch.ones(3), "denoiser.sigmas": torch.ones(5), "v_pred": torch.ones(0)}
+    assert add_difference(*(source(label, state) for label, state in states.items())).names == plain.names
+
+
 def test_files_of_other_kinds_are_named() -> None:
     for other, kind in (
         ({UNET + "double_blocks.0.img_attn.x": torch.ones(1)}, "Flux"),
