@@ -2,7 +2,8 @@
 
     python scripts/create_square_gt_for_fid.py dataset/coco/test2017 dataset/coco/test2017_square
 
-Images keep their relative path below the target folder. An interrupted run continues where it stopped.
+Images keep their relative path below the target folder. An interrupted run continues where it stopped. Damaged images,
+and images that differ only in their extension, are named and left out, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,47 +27,61 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder for the results")
     parser.add_argument("--size", type=int, default=512, help="pixels; default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="threads; default: %(default)s")
+    parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be used")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        create(args.source, args.target, args.size, args.workers)
+        return create(args.source, args.target, args.size, args.workers, strict=args.strict)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def create(source: Path, target: Path, size: int, workers: int) -> None:
-    """Convert all images of `source` that have no result in `target` yet."""
+def create(source: Path, target: Path, size: int, workers: int, *, strict: bool = False) -> int:
+    """Convert all images of `source` that have no result in `target` yet; return 1 if some cannot be used, else 0."""
     from tqdm import tqdm
 
+    from ldm.files import Skipped, check_writable
     from ldm.images import find_images
 
     if size < 1 or workers < 1:
         raise ValueError("--size and --workers: expected 1 or more")
-    jobs = {path: (target / path.relative_to(source)).with_suffix(".png") for path in find_images(source)}
-    if len(set(jobs.values())) < len(jobs):
-        raise ValueError(f"{source}: two images differ only in their extension; rename one")
-    todo = [(path, result, size) for path, result in jobs.items() if not result.exists()]
-    for folder in {result.parent for _, result, _ in todo}:
-        folder.mkdir(parents=True, exist_ok=True)
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="image") as bar,
-    ):
-        for _ in pool.map(convert, *zip(*todo, strict=True)) if todo else ():
+    skipped, jobs = Skipped(strict=strict), dict[Path, Path]()  # by result
+    for path in find_images(source):
+        result = (target / path.relative_to(source)).with_suffix(".png")
+        if path.is_relative_to(target):  # a target inside the source
+            continue
+        if result in jobs:
+            skipped.add(f"of the stem of {jobs[result].name}; rename one", path)
+        else:
+            jobs[result] = path
+    check_writable(target)
+    todo = {result: path for result, path in jobs.items() if not result.exists()}
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="image") as bar:
+        for path, reason in zip(todo.values(), pool.map(convert, todo, todo.values(), repeat(size)), strict=True):
             bar.update()
-    print(f"{len(jobs)} images in {target}")
+            if reason:
+                skipped.add(reason.removeprefix(f"{path}: "), path)
+    print(f"{sum(result.exists() for result in jobs)} images in {target}")
+    if skipped:
+        print(f"left out: {skipped}", file=sys.stderr)
+    return int(bool(skipped))
 
 
-def convert(path: Path, result: Path, size: int) -> None:
-    """Convert one file."""
+def convert(result: Path, path: Path, size: int) -> str:
+    """Convert one file; return why it cannot be used, or an empty text."""
+    from ldm.files import UserError
     from ldm.images import open_image, save_png
 
-    save_png(square(open_image(path), size), result)
+    try:
+        image = open_image(path)
+    except UserError as error:
+        return str(error)
+    save_png(square(image, size), result)
+    return ""
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

@@ -19,6 +19,7 @@ from ldm.files import (
     atomic_write,
     check_writable,
     claim_directory,
+    claimed,
     read_json,
     read_table,
     read_text,
@@ -182,3 +183,18 @@ def test_names_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / ("d" * 255)) as partial:
         (partial / "a").touch()
     assert len(list(tmp_path.rglob("*"))) == 3
+
+
+def test_names_are_claimed_while_a_file_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "result"
+    with claimed(path):
+        with pytest.raises(FileExistsError), claimed(path):
+            pass
+        assert path.exists()
+        write_text(path, "done")
+    assert path.read_text() == "done"
+    with pytest.raises(FileExistsError), claimed(path):
+        pass
+    with pytest.raises(OSError, match="full"), claimed(tmp_path / "other"):
+        raise OSError("full")
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]

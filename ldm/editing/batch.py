@@ -99,13 +99,6 @@ class Report:
         if self.strict:
             raise UserError(f"{name}: {reason}")
 
-    def reasons(self) -> Skipped:
-        """Count the failures by reason."""
-        counted = Skipped()
-        for name, kind in self.kinds.items():
-            counted.add(kind, name)
-        return counted
-
     def refuse(self, where: Path, count: int) -> None:
         """Raise a UserError that names the first failures of `count` records, if there are any."""
         if self.failed:

@@ -12,6 +12,7 @@ import json
 import platform
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -246,8 +247,8 @@ def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
             report.write(path, jobs)
     for name, reason in report.failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    if report.failed:
-        print(f"failed, by reason: {report.reasons()}", file=sys.stderr)
+    for kind, number in Counter(report.kinds.values()).most_common():
+        print(f"{number} failed: {kind}", file=sys.stderr)
     print(f"{len(report.done)} done, {len(report.skipped)} there already, {len(report.failed)} failed; {path}")
     return 1 if report.failed else 0
 

@@ -45,7 +45,6 @@ BOX_HEADER = (
 
 _RECIPE = 1  # part of the settings: raise it when the same settings give other scenes
 _CHUNK = 100  # scenes per unit of work; an interrupted run loses at most one per worker
-_SUFFIXES = {".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg"}
 _VISIBLE = 51  # of 255: alpha from which a pixel belongs to the object
 _CACHE_SIZE = 400  # images held in memory per worker
 
@@ -343,12 +342,12 @@ def find_pictures(root: Path, kind: str, holdout: float) -> tuple[Pictures, list
 
 def _usable(root: Path, kind: str) -> tuple[list[str], list[np.ndarray], list[str]]:
     """Return names and thumbnails of the usable images in a folder, and a line for each file that cannot be used."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; --{kind} names a folder of images")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-    if not paths:
-        formats = "JPEG, PNG or WebP" if kind == "backgrounds" else "PNG or WebP"
-        raise UserError(f"{root}: no images found; --{kind} names a folder with {formats} files")
+    from ldm.images import find_images  # loads torch, which the workers do not need
+
+    try:
+        paths = find_images(root)
+    except UserError as error:
+        raise UserError(f"{error}; --{kind} names a folder of images") from None
     names, looks, skipped = [], [], []
     for path in tqdm(paths, desc=f"checking {kind}", unit=" files", leave=False):
         try:

@@ -307,7 +307,7 @@ def test_wrong_rows_fail_alone(tiny_folder: Path, folder: Path, capsys: pytest.C
     assert {name for name, state in states.items() if state == "done"} == made
     assert states.keys() - made == WRONG.keys() - {"first"} | {f"row {len(mixed)}"}
     assert all(f"failed: {name}: " in told for name in ("seed", "margin", "directory", f"row {len(mixed)}"))
-    assert "2 seed: " in told  # counted by reason, without values
+    assert "2 failed: seed: " in told  # counted by reason, without values
 
     assert run(tiny_folder, folder, "strict", "--strict", table="jobs.jsonl") == 2
     assert "row 2: " in capsys.readouterr().err and not (folder / "strict").exists()

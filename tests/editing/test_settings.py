@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
+from ldm.editing.hole_masks import apply_shape
 from ldm.editing.settings import (
     DEFAULT_STEPS,
+    KINDS,
     OPTIONS,
     EditSettings,
     add_options,
+    check_setting,
     given_options,
     json_schema,
     settings_from,
@@ -165,6 +173,31 @@ def test_seeds() -> None:
         EditSettings(seed=[1, 2], n_samples=3)
     with pytest.raises(UserError, match="seed"):
         EditSettings(seed=2**64 - 1, n_samples=2)
+
+
+@given(st.integers(-(2**63), 2**64 - 1))
+def test_a_seed_is_any_integer_of_64_bits_everywhere(seed: int) -> None:
+    expected = EditSettings(seed=seed)
+    words = parser().parse_args(expected.cli_words())
+    assert EditSettings(**given_options(words)) == settings_from({"seed": str(seed)}) == expected
+    schema = json_schema("seed")
+    assert schema["minimum"] <= seed <= schema["maximum"]
+    hole = Image.new("L", (12, 12))
+    hole.paste(255, (3, 3, 8, 9))
+    assert apply_shape(hole, "arbitrary", seed) == apply_shape(hole, "arbitrary", seed % 2**64)
+    draws = [torch.Generator().manual_seed(number).initial_seed() for number in (seed, seed % 2**64)]
+    assert draws[0] == draws[1]
+
+
+@given(st.sampled_from([name for name, kind in KINDS.items() if kind in (int, float)]), st.floats() | st.integers())
+def test_numbers_are_within_their_bounds_or_refused(name: str, number: float) -> None:
+    pair = (number, number) if OPTIONS[name].nargs == 2 else number
+    try:
+        checked = check_setting(name, pair)
+    except UserError as error:
+        assert str(error).startswith(f"{name}: got ")
+    else:
+        assert pair == checked and math.isfinite(number) and OPTIONS[name].low <= number <= OPTIONS[name].high
 
 
 def test_steps_follow_the_sampler() -> None:

@@ -323,14 +323,16 @@ def test_unusable_files_are_listed_and_skipped(material: Path, tmp_path: Path) -
     Image.new("RGBA", (30, 30)).save(tmp_path / "nothing.png")
     cutout((255, 0, 0), (300, 6)).save(tmp_path / "thin.png")
     cutout((255, 0, 0)).quantize(8).save(tmp_path / "palette.png")
+    cutout((9, 99, 200)).save(tmp_path / "bare", "PNG")
     (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "._0.png").write_bytes(b"no picture, either")
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     pictures, skipped = find_pictures(tmp_path, "cutouts", 0.3)
-    assert {*pictures.train, *pictures.held_out} == {"0.png", "1.png", "2.png", "palette.png"}
-    assert len(skipped) == 6
+    assert {*pictures.train, *pictures.held_out} == {"0.png", "1.png", "2.png", "palette.png", "bare"}
+    assert len(skipped) == 5
     for name, reason in (("flat", "alpha channel"), ("opaque", "opaque all over"), ("nothing", "transparent all over")):
         assert any(f"{name}.png" in line and reason in line for line in skipped)
-    for name in ("thin", "text", "cut"):
+    for name in ("thin", "cut"):
         assert any(f"{name}.png" in line for line in skipped)
 
 
@@ -338,7 +340,7 @@ def test_unusable_files_are_listed_and_skipped(material: Path, tmp_path: Path) -
     ("options", "reason"),
     [
         (["--cutouts", "nowhere"], "no such folder"),
-        (["--cutouts", "empty"], "no images found"),
+        (["--cutouts", "empty"], "holds no images"),
         (["--cutouts", "backgrounds"], "expected at least 2"),
         (["--size", "3"], "--size: got 3"),
         (["--hue-jitter", "0.7"], "--hue-jitter: got 0.7"),

@@ -34,3 +34,33 @@ def test_squares_for_fid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [path.name for path in find_images(target)] == ["grey.png", "wide.png", "tall.png"]
     assert script.main([str(tmp_path / "none"), str(target)]) == 2
     assert "none: " in capsys.readouterr().err
+
+
+def test_each_image_for_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Endings of all kinds, a damaged image, two of one stem, and the results of an earlier run below the source."""
+    target = tmp_path / "square"
+    image = Image.effect_noise((40, 40), 99)
+    for name, form in {
+        "a.JPG": "JPEG",
+        "b.jfif": "JPEG",
+        "c": "PNG",
+        "d.bmp": "BMP",
+        "e.gif": "GIF",
+        "e.tif": "TIFF",
+    }.items():
+        image.save(tmp_path / name, form)
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "c").read_bytes()[:500])
+    command = [str(tmp_path), str(target), "--size", "4"]
+    for _ in range(2):
+        assert script.main(command) == 1
+        told = capsys.readouterr()
+        assert "5 images" in told.out and "e.tif" in told.err and "e.gif" in told.err and "damaged.png" in told.err
+        assert sorted(path.name for path in target.iterdir()) == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    assert script.main([*command, "--strict"]) == 2
+
+
+def test_a_target_that_cannot_be_written_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "file").write_text("")
+    assert script.main([str(tmp_path), str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
