@@ -22,8 +22,6 @@ from tests.web.conftest import HOLE, QUICK, REPOSITORY, SlowEditor, changed, pix
 
 pytestmark = pytest.mark.slow
 
-web_page = pytest.importorskip("ldm.web.page", reason="the extra demo is not installed", exc_type=ImportError)
-
 # ---- the API ----
 
 
@@ -142,7 +140,8 @@ def test_the_queue_has_an_end(client: Any, slow_editor: SlowEditor, files: dict[
 def test_password_and_temporary_files(
     editor: Editor, tiny_folder: Path, tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web_page, "SWEEP_SECONDS", 0.2)
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    monkeypatch.setattr("ldm.web.page.SWEEP_SECONDS", 0.2)
     with running(editor, tiny_folder, Limits(keep_seconds=2), auth=("ada", "secret")) as address:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         at_first = set(folder.rglob("*"))
