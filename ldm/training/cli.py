@@ -126,3 +126,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         with contextlib.suppress(OSError):
             run_dir.rmdir()  # of a run that has written nothing
+            run_dir.parent.rmdir()

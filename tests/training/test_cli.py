@@ -125,7 +125,7 @@ class TestRunDirectories:
     @pytest.mark.parametrize("more", [["--dry-run"], ["--train=no"], ["data.root=/nowhere"]])
     def test_what_does_not_train_leaves_none(self, more: list[str], words: list[str], tmp_path: Path) -> None:
         main([*words, *more])
-        assert list(tmp_path.glob("*/*")) == []
+        assert list(tmp_path.iterdir()) == []
 
     def test_auto_takes_runs_of_exactly_this_name(self, words: list[str], tmp_path: Path) -> None:
         for name in ("s", "s-2", "x_s"):
