@@ -66,13 +66,19 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path, default: Any = None) -> Any:
-    """Read a JSON file; `default`, if given, stands for a missing one. UserError if it is missing or damaged."""
+    """Read a JSON file; UserError if it is missing or damaged.
+
+    `default`, if given, stands for a missing file, and what is read must be of its type.
+    """
     if default is not None and not Path(path).exists():
         return default
     try:
-        return json.loads(read_text(path))
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: damaged, no JSON ({error}); mend it, or make it again") from None
+    if default is not None and not isinstance(content, type(default)):
+        raise UserError(f"{path}: got a {type(content).__name__}, expected a {type(default).__name__}; make it again")
+    return content
 
 
 def read_table(path: str | Path, skipped: Skipped | None = None) -> list[tuple[int, dict[str, Any]]]:

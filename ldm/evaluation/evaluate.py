@@ -9,6 +9,7 @@ Dimension key: N items · D feature channels · M real images.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -198,7 +199,13 @@ class Evaluation:
     @cached_property
     def real_statistics(self) -> frechet.Statistics:
         if self.real is not None and self.real.suffix == ".npz":
-            return frechet.Statistics.load(self.real)
+            statistics = frechet.Statistics.load(self.real)
+            if statistics.network not in ("", self.network.name):
+                text = f'{self.real}: of features of "{statistics.network}", the results\' are of "{self.network.name}"'
+                if self.strict:
+                    raise UserError(text)
+                warnings.warn(text, stacklevel=2)
+            return statistics
         return self._statistics(self.network, slice(None))[0]
 
     @cached_property

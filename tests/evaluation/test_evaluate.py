@@ -288,6 +288,24 @@ def test_real_images_that_cannot_be_read_are_left_out_and_named(bench: Path, own
     assert evaluate(bench, run, *metrics, real, "--strict") == 2
 
 
+def test_statistics_of_another_network_are_named(
+    bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, real = results(tmp_path / "run"), tmp_path / "real.npz"
+    np.savez(real, mu=np.zeros(12), sigma=np.eye(12), n=9, network=np.str_("another"))
+    words = "--metrics", "fid", "--real", real
+    assert evaluate(bench, run, *words) == 0
+    assert evaluate(bench, run, *words, "--strict") == 2
+    assert all('"another"' in line and '"mean colours"' in line for line in capsys.readouterr().err.splitlines())
+
+
+def test_settings_that_are_no_settings_are_named(bench: Path, tmp_path: Path) -> None:
+    run = results(tmp_path / "run" / "results").parent
+    (run / "settings.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"settings\.json"):
+        Run.read(run)
+
+
 @pytest.mark.parametrize("option", ["--json", "--markdown", "--write-real"])
 def test_where_nothing_can_be_written_nothing_is_measured(
     bench: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
