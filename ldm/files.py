@@ -104,7 +104,7 @@ def read_table(path: str | Path, skipped: Skipped | None = None) -> list[tuple[i
         for number, row in enumerate(entries, 1):
             try:
                 rows.append((number, {**(row if is_list else json.loads(row))}))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, RecursionError):
                 skipped.add("no JSON object", f"{path}, row {number}")
         return rows
     lines = lines[1:] if lines and lines[0].strip('"').lower().startswith("sep=") else lines

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import compress, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,6 @@ class Report:
         if self.strict:
             raise UserError(f"{name}: {reason}")
 
-    def refuse(self, where: Path, count: int) -> None:
-        """Raise a UserError that names the first failures of `count` records, if there are any."""
-        if self.failed:
-            first = "; ".join(islice((f"{name}: {reason}" for name, reason in self.failed.items()), 3))
-            raise UserError(f"{where}: {len(self.failed)} of {count} are wrong: {first}")
-
     def write(self, path: Path, jobs: Iterable[Job] = ()) -> None:
         """Write a JSON object per job, in no particular order; those of `jobs` without an outcome are `waiting`."""
         status = dict.fromkeys((job.name for job in jobs), "waiting")
@@ -115,11 +109,7 @@ class Report:
 
 
 def read_jobs(
-    path: Path,
-    base: EditSettings = DEFAULT_SETTINGS,
-    *,
-    ignore_columns: bool = False,
-    report: Report | None = None,
+    path: Path, base: EditSettings = DEFAULT_SETTINGS, *, ignore_columns: bool = False, report: Report | None = None
 ) -> list[Job]:
     """Read a table of jobs.
 
@@ -135,7 +125,7 @@ def read_jobs(
         UserError: the table is missing, damaged or empty, or has an unknown column; without a report also, a row is
             unreadable, or has a wrong value or a used name.
     """
-    unreadable, wrong = Skipped(named=sys.maxsize), report or Report()
+    unreadable, wrong = Skipped(named=sys.maxsize), report or Report(strict=True)
     rows = read_table(path, unreadable)
     for reason, places in unreadable.places.items():
         for place in places:
@@ -144,10 +134,8 @@ def read_jobs(
         raise UserError(f"{path}: holds no rows{f' but {unreadable}' if unreadable else ''}")
     unknown = sorted({column for _, row in rows for column in row} - KNOWN)
     if unknown and not ignore_columns:
-        raise UserError(
-            f"{path}: got the column{'s' * (len(unknown) > 1)} {', '.join(unknown)}, expected some of "
-            f"{', '.join(sorted(KNOWN))}; --ignore-columns passes over others"
-        )
+        known = ", ".join(sorted(KNOWN))
+        raise UserError(f"{path}: got the column {unknown[0]}, expected some of {known}; or use --ignore-columns")
     jobs: dict[str, Job] = {}
     for number, row in rows:
         row = {key: value for key, value in row.items() if key in KNOWN and value is not None}
@@ -160,8 +148,6 @@ def read_jobs(
             jobs[name] = _job(name, row, path.parent, base)
         except ValueError as error:
             wrong.fail(f"row {number}" if is_used else name, f"row {number}: {error}")
-    if report is None:
-        wrong.refuse(path, len(rows) + unreadable.counts.total())
     return list(jobs.values())
 
 
@@ -187,7 +173,7 @@ def match_folders(
     Raises:
         UserError: a folder holds no images; without a report also, a scene has no mask or exemplar, or several.
     """
-    wrong, folders = report or Report(), (scenes, masks, references)
+    wrong, folders = report or Report(strict=True), (scenes, masks, references)
     by_stem: dict[Path, dict[str, list[Path]]] = {}
     for folder in folders:
         by_stem[folder] = {}
@@ -221,8 +207,6 @@ def match_folders(
             jobs.append(Job(scene.stem, str(scene), of_stem(references, scene), base, of_stem(masks, scene)))
         except ValueError as error:
             wrong.fail(scene.relative_to(scenes).as_posix(), error)
-    if report is None:
-        wrong.refuse(scenes, len(found))
     for folder in {masks, references} - {scenes}:
         alone = Skipped()
         for stem in sorted(by_stem[folder].keys() - by_stem[scenes].keys()):
@@ -246,9 +230,7 @@ def _job(name: str, row: dict[str, Any], folder: Path, base: EditSettings) -> Jo
 
 def _check_name(name: str) -> None:
     if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > LONGEST_NAME:
-        raise UserError(
-            f"name: got {name!r:.80}, expected a file name of at most {LONGEST_NAME} bytes, without a folder"
-        )
+        raise UserError(f"name: got {name!r:.80}, expected a file name of at most {LONGEST_NAME} bytes, no folder")
 
 
 def process_rank() -> tuple[int, int]:
@@ -382,10 +364,9 @@ class EditRun:
         try:
             return list(zip(batch, self._paint(batch, bar), strict=True))
         except NotFiniteError as error:
-            triples = list(zip(batch, error.painted.clamp(-1, 1), error.is_finite, strict=True))
-            for item in (item for item, _, is_finite in triples if not is_finite):
+            for item in (item for item, is_finite in zip(batch, error.is_finite, strict=True) if not is_finite):
                 self.report.fail(item.job.name, error)
-            return [(item, x) for item, x, is_finite in triples if is_finite]
+            return list(compress(zip(batch, error.painted.clamp(-1, 1), strict=True), error.is_finite))
         except ValueError as error:
             if len(batch) == 1:
                 self.report.fail(batch[0].job.name, error, batch[0].job.files)

@@ -76,11 +76,7 @@ class EditSettings:
         None, "--steps --num-steps", "more is slower and finer", low=1, high=10_000, default_text=_STEPS
     )
     guidance_scale: float = _set(
-        5.0,
-        "--guidance-scale --scale",
-        "1 is without guidance; the paper uses 5, the original's script 1",
-        low=-1000,
-        high=1000,
+        5.0, "--guidance-scale --scale", "1 is without; the paper uses 5, the original's script 1", low=-1000, high=1000
     )
     guidance_interval: tuple[float, float] = _set(
         (0.0, 1.0),
@@ -231,6 +227,8 @@ def settings_from(values: Mapping[str, Any], base: EditSettings | None = None) -
     if unknown := sorted(values.keys() - COLUMNS.keys()):
         raise UserError(f"got the setting {unknown[0]}, expected one of {', '.join(OPTIONS)}")
     known = {COLUMNS[name]: value for name, value in values.items()}
+    if len(known) < len(values):
+        raise UserError(f"got {', '.join(values)}, expected one name of each setting")
     known = {name: _parsed(name, value) if isinstance(value, str) else value for name, value in known.items()}
     return EditSettings(**(vars(base) if base else {}) | known)
 

@@ -207,9 +207,9 @@ def test_two_processes_share_the_rows(tiny_folder: Path, folder: Path, monkeypat
         ("jobs.csv", "name,scene,reference\nx,a.png,b.png\nx,a.png,b.png\n", "'x' is there twice"),
         ("jobs.csv", "name,scene,reference\n../x,a.png,b.png\n", "name: got '../x'"),
         ("jobs.csv", "scene,reference\n", "holds no rows"),
-        ("jobs.jsonl", '{"scene": "a.png"', "holds no rows"),
+        ("jobs.jsonl", '{"scene": "a.png"', "row 1: no JSON object"),
         ("jobs.jsonl", '3\n{"scene": "a.png", "reference": "b.png"}\n', "row 1: no JSON object"),
-        ("jobs.csv", "scene,reference\na.png,b.png\na.png,b.png,c.png\n", "1 of 2 are wrong: row 2: "),
+        ("jobs.csv", "scene,reference\na.png,b.png\na.png,b.png,c.png\n", "row 2: "),
     ],
 )
 def test_tables_that_are_none(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -329,6 +329,17 @@ def test_columns_of_no_meaning(folder: Path) -> None:
     ]
 
 
+def test_lines_that_are_no_rows_fail_alone(tmp_path: Path) -> None:
+    lines = ['{"name": "a", "scene": "s", "reference": "r"}', "broken", "[1]", '{"scene":' + "[" * 100_000]
+    lines += ['{"name": "b", "scene": "s", "reference": "r", "seed": 1' + "0" * 400 + "}", '{"name": "\\ud800"}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    wrong = Report()
+    assert [job.name for job in read_jobs(tmp_path / "t.jsonl", report=wrong)] == ["a"]
+    assert wrong.failed.keys() == {"row 2", "row 3", "row 4", "b", "\ud800"}
+    wrong.write(tmp_path / "report.jsonl")
+    assert report(tmp_path).keys() == wrong.failed.keys()
+
+
 def copy(request: EditRequest) -> Image.Image:
     return request.scene.copy()
 
@@ -430,7 +441,7 @@ def test_folders_as_people_have_them(tmp_path: Path) -> None:
     assert wrong.failed.keys() == {"I.png", "g.png", "h.png", "h.jpg", "k.png"}
     assert "h.jpg and h.png" in wrong.failed["h.png"] and "k.gif and k.webp" in wrong.failed["k.png"]
     assert len(told) == 2 and all("z." in str(one.message) for one in told)
-    with pytest.raises(UserError, match="5 of 12"):
+    with pytest.raises(UserError, match=r"\.png: "):
         match_folders(scenes, masks, things, apart=[out])
 
 

@@ -162,6 +162,8 @@ def test_text_that_is_no_value(name: str, text: str) -> None:
 def test_unknown_settings_are_named() -> None:
     with pytest.raises(UserError, match="strength"):
         settings_from({"strength": 3})
+    with pytest.raises(UserError, match="num_steps"):
+        settings_from({"steps": 3, "num_steps": 4})
 
 
 def test_seeds() -> None:
