@@ -251,7 +251,6 @@ class _Item:
     request: EditRequest
     fitted: FittedScene | None = None
     pixel_values: Tensor | None = None
-    is_new: bool = True  # its result's name was free
 
 
 @dataclass
@@ -272,11 +271,13 @@ class EditRun:
     watermark: str | None = None  # text that results are marked with
     on_result: Callable[[Job, Image.Image], None] | None = None  # called by a writer thread before it writes
     report: Report = field(default_factory=Report)
+    present: set[str] = field(init=False)  # names in `outdir` at first; what appears later is another run's
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.workers) < 1:
             raise UserError(f"got batch_size={self.batch_size}, workers={self.workers}, expected 1 or more")
         check_writable(self.outdir)
+        self.present = set(os.listdir(self.outdir))
         if self.watermark:
             self.metadata = {**self.metadata, "watermark": self.watermark}
 
@@ -331,17 +332,15 @@ class EditRun:
     def read(self, job: Job) -> _Item | None:
         """Read a job's files; None if there is a result, or if they cannot be used."""
         try:
-            is_new = not self.path(job).exists()
             if self.is_done(job):
                 self.report.skipped.append(job.name)
                 return None
             request = job.request()
             if not isinstance(self.editor, Editor):
-                return _Item(job, request, is_new=is_new)
+                return _Item(job, request)
             (exemplar,) = request.exemplars
             pixel_values = None if exemplar is None else self.editor.exemplar_tensor(exemplar)
-            fitted = self.editor.fit(request.scene, request.hole, job.settings)
-            return _Item(job, request, fitted, pixel_values, is_new)
+            return _Item(job, request, self.editor.fit(request.scene, request.hole, job.settings), pixel_values)
         except (ValueError, OSError, ArithmeticError, MemoryError) as error:
             self.report.fail(job.name, str(error) or type(error).__name__, job.files)
             return None
@@ -407,7 +406,7 @@ class EditRun:
             if self.on_result is not None:
                 self.on_result(job, result)
             # Last: its presence says that the job is done.
-            with claimed(path) if item.is_new else nullcontext():
+            with nullcontext() if path.name in self.present else claimed(path):
                 save_png(result, path, {"parameters": job.parameters(self.metadata)})
             self.report.done.append(job.name)
         except FileExistsError:

@@ -386,13 +386,16 @@ def test_results_of_another_run_stay(folder: Path) -> None:
     jobs, out = read_jobs(folder / "jobs.csv"), folder / "out"
 
     def interfere(job: batch.Job, _: Image.Image) -> None:
-        if job.name in ("r1", "r2"):
-            mine = {"r1": job, "r2": replace(job, scene="another")}[job.name]
-            save_png(Image.new("RGB", (3, 3)), out / f"{job.name}.png", {"parameters": mine.parameters({})})
+        theirs = {"r1": job, "r2": replace(job, scene="another")}
+        if job.name == "r0":  # before the last one is read
+            theirs["r0"] = replace(jobs[6], scene="another")
+        if job.name in ("r0", "r1", "r2"):
+            text = {"parameters": theirs[job.name].parameters({})}
+            save_png(Image.new("RGB", (3, 3)), out / f"{job.name.replace('r0', 'r6')}.png", text)
 
-    done = edit_many(copy, jobs, out, metadata={}, on_result=interfere)
-    assert done.skipped == ["r1"] and list(done.failed) == ["r2"] and len(done.done) == ROWS - 2
-    assert all(Image.open(out / f"{name}.png").size == (3, 3) for name in ("r1", "r2"))
+    done = edit_many(copy, jobs, out, metadata={}, on_result=interfere, batch_size=1, workers=1)
+    assert done.skipped == ["r1"] and set(done.failed) == {"r2", "r6"} and len(done.done) == ROWS - 3
+    assert all(Image.open(out / f"{name}.png").size == (3, 3) for name in ("r1", "r2", "r6"))
 
 
 def test_scenes_are_never_replaced_by_results(folder: Path) -> None:
