@@ -1,11 +1,4 @@
-"""Reading checkpoints without executing anything in them, and writing them whole or not at all.
-
-A `.ckpt` is a pickle, and a pickle is a program that may call any function. `torch.load` uses an unpickler here that
-imports nothing: the functions of `_BUILDERS` alone build tensors and mappings; anything else, such as Lightning's
-callbacks, becomes an inert placeholder that is dropped and logged. A file that calls what no weights need (`os.system`)
-is refused; that informs the user, safety rests on the closed list. `torch.load(weights_only=True)` would not do: it
-reads pickle protocol 2 alone and fails on objects that behave like lists or dicts.
-"""
+"""Reading checkpoints without executing anything in them (`unpickle.py`), and writing them whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,22 +12,22 @@ import struct
 import sys
 import tarfile
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, _utils
+from torch import Tensor
 from tqdm import tqdm
 
+from ldm.checkpoint.unpickle import Refused, safe_unpickler
 from ldm.files import UserError, atomic_write
 
 log = logging.getLogger(__name__)
@@ -251,7 +244,7 @@ def _unpickle(path: Path, head: bytes) -> tuple[object, list[str], dict[int, str
     """
     try:
         mapped = _is_mappable(path, head)
-        unpickler = _safe_unpickler()
+        unpickler = safe_unpickler()
         load = lambda file, **options: unpickler(file, **options).load()  # noqa: E731
         module = SimpleNamespace(__name__=__name__, Unpickler=unpickler, load=load)
         with open(path, "rb") as file:
@@ -259,7 +252,7 @@ def _unpickle(path: Path, head: bytes) -> tuple[object, list[str], dict[int, str
             options: Any = {"map_location": "cpu", "weights_only": False, "pickle_module": module, "mmap": mapped}
             content = torch.load(source, encoding="latin1", **options)  # Python 2 wrote bytes, of any value, as text
         return content, sorted(unpickler.dropped), unpickler.records if mapped else {}
-    except CheckpointError as error:
+    except (CheckpointError, Refused) as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = str(error).partition("\n")[0]
@@ -288,148 +281,6 @@ def _is_mappable(path: Path, head: bytes) -> bool:
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     native = not reader.has_record("byteorder") or reader.get_record("byteorder").decode() == sys.byteorder
     return stored and native and path.suffix != ".safetensors"  # torch.load trusts that name more than the content
-
-
-# Standard modules and names that make data, under the names that the protocols 0 to 5 and Python 2 to 3.14 give them.
-# All else of the standard library may have effects when it is called; whatever comes from elsewhere is inert here.
-_DATA = re.compile(
-    r"(?:__builtin__|builtins|_?codecs|abc|argparse|array|calendar|_?collections(?:_abc)?|copy_?reg|dataclasses|datetime"
-    r"|_datetime|_?(?:py)?decimal|enum|fractions|_?functools|inspect|_?io|ipaddress|itertools|numbers|_?operator|pathlib"
-    r"|ntpath|posixpath|_?random|re|statistics|string|_?struct|types|typing|uuid|_?weakref(?:set)?|zoneinfo)\..*"
-    r"|logging\.getLogger|.*\.(?:struct_time|terminal_size|HTTP\w+|Signals|AddressFamily"
-    r"|\w*(?:Error|Exception|Warning|_result|Result))"
-)
-_EFFECTS = re.compile(  # what leads out of data, wherever it stands in a dotted name
-    r".*\.(?:(?:os|nt|posix|sys|subprocess|shutil|importlib|builtins|__builtin__)(?:\.|$)|__(?:import|builtins|globals"
-    r"|subclasses|loader|code|dict|getattribute)__|(?:eval|exec|execfile|compile|open|open_code|FileIO|FileType|input"
-    r"|\w*FunctionType|LambdaType|CodeType|breakpoint|exit|quit|setattr|delattr|globals|locals|vars|reload)$)"
-    r"|pathlib\..*\.[a-z]\w*$"
-)
-_STANDARD = sys.stdlib_module_names | {"__builtin__", "commands", "copy_reg", "distutils", "imp"}  # Python 2's, too
-# These call nothing that they are given.
-_HOLDERS = ("functools.partial", "copyreg._reconstructor", "copy_reg._reconstructor")
-_HOOKS = ("__setstate__", "append", "extend", "add")  # attributes of an object that unpickling calls
-
-
-class _Placeholder(dict[Any, Any]):
-    """Stands for an object that is not built; it keeps the items of what behaves like a dict, and nothing else.
-
-    To name something is no offence, to call it is one if it has effects, or is given what has.
-    """
-
-    path: ClassVar[str] = ""
-    given: str  # the first name with effects among the arguments
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Placeholder:
-        made = super().__new__(cls)
-        made.given = _effect(*args, *kwargs.values())
-        if args or kwargs:  # pickles also make objects without calling a constructor; these have no arguments
-            made.__init__()
-        return made
-
-    def __init__(self, *_: object, **__: object) -> None:
-        _refuse(_effect(type(self)) or ("" if self.path in _HOLDERS else self.given))
-
-    def __call__(self, *args: object, **kwargs: object) -> _Placeholder:
-        _refuse(_effect(self, *args, *kwargs.values()))
-        return self
-
-    def _ignore(self, *_: object, **__: object) -> None: ...
-
-    append = extend = add = _ignore
-
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return id(self)
-
-
-def _effect(*values: object) -> str:
-    """Return the first name with effects that the values are or were made with, or ""."""
-    for value in values:
-        if isinstance(value, type) and issubclass(value, _Placeholder):
-            standard = value.path.partition(".")[0] in _STANDARD
-            if _EFFECTS.match(value.path) or (standard and not _DATA.fullmatch(value.path)):
-                return value.path
-        elif isinstance(value, _Placeholder) and value.given:
-            return value.given
-    return ""
-
-
-def _refuse(path: str) -> None:
-    if path:
-        raise CheckpointError(f"refused: the pickle calls {path}, which no weights need; get them elsewhere")
-
-
-def _placeholder(path: str) -> type[_Placeholder]:
-    return type(path.rpartition(".")[2], (_Placeholder,), {"path": path})
-
-
-def _attribute(target: Any, name: object, *_: object) -> type[_Placeholder]:
-    """Stand for `getattr`, by which bound methods and some enumerations are pickled."""
-    owner = target if isinstance(target, type) else type(target)
-    path = owner.path if issubclass(owner, _Placeholder) else f"{owner.__module__}.{owner.__qualname__}"
-    return _placeholder(f"{_effect(target) or path}.{name}")
-
-
-def _rebuild(build: Any) -> Any:
-    return lambda storage, *args: storage if isinstance(storage, _Placeholder) else build(storage, *args)
-
-
-_BUILDERS: dict[str, Any] = {
-    "torch._utils._rebuild_tensor": _rebuild(_utils._rebuild_tensor),
-    "torch._utils._rebuild_tensor_v2": _rebuild(_utils._rebuild_tensor_v2),
-    "torch._utils._rebuild_tensor_v3": _rebuild(_utils._rebuild_tensor_v3),
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-    "torch._tensor._rebuild_from_type_v2": lambda build, _, args, __: build(*args),  # a subclass, as a plain tensor
-    "torch.storage.UntypedStorage": torch.UntypedStorage,
-    "torch.Size": torch.Size,
-    "collections.OrderedDict": OrderedDict,
-    "collections.defaultdict": lambda *_: OrderedDict(),  # its factory is not wanted
-    "builtins.getattr": _attribute,
-    "__builtin__.getattr": _attribute,
-}
-
-
-def _safe_unpickler() -> Any:
-    """Make the unpickler of one file; its `dropped` collects the names that became placeholders."""
-
-    original: Any = pickle._Unpickler.dispatch[pickle.BINPERSID[0]]
-
-    # The implementation in Python, whose memo is a dict. C's is an array as long as the largest number in the file,
-    # and four damaged bytes ask for 64 GiB.
-    class Unpickler(pickle._Unpickler):
-        dropped: ClassVar[set[str]] = set()
-        records: ClassVar[dict[int, str]] = {}
-        stack: list[Any]
-
-        def load_build(self) -> None:
-            state = self.stack.pop()  # attributes are of no interest, and none may be set on torch's own functions
-            parts = [part for part in (state if isinstance(state, tuple) else [state]) if isinstance(part, dict)]
-            _refuse(_effect(*(part[name] for part in parts for name in _HOOKS if name in part)))
-
-        def load_binpersid(self) -> None:
-            identity = self.stack[-1]
-            original(self)
-            if isinstance(storage := self.stack[-1], torch.storage.TypedStorage):
-                self.records[storage._untyped_storage.data_ptr()] = f"data/{identity[2]}"
-
-        dispatch: ClassVar[Any] = {
-            **pickle._Unpickler.dispatch,
-            pickle.BUILD[0]: load_build,
-            pickle.BINPERSID[0]: load_binpersid,
-        }
-
-        def find_class(self, module: str, name: str) -> Any:
-            path = f"{module}.{name}".encode("unicode_escape").decode()  # a terminal obeys some characters
-            if path in _BUILDERS:
-                return _BUILDERS[path]
-            if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
-                return dtype
-            if module not in ("builtins", "__builtin__"):
-                self.dropped.add(path)
-            return _placeholder(path)
-
-    return Unpickler
 
 
 _DTYPES = safetensors.torch._TYPES  # F32 => torch.float32, …

@@ -253,12 +253,11 @@ ATTACKS: dict[str, Callable[[bytes, str], bytes]] = {
     "a name that leads through a module": lambda run, _: (
         text("torch.serialization") + text("os.system") + b"\x93(" + run + b"tR"
     ),
+    "a name that leads through a module of data": lambda run, _: (
+        text("random") + text("_os.system") + b"\x93(" + run + b"tR"
+    ),
     "INST": lambda run, _: b"(" + run + b"iposix\nsystem\n",
     "OBJ": lambda run, _: b"(" + SYSTEM + run + b"o",
-    "BUILD": lambda run, _: EMPTY + b"}" + text("__setstate__") + SYSTEM + b"sb" + run + b"b",
-    "BUILD with slots": lambda run, _: EMPTY + b"N}" + text("__setstate__") + SYSTEM + b"s\x86b" + run + b"b",
-    "APPEND": lambda run, _: EMPTY + b"}" + text("append") + SYSTEM + b"sb" + run + b"a",
-    "ADDITEMS": lambda run, _: EMPTY + b"}" + text("add") + SYSTEM + b"sb(" + run + b"\x90",
     "partial": lambda run, _: b"cfunctools\npartial\n(" + SYSTEM + b"tR(" + run + b"tR",
     "attribute of a partial": lambda run, _: (
         GETATTR + b"cfunctools\npartial\n(" + SYSTEM + b"tR" + text("func") + b"tR(" + run + b"tR"
@@ -280,12 +279,6 @@ ATTACKS: dict[str, Callable[[bytes, str], bytes]] = {
     "evaluated": lambda _, path: b"cbuiltins\neval\n(" + text(f"open({path!r}, 'w')") + b"tR",
     "opened": lambda _, path: b"cio\nopen\n(" + text(path) + text("w") + b"tR",
     "profiled": lambda _, path: b"ccProfile\nrun\n(" + text(f"open({path!r}, 'w')") + b"tR",
-    "method of a path": lambda _, path: (
-        text("pathlib") + text("Path.touch") + b"\x93(cpathlib\nPosixPath\n(" + text(path) + b"tRtR"
-    ),
-    "method of an object": lambda _, path: (
-        GETATTR + b"cpathlib\nPosixPath\n(" + text(path) + b"tR" + text("touch") + b"tR(tR"
-    ),
     "code": lambda _, path: b"cbuiltins\nexec\n(" + text(f"open({path!r}, 'w')") + b"}tR",
     "persistent id": lambda run, _: (
         b"(" + text("storage") + SYSTEM + b"(" + run + b"tR" + text("0") + text("cpu") + b"K\x01tQ"
@@ -293,9 +286,24 @@ ATTACKS: dict[str, Callable[[bytes, str], bytes]] = {
 }  # fmt: skip
 
 
+# What sets attributes, or calls methods of what stands for data, needs no refusal: it does nothing here.
+INERT: dict[str, Callable[[bytes, str], bytes]] = {
+    "BUILD": lambda run, _: EMPTY + b"}" + text("__setstate__") + SYSTEM + b"sb" + run + b"b",
+    "BUILD with slots": lambda run, _: EMPTY + b"N}" + text("__setstate__") + SYSTEM + b"s\x86b" + run + b"b",
+    "APPEND": lambda run, _: EMPTY + b"}" + text("append") + SYSTEM + b"sb" + run + b"a",
+    "ADDITEMS": lambda run, _: EMPTY + b"}" + text("add") + SYSTEM + b"sb(" + run + b"\x90",
+    "method of a path": lambda _, path: (
+        text("pathlib") + text("Path.touch") + b"\x93(cpathlib\nPosixPath\n(" + text(path) + b"tRtR"
+    ),
+    "method of an object": lambda _, path: (
+        GETATTR + b"cpathlib\nPosixPath\n(" + text(path) + b"tR" + text("touch") + b"tR(tR"
+    ),
+}  # fmt: skip
+
+
 @both_formats
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_calls_with_effects_are_refused(
+@pytest.mark.parametrize("attack", (ATTACKS | INERT).values(), ids=ATTACKS | INERT)
+def test_calls_with_effects_have_none(
     tmp_path: Path, attack: Callable[[bytes, str], bytes], zipped: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "trace"
@@ -308,7 +316,8 @@ def test_calls_with_effects_are_refused(
         Unpickler(io.BytesIO(program)).load()
     assert trace.exists()  # so it is an attack
     trace.unlink()
-    with pytest.raises(CheckpointError, match=r"evil\.ckpt: refused: the pickle calls "):
+    refused = "holds no named tensors" if attack in INERT.values() else "refused: the pickle calls "
+    with pytest.raises(CheckpointError, match=rf"evil\.ckpt: {refused}"):
         read_checkpoint(as_torch_file(tmp_path / "evil.ckpt", program, zipped))
     assert not trace.exists()
 
