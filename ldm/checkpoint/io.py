@@ -35,17 +35,9 @@ log = logging.getLogger(__name__)
 _DAMAGED = "truncated or damaged; download or copy it again"
 # Where trainers keep the weights; the averaged ones last.
 _MAPPING_KEYS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "module",
-    "net",
-    "params",
-    "ema",
-    "ema_model",
-    "ema_state_dict",
+    *("state_dict", "model_state_dict", "model", "module", "net", "params"),
+    *("ema", "ema_model", "ema_state_dict", "state_dict_ema", "model_ema", "params_ema"),
 )
-_MAPPING_KEYS += ("state_dict_ema", "model_ema", "params_ema")
 # Parts of names that come from wrappers: distribution, compilation, sharding, recomputation.
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(?=.)|_orig_mod\.?(?=.)"
@@ -100,9 +92,8 @@ def _named_tensors(content: object, path: Path, dropped: list[str]) -> dict[str,
     if usual and (usual[0] not in ("", "state_dict", "module") or len(places) > 1):
         others = ", ".join(place for place in places if place not in usual)
         log.warning("%s: took the weights at %s%s", path, usual[0], others and f", and left out {others}")
-    parts = {key: part for key, part in found.items() if isinstance(part, Mapping)}
-    nested = {f"{key}.{n}": x.detach() for key in parts for n, x in parts[key].items() if isinstance(x, Tensor)}
-    values = places[usual[0]] if usual else nested
+    parts = ((f"{key}.", part) for key, part in found.items() if isinstance(part, Mapping))
+    values = places[usual[0]] if usual else {start + name: x for start, part in parts for name, x in _own(part).items()}
     if not values:
         what = f"keys {', '.join(map(repr, list(found)[:5]))}" if found else f"a {type(content).__name__}"
         what += f" and objects of {', '.join(dropped[:5])}" if dropped else ""
@@ -116,8 +107,11 @@ def _places(found: Mapping[Any, Any], place: str = "") -> dict[str, dict[str, Te
     for key in _MAPPING_KEYS if place.count(".") < 3 else ():  # a dictionary may hold itself
         if isinstance(nested := found.get(key), Mapping):
             inside |= _places(nested, f"{place}.{key}".removeprefix("."))
-    own = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
-    return inside or ({place: own} if own else {})
+    return inside or ({place: own} if (own := _own(found)) else {})
+
+
+def _own(found: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def unwrapped(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:

@@ -167,15 +167,14 @@ def check_keys(
     missing = [name for name in expected if name not in got]
     tolerated = [name for name in missing if name.startswith(tuple(allow_missing))]
     shapes = {name: (list(got[name].shape), list(shape)) for name, shape in expected.items() if name in got}
-    mismatched = [f"{name}: got {own}, expected {shape}" for name, (own, shape) in shapes.items() if own != shape]
     problems = {
         "missing": [name for name in missing if name not in set(tolerated)],
         "unexpected": [name for name in got if name not in expected],
-        "of another shape": mismatched,
+        "of another shape": [f"{name}: got {own}, expected {its}" for name, (own, its) in shapes.items() if own != its],
     }
     if any(problems.values()):
         lines = [listing(what, names) for what, names in problems.items() if names]
-        remedy = _remedy(expected, got, len(mismatched))
+        remedy = _remedy(expected, got, len(problems["of another shape"]))
         raise CheckpointError("\n".join([f"{source}: does not fit this model", *lines, f"do: {remedy}"]))
     return tolerated
 
@@ -188,28 +187,22 @@ def listing(what: str, names: Sequence[str], limit: int = 10) -> str:
 
 def _remedy(expected: Shapes, got: State, num_mismatched: int) -> str:
     """Say what a file is that does not fit, and what to do about it."""
-    state = to_file_keys(got)
-    kind = identify(state)
-    what = kind if INPUT_CONV in expected else ""
-    if what and next_step(kind):
-        return misfit(state)
-    channels = got[INPUT_CONV].shape[1] if INPUT_CONV in got else 0
-    narrow = what and channels == 4 != expected[INPUT_CONV][1]
-    text, reads_text = what and holds(got, TEXT_MODULE, TEXT_TOWER), holds(expected, TEXT_MODULE)
+    kind, whole = identify(to_file_keys(got)), INPUT_CONV in expected
+    channels = input_channels(got)
+    narrow = whole and channels == 4 != expected[INPUT_CONV][1]
+    text, reads_text = whole and holds(got, TEXT_MODULE, TEXT_TOWER), holds(expected, TEXT_MODULE)
     modify = "python scripts/modify_checkpoints.py IN OUT"
-    remedies = (  # the first that applies counts
-        (narrow and reads_text, f"give it nine input channels with `{modify} --in-channels 9`, and train those"),
-        (
-            what == "Paint by Example" and reads_text,
-            "this model reads text; use the file's own config (configs/v1.yaml)",
-        ),
-        (text and not reads_text and channels == 9, "it reads text, so use it with configs/inpaint-text.yaml"),
-        ((text or narrow) and not reads_text, f"train it further: `{modify} --clip openai/clip-vit-large-patch14`"),
-        (num_mismatched > len(expected) // 10, "the config describes a model of another size; pass the file's own"),
-        (True, "pass the checkpoint that belongs to this config"),
-    )
-    remedy = next(remedy for applies, remedy in remedies if applies)
-    return remedy if kind.startswith("unknown") else f"this is {kind}; {remedy}"
+    remedies = {  # the first that applies counts
+        next_step(kind): whole,
+        f"give it nine input channels with `{modify} --in-channels 9`, and train those": narrow and reads_text,
+        "this model reads text; use the file's own config (configs/v1.yaml)": reads_text and kind == "Paint by Example",
+        "it reads text, so use it with configs/inpaint-text.yaml": text and not reads_text and channels == 9,
+        f"train it further: `{modify} --clip openai/clip-vit-large-patch14`": (text or narrow) and not reads_text,
+        "the config describes a model of another size; pass the file's own": num_mismatched > len(expected) // 10,
+        "pass the checkpoint that belongs to this config": True,
+    }
+    remedy = next(remedy for remedy, applies in remedies.items() if applies and remedy)
+    return remedy if kind == "unknown" else f"this is {kind}; {remedy}"
 
 
 def misfit(state: State, otherwise: str = "pass a checkpoint of the whole model") -> str:
@@ -220,19 +213,22 @@ def misfit(state: State, otherwise: str = "pass a checkpoint of the whole model"
 
 def next_step(kind: str) -> str:
     """Return what to do with a file of a kind (`identify`) that is no model of this project, or ""."""
-    return next((step for start, step in _STEPS.items() if kind.startswith(start)), "")
+    return next((step for pattern, step in _STEPS.items() if re.match(pattern, kind)), "")
 
 
-CONTROL = ("control_model.", "input_hint_block.", "controlnet_cond_embedding.")  # names of ControlNets begin so
 _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the channels of text tokens
-_WIDE = {
-    5: "with depth (5 input channels)",
-    8: "with 8 input channels (InstructPix2Pix, IC-Light fc)",
-    9: "inpainting (9 input channels)",
-    12: "with 12 input channels (IC-Light fbc)",
-}
+_CONDITION_BRANCH = rf"(?:{FIRST_STAGE})?decoder\.(?:encoder|condition_encoder)\."
 _LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te|transformer)|\.(?:hada|lokr)_w")
-_KINDS = {  # beginning of a name => kind of a file that is no UNet of Stable Diffusion
+_WIDTHS = {  # input channels => what they tell; 0 without a first convolution
+    **dict.fromkeys((0, 4), ""),
+    5: ", with depth ({})",
+    8: ", with {} (InstructPix2Pix, IC-Light fc)",
+    9: ", inpainting ({})",
+    12: ", with {} (IC-Light fbc)",
+}
+_KINDS = {  # beginning of a name => kind of file; the first whose name is there counts
+    r"controlnet_cond_embedding\.": "ControlNet, diffusers",
+    r"control_model\.|input_hint_block\.": "ControlNet, CompVis' names",
     rf"(?:{UNET})?double_blocks\.\d+\.img_attn|single_transformer_blocks\.": "Flux",
     rf"(?:{UNET})?joint_blocks\.|transformer_blocks\.\d+\.attn\.add_q_proj": "Stable Diffusion 3",
     r"image_proj(?:_model)?\.|ip_adapter\.": "IP-Adapter",
@@ -240,27 +236,31 @@ _KINDS = {  # beginning of a name => kind of a file that is no UNet of Stable Di
     r"string_to_param\.|emb_params$|clip_[lg]$|<[^>]*>$": "textual inversion (embeddings of words)",
     r"(?:model\.)?1\.sub\.\d+\.|conv_first\.|RRDB_trunk\.|body\.\d+\.(?:rdb1|weight)": "ESRGAN, an upscaler",
     r".*\.motion_modules\.": "AnimateDiff's motion modules",
+    UNET: "Paint by Example",
+    _CONDITION_BRANCH: "asymmetric VAE (its decoder sees the unmasked pixels)",
+    r"down_blocks\.": "diffusers component: UNet",
+    r"encoder\.down_blocks\.": "diffusers component: VAE",
+    rf"encoder\.(?:down|conv_in)\.|{FIRST_STAGE}encoder\.": "VAE only, CompVis' names",
+    "uncond_vector": "diffusers component: image encoder of Paint by Example",
+    r"(?:vision_model|embeddings\.patch_embedding|visual)\.": "CLIP's image tower",
+    r"text_model\.|embeddings\.token_embedding\.": "diffusers component: text encoder",
+    r"(?:mid_block|up_blocks|conv_in)\.": "diffusers component: part of a UNet",
 }
 ADDITIONS = ("LoRA", "ControlNet", "IP-Adapter", "T2I adapter", "textual inversion", "AnimateDiff")  # to a model
 _FOREIGN = "no model here is of this kind; pass Paint by Example, or Stable Diffusion 1 and what is made from it"
-_UNUSED = "it is not used here; pass a checkpoint of the whole model"
 _STEPS = {  # beginning of a kind that is no model here => what to do with such a file; the first counts
-    **dict.fromkeys(("SDXL", "Stable Diffusion 2", "Stable Diffusion 3", "Flux", "unknown (another"), _FOREIGN),
-    **dict.fromkeys(("diffusers component: UNet of S" + x for x in ("DXL", "table Diffusion 2")), _FOREIGN),
+    r"(diffusers component: UNet of )?(SDXL|Stable Diffusion [23])|Flux|unknown \(another": _FOREIGN,
     "LoRA": "merge it into its model with the program that made it, and pass the result",
     "ControlNet, CompVis' names, with": "take the model's own file; this one goes beside it, as --control",
     "ControlNet": "pass it as --control, beside a model that reads text",
-    **dict.fromkeys(("IP-Adapter", "T2I adapter", "textual inversion", "ESRGAN", "AnimateDiff"), _UNUSED),
     "IC-Light": "add it to a model: `python scripts/merge_checkpoints.py offset BASE DELTA OUT`",
     "averaged": f"the UNet's weights are there averaged alone ({EMA}*); pass the file with both kinds",
     "asymmetric VAE": "pass it as --decoder, beside a checkpoint of the whole model",
     "diffusers": "convert its folder: `python scripts/convert_checkpoint.py IN OUT --to original`",
-    **dict.fromkeys(("CLIP", "VAE"), "it is a part; pass a checkpoint of the whole model"),
+    "|".join((*ADDITIONS, "ESRGAN", "CLIP", "VAE")): "it is not used by itself; pass a checkpoint of the whole model",
 }
-_IC_LIGHT = {8: "fc", 12: "fbc"}  # by input channels
 _OUTPUT_CONVS = (UNET + "out.2.weight", "conv_out.weight")  # in either layout
 _LAST_GAINS = (UNET + "out.0.weight", "conv_norm_out.weight")  # of the last norm, in either layout
-_CONDITION_BRANCH = rf"(?:{FIRST_STAGE})?decoder\.(?:encoder|condition_encoder)\."
 
 # (pattern of names, part); the first that fits counts.
 _PARTS = (
@@ -301,6 +301,12 @@ def context_width(state: State) -> int | None:
     return next((t.shape[1] for name, t in state.items() if name.endswith("attn2.to_k.weight")), None)
 
 
+def input_channels(state: State) -> int:
+    """Return the input channels of the UNet, in the published layout or diffusers'; 0 without one."""
+    weights = (state[name] for name in (INPUT_CONV, DIFFUSERS_INPUT_CONV) if name in state)
+    return next((weight.shape[1] for weight in weights if weight.ndim == 4), 0)
+
+
 def latent_channels(state: State) -> int:
     """Return the channels of the noisy latent, as many as leave the UNet; 4 without its last convolution."""
     return next((state[name].shape[0] for name in _OUTPUT_CONVS if name in state), 4)
@@ -336,37 +342,16 @@ def holds(state: Iterable[str], *prefixes: str) -> bool:
 def _kind(state: State) -> str:
     if not holds(state, UNET) and any(_LORA.search(name) for name in state):
         return "LoRA (low-rank additions, not a model by itself)"
-    if holds(state, *CONTROL):
-        layout = "diffusers" if holds(state, "controlnet_cond_embedding.") else "CompVis' names"
-        return f"ControlNet, {layout}" + (", with the model that it controls" if holds(state, UNET) else "")
-    for pattern, kind in _KINDS.items():
-        if any(re.match(pattern, name) for name in state):
-            return kind
-    unet = family(state)
-    if INPUT_CONV in state or holds(state, UNET):
-        if holds(state, "cond_stage_model.mapper.", FILE_TOWER, "learnable_vector"):
-            return "Paint by Example"
-        if INPUT_CONV in state:
-            return _with_width(unet or "another UNet", state[INPUT_CONV].shape[1])
-        return unet or "unknown (another architecture)"  # others also call theirs `model.diffusion_model`
-    if any(re.match(_CONDITION_BRANCH, name) for name in state):
-        return "asymmetric VAE (its decoder sees the unmasked pixels)"
-    if DIFFUSERS_INPUT_CONV in state and holds(state, "down_blocks."):
-        channels = state[DIFFUSERS_INPUT_CONV].shape[1]
-        if channels in _IC_LIGHT and is_difference(state):
-            return f"IC-Light offset, {_IC_LIGHT[channels]} ({channels} input channels; to be added to a UNet)"
-        return _with_width("diffusers component: UNet" + (f" of {unet}" if unet else ""), channels)
-    clip = "CLIP" if holds(state, "text_model.", "token_embedding.") else "CLIP's image tower"
-    kinds = {  # the first whose names are there
-        ("encoder.down_blocks.",): "diffusers component: VAE",
-        ("encoder.down.", f"{FIRST_STAGE}encoder.", "encoder.conv_in."): "VAE only, CompVis' names",
-        ("uncond_vector",): "diffusers component: image encoder of Paint by Example",
-        ("vision_model.", "embeddings.patch_embedding.", "visual."): clip,
-        ("text_model.", "embeddings.token_embedding."): "diffusers component: text encoder",
-        ("down_blocks.", "mid_block.", "up_blocks.", "conv_in."): "diffusers component: part of a UNet",
-    }
-    return next((kind for prefixes, kind in kinds.items() if holds(state, *prefixes)), "unknown")
-
-
-def _with_width(kind: str, channels: int) -> str:
-    return kind if channels == 4 else f"{kind}, {_WIDE.get(channels, f'with {channels} input channels')}"
+    kind = next((kind for start, kind in _KINDS.items() if any(re.match(start, name) for name in state)), "unknown")
+    unet, channels = family(state), input_channels(state)
+    width = _WIDTHS.get(channels, ", with {}").format(f"{channels} input channels")
+    if kind.startswith("ControlNet") and holds(state, UNET):
+        return f"{kind}, with the model that it controls"
+    if kind == "Paint by Example" and not holds(state, "cond_stage_model.mapper.", FILE_TOWER, "learnable_vector"):
+        # others also call theirs `model.diffusion_model`
+        return (unet or ("another UNet" if channels else "unknown (another architecture)")) + width
+    if kind == "diffusers component: UNet":
+        if channels in (8, 12) and is_difference(state):
+            return f"IC-Light offset, {'fc' if channels == 8 else 'fbc'} ({channels} channels; to be added to a UNet)"
+        return kind + (f" of {unet}" if unet else "") + width
+    return "CLIP" if kind.startswith("CLIP") and holds(state, "text_model.", "token_embedding.") else kind

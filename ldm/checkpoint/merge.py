@@ -31,11 +31,6 @@ class Source(NamedTuple):
     label: str
     state: State
 
-    @property
-    def in_channels(self) -> int | None:
-        """C, or None without a UNet."""
-        return next((self.state[key].shape[1] for key in INPUT_CONVS if key in self.state), None)
-
 
 class Merge(NamedTuple):
     """A checked merge."""
@@ -64,8 +59,8 @@ def add_difference(a: Source, b: Source, c: Source) -> Merge:
     refuses checkpoints that do not belong together and renames those that are not in A's layout.
     """
     sources = a, b, c = _matched(a, b, c)
-    custom, base = b.in_channels, c.in_channels
-    if a.in_channels and custom and base and custom != base:
+    _, custom, base = counts = [keys.input_channels(source.state) for source in sources]
+    if all(counts) and custom != base:
         wrong, wanted = (c, "B's base as C") if custom < base else (b, "a custom model as B")
         raise CheckpointError(f"{wrong.label} looks like an inpainting model (B {custom}, C {base}); pass {wanted}")
     return Merge(sources, _common_names(*sources), _added)
@@ -172,7 +167,7 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
         if any(None not in pair and pair[0] != pair[1] for pair in ((own, theirs), (own_width, width))):
             both = f"{other.label} is {theirs} (context of {width} channels), {first.label} is {own} ({own_width})"
             raise CheckpointError(f"{both}; pass checkpoints of one family")
-    channels = {source.label: count for source in sources if (count := source.in_channels) is not None}
+    channels = {source.label: count for source in sources if (count := keys.input_channels(source.state))}
     different = set(channels.values())
     if depth := [label for label, count in channels.items() if count == 5 and len(different) > 1]:
         raise CheckpointError(f"{depth[0]} has 5 input channels: a depth model; pass the inpainting model, which has 9")
@@ -203,36 +198,31 @@ def _named_like(first: Source, other: Source) -> Source:
 def _common_names(a: Source, *others: Source) -> list[str]:
     """Return the weights that all have, in A's order; A alone may have more, or a wider input convolution."""
     sources = (a, *others)
-    weights = [
-        {
-            name
-            for name, x in state.items()
-            if x.is_floating_point() and not name.endswith(_NO_WEIGHTS) and not name.startswith(keys.EXTRAS)
-        }
-        for _, state in sources
-    ]
-    wanted = set.union(*weights[1:])
+    weights = [{name for name, x in state.items() if _is_weight(name, x)} for _, state in sources]
     names = [name for name in a.state if all(name in own for own in weights)]
-    lines = []
-    for source, own in zip(sources, weights, strict=True):
-        if missing := sorted(wanted - own):
-            having = " and ".join(other.label for other in others if other is not source and missing[0] in other.state)
-            lines.append(keys.listing(f"not in {source.label} but in {having}", missing))
+    problems: dict[str, list[str]] = {}
+    for (label, _), own in zip(sources, weights, strict=True):
+        if missing := sorted(set.union(*weights[1:]) - own):
+            having = " and ".join(other for other, state in others if missing[0] in state)
+            problems[f"not in {label} but in {having}"] = missing
     for label, state in others:
         shapes = {name: (state[name].shape, a.state[name].shape) for name in names}
-        differing = [
+        problems[f"of another shape in {label}"] = [
             f"{name}: {list(theirs)}, {list(own)} in {a.label}"
             for name, (theirs, own) in shapes.items()
             if theirs != own and not (name in INPUT_CONVS and theirs == (own[0], min(own[1], theirs[1]), *own[2:]))
         ]
-        if differing:
-            lines.append(keys.listing(f"of another shape in {label}", differing))
+    lines = [keys.listing(what, wrong) for what, wrong in problems.items() if wrong]
     if lines or not names:
         what = "\n".join(lines) or "  no weight has the same name in all"
         kinds = ", ".join(f"{label} is {keys.identify(state)}" for label, state in sources)
         remedy = f"do: pass checkpoints of one model, or merge a part alone (--only unet); {kinds}"
         raise CheckpointError(f"the checkpoints do not fit each other\n{what}\n{remedy}")
     return names
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not (name.endswith(_NO_WEIGHTS) or name.startswith(keys.EXTRAS))
 
 
 _FULL_SIZE = 320  # channels of the UNet of Stable Diffusion v1, whose exemplar encoder is CLIP ViT-L/14
@@ -242,12 +232,11 @@ _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layerno
 
 def input_conv(state: State) -> str:
     """Return the name of the UNet's first convolution (D, C, 3, 3), in the published layout or diffusers'."""
-    if keys.holds(state, *keys.CONTROL):
+    if keys.identify(state).startswith("ControlNet"):
         raise CheckpointError("a ControlNet reads four channels beside any UNet; pass the checkpoint of the UNet")
-    for key in INPUT_CONVS:
-        if key in state and state[key].ndim == 4:
-            return key
-    raise CheckpointError(f"no convolution {' or '.join(INPUT_CONVS)}; {keys.misfit(state)}")
+    if not keys.input_channels(state):
+        raise CheckpointError(f"no convolution {' or '.join(INPUT_CONVS)}; {keys.misfit(state)}")
+    return next(key for key in INPUT_CONVS if key in state)
 
 
 def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = None) -> dict[str, Tensor]:
