@@ -5,11 +5,10 @@ import itertools
 import json
 import os
 import re
-import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -60,11 +59,11 @@ class AnnotatedImage(NamedTuple):
     places: Sequence[str] = ()  # where each box was read; default: the name
     relative: bool = False
     problems: Sequence[tuple[str, str]] = ()  # reason and place
-    tried: Sequence[str] = ()  # paths at which a missing image was looked for
 
 
 Item = TypeVar("Item")
-Object = tuple[Sequence[float], list[np.ndarray] | None, str]  # box; outlines, None: damaged; class name
+Result = TypeVar("Result")
+Object = tuple[Sequence[float], list[np.ndarray], str]  # box, outlines, class name
 Split = tuple[Path, Iterable[AnnotatedImage], bool]  # folder of the images; images; whether only those of the split
 
 
@@ -155,10 +154,7 @@ def _add(writer: IndexWriter, images: Path, item: AnnotatedImage, exif: str, fit
         if item.size not in (None, size):
             raise Unusable("of another size than annotated")
     except Unusable as error:
-        reason, place = f"images {error}", item.name
-        if item.tried and reason not in writer.faults.counts:
-            place = f"{item.name}; tried {', '.join(item.tried)}"
-        writer.leave_out(reason, place)
+        writer.leave_out(f"images {error}", item.name)
         return True
     scale = size if item.relative else (1, 1)
     boxes = (np.reshape(item.boxes, (-1, 4)) * (*scale, *scale)).tolist()
@@ -216,19 +212,13 @@ def read_open_images(data: DataConfig, split: str, _: IndexWriter) -> Split:
     paths = find_jpegs(images, split)
     if texts.is_dir():
         named = ((paths.get(text.stem, text.stem), text) for text in _files(texts, ".txt"))
-        items = _parsed(named, lambda name, text: AnnotatedImage(name, **_objects(_lines(text), _corners)))
+        items = _parsed(named, lambda name, text: AnnotatedImage(name, **_objects(_lines(text), _four_numbers)))
     else:
         items = (
             AnnotatedImage(paths.get(id_, id_), boxes=corners, labels=labels, relative=True)
             for id_, corners, labels in read_boxes_csv(csv_path)[2]
         )
     return images, items, True
-
-
-def _corners(words: list[str]) -> Object:
-    if len(words) != 4:
-        raise Unusable("lines that are not four numbers")
-    return _floats(words), [], ""
 
 
 def find_jpegs(images: Path, split: str) -> dict[str, str]:
@@ -278,6 +268,11 @@ def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.nda
     return rows, len(kept), ((id_, corners[i:j], names[i:j].tolist()) for id_, (i, j) in spans)
 
 
+def _four_numbers(words: list[str]) -> Object:
+    left, top, right, bottom = map(float, words)
+    return (left, top, right, bottom), [], ""
+
+
 def read_coco(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     """Read COCO instances: `annotations`, and `val_annotations` for validation if they are named."""
     path = (split == "validation" and data.val_annotations) or data.annotations
@@ -286,77 +281,57 @@ def read_coco(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     content, root = read_json(path), Path(data.root)
     try:
         images, annotations, categories = content["images"], content["annotations"], content.get("categories") or []
-        lists = [*images], [*annotations], [*categories]
+        images = [image if isinstance(image, dict) else {} for image in images]
+        names = {_id(category.get("id")): str(category.get("name", "")) for category in categories}
     except (AttributeError, KeyError, TypeError):
-        expected = "expected an object with the lists images and annotations"
+        expected = "expected an object with the lists images, annotations and categories"
         raise UserError(f"{path}: no COCO instances, {expected}; check data.annotations") from None
-    names = {c["id"]: str(c.get("name", "")) for c in lists[2] if isinstance(c, dict) and _is_key(c.get("id"))}
-    listed: dict[Any, list[dict[str, Any]]] = defaultdict(list)  # images by id
-    for number, image in enumerate(lists[0]):
-        if not (isinstance(image, dict) and _is_key(image.get("id")) and isinstance(image.get("file_name"), str)):
-            writer.leave_out("images without id or file_name", f"{path}, image {number}")
+    found: dict[str, list[tuple[str, Any]]] = {_id(image.get("id")): [] for image in images}
+    for number, annotation in enumerate(annotations):
+        known = annotation if isinstance(annotation, dict) else {}
+        place = f"annotation {known.get('id', number)}"
+        if (image_id := _id(known.get("image_id"))) in found:
+            found[image_id].append((place, annotation))
         else:
-            listed[image["id"]].append(image)
-    found: dict[Any, list[tuple[str, Any]]] = {id_: [] for id_ in listed}
-    for number, annotation in enumerate(lists[1]):
-        is_object = isinstance(annotation, dict)
-        place = f"annotation {annotation['id'] if is_object and 'id' in annotation else f'at position {number}'}"
-        own = _by_id(found, annotation.get("image_id")) if is_object else None
-        if own is None:
             writer.leave_out("annotations of images that are not listed", place)
-        else:
-            own.append((place, annotation))
-
     folders = ("train2017", "train") if split == "train" else ("val2017", "val", "valid")
-    finder = ImageFinder(root, Path(path).parent, *(root / folder for folder in folders))
+    find = ImageFinder(root, Path(path).parent, *(root / folder for folder in folders))
 
     def parse(written: str, image: dict[str, Any]) -> AnnotatedImage:
-        if len(listed[image["id"]]) > 1:
-            raise Unusable("images that share an id")
-        name, tried = finder(written)
-        objects = _objects(found[image["id"]], lambda annotation: _coco_object(annotation, names))
-        return AnnotatedImage(name, _size(image.get("width"), image.get("height")), tried=tried, **objects)
+        objects = _objects(found[_id(image["id"])], partial(_coco_object, names))
+        return AnnotatedImage(find(written), _size(image.get("width"), image.get("height")), **objects)
 
-    named = ((image["file_name"], image) for sharing in listed.values() for image in sharing)
-    return root, list(_parsed(named, parse)), data.val_annotations is not None
+    items = _parsed(((str(image.get("file_name")), image) for image in images), parse)
+    return root, list(items), data.val_annotations is not None
 
 
-def _coco_object(annotation: dict[str, Any], names: dict[Any, str]) -> Object:
+def _coco_object(names: dict[str, str], annotation: dict[str, Any]) -> Object:
     if annotation.get("iscrowd") in (1, "1"):
         raise Unusable(CROWD)
-    box = annotation.get("bbox")
-    if not box:
+    if not annotation.get("bbox"):
         raise Unusable("annotations without a box")
-    try:
-        x, y, width, height = map(float, box)
-    except (TypeError, ValueError):
-        raise Unusable("annotations whose box is not four numbers") from None
+    x, y, width, height = map(float, annotation["bbox"])
     outlines = annotation.get("segmentation")
+    if not isinstance(outlines, list):  # none, or run lengths, of which only the box is used
+        outlines = []
+    elif outlines and not isinstance(outlines[0], list):  # a polygon that is not in a list
+        outlines = [outlines]
+    shape = [np.array(x, dtype=np.float32).reshape(-1, 2) for x in outlines if len(x) >= 6]
+    return (x, y, x + width, y + height), shape, names.get(_id(annotation.get("category_id")), "")
+
+
+def _around(outlines: list[np.ndarray]) -> list[float]:
+    """Return the smallest box around polygons."""
+    corners = np.concatenate(outlines)
+    return [*corners.min(0).tolist(), *corners.max(0).tolist()]
+
+
+def _id(value: Any) -> str:
+    """Return an id as text, the same of 7, 7.0 and "7": tools mix them."""
     try:
-        if not isinstance(outlines, list):  # run lengths, of which only the box is used, or none
-            outlines = []
-        elif outlines and not isinstance(outlines[0], list):  # a polygon by itself, not in a list
-            outlines = [outlines]
-        shape = [np.array(x, dtype=np.float32).reshape(-1, 2) for x in outlines if len(x) >= 6]
+        return str(whole(value))
     except (TypeError, ValueError):
-        shape = None
-    return (x, y, x + width, y + height), shape, _by_id(names, annotation.get("category_id")) or ""
-
-
-def _is_key(id_: object) -> bool:
-    return id_ is not None and isinstance(id_, Hashable)
-
-
-def _by_id(table: dict[Any, Item], id_: Any) -> Item | None:
-    """Look up an id, also if it is written as text or with a decimal point in one place and not in the other."""
-    if _is_key(id_):
-        if id_ in table:
-            return table[id_]
-        try:
-            return table[whole(id_)]
-        except (KeyError, TypeError, ValueError):
-            return table.get(str(id_))
-    return None
+        return str(value)
 
 
 def _size(width: Any, height: Any) -> Size | None:
@@ -369,48 +344,34 @@ def _size(width: Any, height: Any) -> Size | None:
 
 
 class ImageFinder:
-    """Find the files that annotations name, though the tool that wrote these had them at other places.
+    """Find the image files that annotations name, where the tool that wrote these had them in other folders.
 
-    A path is looked up as written, then with fewer and fewer of its first folders, below ROOT, ROOT/images,
+    A path is looked up as written, then without more and more of its first folders, below ROOT, ROOT/images,
     ROOT/JPEGImages and `others`. Last comes the only file of that name anywhere below ROOT.
     """
 
     def __init__(self, root: Path, *others: Path) -> None:
-        self.root = root
-        self.places = dict.fromkeys(p for p in (root, root / "images", root / "JPEGImages", *others) if p.is_dir())
+        self.root, self.places = root, dict.fromkeys((root, root / "images", root / "JPEGImages", *others))
 
-    def __call__(self, written: str) -> tuple[str, list[str]]:
-        """Return the path relative to ROOT, and if there is no such file where it was looked for.
-
-        Unusable if there are several.
-        """
-        first = os.path.join(self.root, written)
-        if os.path.isfile(first):
-            return written, []
+    def __call__(self, written: str) -> str:
+        """Return the path relative to ROOT; Unusable if there is no such file, or several."""
+        if os.path.isfile(os.path.join(self.root, written)):
+            return written
         path = unquote(urlsplit(written).path if "://" in written else written)
-        parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")]
-        if not parts:
-            return written, [first]
-        candidates = (os.path.join(place, *parts[k:]) for k in range(len(parts)) for place in self.places)
-        found = next(([path] for path in candidates if os.path.isfile(path)), self._by_name.get(_folded(parts[-1]), []))
-        if len(found) > 1:
-            raise Unusable("images whose name several files have")
-        if found:
-            return Path(os.path.relpath(found[0], self.root)).as_posix(), []
-        places = (os.path.join(place, parts[-1]) for place in self.places)
-        return written, [*dict.fromkeys((first, *places)), f"{parts[-1]} in all folders below {self.root}"]
+        parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")] or [written]
+        paths = (os.path.join(place, *parts[k:]) for k in range(len(parts)) for place in self.places)
+        found = [path for path in paths if os.path.isfile(path)][:1] or self._by_name[composed(parts[-1]).casefold()]
+        if len(found) != 1:
+            places = ", ".join(map(str, self.places))
+            raise Unusable(f"images {'whose name several have' if found else 'missing'} in {places}, or deeper")
+        return Path(os.path.relpath(found[0], self.root)).as_posix()
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
         paths: dict[str, list[str]] = defaultdict(list)
         for path in walk(self.root):
-            paths[_folded(path.name)].append(str(path))
+            paths[composed(path.name).casefold()].append(str(path))
         return paths
-
-
-def _folded(name: str) -> str:
-    """Return what names have in common that differ in case or in how accents are written."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def read_voc(data: DataConfig, split: str, _: IndexWriter) -> Split:
@@ -423,39 +384,29 @@ def read_voc(data: DataConfig, split: str, _: IndexWriter) -> Split:
         stems = {line.split()[0] for line in read_text(listed).splitlines() if line.strip()}
         paths = [path for path in paths if path.stem in stems]
     images = images if images.is_dir() else root
-    finder = ImageFinder(images, root, root / "images", folder)
-    by_stem = {
-        path.stem: path.name for path in images.iterdir() if path.suffix.lower() not in (".xml", ".txt", ".json")
-    }
-    items = _parsed(((path.stem, path) for path in paths), lambda stem, path: _voc_image(stem, path, finder, by_stem))
-    return images, items, listed.is_file()
+    find = ImageFinder(images, root, root / "images", folder)
+    by_stem = {path.stem: path.name for path in images.iterdir() if path.suffix not in (".xml", ".txt", ".json")}
 
+    def parse(stem: str, path: Path) -> AnnotatedImage:
+        content = ElementTree.parse(path).getroot()
+        name = (content.findtext("filename") or "").strip() or f"{stem}.jpg"
+        if not (images / name).is_file():  # without an ending, for instance, or with another one
+            name = by_stem.get(stem) or find(name)
+        things = ((f"{path}, object {k}", thing) for k, thing in enumerate(content.findall("object"), 1))
+        size = _size(content.findtext("size/width"), content.findtext("size/height"))
+        return AnnotatedImage(name, size, **_objects(things, _voc_object))
 
-def _voc_image(stem: str, path: Path, finder: ImageFinder, by_stem: dict[str, str]) -> AnnotatedImage:
-    root = ElementTree.parse(path).getroot()
-    name, tried = finder((root.findtext("filename") or "").strip() or f"{stem}.jpg")
-    if tried and stem in by_stem:  # no ending, or another one
-        name = by_stem[stem]
-    size = _size(root.findtext("size/width"), root.findtext("size/height"))
-    things = ((f"{path}, object {k}", thing) for k, thing in enumerate(root.findall("object"), 1))
-    return AnnotatedImage(name, size, tried=tried, **_objects(things, _voc_object))
+    return images, _parsed(((path.stem, path) for path in paths), parse), listed.is_file()
 
 
 def _voc_object(thing: ElementTree.Element) -> Object:
-    try:
-        points = (
-            [float(x.text or "") for x in polygon.iter() if x.tag[0] in "xy"] for polygon in thing.findall("polygon")
-        )
-        outlines = [np.array(x, dtype=np.float32).reshape(-1, 2) for x in points if len(x) >= 6]
-    except ValueError:
-        outlines = None
-    if thing.find("bndbox") is None:
-        if not outlines:
-            raise Unusable("objects without a box")
-        corners = np.concatenate(outlines)
-        return (*corners.min(0).tolist(), *corners.max(0).tolist()), outlines, thing.findtext("name") or ""
     keys = ("xmin", "ymin", "xmax", "ymax")  # counted from 1, last pixel included
-    left, top, right, bottom = _floats(thing.findtext(f"bndbox/{key}") or "" for key in keys)
+    corners = [thing.findtext(f"bndbox/{key}") or "" for key in keys]
+    points = ([float(x.text or "") for x in shape.iter() if x.tag[0] in "xy"] for shape in thing.findall("polygon"))
+    outlines = [np.array(x, dtype=np.float32).reshape(-1, 2) for x in points if len(x) >= 6]
+    if not all(corners) and not outlines:
+        raise Unusable("objects without a box")
+    left, top, right, bottom = map(float, corners) if all(corners) else _around(outlines)
     return (left - 1, top - 1, right, bottom), outlines, thing.findtext("name") or ""
 
 
@@ -467,29 +418,30 @@ def read_yolo(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     names = [path.relative_to(images) for path in find_images(images / folder, writer.faults)]
     if not texts.is_dir():
         raise UserError(f"{texts}: no such folder; check data.root and data.annotations")
-    named = ((name.as_posix(), (texts / name).with_suffix(".txt")) for name in names)
-    return images, _parsed(named, _yolo_image), bool(folder)
 
+    def parse(name: str, path: Path) -> AnnotatedImage:
+        return AnnotatedImage(name, relative=True, **_objects(_lines(path) if path.is_file() else [], _yolo_object))
 
-def _yolo_image(name: str, path: Path) -> AnnotatedImage:
-    lines = _lines(path) if path.is_file() else []
-    return AnnotatedImage(name, relative=True, **_objects(lines, _yolo_object))
+    return (
+        images,
+        _parsed(((name.as_posix(), (texts / name).with_suffix(".txt")) for name in names), parse),
+        bool(folder),
+    )
 
 
 def _yolo_object(words: list[str]) -> Object:
-    if len(words) == 1:
-        raise Unusable("lines of one word; separate the numbers by spaces")
-    values = _floats(words[1:])  # the class may be a number or a name
-    is_box = len(values) in (4, 5)  # a confidence may follow
-    if not is_box and (len(values) < 6 or len(values) % 2):
-        raise Unusable("lines of neither a box nor the corners of a polygon")
-    if max(map(abs, values[:4] if is_box else values)) > 2:  # some tools write coordinates slightly outside
+    values = [float(word) for word in words[1:]]  # behind the class, a number or a name
+    if len(values) == 5:
+        values = values[:4]  # the fifth one is the confidence of a prediction
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise Unusable("lines of neither a box nor the corners of a polygon, separated by spaces")
+    if max(map(abs, values)) > 2:  # some tools write coordinates slightly outside
         raise Unusable("lines in pixels instead of fractions of the image")
-    if is_box:
-        x, y, width, height = values[:4]
+    if len(values) == 4:
+        x, y, width, height = values
         return (x - width / 2, y - height / 2, x + width / 2, y + height / 2), [], ""
     outline = np.array(values, dtype=np.float32).reshape(-1, 2)
-    return (*outline.min(0).tolist(), *outline.max(0).tolist()), [outline], ""
+    return _around([outline]), [outline], ""
 
 
 def read_masks(data: DataConfig, split: str, writer: IndexWriter) -> Split:
@@ -522,37 +474,36 @@ READERS = {"open_images": read_open_images, "coco": read_coco, "voc": read_voc, 
 def _parsed(
     named: Iterable[tuple[str, Item]], parse: Callable[[str, Item], AnnotatedImage]
 ) -> Iterator[AnnotatedImage]:
-    """Parse the annotations of each (name, path or content); what cannot be read becomes a problem."""
-    for name, annotations in named:
-        place = str(annotations) if isinstance(annotations, Path) else name
-        try:
-            yield parse(name, annotations)
-            continue
-        except Unusable as error:
-            problem = str(error), place
-        except UserError as error:  # names the place
-            problem = "annotations that cannot be read", str(error)
-        except UNREADABLE as error:
-            problem = "annotations that cannot be read", f"{place}: {error}"
-        yield AnnotatedImage(name, problems=[problem])
+    """Parse the annotations of each (name, path or content)."""
+    for name, source in named:
+        problems: list[tuple[str, str]] = []
+        place = str(source) if isinstance(source, Path) else name
+        found = _each([(place, source)], partial(parse, name), problems)
+        yield found[0][1] if found else AnnotatedImage(name, problems=problems)
 
 
 def _objects(records: Iterable[tuple[str, Item]], parse: Callable[[Item], Object]) -> dict[str, Any]:
-    """Parse the record of each object for itself, given with its place; return arguments for `AnnotatedImage`."""
-    boxes, shapes, labels, places, problems = [], [], [], [], []
+    """Parse the record of each object, given with its place; return arguments for `AnnotatedImage`."""
+    problems: list[tuple[str, str]] = []
+    found = _each(records, parse, problems)
+    boxes, shapes, labels = ([object_[k] for _, object_ in found] for k in range(3))
+    places = [place for place, _ in found]
+    return {"boxes": boxes, "shapes": shapes, "labels": labels, "places": places, "problems": problems}
+
+
+def _each(
+    records: Iterable[tuple[str, Item]], parse: Callable[[Item], Result], problems: list[tuple[str, str]]
+) -> list[tuple[str, Result]]:
+    """Parse each record for itself; what cannot be used becomes a problem."""
+    found = []
     for place, record in records:
         try:
-            box, shape, label = parse(record)
+            found.append((place, parse(record)))
         except Unusable as error:
             problems.append((str(error), place))
-            continue
-        if shape is None:
-            problems.append(("shapes that cannot be read; their boxes are used", place))
-        boxes.append(box)
-        shapes.append(shape or [])
-        labels.append(label)
-        places.append(place)
-    return {"boxes": boxes, "shapes": shapes, "labels": labels, "places": places, "problems": problems}
+        except (*UNREADABLE, AttributeError, LookupError, TypeError) as error:
+            problems.append(("annotations that cannot be read", f"{place}: {error}"))
+    return found
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
@@ -565,10 +516,3 @@ def _lines(path: Path) -> list[tuple[str, list[str]]]:
     """Read the words of each line that has some, with its place."""
     lines = enumerate(read_text(path).splitlines(), 1)
     return [(f"{path}:{number}", words) for number, line in lines if (words := line.split())]
-
-
-def _floats(words: Iterable[str]) -> list[float]:
-    try:
-        return [float(word) for word in words]
-    except ValueError:
-        raise Unusable("boxes with words where numbers belong") from None

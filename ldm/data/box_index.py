@@ -80,11 +80,9 @@ class BoxIndex:
 
     @property
     def left_out(self) -> list[str]:
-        """What was left out of the dataset, a text for each reason, the most frequent one first."""
-        counts, places = (json.loads(self.metadata.get(key, "{}")) for key in ("dropped", "places"))
-        ordered = sorted(counts.items(), key=lambda item: -item[1])
-        found = ((f"{count:,} {reason}", ", ".join(places.get(reason, ()))) for reason, count in ordered)
-        return [f"{text} ({named})" if named else text for text, named in found]
+        """What was left out of the dataset, and its first places, in a line for each reason."""
+        counts = json.loads(self.metadata.get("dropped", "{}"))
+        return [f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1])]
 
     def __len__(self) -> int:
         return len(self._arrays["sizes"])
@@ -196,8 +194,12 @@ class IndexWriter:
             for name, (_, shape, needed) in _COLUMNS.items()
             if self._columns[needed]
         }
-        dropped, places = self.faults.counts + self.unwanted.counts, self.faults.places | self.unwanted.places
-        metadata = {"version": _VERSION, "dropped": json.dumps(dropped), "places": json.dumps(places), **self.source}
+        dropped = {
+            f"{reason} ({', '.join(some.places[reason])})": count
+            for some in (self.faults, self.unwanted)
+            for reason, count in some.counts.items()
+        }
+        metadata = {"version": _VERSION, "dropped": json.dumps(dropped), **self.source}
         with atomic_write(self.path) as partial:
             save_file(arrays, partial, metadata=metadata)
 

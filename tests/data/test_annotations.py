@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import unicodedata
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,7 +251,10 @@ def test_what_cannot_be_read_is_counted_and_named(tmp_path: Path) -> None:
     assert writer.images == 2
     assert writer.unwanted.counts == {SKIPPED_EXIF: 1, "boxes of less than 2% of their image": 1}
     faults = {"no images": ["d.jpg"], "images truncated": ["train/c.jpg"]}
-    assert writer.faults.places == {**faults, "boxes with words where numbers belong": [f"{labels / 'f.txt'}:1"]}
+    assert writer.faults.places == {
+        **faults,
+        "annotations that cannot be read": [f"{labels / 'f.txt'}:1: could not convert string to float: 'nonsense'"],
+    }
     left_out = BoxIndex(tmp_path / "i.safetensors").left_out
     assert len(left_out) == 5 and "1 images truncated (train/c.jpg)" in left_out
 
@@ -259,7 +264,7 @@ def test_an_image_of_another_size_than_annotated_is_left_out(tmp_path: Path) -> 
     Image.new("RGB", (80, 100)).save(tmp_path / "b.jpg")
     index = open_index(source, "train")
     assert [index[i].name for i in range(len(index))] == ["a.jpg"]
-    assert json.loads(index.metadata["dropped"])["images of another size than annotated"] == 1
+    assert "1 images of another size than annotated (b.jpg)" in index.left_out
 
 
 @pytest.mark.parametrize(
@@ -336,3 +341,340 @@ def test_image_header_of_any_prefix_is_an_error(tmp_path: Path) -> None:
     for behind in (300, 3000):
         path.write_bytes(content + bytes(behind))
         assert image_header(path) == ((40, 30), 1)
+
+
+# ---- as tools write them ----
+
+GOOD = {
+    "id": 7,
+    "image_id": 1,
+    "category_id": 3,
+    "bbox": [10, 20, 50, 50],
+    "segmentation": [np.ravel(OUTLINE).tolist()],
+}
+
+
+def coco_file(root: Path, annotations: list[object], images_: list[object] | None = None, **more: object) -> DataConfig:
+    """Two pictures, of which one has a good annotation and the other one those given; all are read for both splits."""
+    images(root)
+    listed = [{"id": i, "file_name": f"{n}.jpg", "width": 100, "height": 80} for i, n in enumerate("ab")]
+    content = {"images": listed if images_ is None else images_, "annotations": [GOOD, *annotations], **more}
+    (root / "i.json").write_text(json.dumps({"categories": [{"id": 3, "name": "cup"}], **content}))
+    return DataConfig("coco", str(root), str(root / "i.json"), str(root / "i.json"))
+
+
+def other(**changes: object) -> dict[str, object]:
+    return {key: value for key, value in (GOOD | {"id": 8, "image_id": 0} | changes).items() if value != "absent"}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "reason"),
+    [
+        (other(bbox="absent"), "annotations without a box"),
+        (other(bbox=[]), "annotations without a box"),
+        (other(bbox=None), "annotations without a box"),
+        (other(bbox=[10, 20, 50]), "annotations that cannot be read"),
+        (other(bbox={"x": 1}), "annotations that cannot be read"),
+        (other(bbox=[10, 20, None, 50]), "annotations that cannot be read"),
+        (other(bbox=[10, 20, float("nan"), 50]), "boxes with corners that are not finite"),
+        (other(bbox=[10, 20, float("inf"), 50]), "boxes with corners that are not finite"),
+        (other(bbox=[10, 20, -5, 50]), "boxes without area"),
+        (other(bbox=[110, 20, 50, 50]), "boxes outside their image"),
+        (other(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotations that cannot be read"),
+        (other(image_id=99), "annotations of images that are not listed"),
+        (other(image_id="absent"), "annotations of images that are not listed"),
+        (other(image_id=[0]), "annotations of images that are not listed"),
+        (None, "annotations of images that are not listed"),
+        (other(iscrowd=1), "crowds"),
+        (other(bbox=[0, 0, 2, 2]), "boxes of less than 2% of their image"),
+    ],
+)
+def test_an_odd_annotation_costs_itself_alone(annotation: object, reason: str, tmp_path: Path) -> None:
+    data = coco_file(tmp_path, [annotation])
+    index = open_index(data, "train")
+    assert [index[i].name for i in range(len(index))] == ["b.jpg"] and index[0].labels == ("cup",)
+    place = "annotation 1" if annotation is None else "annotation 8"
+    assert any(line.startswith(f"1 {reason} ({place}") for line in index.left_out)
+    data.strict = True
+    if reason in ("crowds", "boxes of less than 2% of their image"):  # no faults
+        open_index(data, "train")
+    else:
+        with pytest.raises(UserError, match=reason):
+            open_index(data, "train")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_id": "0"},
+        {"image_id": 0.0},
+        {"image_id": "0.0", "category_id": "3"},
+        {"category_id": 3.0},
+        {"bbox": ["10", "20", "50", "50.0"]},
+        {"segmentation": GOOD["segmentation"][0]},
+        {"id": "absent", "iscrowd": "0"},
+        {"score": 0.9},
+    ],
+)
+def test_ids_texts_and_polygons_of_any_kind(changes: dict[str, object], tmp_path: Path) -> None:
+    index = open_index(coco_file(tmp_path, [other(**changes)]), "train")
+    assert index.left_out == []
+    a, b = index[0], index[1]
+    assert (a.boxes, a.labels) == (b.boxes, b.labels)
+    np.testing.assert_array_equal(a.shapes[0][0], b.shapes[0][0])
+
+
+@pytest.mark.parametrize(
+    "size", [{}, {"width": -1, "height": -1}, {"width": 0, "height": 80}, {"width": None}, {"width": "?"}]
+)
+@pytest.mark.parametrize("segmentation", [None, [], "absent", {"counts": "abc", "size": [80, 100]}, {"counts": [1]}])
+def test_without_size_or_shape(size: dict[str, object], segmentation: object, tmp_path: Path) -> None:
+    listed = [{"id": i, "file_name": f"{n}.jpg"} | size for i, n in enumerate("ab")]
+    index = open_index(coco_file(tmp_path, [other(segmentation=segmentation)], listed, categories=None), "train")
+    assert index[0].boxes == index[1].boxes == [BOX] and index[0].size == SIZE
+    assert index[0].shapes == [[]] and not index.has_labels
+
+
+def test_an_image_that_is_not_described_costs_itself_alone(tmp_path: Path) -> None:
+    odd = [None, {"id": 5}, {"file_name": "a.jpg"}, {"id": 6, "file_name": "none.jpg"}]
+    data = coco_file(tmp_path, [], [{"id": "1", "file_name": "b.jpg", "width": "100", "height": 80.0}, *odd])
+    index = open_index(data, "train")
+    assert [index[i].name for i in range(len(index))] == ["b.jpg"]
+    assert sum(int(line.split()[0]) for line in index.left_out) == 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks(encoding: str, tmp_path: Path) -> None:
+    for kind, folder in ((coco, "coco"), (yolo, "yolo"), (voc, "voc"), (open_images_texts, "open_images")):
+        (tmp_path / folder).mkdir()
+        data = kind(tmp_path / folder)
+        before = entries(open_index(data, "train"))
+        for path in (tmp_path / folder).rglob("*"):
+            if path.suffix in (".json", ".txt", ".xml"):
+                path.write_bytes(path.read_text().replace("\n", "\r\n").encode(encoding))
+        assert repr(entries(open_index(data, "train", rebuild=True))) == repr(before)
+
+
+@pytest.mark.parametrize("place", ["", "images", "train2017", "JPEGImages", "deep/er", "../annotations"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "x/a.jpg",
+        r"x\a.jpg",
+        "./x/a.jpg",
+        r"C:\photos\x\a.jpg",
+        "/home/me/x/a.jpg",
+        "https://host/x/a.jpg?token=1/2",
+        "x%2Fa.jpg",
+        "a.jpg",
+        "x/A.JPG",
+    ],
+)
+def test_images_are_found_where_tools_keep_them(place: str, written: str, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for name in ("x/a", "x/b"):
+        images((root / place / name).parent, (name[-1],))
+    (root / "deep").mkdir(exist_ok=True)
+    (tmp_path / "annotations").mkdir(exist_ok=True)
+    listed = [
+        {"id": i, "file_name": written.replace("a.", f"{n}.").replace("A.", f"{n.upper()}.")}
+        for i, n in enumerate("ab")
+    ]
+    path = tmp_path / "annotations" / "i.json"
+    path.write_text(json.dumps({"images": listed, "annotations": [GOOD, other()]}))
+    if (place == "../annotations" and "x" not in written.lower().replace(".jpg", "").split("photos")[-1]) or (
+        place == "../annotations" and "A." in written
+    ):
+        pytest.skip("beside the annotations only the path itself is looked up")
+    index = open_index(DataConfig("coco", str(root), str(path), str(path)), "train")
+    assert len(index) == 2 and not index.left_out
+    for i, name in enumerate("ab"):
+        assert (Path(index.metadata["images"]) / index[i].name).samefile(root / place / "x" / f"{name}.jpg")
+
+
+def test_what_is_not_found_is_told_with_where_it_was_looked_for(tmp_path: Path) -> None:
+    data = coco_file(tmp_path, [], [{"id": i, "file_name": f"z/{i}.jpg"} for i in range(20)])
+    with pytest.raises(UserError, match=r"z/0.jpg") as error:
+        open_index(data, "train")
+    for folder in (tmp_path, tmp_path / "images", tmp_path / "train2017"):
+        assert str(error.value).count(f"{folder},") == 1
+    for folder in ("p", "q"):
+        images(tmp_path / folder, tuple("01"))
+    with pytest.raises(UserError, match="2 images whose name several have"):
+        open_index(data, "train")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("0 0.35 0.5625 0.5 0.625 0.93", ""),
+        ("cup 0.35 0.5625 0.5 0.625", ""),
+        ("  0\t0.35  0.5625 0.5 0.625 ", ""),
+        ("0,0.35,0.5625,0.5,0.625", "lines of neither a box nor the corners"),
+        ("0 35 45 50 50", "lines in pixels"),
+        ("0 10 20 60 20 60 70", "lines in pixels"),
+        ("0 0.1 0.2 0.3", "lines of neither a box nor the corners"),
+        ("0 0.1 0.2 0.3 0.4 0.5 0.6 0.7", "lines of neither a box nor the corners"),
+        ("0", "lines of neither a box nor the corners"),
+        ("0 nan 0.5 0.5 0.5", "boxes with corners that are not finite"),
+        ("0 0.35 0.5625 half 0.625", "annotations that cannot be read"),
+    ],
+)
+def test_an_odd_label_line_costs_itself_alone(line: str, reason: str, tmp_path: Path) -> None:
+    data = yolo(tmp_path)
+    path = tmp_path / "labels" / "train" / "b.txt"
+    path.write_text(f"0 0.35 0.5625 0.5 0.625\n\n{line}\n")
+    index = open_index(data, "train")
+    assert index[1].boxes == [BOX, BOX][: 1 if reason else 2]
+    assert not reason or any(text.startswith(f"1 {reason}") and f"{path}:3" in text for text in index.left_out)
+
+
+@pytest.mark.parametrize("name", ["c.bmp", "c.TIF", "c.JPG", "c.jfif", "c.gif", "c", "c.dat"])
+@pytest.mark.parametrize("kind", [yolo, masks])
+def test_pictures_of_any_format(kind: Callable[[Path], DataConfig], name: str, tmp_path: Path) -> None:
+    data, folder = kind(tmp_path), tmp_path / "images" / ("train" if kind is yolo else "")
+    form = {".bmp": "BMP", ".TIF": "TIFF", ".gif": "GIF"}.get(Path(name).suffix, "JPEG")
+    Image.new("RGB", SIZE, (90, 120, 30)).save(folder / name, form)
+    if kind is yolo:
+        (tmp_path / "labels" / "train" / "c.txt").write_text("0 0.35 0.5625 0.5 0.625")
+    else:
+        (tmp_path / "masks" / "p0.png").rename(tmp_path / "masks" / "c.PNG")
+    both = [open_index(data, split) for split in ("train", "validation")]
+    assert name in {Path(index[i].name).name for index in both for i in range(len(index))}
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (lambda size: Image.new("L", size, 1), "masks without white"),
+        (lambda size: Image.new("L", (9, 9), 255), "images of another size than annotated"),
+        (None, "images without a mask"),
+    ],
+)
+def test_odd_masks(mask: Callable[[tuple[int, int]], Image.Image] | None, reason: str, tmp_path: Path) -> None:
+    data = masks(tmp_path)
+    paths = sorted((tmp_path / "masks").iterdir())
+    for path in paths[::2]:
+        path.unlink()
+        if mask:
+            mask(SIZE).save(path)
+    index = open_index(data, "train")
+    assert any(reason in line for line in index.left_out) and 0 < len(index) < 100
+
+
+VOC_BOX = "<bndbox><xmin>11.0</xmin><ymin>21</ymin><xmax>60.0</xmax><ymax>70.0</ymax></bndbox>"
+VOC_SHAPE = "<polygon><x1>10</x1><y1>20</y1><x2>60</x2><y2>20</y2><x3>60</x3><y3>70</y3></polygon>"
+VOC_POINTS = "<polygon><pt><x>11</x><y>21</y></pt><pt><x>60</x><y>21</y></pt><pt><x>60</x><y>70</y></pt></polygon>"
+
+
+@pytest.mark.parametrize(
+    ("head", "thing", "reason"),
+    [
+        ("<filename>b.jpg</filename>", VOC_BOX, ""),
+        (r"<filename>D:\p\b.jpg</filename>", VOC_BOX, ""),
+        ("<filename>b</filename>", VOC_BOX, ""),
+        ("<filename>b.png</filename>", VOC_BOX, ""),
+        ("<size><width>100.0</width><height>80</height></size>", VOC_BOX, ""),
+        ("<size><width>0</width><height>0</height></size>", VOC_BOX + "<difficult>1</difficult>", ""),
+        ("<size><width>-1</width></size>", VOC_BOX + "<truncated>1</truncated>", ""),
+        ("", VOC_SHAPE + VOC_BOX, ""),
+        ("", VOC_POINTS, ""),
+        ("", "", "objects without a box"),
+        ("", VOC_BOX.replace("<xmax>60.0</xmax>", ""), "objects without a box"),
+        ("", VOC_BOX.replace("60.0", "wide"), "annotations that cannot be read"),
+        ("", VOC_BOX.replace("60.0", "nan"), "boxes with corners that are not finite"),
+        ("", VOC_BOX.replace("60.0", "<"), "annotations that cannot be read"),
+        (
+            "<filename>b.jpg</filename><size><width>80</width><height>100</height></size>",
+            VOC_BOX,
+            "images of another size",
+        ),
+    ],
+)
+def test_odd_xml(head: str, thing: str, reason: str, tmp_path: Path) -> None:
+    data = voc(tmp_path)
+    path = tmp_path / "Annotations" / "b.xml"
+    path.write_text(f"<annotation>{head}<object><name>cup</name>{thing}</object></annotation>")
+    index = open_index(data, "train")
+    assert [index[i].name for i in range(len(index))] == ["a.jpg", "b.jpg"][: 1 if reason else 2]
+    if reason:
+        assert any(line.startswith(f"1 {reason}") for line in index.left_out)
+    else:
+        assert index[1].boxes == [BOX] and index[1].labels == ("cup",)
+        assert bool(index[1].shapes[0]) == ("polygon" in thing)
+
+
+def test_of_few_images_one_is_for_validation(tmp_path: Path) -> None:
+    data = yolo(tmp_path)
+    for folder in ("images", "labels"):
+        (tmp_path / folder / "train").rename(tmp_path / folder / "all")
+        shutil.rmtree(tmp_path / folder / "val")
+    assert [len(open_index(data, split)) for split in ("train", "validation")] == [1, 1]
+
+
+# ---- photographs that EXIF rotates ----
+
+
+def rotated(root: Path, annotated: str | None, orientation: int = 6, name: str = "b.jpg") -> DataConfig:
+    """A second picture, 80 x 100 as stored, that EXIF turns; `annotated` as stored, upright, or without size."""
+    data = coco_file(root, [])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (80, 100) if orientation >= 5 else (100, 80)).save(root / name, exif=exif)
+    size = {"stored": (80, 100), "upright": (100, 80)}.get(annotated or "")
+    described = {"width": size[0], "height": size[1]} if size else {}
+    content = json.loads((root / "i.json").read_text())
+    content["images"][1] = {"id": 1, "file_name": name, **described}
+    content["annotations"].append(other())
+    (root / "i.json").write_text(json.dumps(content))
+    return data
+
+
+@pytest.mark.parametrize(
+    ("exif", "annotated", "size", "orientation"),
+    [
+        ("auto", "upright", (100, 80), 6),
+        ("auto", "stored", (80, 100), 1),
+        ("auto", None, (100, 80), 6),
+        ("apply", "upright", (100, 80), 6),
+        ("apply", None, (100, 80), 6),
+        ("ignore", "stored", (80, 100), 1),
+        ("ignore", None, (80, 100), 1),
+    ],
+)
+def test_rotated_photographs(
+    exif: str, annotated: str | None, size: tuple[int, int], orientation: int, tmp_path: Path
+) -> None:
+    data = rotated(tmp_path, annotated)
+    data.exif = exif
+    index = open_index(data, "train")
+    assert [(index[i].size, index[i].orientation) for i in (0, 1)] == [(SIZE, 1), (size, orientation)]
+
+
+@pytest.mark.parametrize(("exif", "annotated"), [("apply", "stored"), ("ignore", "upright"), ("skip", "upright")])
+def test_rotated_photographs_that_are_left_out(exif: str, annotated: str, tmp_path: Path) -> None:
+    data = rotated(tmp_path, annotated)
+    data.exif = exif
+    index = open_index(data, "train")
+    assert len(index) == 1 and len(index.left_out) == 1 and "(b.jpg)" in index.left_out[0]
+    data.exif = "auto"
+    assert len(open_index(data, "train")) == 2, "the setting is part of the index"
+
+
+@pytest.mark.parametrize(("annotated", "expected"), [("stored", 1), ("upright", 3)])
+def test_where_both_sizes_fit_the_other_photographs_decide(annotated: str, expected: int, tmp_path: Path) -> None:
+    """Turned by 180 degrees, an image has the same size: tools treat it as they treat the others."""
+    data = rotated(tmp_path, annotated)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGB", SIZE).save(tmp_path / "a.jpg", exif=exif)
+    index = open_index(data, "train")
+    assert {index[i].name: index[i].orientation for i in (0, 1)}["a.jpg"] == expected
+
+
+@pytest.mark.parametrize("value", [0, 9])
+def test_exif_orientations_that_mean_nothing(value: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    Image.new("RGB", SIZE).save(tmp_path / "x.png", exif=exif)
+    assert image_header(tmp_path / "x.png") == (SIZE, 1)
