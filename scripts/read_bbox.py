@@ -25,7 +25,7 @@ from ldm.data.annotations import (
     read_boxes_csv,
 )
 from ldm.data.box_index import IndexWriter
-from ldm.files import UserError, write_text
+from ldm.files import Skipped, UserError, write_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"{split}: {report.rows:,} rows, {report.boxes:,} boxes kept; {report.written:,} files written to "
                 f"{out / split}, {report.resumed:,} already there; index in {index.path}"
             )
+            if report.skipped:
+                print(f"{split}: left out: {report.skipped}")
             if report.list_path:
                 reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.problems.items())
                 print(f"{split}: images without a text file: {reasons}; listed in {report.list_path}")
@@ -70,6 +72,7 @@ class Report:
 
     Attributes:
         rows, boxes: rows in the CSV, and those kept.
+        skipped: damaged rows.
         written, resumed: text files written in this run, and those found complete.
         problems: images with kept boxes but without a usable file, by reason.
         list_path: tab-separated list of these images, or None if there are none.
@@ -77,6 +80,7 @@ class Report:
 
     rows: int
     boxes: int
+    skipped: Skipped
     written: int = 0
     resumed: int = 0
     problems: Counter[str] = field(default_factory=Counter)
@@ -108,8 +112,8 @@ def read_bbox(
         raise UserError(f"{images}: no .jpg under {split}/ or {split}_0/ …; unpack the images there")
     out.mkdir(parents=True, exist_ok=True)
     done = set() if overwrite else {entry.name for entry in os.scandir(out) if entry.stat().st_size}
-    num_rows, num_boxes, found = read_boxes_csv(csv_path)
-    report, problems = Report(num_rows, num_boxes), []
+    num_rows, num_boxes, found = read_boxes_csv(csv_path, skipped := Skipped())
+    report, problems = Report(num_rows, num_boxes, skipped), []
     partial = out / f".{split}.partial"
     for id_, corners, labels in tqdm(found, desc=f"{split}: boxes", unit=" images"):
         name = paths.get(id_, f"{split}/{id_}.jpg")

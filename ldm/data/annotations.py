@@ -33,7 +33,7 @@ from ldm.data.box_index import (
     Size,
     turned_size,
 )
-from ldm.files import UserError, composed, read_json, read_text, whole
+from ldm.files import Skipped, UserError, composed, read_json, read_text, whole
 from ldm.images import FORMATS, UNREADABLE, find_images, load_mask, walk, walk_folders
 
 OPEN_IMAGES_CSV = {split: f"{split}-annotations-bbox.csv" for split in ("validation", "test")}
@@ -205,7 +205,7 @@ def exif_orientation(image: Image.Image) -> int:
     return int(orientation) if orientation in range(1, 9) else 1
 
 
-def read_open_images(data: DataConfig, split: str, _: IndexWriter) -> Split:
+def read_open_images(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     """Read Open Images' text files of pixel boxes, or else the official CSV."""
     images, texts = Path(data.root, "images"), Path(data.annotations or Path(data.root, "bbox", split))
     csv_path = Path(data.annotations or Path(data.root, "annotations", OPEN_IMAGES_CSV[split]))
@@ -216,7 +216,7 @@ def read_open_images(data: DataConfig, split: str, _: IndexWriter) -> Split:
     else:
         items = (
             AnnotatedImage(paths.get(id_, id_), boxes=corners, labels=labels, relative=True)
-            for id_, corners, labels in read_boxes_csv(csv_path)[2]
+            for id_, corners, labels in read_boxes_csv(csv_path, writer.faults)[2]
         )
     return images, items, True
 
@@ -231,8 +231,8 @@ def find_jpegs(images: Path, split: str) -> dict[str, str]:
     return paths
 
 
-def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.ndarray, list[str]]]]:
-    """Read the boxes of Open Images' CSV that cover 2 % to 80 % of their image.
+def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator[tuple[str, np.ndarray, list[str]]]]:
+    """Read the boxes of Open Images' CSV that cover 2 % to 80 % of their image; `skipped` takes damaged rows.
 
     Returns:
         Numbers of rows and of those boxes; per image its id, (n, 4) corners x_min, y_min, x_max, y_max in [0, 1], and
@@ -244,10 +244,17 @@ def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.nda
     try:
         if "LabelName" in pd.read_csv(csv_path, nrows=0):
             types["LabelName"] = "category"
-        boxes = pd.read_csv(csv_path, usecols=list(types), dtype=types)
-        lacking = np.flatnonzero(boxes.isna().any(axis=1))
-        if boxes.empty or len(lacking):
-            raise ValueError("no boxes" if boxes.empty else f"row {lacking[0] + 1} lacks a value")
+        try:
+            boxes = pd.read_csv(csv_path, usecols=list(types), dtype=types)
+        except ValueError:  # text instead of a number: read again, slower, with a gap there
+            boxes = pd.read_csv(csv_path, usecols=list(types), dtype=types | dict.fromkeys(_CORNERS, "str"))
+            boxes[_CORNERS] = boxes[_CORNERS].apply(pd.to_numeric, errors="coerce")
+        lacking = boxes.isna().any(axis=1)
+        for row in np.flatnonzero(lacking):
+            skipped.add("rows that lack a value or number", f"{csv_path}, row {row + 1}")
+        rows, boxes = len(boxes), boxes[~lacking] if lacking.any() else boxes
+        if boxes.empty:
+            raise ValueError("no boxes")
     except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
         raise UserError(f"{csv_path}: no readable CSV of boxes ({error}); download it, see dataset/README.md") from None
     descriptions: dict[str, str] = {}
@@ -258,7 +265,7 @@ def read_boxes_csv(csv_path: Path) -> tuple[int, int, Iterator[tuple[str, np.nda
         descriptions |= dict(table.itertuples(index=False))
     area = (boxes.XMax - boxes.XMin) * (boxes.YMax - boxes.YMin)
     boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
-    rows, boxes = len(boxes), boxes.loc[area.between(MIN_AREA, MAX_AREA)]  # frees the others
+    boxes = boxes.loc[area.between(MIN_AREA, MAX_AREA)]  # frees the others
     kept = boxes.sort_values("ImageID", kind="stable")
     codes, corners = kept.ImageID.cat.codes.to_numpy(), kept[_CORNERS].to_numpy()
     labels = kept.LabelName if "LabelName" in kept else pd.Series("", kept.index)

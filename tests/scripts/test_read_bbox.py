@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ from ldm.files import UserError
 from scripts.read_bbox import Report, main, read_bbox
 from tests.data.test_annotations import write_jpeg
 
-ROOT = Path(__file__).parents[2]
 HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
 
 
@@ -134,12 +131,16 @@ def test_unusable_images_are_reported(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("damaged", ["a,xclick,/m/01,1,zero,0.5,0,0.5", "a,xclick", row("a", float("nan"), 0.5, 0, 1)])
+def test_a_damaged_row_costs_itself(damaged: str, tmp_path: Path) -> None:
+    write_jpeg(tmp_path / "images/validation/a.jpg")
+    report = convert(tmp_path, [row("a", 0, 0.5, 0, 0.5), damaged, row("a", 0, 1, 0, 0.5)])
+    assert (report.rows, report.boxes, report.written) == (3, 2, 1)
+    assert list(report.skipped.counts.values()) == [1] and "row 2" in str(report.skipped)
+
+
 def test_unusable_annotations_are_one_clear_line(tmp_path: Path) -> None:
     write_jpeg(tmp_path / "images/validation/a.jpg")
-    with pytest.raises(UserError, match=r"bbox\.csv: .*zero"):
-        convert(tmp_path, [row("a", 0, 0.5, 0, 0.5), "a,xclick,/m/01,1,zero,0.5,0,0.5"])
-    with pytest.raises(UserError, match=r"bbox\.csv: .*row 2 "):
-        convert(tmp_path, [row("a", 0, 0.5, 0, 0.5), "a,xclick"])
     csv_path = write_csv(tmp_path / "other.csv", [], header="id,x,y")
     with pytest.raises(UserError, match=r"other\.csv: .*ImageID"):
         read_bbox(csv_path, tmp_path / "images", "validation", tmp_path / "out")
@@ -158,11 +159,9 @@ def test_unusable_annotations_are_one_clear_line(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jpeg(tmp_path / "images/validation/a.jpg")
     write_csv(tmp_path / "annotations" / OPEN_IMAGES_CSV["validation"], [row(n, 0, 0.5, 0, 0.5) for n in "ab"])
-    command = [sys.executable, "scripts/read_bbox.py", "--root", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "2 rows, 2 boxes kept; 1 files written" in done.stdout
-    assert "1 missing; listed in" in done.stdout
+    assert main(["--root", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 rows, 2 boxes kept; 1 files written" in printed and "1 missing; listed in" in printed
     for args in (["--root", str(tmp_path), "--splits", "train"], ["--root", str(tmp_path / "nowhere")]):
         assert main(args) == 2
         error = capsys.readouterr().err
