@@ -12,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ldm import __version__
-from ldm.checkpoint.convert import STEMS, read_json, weight_files
+from ldm.checkpoint.convert import STEMS, weight_files
 from ldm.checkpoint.io import CheckpointError, sha256_file
+from ldm.files import read_json
 
 # Files of a diffusers folder besides its components' folders and a UNet's weights.
 _FILES = ("model_index.json", "config.json", "README.md", "LICENSE", ".gitattributes")
@@ -56,7 +57,7 @@ def _check_replaceable(folder: Path) -> None:
     if Path.cwd().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{folder}: is the current folder or lies above it; name one inside or beside it")
     entries = sorted(folder.iterdir())
-    descriptions = [read_json(path) for path in entries if path.name in ("config.json", "model_index.json")]
+    descriptions = [read_json(path, {}) for path in entries if path.name in ("config.json", "model_index.json")]
     if entries and not any("_class_name" in description for description in descriptions):
         raise CheckpointError(f"{folder}: is not a diffusers folder, so it is not replaced; choose another name")
     parts = {name for description in descriptions for name in description}  # a pipeline's index names its folders

@@ -31,9 +31,9 @@ from ldm.checkpoint.convert import (
 )
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
 from ldm.checkpoint.keys import EMA, check_prediction, check_schedule, misfit, swap_in_ema
-from ldm.config import Config, ConfigError, dump_config, load_config
+from ldm.config import Config, dump_config, load_config
 from ldm.diffusion import make_schedule
-from ldm.files import atomic_directory, write_text
+from ldm.files import UserError, atomic_directory, write_text
 from scripts.checkpoint_cli import check_output, prefix_errors, provenance
 
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         endings = [".safetensors", ".ckpt"] if args.to == "original" else []
         check_output(args.output, [args.input], overwrite=args.overwrite or args.dry_run, endings=endings)
         (to_folder if args.to == "diffusers" else to_file)(args, argv)
-    except (CheckpointError, ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FIRST_STAGE, UNET, drop_ema, identify, swap_in_ema
 from ldm.checkpoint.merge import Source, add_difference, block_norms, merged, multipliers_of, offset, weighted_sum
+from ldm.files import UserError
 from scripts.checkpoint_cli import check_output, provenance
 
 MERGES = {
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         record = provenance("merge_checkpoints", argv, paths)
         write_safetensors(args.output, first.state, record, pieces=merged(merge, multipliers))
-    except (CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -22,11 +22,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from ldm.checkpoint.convert import STEMS, read_component, read_json, weight_files
+from ldm.checkpoint.convert import STEMS, read_component, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
 from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, drop_ema, swap_in_ema
 from ldm.checkpoint.merge import add_clip_tower, inflate_input_conv, input_conv
-from ldm.files import atomic_directory, write_text
+from ldm.files import UserError, atomic_directory, read_json, write_text
 from scripts.checkpoint_cli import check_output, prefix_errors, provenance
 
 _CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
             write_copy(args.input, args.output, state, record)
         else:
             (write_safetensors if args.output.suffix == ".safetensors" else write_torch)(args.output, state, record)
-    except (CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -21,8 +21,7 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensor
 from ldm.checkpoint.keys import FIRST_STAGE, UNET, State
 from ldm.config import ModelConfig, ScheduleConfig
 from ldm.diffusion import make_schedule
-from ldm.files import UserError, write_text
-from ldm.files import read_json as read_any_json
+from ldm.files import read_json, write_text
 
 Components = dict[str, dict[str, Tensor]]  # component of the folder => its tensors
 Json = dict[str, Any]
@@ -148,14 +147,6 @@ _STEM = "diffusion_pytorch_model"
 STEMS = {"unet": _STEM, "vae": _STEM, "image_encoder": "model", "text_encoder": "model"}
 
 
-def read_json(path: Path) -> Json:
-    """Read a mapping from a JSON file."""
-    try:
-        return {**read_any_json(path)}
-    except (UserError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a mapping in JSON ({error}); copy the folder again") from error
-
-
 def weight_files(folder: Path) -> list[Path]:
     """Find the files with a component's weights: one, or the shards that its index names.
 
@@ -168,8 +159,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [path]
         for name in (f"{stem}.{kind}.index{variant}.json", f"{stem}.{kind}{variant}.index.json"):
             if (index := folder / name).is_file():
-                shards = read_json(index).get("weight_map")
-                if isinstance(shards, dict) and shards:
+                if isinstance(shards := read_json(index, {}).get("weight_map"), dict) and shards:
                     return sorted({folder / str(name) for name in shards.values()})
                 raise CheckpointError(f"{index}: names no files in weight_map; copy the folder again")
     raise CheckpointError(f"{folder}: no weights in this folder; pass a folder that diffusers or transformers saved")
@@ -185,9 +175,8 @@ def read_folder(folder: Path) -> tuple[Components, dict[str, Json]]:
     for needed in ("unet", "scheduler/scheduler_config.json"):
         if not (folder / needed).exists():
             raise CheckpointError(f"{folder}: got no {needed} in it, expected a folder of a diffusers pipeline")
-    configs = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/*config.json"))}
-    if (index := folder / "model_index.json").is_file():
-        configs["pipeline"] = read_json(index)
+    configs = {path.parent.name: read_json(path, {}) for path in sorted(folder.glob("*/*config.json"))}
+    configs["pipeline"] = read_json(folder / "model_index.json", {})
     return {name: read_component(folder / name) for name in STEMS if (folder / name).is_dir()}, configs
 
 
@@ -237,7 +226,7 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
 def _values(model: ModelConfig, components: Components) -> Json:
     """Return what the templates refer to: the config's fields and what follows from them or from the tensors."""
     unet, stage = model.unet, model.first_stage
-    channels = components["unet"]["conv_in.weight"].shape[1]
+    channels = keys.input_channels(components["unet"])
     attended = [2**level in unet.attention_resolutions for level in range(len(unet.channel_mult))]
     values = asdict(model)
     values["prediction_type"] = _PREDICTIONS[model.parameterization]
@@ -322,7 +311,7 @@ def schedule_config(scheduler: Json) -> ScheduleConfig:
 
 def model_config(components: Components, configs: Mapping[str, Json]) -> ModelConfig | None:
     """Return our config of a folder; None if a part of a model is missing or the UNet's input channels are unknown."""
-    channels = components["unet"]["conv_in.weight"].shape[1]
+    channels = keys.input_channels(components["unet"])
     pipeline = configs.get("pipeline", {}).get("_class_name")
     known = channels in (4, 9) or pipeline == "StableDiffusionPipeline"  # InstructPix2Pix has 8, of something else
     inputs = _EXEMPLAR_INPUTS if "image_encoder" in components else _TEXT_INPUTS.get(channels) if known else None

@@ -74,12 +74,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         with _open_safetensors(path) as file:
             if not (names := file.keys()):
                 raise CheckpointError(f"{path}: holds no tensors; pass a checkpoint with weights")
-        return unwrapped(_map_safetensors(path, names), path)
+        return _unwrapped(_map_safetensors(path, names), path)
     content, dropped, records = _unpickle(path, head)
     tensors = _named_tensors(content, path, dropped)
     if dropped:
         log.warning("%s: dropped what is not a tensor: objects of %s", path, ", ".join(dropped))
-    return unwrapped(_map_records(path, tensors, records) if records else tensors, path)
+    return _unwrapped(_map_records(path, tensors, records) if records else tensors, path)
 
 
 def _named_tensors(content: object, path: Path, dropped: list[str]) -> dict[str, Tensor]:
@@ -114,29 +114,22 @@ def _own(found: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def unwrapped(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
-    """Take wrappers' parts off the names of a whole model or of one of its parts, and say so in one line.
-
-    Raises:
-        CheckpointError: several copies of the weights lie under different prefixes.
-    """
+def _unwrapped(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+    """Take wrappers' parts off the names of a model or of one of its parts and say so; refuse several copies."""
     names = {name: _WRAPPERS.sub("", name) for name in tensors}
-    removed = dict.fromkeys(part for name in tensors for part in _WRAPPERS.findall(name))
+    removed = [*dict.fromkeys(part for name in tensors for part in _WRAPPERS.findall(name))]
     outer = dict.fromkeys(match[1] for name in names.values() if (match := _OUTER.match(name)))
     if not outer and (match := next(filter(None, map(_OUTER_OF_PART.match, names.values())), None)):
         outer = {match[1]: None} if all(name.startswith(match[1]) for name in names.values()) else {}
-    twice = len(set(names.values())) < len(names)
-    if len(outer) > 1 or twice:
-        which = [repr(prefix) for prefix in (*removed, *outer) if prefix]
-        raise CheckpointError(
-            f"{source}: holds its weights more than once, told apart by {', '.join(which)}; save one copy"
-        )
+    removed += filter(None, outer)
+    which = ", ".join(map(repr, removed))
+    if len(outer) > 1 or len(set(names.values())) < len(names):
+        raise CheckpointError(f"{source}: holds its weights more than once, told apart by {which}; save one copy")
     if prefix := next(iter(outer), ""):
-        removed[prefix] = None
         names = {name: new.removeprefix(prefix) for name, new in names.items() if new.startswith(prefix)}
     if removed:
         rest = f", and left out {len(tensors) - len(names)} other tensors" if len(names) < len(tensors) else ""
-        log.warning("%s: took %s off its names%s", source, ", ".join(map(repr, removed)), rest)
+        log.warning("%s: took %s off its names%s", source, which, rest)
     return {new: tensors[name] for name, new in names.items()}
 
 
@@ -231,11 +224,7 @@ def _map(path: Path, spans: Mapping[Any, tuple[int, int]]) -> dict[Any, Tensor]:
 
 
 def _unpickle(path: Path, head: bytes) -> tuple[object, list[str], dict[int, str]]:
-    """Read what torch saved.
-
-    Returns it, the names of the classes whose objects became placeholders, and of each storage of a file that is
-    mapped the record by the address.
-    """
+    """Return what torch saved, the names that became placeholders, and of each mapped storage the record by address."""
     try:
         mapped = _is_mappable(path, head)
         unpickler = safe_unpickler()

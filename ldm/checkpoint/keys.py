@@ -219,13 +219,8 @@ def next_step(kind: str) -> str:
 _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the channels of text tokens
 _CONDITION_BRANCH = rf"(?:{FIRST_STAGE})?decoder\.(?:encoder|condition_encoder)\."
 _LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te|transformer)|\.(?:hada|lokr)_w")
-_WIDTHS = {  # input channels => what they tell; 0 without a first convolution
-    **dict.fromkeys((0, 4), ""),
-    5: ", with depth ({})",
-    8: ", with {} (InstructPix2Pix, IC-Light fc)",
-    9: ", inpainting ({})",
-    12: ", with {} (IC-Light fbc)",
-}
+# By input channels, 0 without a first convolution.
+_WIDTHS = {0: "", 4: "", 5: ", with depth ({})", 8: ", with {} (InstructPix2Pix, IC-Light fc)", 9: ", inpainting ({})"}
 _KINDS = {  # beginning of a name => kind of file; the first whose name is there counts
     r"controlnet_cond_embedding\.": "ControlNet, diffusers",
     r"control_model\.|input_hint_block\.": "ControlNet, CompVis' names",

@@ -55,8 +55,8 @@ class Merge(NamedTuple):
 def add_difference(a: Source, b: Source, c: Source) -> Merge:
     """Prepare A + M (B - C): an inpainting model A takes on what a custom model B learnt beyond its base C.
 
-    A's first input channels are merged if it has more than B and C: the noisy latent's. Like the other merges, this
-    refuses checkpoints that do not belong together and renames those that are not in A's layout.
+    A's first input channels are merged if it has more than B and C. Like the other merges, this refuses checkpoints
+    that do not belong together and renames those that are not in A's layout.
     """
     sources = a, b, c = _matched(a, b, c)
     _, custom, base = counts = [keys.input_channels(source.state) for source in sources]
@@ -152,20 +152,20 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
     sources = (first, *others)
     kinds = [keys.identify(source.state) for source in sources]
     additions = [next((what for what in keys.ADDITIONS if kind.startswith(what)), "") for kind in kinds]
-    for (label, state), kind in zip(sources, additions, strict=True):
+    for (label, state), kind, addition in zip(sources, kinds, additions, strict=True):
         if keys.is_difference(state) and (state is first.state or not differences):
             raise CheckpointError(f"{label} is a difference of two networks; add it to one (offset BASE DELTA OUT)")
-        if kind and len(set(additions)) > 1 and INPUT_CONV not in state:  # a ControlNet's file may hold both
-            raise CheckpointError(f"{label} is a {kind}, no model by itself; pass the checkpoint of a model")
-        if keys.identify(state).startswith("averaged"):
+        if addition and len(set(additions)) > 1 and INPUT_CONV not in state:  # a ControlNet's file may hold both
+            raise CheckpointError(f"{label} is a {addition}, no model by itself; pass the checkpoint of a model")
+        if kind.startswith("averaged"):
             raise CheckpointError(f"{label}: {keys.misfit(state)}")
-        if keys.holds(state.keys() - set(keys.EMA_COUNTERS), EMA):
+        if "averaged" in kind:
             raise CheckpointError(f"{label} holds its UNet twice, also averaged ({EMA}*); choose with --ema")
-    for other in others:
-        facts = [(keys.family(state), keys.context_width(state)) for state in (first.state, other.state)]
-        (own, own_width), (theirs, width) = facts
+    own, own_width = keys.family(first.state), keys.context_width(first.state)
+    for label, state in others:
+        theirs, width = keys.family(state), keys.context_width(state)
         if any(None not in pair and pair[0] != pair[1] for pair in ((own, theirs), (own_width, width))):
-            both = f"{other.label} is {theirs} (context of {width} channels), {first.label} is {own} ({own_width})"
+            both = f"{label} is {theirs} (context of {width} channels), {first.label} is {own} ({own_width})"
             raise CheckpointError(f"{both}; pass checkpoints of one family")
     channels = {source.label: count for source in sources if (count := keys.input_channels(source.state))}
     different = set(channels.values())
@@ -240,10 +240,7 @@ def input_conv(state: State) -> str:
 
 
 def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = None) -> dict[str, Tensor]:
-    """Give the UNet's first convolution (D, C, 3, 3) more input channels, which have no effect until they are trained.
-
-    The C = 4 of Stable Diffusion, x_t, stay first. The new ones, z_masked and keep_mask for inpainting, are zero or the
-    last channels of `init`, a checkpoint of that width.
+    """Give the UNet's first convolution (D, C, 3, 3) more input channels: zero, or the last of `init`, of that width.
 
     Source: Yang et al. 2023 (Paint by Example), section 3.1: the network is initialised from Stable Diffusion.
     """

@@ -38,6 +38,7 @@ from ldm.config import (
     load_config,
 )
 from ldm.editing.editor import Editor
+from ldm.files import UserError
 from ldm.latent_diffusion import load_model
 from scripts.convert_checkpoint import main
 
@@ -437,7 +438,7 @@ def test_an_index_without_files(tmp_path: Path) -> None:
         "{",
     ):
         index.write_text(content)
-        with pytest.raises(CheckpointError, match=re.escape(str(index))):
+        with pytest.raises(UserError, match=re.escape(str(index))):
             weight_files(tmp_path)
 
 
