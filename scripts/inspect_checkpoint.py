@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -20,10 +22,26 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file
-from ldm.checkpoint.keys import identify, is_finite, next_step, parts
+from ldm.checkpoint.keys import EMA, FIRST_STAGE, SCHEDULE_BUFFERS, TOWER, UNET, identify, is_finite, next_step
 from ldm.files import verify_zip
 
 _ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+
+# (pattern of names, part); the first that fits counts.
+_PARTS = (
+    (EMA, "averaged UNet (EMA)"),
+    (rf"{UNET}|(?:down_blocks|mid_block|up_blocks|time_embedding|conv_(?:in|out|norm_out)|add_embedding)\.", "UNet"),
+    (r"control_model\.|controlnet_|input_hint_block\.|zero_convs\.|middle_block_out\.", "ControlNet"),
+    (rf"(?:{FIRST_STAGE})?decoder\.(?:encoder|condition_encoder)\.", "condition branch of the decoder"),
+    (r"embeddings\.|encoder\.layers\.|pre_layrnorm\.|post_layernorm\.", "CLIP tower"),
+    (r"final_layer_norm\.", "norm behind the tower"),
+    (rf"(?:{FIRST_STAGE})?(?:encoder|decoder|quant_conv|post_quant_conv)\.", "first stage"),
+    (rf"(?:{TOWER}|model\.)?vision_model\.|{TOWER}network\.", "image tower"),
+    (r"cond_stage_model\.(?:mapper|final_ln|reduce)\.|mapper\.|proj_out\.", "mapper and null token"),
+    (r"learnable_vector|uncond_vector", "mapper and null token"),
+    (rf"(?:{TOWER})?text_model\.|cond_stage_model\.model\.|conditioner\.", "text encoder"),
+    (rf"(?:{'|'.join(SCHEDULE_BUFFERS)})$", "noise schedule"),
+)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -59,6 +77,15 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
             nan = int(numbers.isnan().sum())
             lines.append(f"{printable(name)}: {nan} NaN, {int(numbers.isinf().sum())} Inf of {numbers.numel()}")
     return lines
+
+
+def parts(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Count a checkpoint's tensors and numbers by part."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, tensor in state.items():
+        part = next((part for pattern, part in _PARTS if re.match(pattern, name)), "other")
+        counts[part] = counts.get(part, (0, 0))[0] + 1, counts.get(part, (0, 0))[1] + tensor.numel()
+    return counts
 
 
 def describe(path: Path, *, header_only: bool, scan: bool) -> str:

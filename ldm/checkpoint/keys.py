@@ -72,21 +72,26 @@ def to_module_keys(state: State, *, use_ema: bool = False, expected: Iterable[st
     if extras := [name for name in state if name.startswith(EXTRAS)]:
         log.warning("left out what this model has no use for: %s", ", ".join(extras[:5]))
     unused = (POSITION_IDS, TEXT_POSITION_IDS, *EXTRAS)
-    return {_renamed(name, RENAMED): x for name, x in drop_ema(state).items() if not name.startswith(unused)}
+    return _renamed({name: x for name, x in drop_ema(state).items() if not name.startswith(unused)}, *RENAMED)
 
 
 def to_file_keys(state: State) -> dict[str, Tensor]:
     """Rename a module's tensors to the published names and add `position_ids` (1, N) int64."""
     renames = [*((file, file) for file, _ in RENAMED), *((module, file) for file, module in RENAMED)]
-    renamed = {_renamed(name, renames): tensor for name, tensor in with_text_level(state).items()}
+    renamed = _renamed(with_text_level(state), *renames)
     for name in (POSITION_IDS, TEXT_POSITION_IDS):
         if (table := renamed.get(name.replace("position_ids", "position_embedding.weight"))) is not None:
             renamed[name] = torch.arange(len(table), device=table.device)[None]
     return renamed
 
 
-def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
-    return next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
+def _renamed(state: State, *renames: tuple[str, str]) -> dict[str, Tensor]:
+    """Replace the beginning of each name by the first of `renames`, (old, new), that fits."""
+
+    def new_name(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
+
+    return {new_name(name): tensor for name, tensor in state.items()}
 
 
 def _averaged(name: str) -> str:
@@ -96,8 +101,8 @@ def _averaged(name: str) -> str:
 def with_text_level(state: State, like: State | None = None) -> State:
     """Rename the text tower of a file of 2022 to today's names; with `like`, to those of that file."""
     if _BARE_TEXT in (like or {}):
-        return {_renamed(name, [(TEXT_TOWER, TOWER)]): x for name, x in state.items()}
-    return {_renamed(name, [(TOWER, TEXT_TOWER)]): x for name, x in state.items()} if _BARE_TEXT in state else state
+        return _renamed(state, (TEXT_TOWER, TOWER))
+    return _renamed(state, (TOWER, TEXT_TOWER)) if _BARE_TEXT in state else state
 
 
 def drop_ema(state: State) -> dict[str, Tensor]:
@@ -124,11 +129,8 @@ def merge_lora(state: State) -> State:
 
     Source: Hu et al. 2022, Eq. 3, with alpha = r.
     """
-    stems = [name.removesuffix(LORA_BASE) for name in state if name.endswith(LORA_BASE)]
-    if not stems:
-        return state
     merged = dict(state)
-    for stem in stems:
+    for stem in [name.removesuffix(LORA_BASE) for name in state if name.endswith(LORA_BASE)]:
         weight = merged.pop(stem + LORA_BASE)
         try:
             down, up = (merged.pop(stem + part).float() for part in LORA_PARTS)
@@ -217,7 +219,6 @@ def next_step(kind: str) -> str:
 
 
 _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the channels of text tokens
-_CONDITION_BRANCH = rf"(?:{FIRST_STAGE})?decoder\.(?:encoder|condition_encoder)\."
 _LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te|transformer)|\.(?:hada|lokr)_w")
 # By input channels, 0 without a first convolution.
 _WIDTHS = {0: "", 4: "", 5: ", with depth ({})", 8: ", with {} (InstructPix2Pix, IC-Light fc)", 9: ", inpainting ({})"}
@@ -232,7 +233,7 @@ _KINDS = {  # beginning of a name => kind of file; the first whose name is there
     r"(?:model\.)?1\.sub\.\d+\.|conv_first\.|RRDB_trunk\.|body\.\d+\.(?:rdb1|weight)": "ESRGAN, an upscaler",
     r".*\.motion_modules\.": "AnimateDiff's motion modules",
     UNET: "Paint by Example",
-    _CONDITION_BRANCH: "asymmetric VAE (its decoder sees the unmasked pixels)",
+    rf"(?:{FIRST_STAGE})?decoder\.(?:condition_)?encoder\.": "asymmetric VAE (its decoder sees the unmasked pixels)",
     r"down_blocks\.": "diffusers component: UNet",
     r"encoder\.down_blocks\.": "diffusers component: VAE",
     rf"encoder\.(?:down|conv_in)\.|{FIRST_STAGE}encoder\.": "VAE only, CompVis' names",
@@ -257,22 +258,6 @@ _STEPS = {  # beginning of a kind that is no model here => what to do with such 
 _OUTPUT_CONVS = (UNET + "out.2.weight", "conv_out.weight")  # in either layout
 _LAST_GAINS = (UNET + "out.0.weight", "conv_norm_out.weight")  # of the last norm, in either layout
 
-# (pattern of names, part); the first that fits counts.
-_PARTS = (
-    (EMA, "averaged UNet (EMA)"),
-    (rf"{UNET}|(?:down_blocks|mid_block|up_blocks|time_embedding|conv_(?:in|out|norm_out)|add_embedding)\.", "UNet"),
-    (r"control_model\.|controlnet_|input_hint_block\.|zero_convs\.|middle_block_out\.", "ControlNet"),
-    (_CONDITION_BRANCH, "condition branch of the decoder"),
-    (r"embeddings\.|encoder\.layers\.|pre_layrnorm\.|post_layernorm\.", "CLIP tower"),
-    (r"final_layer_norm\.", "norm behind the tower"),
-    (rf"(?:{FIRST_STAGE})?(?:encoder|decoder|quant_conv|post_quant_conv)\.", "first stage"),
-    (rf"(?:{TOWER}|model\.)?vision_model\.|{TOWER}network\.", "image tower"),
-    (r"cond_stage_model\.(?:mapper|final_ln|reduce)\.|mapper\.|proj_out\.", "mapper and null token"),
-    (r"learnable_vector|uncond_vector", "mapper and null token"),
-    (rf"(?:{TOWER})?text_model\.|cond_stage_model\.model\.|conditioner\.", "text encoder"),
-    (rf"(?:{'|'.join(SCHEDULE_BUFFERS)})$", "noise schedule"),
-)
-
 
 def identify(state: State) -> str:
     """Say what a checkpoint is in a few words, by names and shapes; `unknown` where they tell nothing."""
@@ -280,15 +265,6 @@ def identify(state: State) -> str:
     if averaged and not holds(state, UNET):
         return "averaged weights (EMA) alone, without those of the last step"
     return _kind(state) + (", training checkpoint with averaged weights (EMA)" if averaged else "")
-
-
-def parts(state: State) -> dict[str, tuple[int, int]]:
-    """Count a checkpoint's tensors and numbers by part."""
-    counts: dict[str, tuple[int, int]] = {}
-    for name, tensor in state.items():
-        part = next((part for pattern, part in _PARTS if re.match(pattern, name)), "other")
-        counts[part] = counts.get(part, (0, 0))[0] + 1, counts.get(part, (0, 0))[1] + tensor.numel()
-    return counts
 
 
 def context_width(state: State) -> int | None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.io import sha256_file, write_safetensors
-from ldm.checkpoint.keys import FILE_TOWER, INPUT_CONV, TEXT_TOWER, UNET, identify, parts
-from scripts.inspect_checkpoint import main
+from ldm.checkpoint.keys import FILE_TOWER, INPUT_CONV, TEXT_TOWER, UNET, identify
+from scripts.inspect_checkpoint import main, parts
 
 ATTENTION = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 State = dict[str, Tensor]
