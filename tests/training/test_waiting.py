@@ -2,69 +2,52 @@
 
 from __future__ import annotations
 
-from bisect import bisect
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldm.training.callbacks import MODULES
 from ldm.training.module import TrainingModule
-from ldm.training.run import Run
 from tests.training.conftest import Fit, MakeConfig, column
 
 EVERY = 2  # steps between two logged ones
 STEPS = 2 * EVERY
 
 
-class MarkSteps(Callback):
-    """Marks in a profile where each step starts."""
+class Reads(TorchDispatchMode):
+    """Counts the scalars that are read one by one, in each of the `counts` that are appended."""
 
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        with record_function("step starts"):
-            pass
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = [0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[-1] += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
-def parents(event: Any) -> list[str]:
-    """The names of the operations within which one ran."""
-    return [] if event.cpu_parent is None else [event.cpu_parent.name, *parents(event.cpu_parent)]
-
-
-def profiled(config: Any, fit: Fit, run_dir: Path) -> tuple[Run, list[int], list[int]]:
-    """A run, how many scalars it read one by one in each step, and after which steps it read all curves."""
-    transfers, read_curves = [], TrainingModule.read_curves
+@pytest.mark.parametrize("timesteps", ["uniform", "loss_aware"])
+def test_only_logged_steps_read_values(
+    timesteps: str, fit: Fit, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfers, read_curves = [], TrainingModule.read_curves  # of all curves at once
 
     def count(self: TrainingModule) -> dict[str, float]:
         transfers.append(self.global_step)
         return read_curves(self)
 
-    with pytest.MonkeyPatch.context() as patch, profile(activities=[ProfilerActivity.CPU]) as trace:
-        patch.setattr(TrainingModule, "read_curves", count)
-        run, _ = fit(config, run_dir, callbacks=[MarkSteps()])
-    events = trace.events() or []
-    starts = sorted(event.time_range.start for event in events if event.name == "step starts")
-    counts = Counter(
-        bisect(starts, event.time_range.start)
-        for event in events
-        if event.name == "aten::_local_scalar_dense" and "aten::_fused_adamw_" not in parents(event)
-    )
-    return run, [counts[i + 1] for i in range(len(starts))], transfers
-
-
-@pytest.mark.parametrize("timesteps", ["uniform", "loss_aware"])
-def test_only_logged_steps_read_values(timesteps: str, fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+    monkeypatch.setattr(TrainingModule, "read_curves", count)
     config = make_config(
         "data.batch_size=1",
-        "training.optimizer=adamw_fused",  # its reads, of step counters on the CPU, can be told from the others
+        "training.optimizer=adamw_fused",  # the other one reads step counters on the CPU
         f"training.timesteps={timesteps}",
         "trainer.enable_progress_bar=true",
         "trainer.max_epochs=1",
@@ -73,8 +56,11 @@ def test_only_logged_steps_read_values(timesteps: str, fit: Fit, make_config: Ma
         f"trainer.log_every_n_steps={EVERY}",
         "trainer.gradient_clip_val=1.0",
     )
-    run, counts, transfers = profiled(config, fit, tmp_path)
-    assert counts[:STEPS] == [0] * STEPS  # in the last step is a validation
+    with Reads() as reads:
+        run, _ = fit(
+            config, tmp_path, callbacks=[LambdaCallback(on_train_batch_start=lambda *_: reads.counts.append(0))]
+        )
+    assert reads.counts[1 : STEPS + 1] == [0] * STEPS  # in the last step is a validation
     assert transfers == [EVERY, STEPS]
     assert run.trainer.progress_bar_metrics["train/loss"] == pytest.approx(column(tmp_path, "train/loss")[-1])
 
