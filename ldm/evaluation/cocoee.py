@@ -2,7 +2,7 @@
 
 ROOT/GT_*/000000000007_GT.png · ROOT/Ref_*/000000000007_ref.png · ROOT/Mask_bbox_*/000000000007_mask.png (white = hole)
 · ROOT/id_list.npy. The digits after the underscore of the folders' names (their number of images, 3500) do not matter,
-nor do formats and leading zeros. Instead of an array, the list may be a text, id_list.txt, of an id a line.
+nor do formats and leading zeros.
 """
 
 import logging
@@ -16,7 +16,7 @@ from PIL import Image
 
 from ldm.editing.hole_masks import fit_mask
 from ldm.evaluation.metrics import hole_box
-from ldm.files import Skipped, UserError, read_text, whole
+from ldm.files import Skipped, UserError, whole
 from ldm.images import MID_GREY, Box, find_images, load_mask, open_image
 
 log = logging.getLogger(__name__)
@@ -89,20 +89,13 @@ class Bench:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Read a list of ids, each once and as twelve digits, from an array (.npy) or else a text beside it (.txt).
+    """Read an array of ids (.npy), written as 7, 7.0 or 000000000007, each once and as twelve digits.
 
-    In a text, what follows a `#` and a first line without digits, a header, do not count. Ids may be written as 7, 7.0
-    or 000000000007. UserError if there is no list, or if an entry is no id.
+    UserError if there is no list, or if an entry is no id.
     """
-    text = path.with_suffix(".txt")
     try:
-        if text.is_file() and not path.is_file():
-            lines = (line.partition("#")[0].strip() for line in read_text(text).splitlines())
-            path, listed = text, list(filter(None, lines))
-            del listed[: bool(listed) and not any(map(str.isdecimal, listed[0]))]
-        else:
-            array = np.load(path, allow_pickle=False).ravel()
-            listed = (array.astype(str) if array.dtype.kind == "S" else array).tolist()
+        array = np.load(path, allow_pickle=False).ravel()
+        listed = (array.astype(str) if array.dtype.kind == "S" else array).tolist()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected the benchmark's ids as a NumPy array") from None
     except (ValueError, OSError, EOFError, AttributeError) as error:  # the last: several arrays in a .npz
@@ -165,13 +158,10 @@ def seamless_clone(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.I
     if hole.all():
         return Image.fromarray(pasted)
     margin = 2  # pixels: holes at the scene's border get an edge too
-    wide_scene, wide_pasted = (
-        cv2.copyMakeBorder(pixels, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
-        for pixels in (np.asarray(opencv_inpaint(scene, hole_mask)), pasted)
-    )
-    wide_hole = cv2.copyMakeBorder(hole, margin, margin, margin, margin, cv2.BORDER_CONSTANT, value=(0,))
+    filled = np.asarray(opencv_inpaint(scene, hole_mask))
+    wide_scene, wide_pasted = (np.pad(x, [(margin,) * 2, (margin,) * 2, (0, 0)], mode="edge") for x in (filled, pasted))
     centre = (left + margin + (right - left) // 2, top + margin + (bottom - top) // 2)
-    cloned = cv2.seamlessClone(wide_pasted, wide_scene, wide_hole, centre, cv2.NORMAL_CLONE)
+    cloned = cv2.seamlessClone(wide_pasted, wide_scene, np.pad(hole, margin), centre, cv2.NORMAL_CLONE)
     inside = cloned[margin:-margin, margin:-margin]
     return Image.fromarray(np.where(hole[..., None] > 0, inside, np.asarray(scene)))
 

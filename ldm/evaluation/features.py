@@ -57,9 +57,7 @@ Modes = Mapping[str, tuple[str, Callable[[Image.Image], Tensor]]]
 def normalised_square(
     size: int, mean: Sequence[float], std: Sequence[float], *, short_side: int | None = None
 ) -> Modes:
-    """Make the preprocessing to a square of normalised RGB values.
-
-    It is not `CLIPImageProcessor`, which needs torchvision and has no mode without antialiasing.
+    """Make the preprocessing to a square of normalised RGB values; `CLIPImageProcessor` would need torchvision.
 
     With `short_side`, `WHOLE` scales the short side to this length and cuts out the centre; otherwise it squashes.
     """
@@ -85,29 +83,15 @@ def normalised_square(
 
 
 class FeatureNetwork(nn.Module):
-    """A frozen network with its exact name and its preprocessing.
+    """A frozen network with its exact name (weights and their source, for tables) and its preprocessing.
 
-    Args:
-        name: for tables: the weights and where they come from.
-        tower: holds the weights.
-        embed: computes the features (B, D) of a batch of preprocessed images with the tower.
-        dim: D.
-        embed_text: computes the features (B, D) of B texts in the same space; None: the network has no text tower.
+    `embed` computes the features (B, D) of a batch of preprocessed images with `tower`, which holds the weights.
     """
 
-    def __init__(
-        self,
-        name: str,
-        tower: nn.Module,
-        embed: Callable[[Tensor], Tensor],
-        dim: int,
-        modes: Modes,
-        embed_text: Callable[[list[str]], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, name: str, tower: nn.Module, embed: Callable[[Tensor], Tensor], dim: int, modes: Modes) -> None:
         super().__init__()
-        self.name, self.tower, self.dim, self._modes = name, tower, dim, modes
+        self.name, self.tower, self.dim, self._embed, self._modes = name, tower, dim, embed, modes
         self.preprocessing = {mode: words for mode, (words, _) in modes.items()}  # descriptions, for tables
-        self._embed, self._embed_text = embed, embed_text
         self.eval().requires_grad_(False)
 
     def preprocess(self, image: Image.Image, resize_mode: str, box: Box | None = None) -> Tensor:
@@ -131,13 +115,6 @@ class FeatureNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute features (B, D) float32, not normalised, of preprocessed images (B, 3, S, S)."""
         return self._embed(x).float()
-
-    @torch.inference_mode()
-    def text_features(self, texts: Sequence[str]) -> np.ndarray:
-        """Compute the features (N, D) float32, not normalised, of N texts, in the space of the image features."""
-        if self._embed_text is None:
-            raise UserError(f"{self.name}: has no text tower; use open_clip:ARCH/TAG")
-        return self._embed_text(list(texts)).float().cpu().numpy()
 
 
 @torch.inference_mode()
@@ -164,48 +141,41 @@ def iter_features(
     label: str = "features",
     unreadable: dict[Path, str] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Stream the features of views: memory does not grow with their number.
+    """Stream the features of views in their order, (at most batch_size, D) float32 at a time.
 
     Args:
         cache: holds known features, and gets the others.
-        batch_size: views at a time; it changes the result by rounding errors at most.
         num_workers: threads that read images.
         label: of the progress bar.
         unreadable: gets the images that cannot be read, with the reason; their views are left out. None: an error.
 
-    Yields:
-        (at most batch_size, D) float32, in the order of the views.
-
     Raises:
-        UserError: an image cannot be read or has features that are not finite, or a view does not fit its image.
-        OSError: an image cannot be read.
+        UserError, OSError: an image cannot be read, has features that are not finite, or does not hold its view's box.
     """
     bar = tqdm(total=len(views), desc=label, unit="image", disable=None, leave=False)
     with bar, ThreadPoolExecutor(max(num_workers, 1)) as pool:
         for start in range(0, len(views), batch_size):
             batch = views[start : start + batch_size]
-            known: dict[View, np.ndarray] = {}
-            missing: dict[View, tuple[str, Tensor]] = {}
+            keys, known, missing = dict[View, str](), dict[View, np.ndarray](), dict[View, Tensor]()
             for view, reading in [(view, pool.submit(_read, network, view, cache)) for view in dict.fromkeys(batch)]:
                 try:
-                    key, found = reading.result()
+                    keys[view], found = reading.result()
                 except (UserError, OSError) as error:
                     if unreadable is None:
                         raise
                     unreadable[view.path] = str(error)
                     continue
                 if isinstance(found, Tensor):
-                    missing[view] = key, found
+                    missing[view] = found
                 else:
                     known[view] = found
-            for _, group in groupby(missing.items(), key=lambda one: one[1][1].shape):  # Inception takes any size
-                same_shape = dict(group)
-                pixels = torch.stack([x for _, x in same_shape.values()])
-                features = finite_features(network, pixels, [view.path for view in same_shape])
-                for (view, (key, _)), feature in zip(same_shape.items(), features, strict=True):
-                    known[view] = feature
-                    if cache:
-                        cache.put(key, feature)
+            for _, group in groupby(missing.items(), key=lambda one: one[1].shape):  # Inception takes any size
+                same = dict(group)
+                features = finite_features(network, torch.stack([*same.values()]), [view.path for view in same])
+                known |= zip(same, features, strict=True)
+                if cache:
+                    for view in same:
+                        cache.put(keys[view], known[view])
             rows = [known[view] for view in batch if view in known]
             yield np.stack(rows) if rows else np.empty((0, network.dim), np.float32)
             bar.update(len(batch))
@@ -230,11 +200,8 @@ def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwor
     """Load a feature network in evaluation mode, float32.
 
     Args:
-        spec: one of
-            `efficientnet-lite0`;
-            `clip`, `clip:NAME` (on the Hugging Face hub) or `clip:FOLDER` (in the hub's layout);
-            `open_clip:ARCH/TAG`, weights that the package open_clip knows (TAG may be a file);
-            `dinov2`, `dinov2:NAME` or `dinov2:FOLDER`.
+        spec: `efficientnet-lite0`; `clip` or `dinov2`, alone or with :NAME (on the Hugging Face hub) or :FOLDER (in
+            the hub's layout); `open_clip:ARCH/TAG`, weights that the package open_clip knows (TAG may be a file).
 
     Raises:
         UserError: the spec is unknown, a package is not installed, or the weights cannot be loaded or do not fit.
@@ -318,7 +285,7 @@ def _pretrained(kind: Any, name: str, spec: str) -> Any:
 
 
 def _open_clip(argument: str) -> FeatureNetwork:
-    """Load a model of open_clip with its tokenizer; `WHOLE` is open_clip's own preprocessing."""
+    """Load a model of open_clip; `WHOLE` is its own preprocessing."""
     architecture, _, tag = argument.partition("/")
     if not architecture or not tag:
         raise UserError(f"got open_clip:{argument}, expected open_clip:ARCH/TAG, such as open_clip:ViT-B-32/openai")
@@ -330,7 +297,6 @@ def _open_clip(argument: str) -> FeatureNetwork:
         # The weights decide about the activation: open_clip itself only warns where it does not fit them.
         quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
         model, transform = open_clip.create_model_from_pretrained(architecture, pretrained=tag, force_quick_gelu=quick)
-        tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # the name is unknown or the download fails; several libraries, each with its own errors
         remedy = "open_clip.list_pretrained() lists the names; the first use needs a network connection"
         raise UserError(f"open_clip:{argument}: {_first_line(error)}; {remedy}") from error
@@ -342,11 +308,7 @@ def _open_clip(argument: str) -> FeatureNetwork:
         dim = model.encode_image(torch.zeros(1, 3, size, size)).shape[1]
     tower = re.sub(r"-([0-9]+)", r"/\1", architecture, count=1)  # ViT-B-32 => ViT-B/32, as everywhere else
     title = f"CLIP {tower} ({'OpenAI' if tag == 'openai' else f'open_clip {_source(tag)}'})"
-
-    def embed_text(texts: list[str]) -> Tensor:
-        return model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
-
-    return FeatureNetwork(title, model, model.encode_image, dim, {**modes, WHOLE: own}, embed_text)
+    return FeatureNetwork(title, model, model.encode_image, dim, {**modes, WHOLE: own})
 
 
 _LOADERS = {"efficientnet-lite0": _efficientnet, "clip": _clip, "open_clip": _open_clip, "dinov2": _dinov2}

@@ -62,15 +62,6 @@ def test_an_entry_that_is_no_id_is_named(root: Path, entry: Any) -> None:
         Bench(root)
 
 
-def test_a_list_may_be_a_text(root: Path) -> None:
-    (root / "id_list.npy").unlink()
-    (root / "id_list.txt").write_bytes("\ufeffid\r\n7\r\n\r\n# odd\r\n139.0  # kept\r\n".encode())
-    assert Bench(root).ids == ["000000000007", "000000000139"]
-    (root / "id_list.txt").write_text("7\nother\n")
-    with pytest.raises(UserError, match=r"id_list\.txt, entry 2"):
-        Bench(root)
-
-
 def test_parts_in_any_format_with_or_without_zeros(root: Path) -> None:
     scene = root / "GT_3/000000000139_GT.png"
     Image.open(scene).save(root / "GT_3/139_GT.bmp")

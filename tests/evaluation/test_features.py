@@ -555,15 +555,6 @@ def test_image_features_are_those_of_open_clip(small_model: tuple[str, Any], ima
 
 
 @needs_open_clip
-@torch.no_grad()
-def test_text_features_are_those_of_open_clip(small_model: tuple[str, Any]) -> None:
-    spec, model = small_model
-    texts = ["a red ball on the lawn", "a cup"]
-    expected = model.encode_text(open_clip.get_tokenizer("ViT-T-8-test")(texts)).numpy()
-    np.testing.assert_array_equal(load_network(spec).text_features(texts), expected)
-
-
-@needs_open_clip
 def test_equal_weights_have_equal_keys(small_model: tuple[str, Any], tmp_path: Path) -> None:
     spec, model = small_model
     key = load_network(spec).key
@@ -591,9 +582,3 @@ def test_a_spec_names_architecture_and_weights() -> None:
 def test_without_open_clip_the_extra_is_named() -> None:
     with pytest.raises(UserError, match=r"\[clip\]"):
         load_network("open_clip:ViT-B-32/openai")
-
-
-def test_networks_without_text_say_so() -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
-    with pytest.raises(UserError, match="EfficientNet-Lite0"):
-        load_network("efficientnet-lite0").text_features(["a ball"])
