@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import pickle
@@ -14,6 +15,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -75,11 +77,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             if not (names := file.keys()):
                 raise CheckpointError(f"{path}: holds no tensors; pass a checkpoint with weights")
         return _unwrapped(_map_safetensors(path, names), path)
-    content, dropped, records = _unpickle(path, head)
+    content, dropped = _unpickle(path, head)
     tensors = _named_tensors(content, path, dropped)
     if dropped:
         log.warning("%s: dropped what is not a tensor: objects of %s", path, ", ".join(dropped))
-    return _unwrapped(_map_records(path, tensors, records) if records else tensors, path)
+    return _unwrapped(tensors, path)
 
 
 def _named_tensors(content: object, path: Path, dropped: list[str]) -> dict[str, Tensor]:
@@ -191,21 +193,20 @@ def _map_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: contents[name].view(_DTYPES[header[name]["dtype"]]).view(header[name]["shape"]) for name in names}
 
 
-def _map_records(path: Path, tensors: Mapping[str, Tensor], records: Mapping[int, str]) -> dict[str, Tensor]:
-    """Map the storages of a zip file likewise, in place of torch's one map of the file."""
-    reader: Any = torch._C.PyTorchFileReader(str(path))
-    spans, mapped = dict[int, tuple[int, int]](), dict[str, Tensor]()
-    for storage in (tensor.untyped_storage() for tensor in tensors.values()):
-        if storage.nbytes() and storage.data_ptr() in records:
-            start = reader.get_record_offset(records[storage.data_ptr()])
-            spans[storage.data_ptr()] = start, start + storage.nbytes()
-    contents = _map(path, spans)
-    for name, tensor in tensors.items():
-        if (content := contents.get(tensor.untyped_storage().data_ptr())) is not None:
-            view = tensor.storage_offset(), tensor.shape, tensor.stride()
-            tensor = torch.empty(0, dtype=tensor.dtype).set_(content.untyped_storage(), *view)
-        mapped[name] = tensor
-    return mapped
+def _map_records(path: Path, reader: Any) -> dict[str, Tensor]:
+    """Map the storages of a zip file likewise, by the names of their records."""
+    with zipfile.ZipFile(path) as archive:
+        sizes = {member.filename.partition("/")[2]: member.file_size for member in archive.infolist()}
+    starts = {name: reader.get_record_offset(name) for name, size in sizes.items() if name.startswith("data/") and size}
+    empty = torch.from_numpy(np.empty(0, np.uint8))  # of a size that cannot change
+    mapped = _map(path, {name: (start, start + sizes[name]) for name, start in starts.items()})
+    return dict.fromkeys(sizes, empty) | mapped
+
+
+def _storage(records: Mapping[str, Tensor], pid: tuple[Any, ...]) -> Any:
+    """Return the storage that a pickle of torch names by ("storage", its type, number of its record, device, size)."""
+    storage, dtype = records[f"data/{pid[2]}"].untyped_storage(), getattr(pid[1], "dtype", torch.uint8)
+    return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
 
 
 def _map(path: Path, spans: Mapping[Any, tuple[int, int]]) -> dict[Any, Tensor]:
@@ -223,18 +224,21 @@ def _map(path: Path, spans: Mapping[Any, tuple[int, int]]) -> dict[Any, Tensor]:
     return tensors
 
 
-def _unpickle(path: Path, head: bytes) -> tuple[object, list[str], dict[int, str]]:
-    """Return what torch saved, the names that became placeholders, and of each mapped storage the record by address."""
+def _unpickle(path: Path, head: bytes) -> tuple[object, list[str]]:
+    """Return what torch saved, and the names that became placeholders."""
     try:
-        mapped = _is_mappable(path, head)
-        unpickler = safe_unpickler()
-        load = lambda file, **options: unpickler(file, **options).load()  # noqa: E731
-        module = SimpleNamespace(__name__=__name__, Unpickler=unpickler, load=load)
-        with open(path, "rb") as file:
-            source = path if mapped else file
-            options: Any = {"map_location": "cpu", "weights_only": False, "pickle_module": module, "mmap": mapped}
-            content = torch.load(source, encoding="latin1", **options)  # Python 2 wrote bytes, of any value, as text
-        return content, sorted(unpickler.dropped), unpickler.records if mapped else {}
+        unpickler, encoding = safe_unpickler(), "latin1"  # Python 2 wrote bytes, of any value, as text
+        if _is_mappable(path, head):
+            reader: Any = torch._C.PyTorchFileReader(str(path))
+            loader = unpickler(io.BytesIO(reader.get_record("data.pkl")), encoding=encoding)
+            loader.persistent_load = partial(_storage, _map_records(path, reader))
+            content = loader.load()
+        else:
+            load = lambda file, **options: unpickler(file, **options).load()  # noqa: E731
+            module: Any = SimpleNamespace(__name__=__name__, Unpickler=unpickler, load=load)
+            with open(path, "rb") as file:
+                content = torch.load(file, "cpu", module, weights_only=False, encoding=encoding)
+        return content, sorted(unpickler.dropped)
     except (CheckpointError, Refused) as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly anything

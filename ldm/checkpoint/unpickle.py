@@ -16,6 +16,7 @@ import re
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +97,7 @@ _BUILDERS: dict[str, Any] = {
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": lambda build, _, args, __: build(*args),  # a subclass, as a plain tensor
     **{str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
+    **{f"torch.{kind}": SimpleNamespace(dtype=x) for kind, x in torch.storage._storage_type_to_dtype_map().items()},
     "torch.storage.UntypedStorage": torch.UntypedStorage,
     "torch.Size": torch.Size,
     "collections.OrderedDict": OrderedDict,
@@ -107,33 +109,18 @@ _BUILDERS: dict[str, Any] = {
 
 
 def safe_unpickler() -> Any:
-    """Make the unpickler of one file, for `torch.load`.
-
-    Its `dropped` collects the names that became placeholders, its `records` the record of each storage by the address.
-    """
-    original: Any = pickle._Unpickler.dispatch[pickle.BINPERSID[0]]
+    """Make the unpickler of one file; its `dropped` collects what became placeholders."""
 
     # The implementation in Python, whose memo is a dict. C's is an array as long as the largest number in the file,
     # and four damaged bytes ask for 64 GiB.
     class Unpickler(pickle._Unpickler):
         dropped: ClassVar[set[str]] = set()
-        records: ClassVar[dict[int, str]] = {}
         stack: list[Any]
 
         def load_build(self) -> None:
             self.stack.pop()
 
-        def load_binpersid(self) -> None:
-            identity = self.stack[-1]
-            original(self)
-            if isinstance(storage := self.stack[-1], torch.storage.TypedStorage):
-                self.records[storage._untyped_storage.data_ptr()] = f"data/{identity[2]}"
-
-        dispatch: ClassVar[Any] = {
-            **pickle._Unpickler.dispatch,
-            pickle.BUILD[0]: load_build,
-            pickle.BINPERSID[0]: load_binpersid,
-        }
+        dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
         def find_class(self, module: str, name: str) -> Any:
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # Python 2's
