@@ -59,10 +59,9 @@ def to_diffusers(state: State) -> Components:
 
 
 def to_original(components: Mapping[str, State], schedule: ScheduleConfig | None = None) -> dict[str, Tensor]:
-    """Convert the components of a diffusers folder to one checkpoint under published names.
+    """Convert the components of a diffusers folder to one checkpoint under published names, with a schedule's buffers.
 
-    Names of older and newer diffusers and transformers are known too; others are refused. With a schedule, the buffers
-    of the checkpoint's noise schedule are added.
+    Names of older and newer diffusers and transformers are known too; others are refused.
     """
     state = {f"{kind}/{name}": tensor for kind, part in components.items() for name, tensor in part.items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
@@ -83,10 +82,7 @@ def to_original(components: Mapping[str, State], schedule: ScheduleConfig | None
 
 
 def autoencoder_keys(state: State) -> dict[str, Tensor]:
-    """Return an autoencoder's tensors under the names of `AutoencoderKL`, which are CompVis'.
-
-    They may come from the authors' file, a `diffusers` component, a whole model or a training run.
-    """
+    """Return the tensors of an autoencoder, from whatever file, under the names of `AutoencoderKL`: CompVis'."""
     if any(".mid_block." in name for name in state):
         state = to_original({"vae": state})
     if keys.holds(state, FIRST_STAGE):

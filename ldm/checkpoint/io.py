@@ -212,8 +212,7 @@ def _storage(records: Mapping[str, Tensor], pid: tuple[Any, ...]) -> Any:
 def _map(path: Path, spans: Mapping[Any, tuple[int, int]]) -> dict[Any, Tensor]:
     """Map spans of a file, (start, end) in bytes, as (end - start,) uint8.
 
-    Neighbours share a map, whose pages go with the last of its tensors. Each map holds the file open, and a process may
-    have 256 open files on some systems.
+    Neighbours share a map, whose pages go with its last tensor: each map is an open file, and some systems allow 256.
     """
     size, tensors = max(_SMALLEST_MAP, path.stat().st_size // _MAPS), dict[Any, Tensor]()
     for _, group in groupby(sorted(spans.items(), key=itemgetter(1)), lambda item: item[1][0] // size):
@@ -281,10 +280,7 @@ def write_safetensors(
     *,
     pieces: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write tensors as safetensors, atomically and one piece at a time.
-
-    `safetensors.torch.save_file` needs all tensors in memory and refuses those that share it; here a mapped or computed
-    tensor is in memory only while it is written, and shared ones are written in full each.
+    """Write tensors as safetensors, atomically and one at a time; `save_file` needs all in memory, and none shared.
 
     With `pieces`, (name, tensor) pairs in any order of which several of one name are its consecutive rows, only dtypes
     and shapes of `tensors` count (device `meta` will do). `metadata` is text for the header. A failure changes nothing.

@@ -61,7 +61,7 @@ NEW_PARTS = (*_NEW_MODULES, "proj_out.", "learnable_vector")
 def to_module_keys(state: State, *, use_ema: bool = False, expected: Iterable[str] = ()) -> dict[str, Tensor]:
     """Rename a file's tensors to the names that the modules use; `use_ema` as in `swap_in_ema`.
 
-    Where averaged weights are there alone, they become the weights if the names `expected` by the modules are given.
+    Averaged weights that are there alone become the weights if all the names `expected` by the modules are among them.
     """
     state = with_text_level(merge_lora(swap_in_ema(state) if use_ema else state))
     if not holds(state, UNET):
@@ -322,7 +322,7 @@ def _kind(state: State) -> str:
         # others also call theirs `model.diffusion_model`
         return (unet or ("another UNet" if channels else "unknown (another architecture)")) + width
     if kind == "diffusers component: UNet":
-        if channels in (8, 12) and is_difference(state):
-            return f"IC-Light offset, {'fc' if channels == 8 else 'fbc'} ({channels} channels; to be added to a UNet)"
+        if (variant := {8: "fc", 12: "fbc"}.get(channels)) and is_difference(state):
+            return f"IC-Light offset, {variant} ({channels} input channels; to be added to a UNet)"
         return kind + (f" of {unet}" if unet else "") + width
     return "CLIP" if kind.startswith("CLIP") and holds(state, "text_model.", "token_embedding.") else kind
