@@ -23,7 +23,6 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "TGA")
 _SIGNED = FORMATS[:-1]  # formats with a signature; a TGA file is taken for one only where somebody names it
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MID_GREY = (128, 128, 128)  # 0 in the model's range, as the inside of a hole
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation => Image.Transpose, as viewers turn the pixels
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
@@ -117,19 +116,17 @@ def read_picture(picture: Picture, convert: Callable[[Image.Image], Image.Image]
             with Image.open(opened, formats=FORMATS) as image:
                 image.load()
                 return convert(_turned(image))
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    except FileNotFoundError:
-        is_address = re.match(r"\w{2,}:/", name)
-        remedy = "an address; download it first and give the file" if is_address else "no such file; check the path"
-        raise UserError(f"{name}: {remedy}") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{name}: not an image file that can be read; save it as PNG or JPEG") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"{name}: has more than 179 million pixels; reduce its size first") from None
     except Exception as error:  # of damaged files; Pillow's decoders raise nearly anything
         reason = str(error) or type(error).__name__
-        raise UserError(f"{name}: damaged or unsupported image ({reason}); re-save it as PNG or JPEG") from None
+        is_address = re.match(r"\w{2,}:/", name)
+        reasons = {
+            UserError: reason,
+            FileNotFoundError: "an address; download it first" if is_address else "no such file; check the path",
+            UnidentifiedImageError: "not an image file that can be read; save it as PNG or JPEG",
+            Image.DecompressionBombError: "has more than 179 million pixels; reduce its size first",
+        }
+        damaged = f"damaged or unsupported image ({reason}); re-save it as PNG or JPEG"
+        raise UserError(f"{name}: {reasons.get(type(error), damaged)}") from None
 
 
 def _turned(image: Image.Image) -> Image.Image:

@@ -103,9 +103,7 @@ def fit_window(
         least = round(longest * (1 + crop_margin))
         side = min(wanted, max(min(size), least), side)
     if side > MAX_SIDE:
-        raise UserError(
-            f"the square around the hole is {side} pixels wide, expected at most {MAX_SIDE}; make it shorter"
-        )
+        raise UserError(f"the square around the hole is {side} pixels wide, expected {MAX_SIDE} or less; shorten it")
     left, top = (_place(hole[axis], hole[axis + 2], size[axis], side) for axis in (0, 1))
     return Window(left, top, side)
 

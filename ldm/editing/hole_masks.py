@@ -45,11 +45,9 @@ def make_hole(
     size = scene.size
     if mask is not None:
         hole = fit_mask(as_hole(mask), size, "scene")
-    elif boxes or polygons:
-        parts = [*(box_hole(size, box) for box in boxes), *(draw_polygon(size, polygon) for polygon in polygons)]
-        hole = reduce(ImageChops.lighter, parts)
     else:
-        hole = transparent_part(scene)
+        parts = [*(box_hole(size, box) for box in boxes), *(draw_polygon(size, polygon) for polygon in polygons)]
+        hole = reduce(ImageChops.lighter, parts or [transparent_part(scene)])
     if hole.getbbox() is None:
         raise UserError(f"no mask, outline or transparent part in the scene; give a mask of its size {size}")
     return hole
@@ -76,13 +74,13 @@ def _hole(image: Image.Image) -> Image.Image:
             raise UserError(f"erased from an opaque image, {alpha}")
     if lightest >= 128:
         return grey.point(TO_BINARY)
-    hint = "paint what is to be replaced white (255)"
-    if has_alpha:
-        hint = alpha
-    elif image.mode == "P":
-        hint = "its colours come from a palette, as those of labels; make the label that is to be replaced white (255)"
-    elif 0 < lightest <= MAX_LABEL:
-        hint = "its levels look like labels; multiply 0 and 1 by 255"
+    hints = {  # the first that is true
+        alpha: has_alpha,
+        "its colours are a palette's, as of labels; make the label to be replaced white (255)": image.mode == "P",
+        "its levels look like labels; multiply 0 and 1 by 255": 0 < lightest <= MAX_LABEL,
+        "paint what is to be replaced white (255)": True,
+    }
+    hint = next(text for text, is_true in hints.items() if is_true)
     raise UserError(f"empty, got no grey level above {lightest}; {hint}")
 
 
@@ -126,9 +124,7 @@ def draw_polygon(size: tuple[int, int], polygon: Sequence[float]) -> Image.Image
 
 def transparent_part(scene: Image.Image) -> Image.Image:
     """Return 255 where an RGB or RGBA image is not fully opaque, mode L."""
-    if scene.mode != "RGBA":
-        return Image.new("L", scene.size)
-    return scene.getchannel("A").point([255] * 255 + [0])
+    return scene.convert("RGBA").getchannel("A").point([255] * 255 + [0])
 
 
 def dilate(hole: Image.Image, pixels: int) -> Image.Image:

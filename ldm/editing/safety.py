@@ -133,10 +133,9 @@ def drop_unsafe(
     content_filter: ContentFilter | None, seeds: list[int], results: list[Image.Image], hole: Image.Image
 ) -> tuple[list[int], list[Image.Image]]:
     """Return the seeds and results that a content filter finds safe, and name the others on stderr."""
-    kept = []
-    for i, reason in enumerate(unsafe_reasons(content_filter, results, hole)):
-        if reason is None:
-            kept.append(i)
-        else:
-            print(f"withheld: seed {seeds[i]}: {reason}; another seed or exemplar may pass", file=sys.stderr)
+    reasons = unsafe_reasons(content_filter, results, hole)
+    for seed, reason in zip(seeds, reasons, strict=True):
+        if reason is not None:
+            print(f"withheld: seed {seed}: {reason}; another seed or exemplar may pass", file=sys.stderr)
+    kept = [i for i, reason in enumerate(reasons) if reason is None]
     return [seeds[i] for i in kept], [results[i] for i in kept]

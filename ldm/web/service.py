@@ -28,7 +28,7 @@ from ldm.editing.safety import ContentFilter, unsafe_reasons
 from ldm.editing.settings import CONTROLS, DEFAULTS, OPTIONS, EditSettings, check_setting, json_schema
 from ldm.editing.watermark import add_watermark, check_watermark
 from ldm.files import UserError
-from ldm.images import open_image, open_upright, same_aspect, save_png, tensor_to_pil
+from ldm.images import UNREADABLE, open_image, open_upright, same_aspect, save_png, tensor_to_pil
 from ldm.latent_diffusion import LatentDiffusion
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # formats of uploads, recognised by their content
@@ -217,7 +217,7 @@ class EditService:
         except FileNotFoundError:
             kept = f"files are kept for {self.limits.keep_seconds // 60} minutes"
             raise UserError(f"{path.name}: no longer here, {kept}; upload or make it again") from None
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):  # of damaged headers, too
+        except (*UNREADABLE, EOFError):  # of damaged headers, too
             raise UserError(f"{path.name}: not readable here, or far too large; save it as PNG or JPEG") from None
 
     def _paint(self, request: EditRequest, events: SimpleQueue[Any], cancelled: threading.Event) -> list[Image.Image]:
@@ -254,8 +254,8 @@ class EditService:
         folder, names = Path(tempfile.mkdtemp(dir=self.folder)), call_names(*files)
         record = settings.record() | {"reference": None, "version": __version__} | names | vars(source)
         record |= {"checkpoint": source.checkpoint or "bundled", "config": source.config or "beside the checkpoint"}
-        record |= {"precision": str(self.editor.model.weight_dtype).removeprefix("torch."), **self._hashes.result()}
-        record |= {"device": self.editor.device.type}
+        precision = str(self.editor.model.weight_dtype).removeprefix("torch.")
+        record |= {"precision": precision, "device": self.editor.device.type, **self._hashes.result()}
         written = [folder / f"{Path(names['image']).stem}_{seed}.png" for seed in made]
         for path, (seed, result) in zip(written, made.items(), strict=True):
             save_png(result, path, {"parameters": json.dumps(record | {"seed": seed})})
