@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
@@ -130,12 +131,8 @@ class BenchmarkRun:
         source = {"GT": item.scene, "inpaint": masked, "mask": item.hole_mask, "ref": exemplar}
         for name, image in source.items():
             save_png(image, self.outdir / "source" / f"{item.id}_{name}.png")
-        width, height = item.scene.size
-        row = (item.scene, masked, exemplar.resize(item.scene.size, Image.Resampling.BICUBIC), result)
-        grid = Image.new("RGB", (len(row) * width, height))
-        for column, image in enumerate(row):
-            grid.paste(image, (column * width, 0))
-        save_png(grid, self.outdir / "grid" / f"grid-{item.id}.png")
+        row = item.scene, masked, exemplar.resize(item.scene.size, Image.Resampling.BICUBIC), result
+        save_png(Image.fromarray(np.hstack([*map(np.asarray, row)])), self.outdir / "grid" / f"grid-{item.id}.png")
 
 
 def _start(rank: int, run: BenchmarkRun, processes: int, folder: str) -> None:

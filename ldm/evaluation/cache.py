@@ -1,7 +1,6 @@
 """Features on disk, so that no image passes through a network twice.
 
-A folder holds one small `.npy` file per feature. Its name is a digest of what the feature was computed from (the bytes
-of the image, the network, the view): a renamed image is found again, a changed one is not. Files are written
+A folder holds one `.npy` file per feature, named by a digest of image bytes, network and view. Files are written
 atomically, so processes may share the folder and may be killed.
 """
 

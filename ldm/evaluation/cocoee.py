@@ -39,11 +39,9 @@ class BenchItem(NamedTuple):
 
 
 class Bench:
-    """The items of a benchmark folder, in the order of its id list. Images are read when an item is asked for.
+    """The items of a benchmark folder, in the order of its id list; images are read when an item is asked for.
 
-    Raises:
-        UserError: a folder or the id list is missing or unusable; for an item: a file cannot be read, its mask is
-            empty, or of another aspect than its scene.
+    UserError if a folder, the id list or a file of an item is missing or unusable.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -59,10 +57,7 @@ class Bench:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[BenchItem]:
-        return map(self.__getitem__, range(len(self)))
-
-    def __getitem__(self, index: int) -> BenchItem:
-        return self.item(self.ids[index])
+        return map(self.item, self.ids)
 
     def item(self, id_: str) -> BenchItem:
         """Read the images of an item."""
@@ -117,8 +112,7 @@ def read_ids(path: Path) -> list[str]:
 def images_by_id(folder: Path, ending: str = "") -> dict[str, Path]:
     """Find the images of a folder that are called by their ids: 000000000007{ending}.png, or 7{ending}, in any format.
 
-    Of several with the same id the one that is called in full counts, or else the first; a warning names the others.
-    UserError if there is none.
+    Of several with an id the one that is called in full counts, or else the first, with a warning. UserError if none.
     """
     found, repeated = dict[str, Path](), Skipped()
     length = 12 + len(ending)

@@ -1,7 +1,6 @@
 """Evaluation of edited benchmarks: runs x metrics => a table of numbers with their conditions.
 
-Every metric states its exact name, the network and preprocessing of its features, the number of items, and its 95 %
-interval. The paper's number stands beside ours only if the same thing was measured.
+The paper's number stands beside ours only if the same thing was measured.
 
 Dimension key: N items · D feature channels · M real images.
 """
@@ -57,13 +56,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class Run:
-    """The images of one run."""
+    """The images of one run, by id, and the settings and times that it wrote beside them."""
 
     name: str  # in the table
     folder: Path | None  # None stands for the benchmark's own true images
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what the run wrote beside its images
+    settings: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)
-    images: Mapping[str, Path] = field(default_factory=dict)  # by id
+    images: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, name: str = "") -> Run:
@@ -156,8 +155,8 @@ class Evaluation:
             item, lossy = self.bench.item(id_), []
             for path in [run.image(self.bench, id_) for run in edited]:
                 if (size := open_image(path).size) != item.scene.size:
-                    sizes = [f"{width}x{height}" for width, height in (size, item.scene.size)]
-                    raise UserError(f"{path} with {sizes[0]} instead of {sizes[1]}: of another size")
+                    got, expected = (f"{width}x{height}" for width, height in (size, item.scene.size))
+                    raise UserError(f"{path} with {got} instead of {expected}: of another size")
                 with Image.open(path) as image:
                     lossy += [path] * (image.format == "JPEG")
             return metrics.hole_box(item.scene, item.hole_mask), metrics.paper_box(item.hole_mask), lossy
@@ -174,9 +173,8 @@ class Evaluation:
                 network = {"dino": self.dino, "inception": self.inception}.get(name)
                 seen = Subject(self, run, network) if network else subject
                 rows = (row for row in (*ROWS, *focus) if row.metric == name)
-                for row, values in zip(rows, METRICS[name](seen), strict=True):
-                    if values is not None:
-                        self.metrics[run.name][row.key] = seen.metric(row, values)
+                found = zip(rows, METRICS[name](seen), strict=True)
+                self.metrics[run.name] |= {row.key: seen.metric(row, x) for row, x in found if x is not None}
 
     def exemplars(self, network: FeatureNetwork) -> np.ndarray:
         """Return the features of the exemplars, (N, D)."""
@@ -184,10 +182,6 @@ class Evaluation:
             views = [View(self.bench.paths(id_)[2], SQUASH) for id_ in self.ids]
             self._exemplars[network] = extract(network, views, **self.options, label="exemplars")
         return self._exemplars[network]
-
-    @cached_property
-    def exemplar_statistics(self) -> frechet.Statistics:
-        return frechet.statistics_of(self.exemplars(self.network), self.network.name)
 
     @cached_property
     def real_views(self) -> list[View]:
@@ -332,11 +326,9 @@ def _similarity(s: Subject) -> Values:
 
 
 def _clip(s: Subject) -> Values:
-    boxes, paper = s.ev.paper_boxes, None
-    if boxes:
-        rows = [id_ in boxes for id_ in s.ev.ids]
-        paper = cosine_scores(s.features(PAPER_REGION, boxes), s.ev.exemplars(s.network)[rows])
-    return [paper, *_similarity(s)]
+    boxes = s.ev.paper_boxes
+    exemplars = s.ev.exemplars(s.network)[[id_ in boxes for id_ in s.ev.ids]]
+    return [cosine_scores(s.features(PAPER_REGION, boxes), exemplars) if boxes else None, *_similarity(s)]
 
 
 def _identification(s: Subject) -> Values:
@@ -360,12 +352,11 @@ def _background(s: Subject) -> Values:
     errors = []
     for id_ in tqdm(s.ev.ids if s.run.folder else [], desc=f"{s.run.name}: background", disable=None, leave=False):
         item = s.ev.bench.item(id_)
-        error = metrics.background(open_image(s.run.image(s.ev.bench, id_)), item.scene, item.hole_mask)
-        if not math.isnan(error.psnr):  # a hole may leave no background
-            errors.append((error.ssim, error.psnr, error.max_abs))
-    if not errors:
+        errors.append(metrics.background(open_image(s.run.image(s.ev.bench, id_)), item.scene, item.hole_mask))
+    kept = [error for error in errors if not math.isnan(error.psnr)]  # a hole may leave no background
+    if not kept:
         return [None, None, None]
-    ssim, psnr, largest = np.array(errors).T
+    ssim, psnr, largest = np.array(kept).T
     squares, ssim = s.ev.mean(255**2 / 10 ** (psnr / 10)), ssim[~np.isnan(ssim)]
     value, low, high = (10 * math.log10(255**2 / max(x, 1e-9)) for x in (squares.value, squares.high, squares.low))
     return [
@@ -396,7 +387,7 @@ METRICS: dict[str, Callable[[Subject], Values]] = {
     "qs": lambda s: [s.ev.gmm and quality_scores(s.ev.gmm.log_density(s.images))],
     "clip": _clip,
     "identification": _identification,
-    "foreground-fid": lambda s: [s.distance(s.regions, s.ev.exemplar_statistics)],
+    "foreground-fid": lambda s: [s.distance(s.regions, frechet.statistics_of(s.ev.exemplars(s.network)))],
     "dino": _similarity,
     "inception": _inception,
     "background": _background,

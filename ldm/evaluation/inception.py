@@ -8,6 +8,7 @@ no sFID. The features of an image are of three kinds, side by side:
 - LOGITS without bias, for the Inception score (1008).
 """
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint.io import read_checkpoint
-from ldm.evaluation.features import SQUASH, WHOLE, FeatureNetwork
+from ldm.evaluation.features import SQUASH, WHOLE, FeatureNetwork, first_line
 from ldm.evaluation.frechet import Estimate
 from ldm.files import UserError
 
@@ -28,16 +29,9 @@ POOLED, SPATIAL, LOGITS = slice(0, 2048), slice(2048, 4071), slice(4071, 5079)
 
 
 def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = 0) -> Estimate:
-    """Compute the Inception score, exp E[KL(p(y|x) || p(y))]: confident and diverse classifications score high.
+    """Compute the Inception score of logits (N, classes), exp E[KL(p(y|x) || p(y))], as the mean over random parts.
 
-    Args:
-        logits: (N, classes).
-        splits: number of random parts, at most N.
-
-    Returns:
-        The mean over the parts, without an interval; the note has the standard deviation.
-
-    Source: Salimans et al. 2016, section 4.
+    It has no interval; the note has the standard deviation of the parts. Source: Salimans et al. 2016, section 4.
     """
     log_p = torch.from_numpy(np.random.default_rng(seed).permutation(logits)).double().log_softmax(1)
     scores = []
@@ -45,7 +39,7 @@ def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int = 0) -> E
         log_marginal = part.logsumexp(0) - np.log(len(part))
         scores.append(float((part.exp() * (part - log_marginal)).sum(1).mean().exp()))
     note = f"; spread of the parts {np.std(scores):.2f}"
-    return Estimate(float(np.mean(scores)), float("nan"), float("nan"), len(logits), note)
+    return Estimate(float(np.mean(scores)), math.nan, math.nan, len(logits), note)
 
 
 def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> FeatureNetwork:
@@ -53,9 +47,7 @@ def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> F
     if not Path(weights).is_file():
         raise UserError(f"{weights}: no such file; download {WEIGHTS_URL}")
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
-            FeatureExtractorInceptionV3,
-        )
+        from torch_fidelity import feature_extractor_inceptionv3 as source  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f"{error}: do pip install torch-fidelity, with the torchvision of your torch") from error
     state = read_checkpoint(weights)
@@ -64,10 +56,11 @@ def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> F
         copy = Path(folder) / WEIGHTS
         torch.save(state, copy)
         try:
-            tower: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(copy))
+            tower: Any = source.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], str(copy)
+            )
         except (RuntimeError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{weights}: does not fit ({reason}); expected {WEIGHTS_URL}") from error
+            raise UserError(f"{weights}: does not fit ({first_line(error)}); expected {WEIGHTS_URL}") from error
 
     spatial: list[Tensor] = []
     # TensorFlow's name of this map is mixed_6/conv, which is after the activation.

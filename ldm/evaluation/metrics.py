@@ -1,17 +1,18 @@
 """Metrics of edited images: plain functions from images or features to numbers.
 
-Images compared with each other have equal sizes. Feature arrays come from `ldm.evaluation.features`, which refuses
-values that are not finite.
+Images compared with each other have equal sizes; features are finite, as `ldm.evaluation.features` gives them.
 
 Dimension key: N items · D feature channels · R bootstrap resamples · H, W pixels.
 """
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
@@ -36,9 +37,8 @@ def hole_box(image: Image.Image, hole_mask: Image.Image) -> Box:
 def paper_box(hole_mask: Image.Image) -> Box | None:
     """Return the box that the paper's CLIP score crops; None: the rule leaves no pixel.
 
-    The published script takes the first and the last pixel of grey level 255 in reading order. For a filled rectangle
-    this is the rectangle without its last row and column; for other shapes it is not a bounding box. It is kept for
-    comparison with published figures.
+    The published script goes from the first to the last pixel of grey level 255 in reading order. For a filled
+    rectangle this lacks the last row and column; for other shapes it is not a bounding box.
     """
     rows, columns = np.nonzero(np.asarray(hole_mask.convert("L")) == 255)
     if not len(rows) or columns[-1] <= columns[0] or rows[-1] <= rows[0]:
@@ -86,17 +86,12 @@ def identification(
 ) -> tuple[Estimate, np.ndarray]:
     """Compute the share of pairs in which a region is closer (cosine) to its own exemplar than to another one.
 
-    An ordered pair (i, j) of items with different exemplars is identified if region i is closer to exemplar i than to
-    exemplar j; a tie counts one half. Regions that say nothing about their exemplars score 0.5. The interval resamples
-    exemplars, each with all its items, because pairs share items, and items share exemplars.
-
-    Args:
-        regions, exemplars: (N, D) features.
-        exemplar_ids: N labels; items with equal labels show the same exemplar and are not compared. None: items show
-            the same exemplar if their features are equal.
+    A tie counts one half: regions (N, D) that say nothing about their exemplars (N, D) score 0.5. Items with equal
+    labels, or without labels with equal features of the exemplar, show the same exemplar and are not compared. The
+    interval resamples exemplars, each with all its items, because pairs share items, and items share exemplars.
 
     Returns:
-        The share of all pairs, and (N,), the share of the pairs of each region.
+        The share of all ordered pairs, and (N,), the share of the pairs of each region.
     """
     labels = _numbers([row.tobytes() for row in exemplars] if exemplar_ids is None else exemplar_ids)
     comparable = labels[:, None] != labels[None, :]  # (N, N): whether pair (i, j) counts
@@ -124,27 +119,22 @@ def _numbers(labels: Iterable[Hashable]) -> np.ndarray:
 
 
 def mean_interval(
-    values: Sequence[float] | np.ndarray,
-    *,
-    groups: Sequence[Hashable] | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    values: ArrayLike, *, groups: Sequence[Hashable] | None = None, num_resamples: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Return the mean of N finite values with the percentile interval of a bootstrap.
+    """Return the mean of N finite values with the percentile interval of a bootstrap; nan for a single group.
 
-    Items with equal labels in `groups` (several edits with one exemplar) are resampled together, because they are not
-    independent. None: each item is its own group. The interval of a single group is nan.
+    Items with equal labels in `groups` (several edits with one exemplar) are not independent and resampled together.
     """
     numbers = np.asarray(values, dtype=np.float64)
     labels = _numbers(range(len(numbers)) if groups is None else groups)
-    mean, m = numbers.mean(), int(labels.max()) + 1
+    mean, m = float(numbers.mean()), int(labels.max()) + 1
     if m == 1:
-        return Estimate(float(mean), float("nan"), float("nan"), len(numbers))
+        return Estimate(mean, math.nan, math.nan, len(numbers))
     sums = np.bincount(labels, weights=numbers - mean)  # about the mean: no rounding error where values are large
     sizes = np.bincount(labels)
     drawn = np.random.default_rng(seed).integers(m, size=(num_resamples, m))
     low, high = mean + np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
-    return Estimate(float(mean), float(low), float(high), len(numbers))
+    return Estimate(mean, float(low), float(high), len(numbers))
 
 
 def corner_colors(image: Image.Image) -> np.ndarray:
@@ -154,22 +144,17 @@ def corner_colors(image: Image.Image) -> np.ndarray:
 
 
 def copied_background(edited: np.ndarray, exemplars: np.ndarray, true_images: np.ndarray) -> np.ndarray:
-    """Measure how far the corners of edited regions moved from the scene's colours to the exemplar's.
+    """Measure how far the corners of edited regions moved from the scene's colours to the exemplar's: (N,).
 
     Pasting the exemplar is the trivial solution of training on an image's own crops (paper, section 3.2); the corners,
-    which objects hardly ever cover, reveal it. With d the difference between the exemplar's corners and the true
-    image's, and c between the edit's and the true image's, the least-squares share over all items is
-    sum(c d) / sum(d d): 0 for the true image, 1 for a pasted exemplar, a little above 0 for errors by chance.
-
-    All three are (N, 4, 3) `corner_colors`, of the hole boxes except the exemplars'. The mean of the result (N,) is the
-    share.
+    which objects hardly ever cover, reveal it. All three are (N, 4, 3) `corner_colors`, of the hole boxes except the
+    exemplars'. The mean is the least-squares share: 0 for the true image, 1 for a pasted exemplar.
     """
     d = exemplars - true_images
     return ((edited - true_images) * d).sum((1, 2)) / (d**2).sum((1, 2)).mean()
 
 
-@dataclass(frozen=True)
-class BackgroundError:
+class BackgroundError(NamedTuple):
     """Differences outside the hole; nan if there is nothing to compare."""
 
     ssim: float  # in [-1, 1], 1 for equal backgrounds; mean over the windows without a pixel of the hole
@@ -185,7 +170,7 @@ def background(result: Image.Image, scene: Image.Image, hole_mask: Image.Image) 
     """
     hole = torch.from_numpy(np.array(hole_mask.convert("L"))) >= 128
     if hole.all():
-        return BackgroundError(float("nan"), float("nan"), float("nan"))
+        return BackgroundError(math.nan, math.nan, math.nan)
     # (3, H, W) float64 grey levels, 0 to 255
     x, y = (torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1).double() for i in (result, scene))
     difference = (x - y)[:, ~hole]
@@ -198,10 +183,10 @@ def _ssim(x: Tensor, y: Tensor, hole: Tensor) -> float:
     """Return the mean SSIM of (3, H, W) images over the windows inside the image and outside the hole (H, W)."""
     radius = SSIM_RADIUS
     if min(hole.shape) <= 2 * radius:
-        return float("nan")
+        return math.nan
     touched = F.max_pool2d(hole[None].float(), 2 * radius + 1, stride=1)[0] > 0  # per window within the image
     if touched.all():
-        return float("nan")
+        return math.nan
     # This import takes half a second, and only this function needs it.
     from torchmetrics.functional.image import structural_similarity_index_measure
 

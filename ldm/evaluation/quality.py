@@ -2,8 +2,7 @@
 
 An image scores its log density / 300, clipped to [0, 1], in per cent; a set of images scores the mean. The published
 figures use 20 components over CLIP ViT-B/32 features of COCO, distributed as a pickle of scikit-learn. The published
-script scores whole batches of 50 images in the order of the file system and drops the remainder; here every image
-counts.
+script drops the remainder of its batches of 50 images; here every image counts.
 
 Dimensions: N images · D feature channels · K components.
 """
@@ -106,9 +105,9 @@ def _from_pickle(path: Path) -> GaussianMixture:
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn warns of files from other versions of itself
         estimator = _MixtureUnpickler(file, encoding="latin1").load()  # latin1: bytes from Python 2
+    origin = {"class": type(estimator).__name__, "file": path.name, "sha256": sha256_file(path)}
     version = str(getattr(estimator, "_sklearn_version", "unknown"))
-    origin = {"file": path.name, "sha256": sha256_file(path), "scikit-learn": version}
-    return GaussianMixture(estimator, {"class": type(estimator).__name__, **origin})
+    return GaussianMixture(estimator, {**origin, "scikit-learn": version})
 
 
 class _Ignored:
@@ -120,16 +119,10 @@ class _Ignored:
 
 
 # Names in a pickled mixture whose classes and functions are inert: they build objects and run nothing.
-_ALLOWED = {
-    "sklearn.mixture._gaussian_mixture.GaussianMixture",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "numpy._core.numeric._frombuffer",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "copyreg._reconstructor",
-    "builtins.object",
-}
+_ALLOWED = """
+    sklearn.mixture._gaussian_mixture.GaussianMixture builtins.object copyreg._reconstructor numpy.dtype numpy.ndarray
+    numpy._core.numeric._frombuffer numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar
+"""
 # Modules of numpy before 2, of scikit-learn before 0.22 and of Python 2.
 _RENAMED_MODULES = {
     "numpy.core.multiarray": "numpy._core.multiarray",
@@ -145,13 +138,12 @@ class _MixtureUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = _RENAMED_MODULES.get(module, module)
-        if "." not in name and f"{module}.{name}" in _ALLOWED:
+        if "." not in name and f"{module}.{name}" in _ALLOWED.split():
             return super().find_class(module, name)
         if (module, name) == ("_codecs", "encode"):  # bytes, as pickle protocols below 3 write them
             return lambda text, encoding: text.encode("latin1")
         if module.startswith("numpy.random."):
             return _Ignored
-        remedy = "get it elsewhere, or fit one with scripts/fit_quality_gmm.py"
-        if "joblib" in module:
-            remedy = "if you trust it, rewrite it with `pickle.dump(joblib.load(FILE), open(NEW, 'wb'))`"
+        convert = "if you trust it, rewrite it with `pickle.dump(joblib.load(FILE), open(NEW, 'wb'))`"
+        remedy = convert if "joblib" in module else "get it elsewhere, or fit one with scripts/fit_quality_gmm.py"
         raise UserError(f"refused: the pickle wants {module}.{name}, which no mixture needs; {remedy}")

@@ -68,7 +68,7 @@ def test_parts_in_any_format_with_or_without_zeros(root: Path) -> None:
     scene.unlink()
     (root / "GT_3/notes_GT.txt").write_text("")
     bench = Bench(root)
-    assert bench[1].scene.getpixel((0, 0)) == (1, 0, 0)
+    assert bench.item(bench.ids[1]).scene.getpixel((0, 0)) == (1, 0, 0)
     assert bench.paths("000000000999")[0] == root / "GT_3/000000000999_GT.png"  # as errors name it
 
 
@@ -99,15 +99,15 @@ def test_unusable_items_name_their_file(root: Path) -> None:
     (root / "Ref_3/000000000285_ref.png").unlink()
     bench = Bench(root)
     with pytest.raises(UserError, match=r"000000000139_mask\.png: "):
-        bench[1]
+        bench.item(bench.ids[1])
     with pytest.raises(UserError, match=r"000000000285_ref\.png"):
-        bench[2]
+        bench.item(bench.ids[2])
     Image.new("L", (80, 60), 255).save(root / "Mask_bbox_3/000000000007_mask.png")
     with pytest.warns(match="resized"):  # as in an edit
-        assert bench[0].hole_mask.size == (40, 30)
+        assert bench.item(bench.ids[0]).hole_mask.size == (40, 30)
     Image.new("L", (40, 30)).save(root / "Mask_bbox_3/000000000007_mask.png")
     with pytest.raises(UserError, match=r"000000000007_mask\.png: got an empty mask"):
-        bench[0]
+        bench.item(bench.ids[0])
     for path in (root / "Ref_3").iterdir():
         path.rename(path.with_name(f"exemplar-{path.name}"))
     with pytest.raises(UserError, match=r"000000000007_ref\.png"):
