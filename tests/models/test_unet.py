@@ -153,3 +153,17 @@ def test_starts_by_predicting_zero() -> None:
 def test_widths_that_do_not_divide_are_refused(sizes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"model\.unet: got .*\d+"):
         small_unet(**sizes)
+
+
+@pytest.mark.slow
+def test_code_that_inductor_makes_computes_the_same() -> None:
+    unet = UNetModel(UNetConfig(model_channels=8, norm_groups=4, channel_mult=[1], num_res_blocks=1, num_heads=1,
+                                attention_resolutions=[], context_dim=8))  # fmt: skip
+    for name, parameter in unet.named_parameters():
+        nn.init.normal_(parameter, std=0.1 if "norm" in name else 0.05)
+    inputs = torch.randn(1, 9, 8, 8), torch.tensor([500]), torch.randn(1, 1, 8)
+    with torch.inference_mode():
+        expected = unet(*inputs)
+        unet.compile()
+        got = unet(*inputs)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))  # fused operations
