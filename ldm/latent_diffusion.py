@@ -390,8 +390,7 @@ def add_imagenet_tower(state: dict[str, Tensor], encoder: ExemplarEncoder) -> di
 def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> AutoencoderKL:
     """Return the first stage with a mask-conditioned decoder, whose width and depth are read from its file.
 
-    Raises:
-        CheckpointError: the file is missing, holds no such decoder, does not fit, or belongs to another encoder.
+    Raises CheckpointError if the file is missing, holds no such decoder, does not fit, or is for another encoder.
     """
     file = decoder_file(path)
     state = read_checkpoint(file)

@@ -191,9 +191,7 @@ def main(argv: list[str] | None = None, description: str = "Replace the hole of 
 def run_command(command: Callable[[], int], remedy: str = "fewer --n-samples", hint: str = "") -> int:
     """Return a command's exit status, 2 after an error or 130 after an interruption; print each warning in a line.
 
-    Args:
-        remedy: what to try when memory runs out.
-        hint: what to say after an interruption.
+    `remedy` is what to try when memory runs out, `hint` what to say after an interruption.
     """
     is_first = "torch" not in sys.modules
     gc.disable()  # no search for garbage in what modules keep anyway takes 0.6 s from a command, most at its end
@@ -393,9 +391,7 @@ def save_results(
 ) -> None:
     """Write images, by stem and each with its metadata, as PNGs; number all if a name is taken, without `--overwrite`.
 
-    Args:
-        args: outdir and overwrite.
-        record: metadata of all images, JSON values and paths.
+    `args` has outdir and overwrite; `record` is the metadata of all images, JSON values and paths.
     """
     from ldm.images import save_png
 

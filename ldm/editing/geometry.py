@@ -62,10 +62,7 @@ class Window:
         return Image.fromarray(np.concatenate(wide)[rows]).resize((size, size), resample)
 
     def enlarge(self, square: Image.Image, box: Box) -> Image.Image:
-        """Resize a square image, (S, S), to the window's size and return its part in `box`, RGB.
-
-        Equal to resizing the whole square, in strips as `cut`.
-        """
+        """Resize an image (S, S) to the window's size and return its part in `box`, RGB, in strips as `cut`."""
         left, top, right, bottom = (edge - start for edge, start in zip(box, (self.left, self.top) * 2, strict=True))
         if self.side > MAX_PADDED:  # up to rounding
             scale = square.width / self.side

@@ -144,9 +144,7 @@ def hole_box(hole: Image.Image) -> Box:
 def distance_transform(hole: Image.Image) -> np.ndarray:
     """Measure how deep in the hole each pixel lies (chessboard distance): 0 outside, 1 next to a kept pixel.
 
-    Returns:
-        (H, W) int32. The image border does not count as background; without any background all is 2^30.
-
+    (H, W) int32. The image border does not count as background; without any background all is 2^30.
     Source: Borgefors 1986 (distances passed on from pixel to pixel, forward and backward).
     """
     # SciPy has it, too, but its import takes a tenth of the time of an edit by the bundled model.

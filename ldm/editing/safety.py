@@ -3,7 +3,6 @@
 Dimension key: B images · D width of CLIP's shared space · K concepts · S side of an image, pixels.
 """
 
-import json
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import check_keys
-from ldm.files import UserError
+from ldm.files import UserError, read_json
 from ldm.images import Box, exemplar_to_tensor, pad_box
 
 OPEN_NSFW = "open-nsfw"
@@ -35,14 +34,9 @@ _one_thread = threading.Lock()  # writers and requests share a filter, and its n
 def load_filter(name: str, device: str | torch.device = "cpu") -> ContentFilter:
     """Load a content filter.
 
-    Args:
-        name: open-nsfw, a classifier of 22 MB that comes with the extra `safety`; or the folder of Stable Diffusion's
-            safety checker in the layout of `diffusers` (config.json, model.safetensors).
-        device: device of the safety checker.
-
-    Raises:
-        UserError: the name is neither, or the extra is not installed.
-        CheckpointError: the weights cannot be used.
+    It is open-nsfw, a classifier of 22 MB that comes with the extra `safety`, or, from a folder in the layout of
+    `diffusers` (config.json, model.safetensors), Stable Diffusion's safety checker on `device`. Raises UserError if it
+    is neither or the extra is missing, CheckpointError if the weights cannot be used.
     """
     if name != OPEN_NSFW:
         folder = Path(name)
@@ -76,7 +70,7 @@ class SafetyChecker:
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
         try:
-            described = json.loads(config.read_text(encoding="utf-8"))
+            described = read_json(config)
             sizes = CLIPVisionConfig(**described["vision_config"] | {"projection_dim": described["projection_dim"]})
             tower: Any = CLIPVisionModelWithProjection(sizes)
         except (ValueError, KeyError, TypeError) as error:

@@ -23,8 +23,7 @@ def add_watermark(image: Image.Image, text: str | None = WATERMARK) -> Image.Ima
     fixed step. The package itself is not used: it brings a second OpenCV, and can read again only a third of the
     photographs that it marks, because its change may stop the coefficient from being the largest.
 
-    The result is RGB; pixels change by a few grey levels, mostly in blue. `check_watermark` says which images and texts
-    are possible, and what is raised.
+    The result is RGB; pixels change by a few grey levels, mostly in blue. `check_watermark` says what it raises.
     """
     if text is None:
         return image
@@ -49,12 +48,7 @@ def add_watermark(image: Image.Image, text: str | None = WATERMARK) -> Image.Ima
 
 
 def read_watermark(image: Image.Image, length: int = len(WATERMARK)) -> bytes:
-    """Read the text that an image is marked with; an image without a mark gives arbitrary bytes.
-
-    Args:
-        image: the marked image; resized or cropped copies, and photographs of it, are not readable.
-        length: number of bytes of the text.
-    """
+    """Read the `length` bytes that an image is marked with; arbitrary ones without a mark, or if it was resized."""
     check_watermark(image.size, "?" * length)
     blocks, place = _blocks(np.asarray(image.convert("RGB"), np.float32))
     votes = blocks[np.arange(len(blocks)), place] % _LEVEL > _LEVEL / 2

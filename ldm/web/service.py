@@ -163,8 +163,7 @@ class EditService:
     ) -> Generator[Progress | Edited, None, None]:
         """Edit uploads; yield the progress after each step and every TICK seconds, and the result.
 
-        Closing the generator ends the edit.
-        The mask may be smaller than the scene. The page's defaults stand for settings that `values` leaves out.
+        Closing the generator ends the edit. The mask may be smaller than the scene; defaults replace missing `values`.
         """
         offers = self.settings.items()
         checked = {name: check(name, values.get(name, offer["default"]), offer) for name, offer in offers}
