@@ -11,9 +11,9 @@ import tempfile
 import unicodedata
 import uuid
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,21 @@ class UserError(ValueError):
 
 
 class Skipped:
-    """Records that are left out, each for itself: counts by reason, and the first places of each.
+    """Records left out: counts and first places by reason; as text "2 without a box (row 3, row 8), 1 damaged (a.png)".
 
-    As text it is one line for the end of a run, such as "2 without a box (row 3, row 8), 1 unreadable (a.png)".
+    With `strict` the first one raises a UserError.
     """
 
-    def __init__(self, *, strict: bool = False, named: int = 3) -> None:
-        """With `strict` the first record that is left out raises a UserError; `named` places of a reason are kept."""
-        self.counts: Counter[str] = Counter()
-        self.places: dict[str, list[str]] = {}
-        self._strict, self._named = strict, named
+    def __init__(self, *, strict: bool = False) -> None:
+        self.counts, self.places, self._strict = Counter[str](), defaultdict[str, list[str]](list), strict
 
     def add(self, reason: str, place: object) -> None:
         """Count a record by its reason, a few words; `place` names its file, row or number."""
         if self._strict:
             raise UserError(f"{place}: {reason}")
         self.counts[reason] += 1
-        places = self.places.setdefault(reason, [])
-        if len(places) <= self._named:
-            places.append(str(place) if len(places) < self._named else "...")
+        if self.counts[reason] <= 4:
+            self.places[reason].append(str(place) if self.counts[reason] < 4 else "...")
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -66,38 +62,37 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path, default: Any = None) -> Any:
-    """Read a JSON file; UserError if it is missing or damaged.
-
-    `default`, if given, stands for a missing file, and what is read must be of its type.
-    """
+    """Read a JSON file, of the type of `default`, which stands for a missing one; UserError if missing or damaged."""
     if default is not None and not Path(path).exists():
         return default
     try:
         content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: damaged, no JSON ({error}); mend it, or make it again") from None
     if default is not None and not isinstance(content, type(default)):
         raise UserError(f"{path}: got a {type(content).__name__}, expected a {type(default).__name__}; make it again")
     return content
 
 
-def read_table(path: str | Path, skipped: Skipped | None = None) -> list[tuple[int, dict[str, Any]]]:
-    """Read a table as spreadsheets, pandas and scripts write it.
+def read_table(path: str | Path, failed: dict[str, str] | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """Return number, counted from 1 without the header, and content of each row of a table, by any program.
 
     Args:
         path: .jsonl with an object per line, .json with a list of objects, or text with a header, separated by commas,
             semicolons or tabs. Names and cells are stripped. Empty cells, columns without a name and empty rows are
             left out, and so is Excel's first line "sep=;".
-        skipped: takes rows that cannot be read; without it the first of them is a UserError.
-
-    Returns:
-        Number and content of each row, counted from 1 without the header.
+        failed: gets the reason why "row N" cannot be read; without it the first of them is a UserError.
 
     Raises:
         UserError: the file is missing, no text, or its header names a column twice.
     """
-    skipped = Skipped(strict=True) if skipped is None else skipped
     path, rows = Path(path), []
+
+    def fail(number: int, reason: str) -> None:
+        if failed is None:
+            raise UserError(f"{path}, row {number}: {reason}")
+        failed[f"row {number}"] = reason
+
     lines = list(io.StringIO(read_text(path), newline=""))
     if (is_list := path.suffix.lower() == ".json") or path.suffix.lower() in (".jsonl", ".ndjson"):
         entries: Iterable[Any] = read_json(path) if is_list else filter(str.strip, lines)
@@ -105,7 +100,7 @@ def read_table(path: str | Path, skipped: Skipped | None = None) -> list[tuple[i
             try:
                 rows.append((number, {**(row if is_list else json.loads(row))}))
             except (TypeError, ValueError, RecursionError):
-                skipped.add("no JSON object", f"{path}, row {number}")
+                fail(number, "no JSON object")
         return rows
     lines = lines[1:] if lines and lines[0].strip('"').lower().startswith("sep=") else lines
     separator = max(",;\t", key=lines[0].count) if lines else ","
@@ -117,7 +112,7 @@ def read_table(path: str | Path, skipped: Skipped | None = None) -> list[tuple[i
         raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
     for number, cells in enumerate(table, 1):
         if any(cells[len(header) :]):
-            skipped.add("more cells than the header; quote cells that hold a separator", f"{path}, row {number}")
+            fail(number, "more cells than the header; quote cells that hold a separator")
         elif any(cells):
             rows.append((number, {name: cell for name, cell in zip(header, cells, strict=False) if name and cell}))
     return rows
@@ -139,43 +134,30 @@ def whole(value: Any) -> int:
         return int(number)
 
 
-def claim_directory(path: str | Path, others: Iterable[Path] | None = None) -> Path:
-    """Make a new folder at `path`, or where it exists at the first of `others`, by default `path`-2, -3, …
-
-    Of several processes each gets its own.
-    """
-    path = Path(path)
-    others = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2)) if others is None else others
+def claim_directory(path: Path, others: Iterable[Path]) -> Path:
+    """Make a new folder at `path`, or where it exists at the first of `others`; of several processes each has one."""
     for candidate in itertools.chain([path], others):
-        try:
+        with suppress(FileExistsError):
             candidate.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return candidate
+            return candidate
     raise UserError(f"{path}: exists, and so do the names to take instead; choose another one")
 
 
-def claim_file(path: str | Path) -> Path:
+def claim_file(path: Path) -> Path:
     """Make a new, empty file at `path`, or with -2, -3, … before its ending where one exists; as `claim_directory`."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
-        try:
-            candidate.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        return candidate
-    raise AssertionError
+    free = path
+    for number in itertools.count(2):
+        with suppress(FileExistsError):
+            free.touch(exist_ok=False)
+            break
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
 
 
 @contextmanager
-def claimed(path: str | Path) -> Iterator[None]:
-    """Take a free name for the block, which writes the file; FileExistsError if another process has it.
-
-    An empty file stands for it meanwhile, and is removed if the block fails.
-    """
-    path = Path(path)
+def claimed(path: Path) -> Iterator[None]:
+    """Take a free name by an empty file, until the block writes it or fails; FileExistsError if it is not free."""
     path.touch(exist_ok=False)
     try:
         yield
@@ -185,10 +167,7 @@ def claimed(path: str | Path) -> Iterator[None]:
 
 
 def check_writable(folder: str | Path, longest: str = "") -> None:
-    """Make a folder and try to write there, before work whose results it is for; UserError if that fails.
-
-    `longest` is the longest name that a file there will have.
-    """
+    """Make a folder and try to write there, `longest` being the longest name to come; UserError if that fails."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / longest).exists()  # an OSError if the name is too long
@@ -205,7 +184,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write a JSON file, indented, whole or not at all."""
+    """Write JSON, indented; as `write_text`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 

@@ -21,7 +21,9 @@ from ldm.files import Skipped, UserError, atomic_write
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "TGA")
+Image.init()  # not every version of Pillow has each format
+_KNOWN = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "TGA")
+FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)
 _SIGNED = FORMATS[:-1]  # formats with a signature; a TGA file is taken for one only where somebody names it
 MID_GREY = (128, 128, 128)  # 0 in the model's range, as the inside of a hole
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation => Image.Transpose, as viewers turn the pixels

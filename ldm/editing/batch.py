@@ -7,10 +7,9 @@ that are present, whole and made with the same settings are skipped.
 import json
 import os
 import re
-import sys
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -57,6 +56,10 @@ class Job:
     polygon: tuple[float, ...] = ()  # likewise
     reference_mask: str | None = None
 
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name or "\0" in self.name or len(os.fsencode(self.name)) > LONGEST_NAME:
+            raise UserError(f"name: got {self.name!r:.80}, expected a file name of at most {LONGEST_NAME} bytes")
+
     def request(self) -> EditRequest:
         """Read the files."""
         hole: dict[str, Any] = {"mask": self.mask, "boxes": [self.box] * bool(self.box)}
@@ -87,17 +90,18 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    kinds: dict[str, str] = field(default_factory=dict)  # of what failed: the reason without values and file names
     strict: bool = False  # the first failure is a UserError
 
-    def fail(self, name: str, reason: object, files: Iterable[str | None] = ()) -> None:
-        """Note a failure; its reason is counted without the name of one of `files` that it begins with."""
-        self.failed[name] = kind = str(reason)
-        for file in files:
-            kind = kind.removeprefix(f"{file}: ")
-        self.kinds[name] = re.sub(r"^row \d+: |got .*?, (?=expected)", "", kind)
+    def fail(self, name: str, reason: object) -> None:
+        """Note a failure; an error without a message is called by its type."""
+        self.failed[name] = str(reason) or type(reason).__name__
         if self.strict:
-            raise UserError(f"{name}: {reason}")
+            raise UserError(f"{name}: {self.failed[name]}")
+
+    def counts(self) -> Counter[str]:
+        """Count the failures by reason, without numbers of rows, paths and values."""
+        specific = re.compile(r"^row \d+: |^\S.*[/\\].*?: |got .*?, (?=expected)")
+        return Counter(specific.sub("", reason) for reason in self.failed.values())
 
     def write(self, path: Path, jobs: Iterable[Job] = ()) -> None:
         """Write a JSON object per job, in no particular order; those of `jobs` without an outcome are `waiting`."""
@@ -119,19 +123,15 @@ def read_jobs(
             table's folder.
         base: settings that a row leaves out.
         ignore_columns: pass over columns of other names.
-        report: gets the rows that are wrong, as failed.
+        report: gets the rows that are wrong, as failed; without it the first of them is a UserError.
 
     Raises:
-        UserError: the table is missing, damaged or empty, or has an unknown column; without a report also, a row is
-            unreadable, or has a wrong value or a used name.
+        UserError: the table is missing, damaged or empty, or has an unknown column.
     """
-    unreadable, wrong = Skipped(named=sys.maxsize), report or Report(strict=True)
-    rows = read_table(path, unreadable)
-    for reason, places in unreadable.places.items():
-        for place in places:
-            wrong.fail(place.removeprefix(f"{path}, "), reason)
+    wrong = report or Report(strict=True)
+    rows = read_table(path, report and report.failed)
     if not any(row for _, row in rows):
-        raise UserError(f"{path}: holds no rows{f' but {unreadable}' if unreadable else ''}")
+        raise UserError(", but ".join([f"{path}: holds no rows", *list(wrong.failed.values())[:1]]))
     unknown = sorted({column for _, row in rows for column in row} - KNOWN)
     if unknown and not ignore_columns:
         known = ", ".join(sorted(KNOWN))
@@ -141,13 +141,13 @@ def read_jobs(
         row = {key: value for key, value in row.items() if key in KNOWN and value is not None}
         stem = f"{number:06d}_{Path(str(row.get('scene', ''))).stem}".encode(errors="ignore")[:LONGEST_NAME]
         name = re.sub(r"\.png$", "", str(row.pop("name", "")), flags=re.IGNORECASE) or stem.decode(errors="ignore")
-        is_used = name in jobs or name in wrong.failed
+        if name in jobs or name in wrong.failed:
+            wrong.fail(f"row {number}", f"the name {name!r:.80} is there twice; give each row its own")
+            continue
         try:
-            if is_used:
-                raise UserError(f"the name {name!r:.80} is there twice; give each row its own")
             jobs[name] = _job(name, row, path.parent, base)
         except ValueError as error:
-            wrong.fail(f"row {number}" if is_used else name, f"row {number}: {error}")
+            wrong.fail(name, f"row {number}: {error}")
     return list(jobs.values())
 
 
@@ -168,10 +168,10 @@ def match_folders(
             file has them, and the mask of a.jpg may be a.jpg.png.
         base: settings of all jobs.
         apart: more folders that are not searched, such as that of the results.
-        report: gets the scenes without exactly one mask and exemplar, as failed.
+        report: gets the scenes without exactly one mask and exemplar, as failed; else the first is a UserError.
 
     Raises:
-        UserError: a folder holds no images; without a report also, a scene has no mask or exemplar, or several.
+        UserError: a folder holds no images.
     """
     wrong, folders = report or Report(strict=True), (scenes, masks, references)
     by_stem: dict[Path, dict[str, list[Path]]] = {}
@@ -184,27 +184,21 @@ def match_folders(
                 stem = composed(path.stem).casefold()
                 by_stem[folder].setdefault(names.get(stem, stem), []).append(path)
 
-    def of_stem(folder: Path, scene: Path) -> str:
+    def of_stem(folder: Path, stem: str, scene: Path) -> str:
         if folder.is_file():
             return str(folder)
-        stem = composed(scene.stem).casefold()
         alike = by_stem[folder].get(stem, [])
-        found = [path for path in alike if path.stem == scene.stem]
-        if not found and len(by_stem[scenes][stem]) == 1:
-            found = alike
-        if not found:
-            raise UserError(f"no image of its stem in {folder}")
-        if len(found) > 1:
-            names = " and ".join(path.relative_to(folder).as_posix() for path in found)
-            raise UserError(f"{names} in {folder} have its stem; rename all but one")
+        found = [path for path in alike if path.stem == scene.stem] or alike * (len(by_stem[scenes][stem]) == 1)
+        if len(found) != 1:
+            names = " and ".join(path.relative_to(folder).as_posix() for path in found) or "no images"
+            raise UserError(f"{names} in {folder} have its stem, expected one")
         return str(found[0])
 
-    jobs, found = [], sorted(path for paths in by_stem[scenes].values() for path in paths)
-    for scene in found:
+    jobs = []
+    for scene, stem in sorted((scene, stem) for stem, paths in by_stem[scenes].items() for scene in paths):
         try:
-            _check_name(scene.stem)
-            of_stem(scenes, scene)
-            jobs.append(Job(scene.stem, str(scene), of_stem(references, scene), base, of_stem(masks, scene)))
+            _, reference, mask = (of_stem(folder, stem, scene) for folder in (scenes, references, masks))
+            jobs.append(Job(scene.stem, str(scene), reference, base, mask))
         except ValueError as error:
             wrong.fail(scene.relative_to(scenes).as_posix(), error)
     for folder in {masks, references} - {scenes}:
@@ -224,13 +218,7 @@ def _job(name: str, row: dict[str, Any], folder: Path, base: EditSettings) -> Jo
         raise UserError("several samples, seeds or components are not for tables; give each its row")
     if "scene" not in files or ("reference" not in files and settings.prompt is None):
         raise UserError(f"lacks {'reference or prompt' if 'scene' in files else 'scene'}")
-    _check_name(name)
     return Job(name=name, settings=settings, box=box, polygon=polygon, **files)
-
-
-def _check_name(name: str) -> None:
-    if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > LONGEST_NAME:
-        raise UserError(f"name: got {name!r:.80}, expected a file name of at most {LONGEST_NAME} bytes, no folder")
 
 
 def process_rank() -> tuple[int, int]:
@@ -272,6 +260,7 @@ class EditRun:
     on_result: Callable[[Job, Image.Image], None] | None = None  # called by a writer thread before it writes
     report: Report = field(default_factory=Report)
     present: set[str] = field(init=False)  # names in `outdir` at first; what appears later is another run's
+    inputs: set[str] = field(init=False, default_factory=set)  # files that no result may replace
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.workers) < 1:
@@ -284,12 +273,7 @@ class EditRun:
     def edit(self, jobs: Iterable[Job]) -> Report:
         """Edit every job that has no result yet, with at most a few batches in memory."""
         jobs = sorted(jobs, key=lambda job: [repr(value) for value in job.group])
-        inputs = {os.path.realpath(file) for job in jobs for file in job.files}
-        for job in [job for job in jobs if os.path.realpath(self.path(job)) in inputs]:
-            self.report.fail(
-                job.name, f"{self.path(job)}: is an input, too; choose another --outdir", [str(self.path(job))]
-            )
-            jobs.remove(job)
+        self.inputs = {os.path.realpath(file) for job in jobs for file in job.files}
         writing: deque[Future[None]] = deque()
         with (
             ThreadPoolExecutor(self.workers) as readers,
@@ -335,6 +319,8 @@ class EditRun:
             if self.is_done(job):
                 self.report.skipped.append(job.name)
                 return None
+            if os.path.realpath(self.path(job)) in self.inputs:
+                raise UserError(f"{self.path(job)}: is an input, too; choose another --outdir")
             request = job.request()
             if not isinstance(self.editor, Editor):
                 return _Item(job, request)
@@ -342,7 +328,7 @@ class EditRun:
             pixel_values = None if exemplar is None else self.editor.exemplar_tensor(exemplar)
             return _Item(job, request, self.editor.fit(request.scene, request.hole, job.settings), pixel_values)
         except (ValueError, OSError, ArithmeticError, MemoryError) as error:
-            self.report.fail(job.name, str(error) or type(error).__name__, job.files)
+            self.report.fail(job.name, error)
             return None
 
     def is_done(self, job: Job) -> bool:
@@ -368,7 +354,7 @@ class EditRun:
             return list(compress(zip(batch, error.painted.clamp(-1, 1), strict=True), error.is_finite))
         except ValueError as error:
             if len(batch) == 1:
-                self.report.fail(batch[0].job.name, error, batch[0].job.files)
+                self.report.fail(batch[0].job.name, error)
                 return []
         finally:
             self.report.seconds += time.perf_counter() - start
@@ -415,7 +401,7 @@ class EditRun:
             else:
                 self.report.fail(job.name, "another run wrote its result meanwhile; give each run its own --outdir")
         except (ValueError, ArithmeticError, MemoryError) as error:  # withheld, or too small for its watermark
-            self.report.fail(job.name, str(error) or type(error).__name__)
+            self.report.fail(job.name, error)
         except OSError as error:  # the disk is full: the run ends
             self.report.fail(job.name, error)
             raise

@@ -12,7 +12,6 @@ import json
 import platform
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -245,7 +244,7 @@ def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
             report.write(path, jobs)
     for name, reason in report.failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    for kind, number in Counter(report.kinds.values()).most_common():
+    for kind, number in report.counts().most_common():
         print(f"{number} failed: {kind}", file=sys.stderr)
     print(f"{len(report.done)} done, {len(report.skipped)} there already, {len(report.failed)} failed; {path}")
     return 1 if report.failed else 0

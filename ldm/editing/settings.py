@@ -35,6 +35,7 @@ CONTROLS: dict[str, tuple[str, float, float, float]] = {
 }
 _STEPS = ", ".join(f"{sampler} {steps}" for sampler, steps in DEFAULT_STEPS.items())
 _SIDE = 2**20  # pixels, more than any scene is long
+_FADE = "a fiftieth of its longer side"
 _MARGIN = "surroundings shown on each side, as a share of the hole's longer side"
 
 
@@ -79,12 +80,7 @@ class EditSettings:
         5.0, "--guidance-scale --scale", "1 is without; the paper uses 5, the original's script 1", low=-1000, high=1000
     )
     guidance_interval: tuple[float, float] = _set(
-        (0.0, 1.0),
-        "--guidance-interval",
-        "noise levels with guidance, 0, data, to 1, noise",
-        nargs=2,
-        low=0,
-        high=1,
+        (0.0, 1.0), "--guidance-interval", "noise levels with guidance, 0, data, to 1, noise", nargs=2, low=0, high=1
     )
     eta: float = _set(0.0, "--eta --ddim_eta", "stochasticity of the sampler ddim", low=0, high=1)
     dilate: int = _set(0, "--dilate --grow", "pixels to widen the hole by", low=0, high=_SIDE)
@@ -99,12 +95,7 @@ class EditSettings:
     )
     whole_image: bool = _set(False, "--whole-image", "show the whole scene, as the paper does")
     feather: int | None = _set(
-        None,
-        "--feather",
-        "pixels in which the hole's edge fades",
-        low=0,
-        high=_SIDE,
-        default_text="a fiftieth of its longer side",
+        None, "--feather", "pixels in which the hole's edge fades", low=0, high=_SIDE, default_text=_FADE
     )
     match_colors: bool = _set(
         True, "--match-colors --colour-agreement", "correct the decoder's colour error along the hole's edge"
@@ -186,20 +177,17 @@ DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(EditSettings)}
 KINDS = {f.name: next(k for k in (bool, int, float, str) if k.__name__ in str(f.type)) for f in fields(EditSettings)}
 # Names of the settings in job tables: all spellings of the command line, with underscores.
 COLUMNS = {flag.removeprefix("--").replace("-", "_"): name for name in OPTIONS for flag in (name, *OPTIONS[name].flags)}
-
-
 # How a word of the command line or of a cell is read.
 PARSERS: dict[type, Callable[[str], Any]] = {int: whole, float: float, str: str}
 
 
 def check_setting(name: str, value: Any) -> Any:
     """Return a setting's value in its own type, or raise UserError."""
-    option = OPTIONS[name]
     if value is None and DEFAULTS[name] is None:
         return None
-    if isinstance(value, (list, tuple)) and option.nargs in ("+", len(value)):
+    if isinstance(value, (list, tuple)) and OPTIONS[name].nargs in ("+", len(value)):
         return tuple(_check_item(name, item) for item in value)
-    if option.nargs == 2:
+    if OPTIONS[name].nargs == 2:
         raise UserError(f"{name}: got {value!r:.80}, expected two numbers")
     return _check_item(name, value)
 
@@ -211,15 +199,11 @@ def _check_item(name: str, value: Any) -> Any:
             return value
         expected = f"one of {', '.join(option.choices)}" if option.choices else f"a {kind.__name__}"
         raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
-    is_inside = _is_number(value) and option.low <= value <= option.high  # NaN is in no range
-    if not is_inside or (kind is int and value % 1):
+    is_number = issubclass(type(value), Real) and type(value) is not bool
+    if not is_number or not option.low <= value <= option.high or (kind is int and value % 1):  # NaN is in no range
         expected = f"a {'whole ' * (kind is int)}number from {option.low} to {option.high}"
         raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
     return kind(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def settings_from(values: Mapping[str, Any], base: EditSettings | None = None) -> EditSettings:
