@@ -8,6 +8,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -168,7 +169,7 @@ def held_out(names: Iterable[str]) -> set[str]:
 
     Of two or three images it is one.
     """
-    ordered = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
     count = max(round(VALIDATION_SHARE * len(ordered)), MIN_VALIDATION)
     return set(ordered[: min(count, len(ordered) // 4 or len(ordered) // 2)])
 
@@ -246,8 +247,10 @@ def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator
             types["LabelName"] = "category"
         try:
             boxes = pd.read_csv(csv_path, usecols=list(types), dtype=types)
-        except ValueError:  # text instead of a number: read again, slower, with a gap there
-            boxes = pd.read_csv(csv_path, usecols=list(types), dtype=types | dict.fromkeys(_CORNERS, "str"))
+            if pd.api.types.is_numeric_dtype(boxes.ImageID.cat.categories):
+                raise ValueError("ids without their zeros")
+        except ValueError:  # or text instead of a number: read again, slower, with a gap there
+            boxes = pd.read_csv(csv_path, usecols=list(types), dtype="str").astype({"ImageID": "category"})
             boxes[_CORNERS] = boxes[_CORNERS].apply(pd.to_numeric, errors="coerce")
         lacking = boxes.isna().any(axis=1)
         for row in np.flatnonzero(lacking):
@@ -259,10 +262,9 @@ def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator
         raise UserError(f"{csv_path}: no readable CSV of boxes ({error}); download it, see dataset/README.md") from None
     descriptions: dict[str, str] = {}
     for path in sorted(csv_path.parent.glob("*class-descriptions*.csv")):
-        table = pd.read_csv(
-            path, header=None, usecols=[0, 1], dtype=str, keep_default_na=False, encoding_errors="replace"
-        )
-        descriptions |= dict(table.itertuples(index=False))
+        with suppress(pd.errors.EmptyDataError):
+            table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding_errors="replace")
+            descriptions |= dict(table.iloc[:, :2].itertuples(index=False)) if table.shape[1] > 1 else {}
     area = (boxes.XMax - boxes.XMin) * (boxes.YMax - boxes.YMin)
     boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
     boxes = boxes.loc[area.between(MIN_AREA, MAX_AREA)]  # frees the others
@@ -288,7 +290,7 @@ def read_coco(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     content, root = read_json(path), Path(data.root)
     try:
         images, annotations, categories = content["images"], content["annotations"], content.get("categories") or []
-        images = [image if isinstance(image, dict) else {} for image in images]
+        images, annotations = [image if isinstance(image, dict) else {} for image in images], [*annotations]
         names = {_id(category.get("id")): str(category.get("name", "")) for category in categories}
     except (AttributeError, KeyError, TypeError):
         expected = "expected an object with the lists images, annotations and categories"

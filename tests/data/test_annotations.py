@@ -678,3 +678,23 @@ def test_exif_orientations_that_mean_nothing(value: int, tmp_path: Path) -> None
     exif[0x0112] = value
     Image.new("RGB", SIZE).save(tmp_path / "x.png", exif=exif)
     assert image_header(tmp_path / "x.png") == (SIZE, 1)
+
+
+@pytest.mark.parametrize("content", [{"images": [], "annotations": None}, {"images": 3, "annotations": []}, [], "text"])
+def test_json_that_is_not_coco_is_refused_in_a_line(content: object, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"a\.json"):
+        open_index(DataConfig("coco", str(tmp_path), annotations=str(tmp_path / "a.json")), "train")
+
+
+def test_a_name_that_is_no_unicode_costs_its_image(tmp_path: Path) -> None:
+    names = ["\ud800.jpg", "a.jpg", "b.jpg"]
+    data = coco_file(tmp_path, [], [{"id": i, "file_name": name} for i, name in enumerate(names)])
+    assert len(open_index(data, "train")) == 1
+
+
+@pytest.mark.parametrize("text", ["", "/m/01\n", "/m/01,cup\n"])
+def test_class_descriptions_that_say_nothing(text: str, tmp_path: Path) -> None:
+    data = open_images_csv(tmp_path)
+    (tmp_path / "annotations" / "class-descriptions.csv").write_text(text)
+    assert len(open_index(data, "train")) == 2

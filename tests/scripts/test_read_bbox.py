@@ -139,6 +139,11 @@ def test_a_damaged_row_costs_itself(damaged: str, tmp_path: Path) -> None:
     assert list(report.skipped.counts.values()) == [1] and "row 2" in str(report.skipped)
 
 
+def test_ids_of_digits_keep_their_zeros(tmp_path: Path) -> None:
+    write_jpeg(tmp_path / "images/validation/0012.jpg")
+    assert convert(tmp_path, [row("0012", 0, 0.5, 0, 0.5)]).written == 1
+
+
 def test_unusable_annotations_are_one_clear_line(tmp_path: Path) -> None:
     write_jpeg(tmp_path / "images/validation/a.jpg")
     csv_path = write_csv(tmp_path / "other.csv", [], header="id,x,y")
