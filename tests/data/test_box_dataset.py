@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from io import BytesIO
@@ -17,9 +18,10 @@ from torch.utils.data import DataLoader
 from ldm import images
 from ldm.config import DataConfig, load_config
 from ldm.data.annotations import OPEN_IMAGES_CSV, open_index, write_index
-from ldm.data.box_dataset import BoxDataset, SampleRecipe, crop, open_captions, reduced_window
+from ldm.data.box_dataset import TURNS, BoxDataset, SampleRecipe, crop, open_captions, reduced_window
 from ldm.data.box_index import BoxIndex, Entry, IndexWriter
 from ldm.data.datamodule import box_dataset
+from ldm.data.shards import Shards, write_shards
 from ldm.files import UserError
 from ldm.images import Box
 from scripts import inspect_dataset, read_bbox
@@ -388,3 +390,41 @@ def test_a_table(tmp_path: Path) -> None:
         open_captions(str(table), index, 2)
     with pytest.raises(UserError, match=r"none\.csv"):
         open_captions(str(tmp_path / "none.csv"), index, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("a.png", (90, 70)), ("a.tif", (90, 70)), ("a.jpg", (90, 70)), ("a.jpg", (803, 601))]
+)
+@pytest.mark.parametrize("orientation", TURNS)
+def test_a_rotated_photograph_gives_the_samples_of_the_upright_one(
+    name: str, size: tuple[int, int], orientation: int, tmp_path: Path
+) -> None:
+    """EXIF data turn the pixels; box and outline were drawn on the upright picture. In shards it is the same."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "turned").mkdir()
+    photo(size).save(tmp_path / "turned" / name, exif=exif, quality=95)
+    upright = images.open_image(tmp_path / "turned" / name)
+    upright.save(tmp_path / "a.png")  # without EXIF data
+    width, height = upright.size
+    shape = [0.2 * width, 0.3 * height, 0.7 * width, 0.3 * height, 0.7 * width, 0.8 * height]
+    datasets = []
+    for folder, file_name in ((tmp_path / "turned", name), (tmp_path, "a.png")):
+        annotation = {"image_id": 0, "bbox": [*shape[:2], 0.5 * width, 0.5 * height], "segmentation": [shape]}
+        content = {"images": [{"id": 0, "file_name": file_name, "width": width, "height": height}]}
+        path = folder / "i.json"
+        path.write_text(json.dumps({**content, "annotations": [annotation]}))
+        data = DataConfig("coco", str(folder), str(path), str(path), p_object_mask=0.5, grey_background=True)
+        datasets.append(BoxDataset(open_index(data, "train"), SampleRecipe(32, 28, data)))
+    turned, straight = datasets
+    assert all(same(turned[epoch, 0], straight[epoch, 0]) for epoch in range(4))
+    write_shards(turned.index, tmp_path / "shards", "train")
+    assert same(Shards(str(tmp_path / "shards"), "train", turned.recipe)[0, 0], turned[0, 0])
+
+
+def test_a_large_rotated_photograph_is_decoded_at_a_fraction(tmp_path: Path) -> None:
+    photo((1600, 1200)).save(tmp_path / "a.jpg", quality=95)
+    recipe = SampleRecipe(32, 28)
+    with Image.open(tmp_path / "a.jpg") as file:
+        decoded, reduction = recipe._decode(file, Box(0, 200, 1200, 1400), Box(290, 390, 1010, 1210), orientation=6)
+    assert reduction == 8 and decoded.size == (150, 200)

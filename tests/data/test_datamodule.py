@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import ConfigError, load_config
 from ldm.data.datamodule import DataModule, EpochSampler, set_up_worker
+from ldm.files import UserError
+from tests.data.test_annotations import masks
 
 lengths = st.integers(1, 60)
 world_sizes = st.integers(1, 5)
@@ -87,3 +91,14 @@ def test_workers_keep_opencv_to_one_thread() -> None:
 def test_data_that_a_model_cannot_read(overrides: list[str], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         DataModule(load_config(overrides=overrides))
+
+
+@pytest.mark.parametrize(("samples", "batches"), [(1, [1]), (3, [3]), (5, [4, 1])])
+def test_validation_uses_what_is_there(samples: int, batches: list[int], tmp_path: Path) -> None:
+    root = masks(tmp_path)  # 8 of its images are for validation
+    more = ["data.val_batch_size=4", f"data.max_val_samples={samples}", "data.num_workers=0", "model.image_size=16"]
+    module = DataModule(load_config(overrides=["data.kind=masks", f"data.root={root.root}", *more]))
+    assert [len(batch["key"]) for batch in module.val_dataloader()] == batches
+    module.data.batch_size = 1000
+    with pytest.raises(UserError, match=r"142 training .*1000"):
+        module.train_dataloader()

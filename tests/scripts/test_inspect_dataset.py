@@ -66,6 +66,26 @@ def test_rebuild(coco: list[str], tmp_path: Path) -> None:
     assert index.stat().st_mtime_ns > first
 
 
+def test_overrides_may_follow_any_option(coco: list[str], tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("data: {augment_exemplar: false}\n")
+    assert inspect_dataset.main(["--splits", "train", *coco, "--base", str(base), "data.grey_background=true"]) == 0
+    assert (tmp_path / "index" / "coco-train.png").is_file()
+
+
+def test_a_sheet_that_exists_stays(coco: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = tmp_path / "sheets" / "a.b.png"
+    sheet.parent.mkdir()
+    sheet.write_text("another one")
+    options = [*coco, "--splits", "train", "--sheet", str(sheet)]
+    for number in (2, 3):
+        assert inspect_dataset.main(options) == 0
+        assert f"{sheet.with_name(f'a.b-{number}.png')}: " in capsys.readouterr().out
+    assert sheet.read_text() == "another one" and len(list(sheet.parent.iterdir())) == 3
+    assert inspect_dataset.main([*options, "--overwrite"]) == 0
+    assert Image.open(sheet).format == "PNG" and len(list(sheet.parent.iterdir())) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
