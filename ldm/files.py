@@ -174,7 +174,9 @@ def check_writable(folder: str | Path, longest: str = "") -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"test")
     except OSError as error:
-        raise UserError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from None
+        raise UserError(
+            f"{folder}: cannot write there ({error.strerror}); choose another folder or shorter names"
+        ) from None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -124,6 +124,7 @@ def read_picture(picture: Picture, convert: Callable[[Image.Image], Image.Image]
         reasons = {
             UserError: reason,
             FileNotFoundError: "an address; download it first" if is_address else "no such file; check the path",
+            IsADirectoryError: "a folder; name a file in it",
             UnidentifiedImageError: "not an image file that can be read; save it as PNG or JPEG",
             Image.DecompressionBombError: "has more than 179 million pixels; reduce its size first",
         }

@@ -110,9 +110,9 @@ def read_bbox(
     paths = find_jpegs(images, split)
     if not paths:
         raise UserError(f"{images}: no .jpg under {split}/ or {split}_0/ …; unpack the images there")
-    out.mkdir(parents=True, exist_ok=True)
-    done = set() if overwrite else {entry.name for entry in os.scandir(out) if entry.stat().st_size}
     num_rows, num_boxes, found = read_boxes_csv(csv_path, skipped := Skipped())
+    out.mkdir(parents=True, exist_ok=True)  # training reads what is there instead of the CSV
+    done = set() if overwrite else {entry.name for entry in os.scandir(out) if entry.stat().st_size}
     report, problems = Report(num_rows, num_boxes, skipped), []
     partial = out / f".{split}.partial"
     for id_, corners, labels in tqdm(found, desc=f"{split}: boxes", unit=" images"):

@@ -223,12 +223,13 @@ def read_open_images(data: DataConfig, split: str, writer: IndexWriter) -> Split
 
 
 def find_jpegs(images: Path, split: str) -> dict[str, str]:
-    """Map image ids to paths relative to `images`, of every .jpg below `images/SPLIT` and `images/SPLIT_*`."""
+    """Map image ids to paths relative to `images`, of every JPEG below `images/SPLIT` and `images/SPLIT_*`."""
     paths: dict[str, str] = {}
     for root in sorted([images / split, *images.glob(f"{split}_*")]):
         for folder, _, names in os.walk(root, followlinks=True):
             prefix = os.path.relpath(folder, images)
-            paths.update((name[:-4], f"{prefix}/{name}") for name in names if name.endswith(".jpg"))
+            jpegs = (name for name in names if name.lower().endswith((".jpg", ".jpeg")))
+            paths.update((name.rpartition(".")[0], f"{prefix}/{name}") for name in jpegs)
     return paths
 
 
