@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -108,8 +108,8 @@ class TestRunDirectories:
         return ["-b", str(config_file), "-l", str(tmp_path / "a [x]"), "-n", "s", "--pretrained-model", str(pretrained)]
 
     def test_runs_of_one_name_that_start_together_have_their_own(self, words: list[str], tmp_path: Path) -> None:
-        with multiprocessing.get_context("fork").Pool(4) as pool:
-            made = pool.map(_run_dir, [words] * 8)
+        with ThreadPoolExecutor(4) as pool:
+            made = [*pool.map(_run_dir, [words] * 8)]
         assert len(set(made)) == 8 and set(made) == set((tmp_path / "a [x]").iterdir())
         assert all(path.name.endswith("_s") and len(path.name) == len("2026-01-31T12-00-00_s") for path in made)
 
