@@ -296,7 +296,8 @@ def read_coco(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     except (AttributeError, KeyError, TypeError):
         expected = "expected an object with the lists images, annotations and categories"
         raise UserError(f"{path}: no COCO instances, {expected}; check data.annotations") from None
-    found: dict[str, list[tuple[str, Any]]] = {_id(image.get("id")): [] for image in images}
+    sharing = Counter(_id(image.get("id")) for image in images)
+    found: dict[str, list[tuple[str, Any]]] = {id_: [] for id_ in sharing}
     for number, annotation in enumerate(annotations):
         known = annotation if isinstance(annotation, dict) else {}
         place = f"annotation {known.get('id', number)}"
@@ -308,6 +309,8 @@ def read_coco(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     find = ImageFinder(root, Path(path).parent, *(root / folder for folder in folders))
 
     def parse(written: str, image: dict[str, Any]) -> AnnotatedImage:
+        if sharing[_id(image["id"])] > 1:  # of two exports that were joined: nobody knows whose boxes these are
+            raise Unusable("images that share an id")
         objects = _objects(found[_id(image["id"])], partial(_coco_object, names))
         return AnnotatedImage(find(written), _size(image.get("width"), image.get("height")), **objects)
 

@@ -687,6 +687,12 @@ def test_json_that_is_not_coco_is_refused_in_a_line(content: object, tmp_path: P
         open_index(DataConfig("coco", str(tmp_path), annotations=str(tmp_path / "a.json")), "train")
 
 
+def test_images_that_share_an_id_are_left_out(tmp_path: Path) -> None:
+    names = [("2", "b.jpg"), (2, "b.jpg"), (1, "a.jpg")]
+    index = open_index(coco_file(tmp_path, [], [{"id": i, "file_name": name} for i, name in names]), "train")
+    assert len(index) == 1 and any(line.startswith("2 images that share an id") for line in index.left_out)
+
+
 def test_a_name_that_is_no_unicode_costs_its_image(tmp_path: Path) -> None:
     names = ["\ud800.jpg", "a.jpg", "b.jpg"]
     data = coco_file(tmp_path, [], [{"id": i, "file_name": name} for i, name in enumerate(names)])
