@@ -288,6 +288,7 @@ class Progress(Callback):
             initial=trainer.global_step,
             bar_format=f"step {{n_fmt}}/{{total_fmt}}{BAR if self.terminal else ','} {{remaining}} left{{postfix}}",
             dynamic_ncols=True,
+            mininterval=0,  # or a validation may hide that the step before it was taken
             delay=0 if self.terminal else math.inf,  # never drawn, but it keeps the time
             disable=not trainer.is_global_zero,
         )
