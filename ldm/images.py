@@ -26,7 +26,8 @@ _KNOWN = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"
 FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)
 _SIGNED = FORMATS[:-1]  # formats with a signature; a TGA file is taken for one only where somebody names it
 MID_GREY = (128, 128, 128)  # 0 in the model's range, as the inside of a hole
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation => Image.Transpose, as viewers turn the pixels
+# EXIF orientation => how viewers turn the stored pixels
+TURNS = {number: Image.Transpose(turn) for number, turn in {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.items()}
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
 
 Picture = Image.Image | str | os.PathLike[str] | bytes | IO[bytes] | np.ndarray | Tensor  # see `open_image`
@@ -132,13 +133,19 @@ def read_picture(picture: Picture, convert: Callable[[Image.Image], Image.Image]
         raise UserError(f"{name}: {reasons.get(type(error), damaged)}") from None
 
 
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, of an opened image; 1 if there is none or it is damaged."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's reading of EXIF raises nearly anything; the pixels may be sound
+        return 1
+    return int(orientation) if orientation in range(1, 9) else 1
+
+
 def _turned(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF says; EXIF that cannot be read turns nothing."""
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow's reading of EXIF raises nearly anything; the pixels may be sound
-        turn = None
-    return image if turn is None else image.transpose(Image.Transpose(turn))
+    turn = TURNS.get(exif_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _from_array(array: np.ndarray | Tensor) -> Image.Image:

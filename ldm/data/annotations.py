@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import cv2
 import numpy as np
 from filelock import FileLock
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from ldm.config import DataConfig
@@ -35,7 +35,7 @@ from ldm.data.box_index import (
     turned_size,
 )
 from ldm.files import Skipped, UserError, composed, read_json, read_text, whole
-from ldm.images import FORMATS, UNREADABLE, find_images, load_mask, walk, walk_folders
+from ldm.images import FORMATS, UNREADABLE, exif_orientation, find_images, load_mask, walk, walk_folders
 
 OPEN_IMAGES_CSV = {split: f"{split}-annotations-bbox.csv" for split in ("validation", "test")}
 OPEN_IMAGES_CSV["train"] = "oidv6-train-annotations-bbox.csv"
@@ -195,15 +195,6 @@ def image_header(path: str | Path, *, ignore_exif: bool = False) -> tuple[Size, 
         raise Unusable("of more than 179 million pixels") from None
     except UNREADABLE as error:
         raise Unusable("truncated" if "truncated" in str(error) else "unreadable") from None
-
-
-def exif_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, of an opened image; 1 if there is none or it is damaged."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow's reading of EXIF raises nearly anything
-        return 1
-    return int(orientation) if orientation in range(1, 9) else 1
 
 
 def read_open_images(data: DataConfig, split: str, writer: IndexWriter) -> Split:

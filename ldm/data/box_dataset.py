@@ -25,18 +25,24 @@ from ldm.config import DataConfig
 from ldm.data import masks
 from ldm.data.box_index import BoxIndex, Entry, turned_size
 from ldm.files import UserError, read_table
-from ldm.images import FORMATS, MID_GREY, UNREADABLE, Box, flatten, levels_to_tensor, load_mask, normalise, pad_box
+from ldm.images import (
+    FORMATS,
+    MID_GREY,
+    TURNS,
+    UNREADABLE,
+    Box,
+    flatten,
+    levels_to_tensor,
+    load_mask,
+    normalise,
+    pad_box,
+)
 
 if TYPE_CHECKING:
     import albumentations as A
 
 EXEMPLAR_PADDING = 10  # pixels around the box, see masks.pixel_scale
 MAX_ATTEMPTS = 20  # unreadable images in a row
-T = Image.Transpose
-TURNS = {  # from stored to upright pixels, by EXIF orientation
-    2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM,
-    5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90,
-}  # fmt: skip
 
 Captions = Callable[[Entry, int], str]  # caption of an image whose box of that number is the hole
 OpenFile = Callable[[str], BinaryIO]  # opens a file of the dataset by its name

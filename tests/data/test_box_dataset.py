@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 from ldm import images
 from ldm.config import DataConfig, load_config
 from ldm.data.annotations import OPEN_IMAGES_CSV, open_index, write_index
-from ldm.data.box_dataset import TURNS, BoxDataset, SampleRecipe, crop, open_captions, reduced_window
+from ldm.data.box_dataset import BoxDataset, SampleRecipe, crop, open_captions, reduced_window
 from ldm.data.box_index import BoxIndex, Entry, IndexWriter
 from ldm.data.datamodule import box_dataset
 from ldm.data.shards import Shards, write_shards
 from ldm.files import UserError
-from ldm.images import Box
+from ldm.images import TURNS, Box
 from scripts import inspect_dataset, read_bbox
 from tests.data.test_annotations import coco, voc
 from tests.data.test_annotations import images as write_images
