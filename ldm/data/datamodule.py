@@ -108,19 +108,17 @@ class DataModule(pl.LightningDataModule):
             drop_last=trains,
         )
 
-    def _layout(self) -> tuple[int, int, int]:
-        """Return batch size, number of processes and, where it decides the order, number of workers."""
+    def _step(self) -> int:
+        """Return the number of samples in the batches of all processes together."""
         assert self.trainer is not None
-        workers = max(self.data.num_workers, 1) if isinstance(self.train_set, Shards) else 1
-        return self.data.batch_size, self.trainer.world_size, workers
+        return self.data.batch_size * self.trainer.world_size
 
     def batches(self) -> tuple[int, int]:
         """Return how many batches an epoch has, and after how many of them a resumed run begins.
 
         Of the samples that were not seen whole batches remain, whatever the size of those before.
         """
-        size, processes, _ = self._layout()
-        whole, left = (n // processes // size for n in (len(self.train_set), len(self.train_set) - self.samples))
+        whole, left = (n // self._step() for n in (len(self.train_set), len(self.train_set) - self.samples))
         return whole, whole - left
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,23 +126,17 @@ class DataModule(pl.LightningDataModule):
         assert self.trainer is not None
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # pyright: ignore[reportAttributeAccessIssue]
         batch = self.trainer.fit_loop.epoch_loop.batch_progress
-        size, processes, _ = layout = self._layout()
         seen, before = (self.samples, self.batches()[1]) if epoch == self.epoch else (0, 0)
-        samples = seen + (batch.current.ready - before) * size * processes
-        ended = {"epoch": epoch + 1, "samples": 0} if batch.is_last_batch else {"epoch": epoch, "samples": samples}
-        return {**ended, "layout": list(layout)}
+        samples = seen + (batch.current.ready - before) * self._step()
+        return {"epoch": epoch + 1, "samples": 0} if batch.is_last_batch else {"epoch": epoch, "samples": samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        size, processes, _ = layout = self._layout()
+        step = self._step()
         # Earlier versions counted batches, of the size that they have now.
-        state = {"epoch": 0, "samples": state_dict.get("batch", 0) * size * processes, "layout": layout, **state_dict}
-        self.epoch, self.samples = state["epoch"], state["samples"]
-        if isinstance(self.train_set, Shards) and self.samples and tuple(state["layout"]) != layout:
-            # each worker reads its shards batch by batch
-            self.samples = math.ceil(self.samples / (size * processes)) * size * processes
-            changed = "with another batch size or another number of processes or workers than before"
-            seen = f"up to {self.samples:,} samples of this epoch are seen twice and as many are left out"
-            rank_zero_only(logger.warning)("%s: shards are read in another order %s; %s", self.data.root, changed, seen)
+        self.epoch = state_dict.get("epoch", 0)
+        self.samples = state_dict.get("samples", state_dict.get("batch", 0) * step)
+        if isinstance(self.train_set, Shards):  # each worker reads its shards batch by batch
+            self.samples = math.ceil(self.samples / step) * step
         whole, before = self.batches()
         if before >= whole:  # less than a batch is left
             self.epoch, self.samples = self.epoch + 1, 0

@@ -39,7 +39,6 @@ from ldm.training.module import NonFiniteError, logs_step
 
 MODULES = {"diffusion": DiffusionTraining, "first_stage": FirstStageTraining}
 SHOWN = {"train/loss": "loss {:.3g}", "train/samples_per_s": "{:.3g}/s"}  # in the line of progress
-BAR = " |{bar}|"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PARTS = {  # prefixes of parameter names => the part of the model, as the curves name it; others: mapper
     "learnable_vector": "null_token",
@@ -286,7 +285,7 @@ class Progress(Callback):
         self.bar = tqdm(
             total=None if math.isinf(steps) else int(steps),
             initial=trainer.global_step,
-            bar_format=f"step {{n_fmt}}/{{total_fmt}}{BAR if self.terminal else ','} {{remaining}} left{{postfix}}",
+            bar_format="step {n_fmt}/{total_fmt}%s {remaining} left{postfix}" % (" |{bar}|" if self.terminal else ","),
             dynamic_ncols=True,
             mininterval=0,  # or a validation may hide that the step before it was taken
             delay=0 if self.terminal else math.inf,  # never drawn, but it keeps the time
@@ -360,7 +359,7 @@ def run_callbacks(config: Config, run_dir: Path) -> list[Callback]:
     """Make the callbacks of a run, in the order in which they act: average, speed, images, then saving."""
     directory = run_dir / "checkpoints"
     stage = config.training if config.stage == "diffusion" else config.first_stage_training
-    ema = (fsdp.ShardedEMA if config.trainer.get("strategy") == "fsdp2" else EMA)(stage.ema_decay)
+    ema = EMA(stage.ema_decay)
     return [
         *([ema] if ema.decay > 0 else []),
         Monitor(config),

@@ -80,10 +80,9 @@ def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
         moments = (now + datetime.timedelta(seconds=seconds) for seconds in itertools.count())
         run_dirs = (logdir / f"{moment:%Y-%m-%dT%H-%M-%S}_{name}" for moment in moments)
         run_dir, is_first = next(run_dirs), all(os.environ.get(rank, "0") == "0" for rank in RANKS)
-        makes = (
-            is_first and args.train and not args.dry_run
-        )  # to other processes Lightning sends the checkpoints' place
-        return config, claim_directory(run_dir, run_dirs) if makes else run_dir, None
+        if is_first and args.train and not args.dry_run:  # to other processes Lightning sends the checkpoints' place
+            run_dir = claim_directory(run_dir, run_dirs)
+        return config, run_dir, None
     return load_config(run_dir / "config.yaml", *args.base, overrides=args.overrides), run_dir, checkpoint
 
 

@@ -8,14 +8,15 @@ from pytorch_lightning import LightningModule as Module
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(Callback):
     """Exponential moving average of the trained weights, with a warm-up: decay = min(decay, (1 + n) / (10 + n)).
 
     The average is in float32 whatever the weights' type: in bfloat16 a decay of 0.9999 would never move it. Validation
-    and image grids use the average. Checkpoints hold it in `state_dict` and the trained weights beside it. Lightning's
-    own callback averages the frozen parts as well and cannot average a sharded model.
+    and image grids use the average. Checkpoints hold it in `state_dict` and the trained weights beside it. Of sharded
+    weights each process keeps its share. Lightning's own callback averages frozen parts too, but no sharded model.
     """
 
     def __init__(self, decay: float) -> None:
@@ -65,7 +66,7 @@ class EMA(Callback):
         state = checkpoint["state_dict"]  # for a sharded model empty except in the first process
         checkpoint["current_model_state"] = {name: state[name] for name in self._average if name in state}
         for name, average in self._average.items():
-            whole = self._whole(average)  # in all processes
+            whole = average.full_tensor().cpu() if isinstance(average, DTensor) else average  # in all processes
             if name in state:
                 state[name] = whole
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._count)}
@@ -79,13 +80,12 @@ class EMA(Callback):
                 if name in parameters:
                     self._load(parameters[name], tensor)
 
-    def _whole(self, tensor: Tensor) -> Tensor:
-        """Return the whole of an averaged tensor, for a checkpoint."""
-        return tensor
-
     @torch.no_grad()
     def _load(self, target: Tensor, source: Tensor) -> None:
-        """Copy a tensor of a checkpoint into a parameter or an average."""
+        """Copy a tensor of a checkpoint, which is whole, into a parameter or an average, which may be sharded."""
+        if isinstance(target, DTensor):
+            source = source.to(target.device, target.dtype)  # all processes have it: nothing to send
+            source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
         target.copy_(source)
 
 

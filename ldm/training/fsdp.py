@@ -1,4 +1,4 @@
-"""FSDP2, which shards a model among processes: strategy, average, and checkpoints as any other run writes them.
+"""FSDP2, which shards a model among processes: the strategy, and checkpoints as any other run writes them.
 
 Source: Rajbhandari et al. 2020 (ZeRO, stage 3), as PyTorch's `fully_shard` does it.
 """
@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict as whole_states
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ldm.models.efficientnet import EfficientNetTower
 from ldm.models.layers import SpatialTransformer
 from ldm.models.unet import ResBlock
-from ldm.training.ema import EMA
 
 if TYPE_CHECKING:
     from ldm.training.diffusion_module import DiffusionTraining
@@ -98,20 +97,6 @@ def shard(module: DiffusionTraining, mesh: DeviceMesh) -> None:
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for entry in ("training_step", "validation_step", "preview"):
         register_fsdp_forward_method(module, entry)
-
-
-class ShardedEMA(EMA):
-    """The average of sharded weights: each process keeps its share, checkpoints hold the whole."""
-
-    def _whole(self, tensor: Tensor) -> Tensor:
-        return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
-
-    @torch.no_grad()
-    def _load(self, target: Tensor, source: Tensor) -> None:
-        if isinstance(target, DTensor):
-            source = source.to(target.device, target.dtype)  # all processes have it: nothing to send
-            source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
-        target.copy_(source)
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:

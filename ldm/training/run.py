@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -185,12 +186,11 @@ def _command(*words: object, **options: object) -> str:
 
 def _commit() -> str | None:
     """Return the source's git commit, with a + if files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*"]
-    try:
-        done = subprocess.run([*command, "--abbrev=40", "--dirty=+"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
+    return None
 
 
 def _check_combinations(config: Config, processes: int) -> None:
@@ -210,14 +210,11 @@ def _check_combinations(config: Config, processes: int) -> None:
 
 
 def _trainer(config: Config, run_dir: Path) -> pl.Trainer:
+    options: dict[str, Any] = {"enable_model_summary": False, "default_root_dir": run_dir, **config.trainer}
+    options["enable_progress_bar"] = False  # `Progress` takes its place
     try:
         trainer = pl.Trainer(
-            **{
-                "enable_model_summary": False,
-                "default_root_dir": run_dir,
-                **config.trainer,
-                "enable_progress_bar": False,
-            },
+            **options,
             callbacks=run_callbacks(config, run_dir),
             logger=[_logger(name, config, run_dir) for name in config.logging.loggers],
             plugins=[SafeCheckpointIO()],
