@@ -90,7 +90,7 @@ class Section:
 class ScheduleConfig(Section, prefix="model.schedule."):
     """Noise schedule; the defaults are Stable Diffusion's (`linear` in the original's naming)."""
 
-    name: str = setting("scaled_linear", choices=("scaled_linear", "linear", "cosine"))
+    name: str = setting("scaled_linear", choices=("scaled_linear", "linear", "cosine", "sigmoid"))
     num_timesteps: int = setting(1000, ge=1)
     linear_start: float = 0.00085
     linear_end: float = 0.0120
@@ -103,20 +103,37 @@ class ScheduleConfig(Section, prefix="model.schedule."):
 
 
 class UNetConfig(Section, prefix="model.unet."):
-    """Denoising UNet; the defaults are the paper's (Stable Diffusion v1 with 9 input channels)."""
+    """Denoising UNet; the defaults are the paper's (Stable Diffusion v1 with 9 input channels).
+
+    With `context_dim: 0` it is that of improved-diffusion and guided-diffusion (ADM), which reads no tokens.
+    """
 
     in_channels: int = setting(9, ge=1)
     out_channels: int = setting(4, ge=1)
     model_channels: int = setting(320, ge=1)
-    channel_mult: list[int] = setting([1, 2, 4, 4], ge=1)
+    channel_mult: list[float] = setting([1, 2, 4, 4], gt=0)
     num_res_blocks: int = setting(2, ge=1)
     attention_resolutions: list[int] = setting([4, 2, 1], ge=1)  # downsampling factors
     num_heads: int = setting(8, ge=1)
+    head_channels: int | None = setting(None, ge=1)  # instead of num_heads; without context
+    num_heads_upsample: int | None = setting(None, ge=1)  # without context; default: num_heads
     transformer_depth: int = setting(1, ge=1)
-    context_dim: int = setting(768, ge=1)
+    context_dim: int = setting(768, ge=0)  # 0: plain self-attention
+    num_classes: int | None = setting(None, ge=1)  # labels whose embedding is added to the timestep's
+    scale_shift: bool = False  # the timestep embedding scales and shifts a normalised map, else it is added to the map
+    resample: str = setting("conv", choices=("conv", "pool", "res_block"))  # between levels
+    time_scale: float = setting(1.0, gt=0)  # of the timesteps: 1000 / num_timesteps in improved-diffusion
     norm_groups: int = setting(32, ge=1)  # of the group norms; few channels per group erase absolute colour
     dropout: float = setting(0.0, ge=0, lt=1)
     activation_checkpointing: bool = False
+
+
+class ClassifierConfig(Section, prefix="model.classifier."):
+    """Classifier of noisy images: the UNet's encoder as `model.unet` describes it, and a pool."""
+
+    # attention: the published ones; adaptive: mean of the map; spatial, spatial_v2: means of all maps, then two layers
+    pool: str = setting("attention", choices=("attention", "adaptive", "spatial", "spatial_v2"))
+    num_classes: int = setting(1000, ge=2)
 
 
 class AutoencoderConfig(Section, prefix="model.first_stage."):

@@ -5,18 +5,21 @@ With alpha_t = sqrt(alphas_cumprod[t]) and sigma_t = sqrt(1 - alphas_cumprod[t])
     x_t = alpha_t * x_0 + sigma_t * eps,        eps ~ N(0, I)
     v   = alpha_t * eps - sigma_t * x_0
 
-so any two of x_0, x_t, eps, v give the other two. Schedules are computed in float64 and live on the CPU; the
-functions on tensors compute and return float32, whatever the dtype of the network.
+so any two of x_0, x_t, eps, v give the other two. Coefficients are computed in float64 and rounded last; the functions
+on tensors compute and return float32, whatever the dtype of the network.
 
-Dimensions: B batch · T diffusion steps · ... the remaining axes of x, any number of them.
+Dimensions: B batch · C channels · T diffusion steps · ... the remaining axes of x, any number of them.
 
 Sources: Ho et al. 2020 (DDPM, arXiv:2006.11239); Nichol & Dhariwal 2021 (iDDPM, arXiv:2102.09672);
-Salimans & Ho 2022 (progressive distillation, arXiv:2202.00512); Hang et al. 2023 (min-SNR, arXiv:2303.09556).
+Salimans & Ho 2022 (progressive distillation, arXiv:2202.00512); Hang et al. 2023 (min-SNR, arXiv:2303.09556);
+Karras et al. 2022 (EDM, arXiv:2206.00364).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +29,42 @@ from ldm.config import ScheduleConfig
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Variances of the forward process, float64 on the CPU."""
+    """Variances of the forward process, float64, on the CPU unless `to` moves them."""
 
     betas: Tensor  # (T,) in (0, 1): variance added by step t
     alphas_cumprod: Tensor  # (T,) in (0, 1), decreasing: share of x_0's variance left in x_t
 
+    def to(self, device: torch.device | str) -> "NoiseSchedule":
+        """Return the schedule on a device; MPS has no float64, there it is rounded."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        return NoiseSchedule(self.betas.to(device, dtype), self.alphas_cumprod.to(device, dtype))
+
+    def spaced(self, timesteps: Sequence[int]) -> "NoiseSchedule":
+        """Return the shorter chain through some ascending timesteps. Source: iDDPM, Eq. 19."""
+        ac = self.alphas_cumprod[list(timesteps)]
+        return NoiseSchedule(betas=1 - ac / torch.cat([ac.new_ones(1), ac[:-1]]), alphas_cumprod=ac)
+
+    @cached_property
+    def posterior(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(T,) coef_x_0, coef_x_t and variance of q(x_(t - 1) | x_t, x_0), as in `posterior_coefficients`."""
+        ac = self.alphas_cumprod
+        return posterior_coefficients(self.betas, ac, torch.cat([ac.new_ones(1), ac[:-1]]))  # no noise before step 0
+
+    @cached_property
+    def log_variances(self) -> tuple[Tensor, Tensor]:
+        """(T,) logarithms of the least and the largest sensible variance of p(x_(t - 1) | x_t), posterior and beta.
+
+        The posterior's is 0 at t = 0; there that of t = 1 is taken (beta for T = 1), as in the published models.
+        """
+        variance = self.posterior[2]
+        first = variance[1:2] if len(variance) > 1 else self.betas
+        return torch.cat([first, variance[1:]]).log(), self.betas.log()
+
     def buffers(self) -> dict[str, Tensor]:
         """Compute the 12 schedule buffers of a checkpoint, (T,) float32 each, by their names in the file."""
         ac = self.alphas_cumprod
-        ac_prev = torch.cat([ac.new_ones(1), ac[:-1]])  # 1, which means no noise, before step 0
-        coef_x_0, coef_x_t, variance = posterior_coefficients(ac, ac_prev)
+        ac_prev = torch.cat([ac.new_ones(1), ac[:-1]])
+        coef_x_0, coef_x_t, variance = self.posterior
         buffers = {
             "betas": self.betas,
             "alphas_cumprod": ac,
@@ -58,7 +87,8 @@ def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
     """Build the noise schedule of a config.
 
     `linear`: betas evenly spaced (DDPM, section 4). `scaled_linear`: their square roots evenly spaced (Stable
-    Diffusion). `cosine`: alphas_cumprod follows a squared cosine, betas at most 0.999 (iDDPM, Eq. 17).
+    Diffusion). `cosine`: alphas_cumprod follows a squared cosine, betas at most 0.999 (iDDPM, Eq. 17). `sigmoid`: it
+    follows a sigmoid from -3 to 3 (Jabri et al. 2022, arXiv:2212.11972).
     """
     T, start, end = config.num_timesteps, config.linear_start, config.linear_end
     # the device is named because models are built under torch.device("meta")
@@ -68,9 +98,11 @@ def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
         betas = torch.linspace(start, end, T, dtype=torch.float64, device="cpu")
     else:
         u = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
-        # f(t) = cos^2((t / T + s) / (1 + s) pi / 2),  ac_t = f(t) / f(0),  beta_t = 1 - ac_t / ac_(t - 1)
+        # cosine: f(t) = cos^2((t / T + s) / (1 + s) pi / 2);  ac_t = f(t) / f(0),  beta_t = 1 - ac_t / ac_(t - 1)
         f = torch.cos((u + config.cosine_s) / (1 + config.cosine_s) * math.pi / 2) ** 2
-        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        if config.name == "sigmoid":
+            f = torch.sigmoid(u.new_tensor(3)) - torch.sigmoid(6 * u - 3)
+        betas = (1 - f[1:] / f[:-1]).clamp(0, 0.999)
     schedule = NoiseSchedule(betas=betas, alphas_cumprod=torch.cumprod(1 - betas, dim=0))  # ac_t = prod (1 - beta_s)
     return zero_terminal_snr(schedule) if config.zero_terminal_snr else schedule
 
@@ -88,24 +120,22 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     return NoiseSchedule(betas=1 - ac / torch.cat([ac.new_ones(1), ac[:-1]]), alphas_cumprod=ac)
 
 
-def posterior_coefficients(ac_t: Tensor, ac_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def posterior_coefficients(beta: Tensor, ac_t: Tensor, ac_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute coef_x_0, coef_x_t, variance of q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, variance I).
 
     Args:
-        ac_t, ac_prev: (S,) float64, alphas_cumprod of x_t, in (0, 1), and of x_prev, in [ac_t, 1], which may lie
-            several timesteps before x_t.
+        beta: (S,) float64, 1 - ac_t / ac_prev: variance added between x_prev, perhaps several timesteps back, and x_t.
+        ac_t, ac_prev: (S,) float64, alphas_cumprod of x_t, in (0, 1), and of x_prev, in [ac_t, 1].
 
     Source: DDPM, Eq. 6 and 7.
     """
-    alpha = ac_t / ac_prev  # of the step from x_prev to x_t
-    beta = 1 - alpha
     coef_x_0 = ac_prev.sqrt() * beta / (1 - ac_t)  # sqrt(ac_prev) beta / (1 - ac_t)
-    coef_x_t = alpha.sqrt() * (1 - ac_prev) / (1 - ac_t)  # sqrt(alpha) (1 - ac_prev) / (1 - ac_t)
+    coef_x_t = (1 - beta).sqrt() * (1 - ac_prev) / (1 - ac_t)  # sqrt(alpha) (1 - ac_prev) / (1 - ac_t)
     return coef_x_0, coef_x_t, beta * (1 - ac_prev) / (1 - ac_t)
 
 
-# Below: x_0, x_t, eps, v are (B, ...); t is (B,) int64 in [0, T), or one number; alphas_cumprod is (T,) float32 on the
-# same device, for one number also on the CPU, which spares a GPU the coefficients; a parameterization is what a network
+# Below: x_0, x_t, eps, v are (B, ...); t is (B,) int64 in [0, T), or one number; alphas_cumprod is (T,) on the same
+# device, for one number also on the CPU, which spares a GPU the coefficients; a parameterization is what a network
 # predicts: eps, v or x0.
 
 
@@ -138,15 +168,28 @@ def to_eps(prediction: Tensor, x_t: Tensor, t: Tensor | int, parameterization: s
     return (x_t - alpha_t * prediction) / sigma_t  # x_0: DDPM, Eq. 4 solved for eps
 
 
+def to_x_0(prediction: Tensor, x_t: Tensor, t: Tensor | int, parameterization: str, alphas_cumprod: Tensor) -> Tensor:
+    """Return the x_0 in x_t according to a network's output: the inverse of `target`."""
+    prediction, x_t = prediction.float(), x_t.float()
+    if parameterization == "x0":
+        return prediction
+    if parameterization == "v":
+        alpha_t, sigma_t = _alpha_sigma(alphas_cumprod, t, x_t.ndim)
+        return alpha_t * x_t - sigma_t * prediction  # Salimans & Ho 2022, appendix D
+    ac_t = _at(alphas_cumprod, t, x_t.ndim)  # DDPM, Eq. 4 solved for x_0: x_t / alpha_t - sigma_t / alpha_t eps
+    return _last((1 / ac_t).sqrt()) * x_t - _last((1 / ac_t - 1).sqrt()) * prediction
+
+
 def min_snr_weight(t: Tensor, gamma: float, parameterization: str, alphas_cumprod: Tensor) -> Tensor:
     """Return weights (B,) that turn squared errors at t into errors of x_0 times min(SNR, gamma).
 
     They reduce the influence of timesteps with little noise, whose targets are hard to learn and of little use.
+    gamma = inf weights the errors of x_0 by the SNR, which is an error of eps whatever the network predicts.
 
     Source: Hang et al. 2023, section 3.4.
     """
-    ac_t = alphas_cumprod[t].float()
-    snr = ac_t / (1 - ac_t)  # alpha_t^2 / sigma_t^2
+    ac_t = alphas_cumprod[t]
+    snr = (ac_t / (1 - ac_t)).float()  # alpha_t^2 / sigma_t^2
     # squared error of the prediction = error_ratio * squared error of x_0
     error_ratio = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[parameterization]
     return snr.clamp(max=gamma) / error_ratio
@@ -154,10 +197,106 @@ def min_snr_weight(t: Tensor, gamma: float, parameterization: str, alphas_cumpro
 
 def _alpha_sigma(alphas_cumprod: Tensor, t: Tensor | int, ndim: int) -> tuple[Tensor, Tensor]:
     """Return alpha_t and sigma_t: scalars, or float32 shaped (B, 1, ...) to scale a tensor of ndim axes."""
-    ac_t = alphas_cumprod[t]
-    if isinstance(t, Tensor):
-        ac_t = ac_t.float().reshape(-1, *[1] * (ndim - 1))
-    return ac_t.sqrt(), (1 - ac_t).sqrt()
+    ac_t = _at(alphas_cumprod, t, ndim)
+    return _last(ac_t.sqrt()), _last((1 - ac_t).sqrt())
+
+
+def _at(values: Tensor, t: Tensor | int, ndim: int) -> Tensor:
+    """Return values (T,) at t: () for one number, else (B, 1, ...) with ndim axes."""
+    return values[t].reshape(-1, *[1] * (ndim - 1)) if isinstance(t, Tensor) else values[t]
+
+
+def _last(x: Tensor) -> Tensor:
+    """Round coefficients to float32; a scalar takes part in float32 arithmetic as it is."""
+    return x.float() if x.ndim else x
+
+
+# --- The reverse process with its variances, and the variational bound ------------------------------------------------
+
+
+class Reverse(NamedTuple):
+    """p(x_(t - 1) | x_t) = N(mean, exp(log_variance) I), and the x_0 behind it; (B, ...) float32 each."""
+
+    mean: Tensor
+    log_variance: Tensor
+    x_0: Tensor
+
+
+def p_mean_variance(
+    output: Tensor,
+    x_t: Tensor,
+    t: Tensor | int,
+    schedule: NoiseSchedule,
+    *,
+    parameterization: str = "eps",
+    variance: str = "posterior",
+    clip: bool = False,
+) -> Reverse:
+    """Return the Gaussian that a network's output makes of the step from x_t to x_(t - 1).
+
+    Args:
+        output: (B, C, ...), or (B, 2C, ...) for `learned_range`: the prediction, then v in about [-1, 1].
+        variance: `posterior` (that of q(x_(t - 1) | x_t, x_0)), `beta` (the largest that makes sense), or
+            `learned_range`: exp((v + 1) / 2 log beta + (1 - v) / 2 log posterior).
+        clip: keep x_0 in [-1, 1].
+
+    Source: DDPM, Eq. 7 and section 3.2; iDDPM, Eq. 15.
+    """
+    C, ndim = x_t.shape[1], x_t.ndim
+    x_0 = to_x_0(output[:, :C], x_t, t, parameterization, schedule.alphas_cumprod)
+    x_0 = x_0.clamp(-1, 1) if clip else x_0
+    coef_x_0, coef_x_t, _ = (_last(_at(values, t, ndim)) for values in schedule.posterior)
+    low, high = (_at(values, t, ndim) for values in schedule.log_variances)
+    if variance == "learned_range":
+        share = (output[:, C:].float() + 1) / 2
+        log_variance = share * _last(high) + (1 - share) * _last(low)
+    else:  # at t = 0 the posterior's in both cases
+        last = torch.as_tensor(t, device=low.device).reshape(low.shape) == 0
+        fixed = low if variance == "posterior" else torch.where(last, low, high)
+        log_variance = _last(fixed).to(x_0).expand_as(x_0)
+    return Reverse(coef_x_0 * x_0 + coef_x_t * x_t.float(), log_variance, x_0)
+
+
+def normal_kl(mean_1: Tensor | float, log_variance_1: Tensor, mean_2: Tensor | float, log_variance_2: Tensor) -> Tensor:
+    """Return KL(N(mean_1, variance_1) || N(mean_2, variance_2)) in nats, elementwise."""
+    ratio = (log_variance_1 - log_variance_2).exp() + (mean_1 - mean_2) ** 2 * (-log_variance_2).exp()
+    return 0.5 * (log_variance_2 - log_variance_1 - 1 + ratio)
+
+
+def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Return log p, in nats and elementwise, of 8-bit values x in [-1, 1] under N(mean, exp(log_scale)^2).
+
+    Each value owns the interval of 1/255 around it, the first and the last one also the tail beyond.
+
+    Source: DDPM, Eq. 13, with the approximation of the normal distribution by a tanh in the published code.
+    """
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    upper, lower = (cdf((-log_scale).exp() * (x - mean + half)) for half in (1 / 255, -1 / 255))
+    share = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return share.clamp(min=1e-12).log()
+
+
+def vlb_term(x_0: Tensor, x_t: Tensor, t: Tensor, p: Reverse, schedule: NoiseSchedule) -> Tensor:
+    """Return a term of the variational bound, (B,) in bits per dimension: L_(t - 1), or L_0 at t = 0.
+
+    Source: DDPM, Eq. 5; iDDPM, Eq. 4 to 7.
+    """
+    coef_x_0, coef_x_t, _ = (_last(_at(values, t, x_0.ndim)) for values in schedule.posterior)
+    log_variance = _last(_at(schedule.log_variances[0], t, x_0.ndim))
+    kl = normal_kl(coef_x_0 * x_0 + coef_x_t * x_t, log_variance, p.mean, p.log_variance)
+    likelihood = discretised_log_likelihood(x_0, p.mean, 0.5 * p.log_variance)
+    nats = torch.where(t == 0, -likelihood.flatten(1).mean(1), kl.flatten(1).mean(1))
+    return nats / math.log(2)
+
+
+def prior_bpd(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Return L_T = KL(q(x_T | x_0) || N(0, I)), (B,) in bits per dimension. Source: iDDPM, Eq. 7."""
+    ac_T = schedule.alphas_cumprod[-1:].reshape(-1, *[1] * (x_0.ndim - 1))
+    kl = normal_kl(_last(ac_T.sqrt()) * x_0, _last((1 - ac_T).log()), 0.0, torch.zeros_like(x_0[:1]))
+    return kl.flatten(1).mean(1) / math.log(2)
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | None

@@ -91,10 +91,10 @@ class LatentDiffusion(nn.Module):
 
     @property
     def ac(self) -> Tensor:
-        """(T,) alphas_cumprod of the float64 schedule, rounded to float32 once, on the model's device."""
+        """(T,) alphas_cumprod of the schedule, float64, on the model's device."""
         # not the buffer: `module.to(bfloat16)` and `bf16-true` round it, which makes sigma_t 0 at the first timesteps
         if self._ac is None or self._ac.device != self.betas.device:
-            self._ac = self.schedule.alphas_cumprod.to(self.betas.device, torch.float32)
+            self._ac = self.schedule.to(self.betas.device).alphas_cumprod
         return self._ac
 
     def encode_image(

@@ -123,7 +123,8 @@ def ddpm(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int], nois
     """
     ac_ts = ac.double()[timesteps]
     ac_prevs = torch.cat([ac_ts[1:], ac_ts.new_ones(1)])  # the last step leads to ac = 1, no noise
-    coefficients = torch.stack([ac_ts, *posterior_coefficients(ac_ts, ac_prevs)], dim=1).tolist()
+    posterior = posterior_coefficients(1 - ac_ts / ac_prevs, ac_ts, ac_prevs)
+    coefficients = torch.stack([ac_ts, *posterior], dim=1).tolist()
     for t, (ac_t, coef_x_0, coef_x_t, variance) in zip(timesteps, coefficients, strict=True):
         x_0 = predict_x_0(x, eps_fn(x, t), ac_t)
         x = coef_x_0 * x_0 + coef_x_t * x  # mean of q(x_prev | x_t, x_0), Eq. 7

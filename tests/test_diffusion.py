@@ -123,7 +123,7 @@ def test_posterior_is_bayes_rule() -> None:
     ac_t, ac_prev = ac[[10, 500, 999]], ac[[9, 450, 0]]
     alpha = ac_t / ac_prev
     precision = 1 / (1 - ac_prev) + alpha / (1 - alpha)
-    coef_x_0, coef_x_t, variance = posterior_coefficients(ac_t, ac_prev)
+    coef_x_0, coef_x_t, variance = posterior_coefficients(1 - alpha, ac_t, ac_prev)
     torch.testing.assert_close(variance, 1 / precision)
     torch.testing.assert_close(coef_x_0, ac_prev.sqrt() / (1 - ac_prev) / precision)
     torch.testing.assert_close(coef_x_t, alpha.sqrt() / (1 - alpha) / precision)

@@ -117,12 +117,29 @@ class SpatialTransformer(nn.Module):
         return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height))
 
 
-class Upsample(nn.Module):
-    """Double the grid: nearest neighbour, then a convolution."""
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions of a feature map, with a residual. Source: ADM, section 3."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, num_heads: int, norm_groups: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(norm_groups, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)  # queries, keys, values of all heads, in this order
+        self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        q, k, v = self.qkv(self.norm(x).flatten(2)).transpose(1, 2).chunk(3, dim=-1)
+        hidden = attention(q, k, v, self.num_heads).transpose(1, 2)
+        return x + self.proj_out(hidden).unflatten(2, x.shape[2:])
+
+
+class Upsample(nn.Module):
+    """Double the grid: nearest neighbour, then a convolution of `channels`, if any."""
+
+    def __init__(self, channels: int = 0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
