@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.files import UserError, whole
 
 RELIGHTING_CHANNELS = ("z_foreground", "z_background")
-INPUT_CHANNELS = ("x_t", "z_masked", "keep_mask", "hole_mask", *RELIGHTING_CHANNELS)
+INPUT_CHANNELS = ("x_t", "z_masked", "keep_mask", "hole_mask", *RELIGHTING_CHANNELS, "low_res", "x_0_pred")
+VARIANCES = ("posterior", "beta", "learned_range")
 LR_SCHEDULES = ("constant", "cosine")  # after the warm-up; cosine: down to 5 % of base_lr at the last step
 RENAMED = {  # keys of earlier versions, in configs beside checkpoints and in run directories
     "model": {"context_margin": "crop_margin"},
@@ -90,12 +91,19 @@ class Section:
 class ScheduleConfig(Section, prefix="model.schedule."):
     """Noise schedule; the defaults are Stable Diffusion's (`linear` in the original's naming)."""
 
-    name: str = setting("scaled_linear", choices=("scaled_linear", "linear", "cosine", "sigmoid"))
+    name: str = setting("scaled_linear", choices=("scaled_linear", "linear", "cosine", "sigmoid", "edm"))
     num_timesteps: int = setting(1000, ge=1)
     linear_start: float = 0.00085
     linear_end: float = 0.0120
     cosine_s: float = 0.008
     zero_terminal_snr: bool = False  # the last timestep is pure noise (Lin et al. 2024)
+    # edm: the network is preconditioned for images of this standard deviation; range of noise levels, and the mean and
+    # standard deviation of their logarithms in training
+    sigma_data: float = setting(0.5, gt=0)
+    sigma_min: float = setting(0.002, gt=0)
+    sigma_max: float = setting(80.0, gt=0)
+    p_mean: float = -1.2
+    p_std: float = setting(1.2, gt=0)
 
     def check_together(self) -> None:
         if not 0 < self.linear_start <= self.linear_end < 1:
@@ -187,19 +195,27 @@ class TextEncoderConfig(Section, prefix="model.text_encoder."):
 class ModelConfig(Section, prefix="model."):
     """The whole model: pixels, latents, tokens."""
 
+    # latent: Stable Diffusion and what is made from it; pixel: images themselves; classifier: of noisy images
+    kind: str = setting("latent", choices=("latent", "pixel", "classifier"))
     image_size: int = setting(512, ge=1)  # pixels, side of the square that the model edits
     scale_factor: float = setting(0.18215, gt=0)  # latent = scale_factor * posterior sample
     crop_margin: float = setting(0.5, ge=0)  # context around a hole when editing, relative to the hole's longer side
     parameterization: str = setting("eps", choices=("eps", "v", "x0"))  # the UNet's prediction
+    variance: str = setting("posterior", choices=VARIANCES)  # pixel: of a step back; learned_range doubles out_channels
+    small_size: int | None = setting(None, ge=1)  # pixel: side of low_res images
+    # pixel: order of queries, keys and values in a file of improved-diffusion or guided-diffusion that is loaded
+    attention_layout: str = setting("head_qkv", choices=("head_qkv", "qkv_head"))
     condition: str = setting("exemplar", choices=("exemplar", "text", "both"))  # both: exemplar token, then text tokens
     # The UNet's input, in this order. keep_mask (1 = keep, resized bilinearly) is Paint by Example's, hole_mask (1 =
-    # paint, thresholded at 0.5, nearest) is Stable Diffusion inpainting's; z_foreground, z_background are IC-Light's.
+    # paint, thresholded at 0.5, nearest) is Stable Diffusion inpainting's; z_foreground, z_background are IC-Light's;
+    # low_res (upsampling) and x_0_pred (self-conditioning) are for pixels.
     input_channels: list[str] = setting(["x_t", "z_masked", "keep_mask"], choices=INPUT_CHANNELS)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     first_stage: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     exemplar_encoder: ExemplarEncoderConfig = field(default_factory=ExemplarEncoderConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     def check_together(self) -> None:
         if self.condition == "both" and self.exemplar_encoder.tokens != "pooled":  # there is one null token

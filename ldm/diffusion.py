@@ -44,6 +44,17 @@ class NoiseSchedule:
         ac = self.alphas_cumprod[list(timesteps)]
         return NoiseSchedule(betas=1 - ac / torch.cat([ac.new_ones(1), ac[:-1]]), alphas_cumprod=ac)
 
+    @classmethod
+    def of_sigmas(cls, sigmas: Sequence[float] | Tensor) -> "NoiseSchedule":
+        """Return the chain whose noise relative to x_0 rises through `sigmas`: x_t / alpha_t = x_0 + sigma eps."""
+        ac = 1 / (1 + torch.as_tensor(sigmas, dtype=torch.float64, device="cpu") ** 2)
+        return cls(betas=1 - ac / torch.cat([ac.new_ones(1), ac[:-1]]), alphas_cumprod=ac)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """(T,) noise relative to x_0: sigma_t / alpha_t."""
+        return (1 / self.alphas_cumprod - 1).sqrt()
+
     @cached_property
     def posterior(self) -> tuple[Tensor, Tensor, Tensor]:
         """(T,) coef_x_0, coef_x_t and variance of q(x_(t - 1) | x_t, x_0), as in `posterior_coefficients`."""
@@ -88,9 +99,13 @@ def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
 
     `linear`: betas evenly spaced (DDPM, section 4). `scaled_linear`: their square roots evenly spaced (Stable
     Diffusion). `cosine`: alphas_cumprod follows a squared cosine, betas at most 0.999 (iDDPM, Eq. 17). `sigmoid`: it
-    follows a sigmoid from -3 to 3 (Jabri et al. 2022, arXiv:2212.11972).
+    follows a sigmoid from -3 to 3 (Jabri et al. 2022, arXiv:2212.11972). `edm`: noise levels whose 7th roots are evenly
+    spaced (EDM, Eq. 5); training draws its own.
     """
     T, start, end = config.num_timesteps, config.linear_start, config.linear_end
+    if config.name == "edm":
+        low, high = config.sigma_min ** (1 / 7), config.sigma_max ** (1 / 7)
+        return NoiseSchedule.of_sigmas(torch.linspace(low, high, T, dtype=torch.float64, device="cpu") ** 7)
     # the device is named because models are built under torch.device("meta")
     if config.name == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64, device="cpu") ** 2

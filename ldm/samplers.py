@@ -37,6 +37,9 @@ from torch import Tensor
 
 from ldm.diffusion import NoiseSchedule, Reverse, posterior_coefficients, q_sample
 
+Eps = (
+    Tensor | tuple[Tensor, Tensor]
+)  # noise prediction; of a pair, the second one leads from x_0 on (CFG++, DDIM alone)
 EpsModel = Callable[[Tensor, int], Tensor]  # (x_t, t) => eps_pred, in the shape of x_t
 ReverseModel = Callable[[Tensor, int], Reverse]  # (x_t, t) => p(x_(t - 1) | x_t)
 Noise = Callable[[], Tensor]  # draws a fresh standard normal tensor in the shape of x
@@ -203,12 +206,15 @@ def ddim_steps(ac: Tensor, timesteps: Sequence[int], eta: float) -> Iterator[tup
 
 
 def _ddim_step(
-    x: Tensor, eps: Tensor, ac_t: float, ac_prev: float, sigma: float = 0.0, clip: bool = False
+    x: Tensor, eps: Eps, ac_t: float, ac_prev: float, sigma: float = 0.0, clip: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return x_prev without its fresh noise, and the predicted x_0. Source: DDIM, Eq. 12."""
+    eps, direction = eps if isinstance(eps, tuple) else (eps, None)
     eps = eps.to(x.dtype)
     x_0 = predict_x_0(x, eps, ac_t, clip)
-    if clip:
+    if direction is not None:
+        eps = direction.to(x.dtype)
+    elif clip:
         eps = (x - ac_t**0.5 * x_0) / (1 - ac_t) ** 0.5
     # x_prev = alpha_prev x_0 + sqrt(1 - ac_prev - sigma^2) eps
     return ac_prev**0.5 * x_0 + (1 - ac_prev - sigma**2) ** 0.5 * eps, x_0

@@ -153,7 +153,9 @@ class UNetEncoder(nn.Module):
             context = cast(Tensor, context)
             return repeat(self.embed(t, context.dtype)), repeat(context)
         embedding = self.embed(t, self.time_embed[0].weight.dtype)
-        return repeat(embedding + self.label_emb(context) if self.config.num_classes else embedding), iter(())
+        if self.config.num_classes:
+            embedding = embedding + self.label_emb(context.clamp(min=0)) * (context >= 0)[:, None]
+        return repeat(embedding), iter(())
 
     def prepare(self, timesteps: Sequence[int], context: Tensor) -> Callable[..., Any]:
         """Compute once what the layers read of the timesteps of a sampling run and of its context (B, L, D).
@@ -208,7 +210,7 @@ class UNetModel(UNetEncoder):
         Args:
             x: (B, in_channels, h, w), for Paint by Example `[x_t, z_masked, keep_mask]`; h and w can be halved evenly.
             t, context: (B,) timesteps in [0, T) and (B, L, D) tokens; or each layer's `project` of them. Without
-                `context_dim`, context is (B,) labels for `num_classes`, else None.
+                `context_dim`, context is (B,) labels for `num_classes` (-1: none), else None.
             residuals: from `ControlNet`, added to the outputs of the input blocks and of the middle block, one each.
         """
         condition = self.condition(t, context)

@@ -1,0 +1,388 @@
+"""Diffusion in pixel space: unconditional, by class, or upsampling; what improved- and guided-diffusion train.
+
+Dimensions: B batch · C image channels · H, W pixels · T diffusion steps · S steps of a sampling run · K classes.
+Sources: Nichol & Dhariwal 2021 (iDDPM, arXiv:2102.09672); Dhariwal & Nichol 2021 (ADM, arXiv:2105.05233);
+Karras et al. 2022 (EDM, arXiv:2206.00364); Chen et al. 2023 (self-conditioning, arXiv:2208.04202).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm import samplers
+from ldm.config import ConfigError, ModelConfig
+from ldm.diffusion import (
+    Generators,
+    NoiseSchedule,
+    Reverse,
+    draw_noise,
+    make_schedule,
+    p_mean_variance,
+    prior_bpd,
+    q_sample,
+    target,
+    to_eps,
+    to_x_0,
+    vlb_term,
+)
+from ldm.models.classifier import ClassifierModel
+from ldm.models.unet import UNetModel
+
+SAMPLERS = (*samplers.SAMPLERS, "heun")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly labels lead. The defaults are plain: no guidance by a classifier, no correction of the other.
+
+    `scale`, `rescale` and `parallel` are those of `samplers.classifier_free`; `plus_plus` takes the direction of noise
+    from the unconditional prediction (CFG++, Chung et al. 2024, arXiv:2406.08070; DDIM alone). `classifier` shifts each
+    step by `classifier_scale` times the gradient of its log p(y | x_t) (ADM, Algorithms 1 and 2).
+    """
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    parallel: float = 1.0
+    plus_plus: bool = False
+    classifier: ClassifierModel | None = None
+    classifier_scale: float = 1.0
+
+    def gradient(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Return classifier_scale times the gradient of log p(labels | x_t) with respect to x_t, (B, C, H, W)."""
+        assert self.classifier is not None
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            dtype = self.classifier.time_embed[0].weight.dtype
+            log_p = self.classifier(x.to(dtype), t).float().log_softmax(1).gather(1, labels[:, None])
+            return self.classifier_scale * torch.autograd.grad(log_p.sum(), x)[0]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The steps of a sampling run, in rising order of noise."""
+
+    schedule: NoiseSchedule  # of S steps, on the CPU
+    times: Sequence[float]  # (S,) what the network is told: timesteps, with EDM noise levels
+
+
+class PixelDiffusion(nn.Module):
+    """UNet and noise schedule; the UNet's weights have the names of published files behind `model.diffusion_model.`.
+
+    Raises `ConfigError` if the parts of the config do not fit together.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config, learned = config, config.variance == "learned_range"
+        self.channels = config.unet.out_channels // (1 + learned)
+        _check_widths(config, self.channels)
+        self.is_edm = config.schedule.name == "edm"
+        self.parameterization = "x0" if self.is_edm else config.parameterization
+        self.model = nn.ModuleDict({"diffusion_model": UNetModel(config.unet)})
+        self.schedule = make_schedule(config.schedule)
+        self._tables: tuple[torch.device, NoiseSchedule] | None = None
+
+    @property
+    def unet(self) -> UNetModel:
+        """The denoiser: `unet(x (B, C_in, H, W), t (B,), labels (B,) or None)` -> (B, C or 2 C, H, W)."""
+        return cast(UNetModel, self.model["diffusion_model"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def tables(self) -> NoiseSchedule:
+        """The noise schedule on the model's device."""
+        if self._tables is None or self._tables[0] != self.device:
+            self._tables = self.device, self.schedule.to(self.device)
+        return self._tables[1]
+
+    def network(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        low_res: Tensor | None = None,
+        x_0_pred: Tensor | None = None,
+    ) -> Tensor:
+        """Run the UNet: (B, C, H, W), with a learned variance (B, 2 C, H, W), float32; with EDM this is x_0.
+
+        Args:
+            x_t: (B, C, H, W) of the variance-preserving process.
+            t: (B,) timesteps; with EDM noise levels sigma.
+            labels: (B,) in [0, K); -1 means none.
+            low_res: (B, C, h, w) in [-1, 1], enlarged here. x_0_pred: (B, C, H, W), earlier prediction; None is zero.
+        """
+        scale, x, time = self.config.schedule.sigma_data, x_t, t
+        if self.is_edm:
+            sigma = t.reshape(-1, 1, 1, 1)
+            noisy = x_t * (1 + sigma**2).sqrt()  # x_0 + sigma eps
+            x, time = noisy / (sigma**2 + scale**2).sqrt(), t.log() / 4  # c_in and c_noise: EDM, Table 1
+        inputs = [x]
+        if "low_res" in self.config.input_channels:
+            assert low_res is not None
+            inputs.append(F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False))
+        if "x_0_pred" in self.config.input_channels:
+            inputs.append(torch.zeros_like(x) if x_0_pred is None else x_0_pred)
+        dtype = self.unet.time_embed[0].weight.dtype
+        output = self.unet(torch.cat(inputs, dim=1).to(dtype), time, labels).float()
+        if self.is_edm:  # c_skip x + c_out F
+            total = sigma**2 + scale**2
+            output = scale**2 / total * noisy + sigma * scale / total.sqrt() * output
+        return output
+
+    def loss(
+        self,
+        x_0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        labels: Tensor | None = None,
+        low_res: Tensor | None = None,
+        *,
+        objective: str = "simple",
+        vlb_weight: float | None = None,
+        self_condition: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the training objective of each sample, (B,).
+
+        Args:
+            x_0, eps: (B, C, H, W) images in [-1, 1] and noise. t: (B,) timesteps; with EDM noise levels.
+            labels, low_res: as for `network`.
+            objective: `simple` (mean squared error), `vlb` (T times a term of the bound, in bits per dimension) or
+                `hybrid` (the sum of the error and `vlb_weight`, by default T / 1000, times that term, in which only the
+                variance is learned: iDDPM, Eq. 16).
+            self_condition: (B,) bool, samples that are also shown a first prediction.
+        """
+        schedule, index = self.tables, t
+        if self.is_edm:
+            ac = 1 / (1 + t.double() ** 2)
+            schedule, index = NoiseSchedule(ac, ac), torch.arange(len(t), device=t.device)
+        x_t = q_sample(x_0, index, eps, schedule.alphas_cumprod)
+        run = partial(self.network, x_t, t, labels, low_res)
+        first = None
+        if self_condition is not None:
+            with torch.no_grad():
+                output = run()[:, : self.channels]
+            first = to_x_0(output, x_t, index, self.parameterization, schedule.alphas_cumprod)
+            first = first * self_condition.reshape(-1, 1, 1, 1)
+        output = run(first)
+        prediction = output[:, : self.channels]
+        expected = target(x_0, eps, index, self.parameterization, schedule.alphas_cumprod)
+        error = (prediction - expected).square().flatten(1).mean(1)
+        if self.is_edm:  # lambda(sigma): EDM, section 5
+            scale = self.config.schedule.sigma_data
+            return (t**2 + scale**2) / (t * scale) ** 2 * error
+        if objective == "simple":
+            return error
+        if objective == "hybrid":
+            output = torch.cat([prediction.detach(), output[:, self.channels :]], dim=1)
+        term = vlb_term(x_0, x_t, t, self._reverse(output, x_t, t, schedule), schedule)
+        T = len(self.schedule.betas)
+        return T * term if objective == "vlb" else error + (T / 1000 if vlb_weight is None else vlb_weight) * term
+
+    def _reverse(
+        self, output: Tensor, x_t: Tensor, t: Tensor | int, schedule: NoiseSchedule, clip: bool = False
+    ) -> Reverse:
+        variance = self.config.variance
+        options = {"parameterization": self.parameterization, "variance": variance, "clip": clip}
+        return p_mean_variance(output, x_t, t, schedule, **options)
+
+    # --- Sampling -----------------------------------------------------------------------------------------------------
+
+    def chain(self, sampler: str, steps: str) -> Chain:
+        """Choose the steps of a sampler: their number, or for `ddpm` and `ddim` any text for `spaced_timesteps`.
+
+        Raises ValueError for a text that says neither.
+        """
+        schedule = self.config.schedule
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        if not self.is_edm and sampler in ("ddpm", "ddim"):
+            timesteps = samplers.spaced_timesteps(len(self.schedule.betas), steps)[::-1]
+        elif not steps.isdecimal() or int(steps) < 1:
+            raise ValueError(f"timesteps: got {steps!r}, expected a number of steps for {sampler}")
+        elif self.is_edm:
+            sigmas = samplers.karras_sigmas(int(steps), schedule.sigma_min, schedule.sigma_max)[::-1]
+            return Chain(NoiseSchedule.of_sigmas(sigmas), sigmas)
+        elif sampler == "heun":
+            sigmas = self.schedule.sigmas
+            levels = samplers.karras_sigmas(int(steps), sigmas[0].item(), sigmas[-1].item())[::-1]
+            times = np.interp(np.log(levels), sigmas.log().numpy(), np.arange(len(sigmas)))
+            return Chain(NoiseSchedule.of_sigmas(levels), times.tolist())
+        else:
+            timesteps = samplers.choose_timesteps(sampler, len(self.schedule.betas), int(steps))[::-1]
+        return Chain(self.schedule.spaced(timesteps), timesteps)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        x_T: Tensor,
+        labels: Tensor | None = None,
+        low_res: Tensor | None = None,
+        *,
+        sampler: str = "ddpm",
+        steps: str = "250",
+        guidance: Guidance = Guidance(),
+        eta: float = 0.0,
+        clip: bool = True,
+        generator: Generators = None,
+        on_step: samplers.OnStep | None = None,
+    ) -> Tensor:
+        """Turn standard normal noise (B, C, H, W) into images, in [-1, 1] if clipped (their x_0 is), float32.
+
+        Args:
+            labels, low_res: as for `network`.
+            sampler: `ddpm` (with the model's own variance), `heun`, or one of `samplers.SAMPLERS`.
+            steps: as for `chain`.
+            generator: source of further noise, one for the batch or one per sample.
+        """
+        chain, noise = self.chain(sampler, steps), partial(draw_noise, x_T.shape, generator, device=x_T.device)
+        steps_taken, ac = len(chain.times), chain.schedule.alphas_cumprod
+        denoiser = _Denoiser(self, chain, labels, low_res, guidance, clip)
+        if sampler == "heun":
+            sigmas = chain.schedule.sigmas.tolist()[::-1]
+            results = samplers.heun(denoiser.x_0_at, x_T * sigmas[0], sigmas, noise)
+        elif sampler == "ddpm":
+            results = samplers.ancestral(denoiser.reverse, x_T, steps_taken, noise)
+        else:
+            options = {"eta": eta, "noise": noise} if sampler == "ddim" else {}
+            own_clip = guidance.classifier is not None  # then x_0 is clipped before guidance, not after it
+            timesteps = range(steps_taken)[::-1]
+            run = samplers.SAMPLERS[sampler]
+            results = run(denoiser.eps, x_T, ac, timesteps, clip=clip and not own_clip, **options)
+        x = x_T
+        for step, (x, x_0) in enumerate(results, start=1):
+            if on_step:
+                on_step(step, steps_taken, x, x_0)
+        return x
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self,
+        x_0: Tensor,
+        labels: Tensor | None = None,
+        low_res: Tensor | None = None,
+        *,
+        steps: str = "",
+        clip: bool = True,
+        noise: Callable[[], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Bound the negative log-likelihood of 8-bit images (B, C, H, W) in [-1, 1].
+
+        Returns `vb`, `mse` (of eps) and `x_0_mse`, (B, S) in rising order of the steps, `prior` and `total` (B,),
+        the bound in bits per dimension. With fewer `steps` than T it is the bound of the shorter chain.
+
+        Source: iDDPM, section 2.
+        """
+        chain, noise = self.chain("ddpm", steps), noise or partial(torch.randn_like, x_0)
+        schedule, denoiser = chain.schedule, _Denoiser(self, chain, labels, low_res, Guidance(), clip)
+        terms: dict[str, list[Tensor]] = {"vb": [], "mse": [], "x_0_mse": []}
+        for k in reversed(range(len(chain.times))):
+            eps = noise()
+            x_t = q_sample(x_0, k, eps, schedule.alphas_cumprod)
+            p = denoiser.reverse(x_t, k)
+            t = torch.full((len(x_0),), k, device=x_0.device)
+            terms["vb"].append(vlb_term(x_0, x_t, t, p, schedule.to(x_0.device)))
+            eps_pred = to_eps(p.x_0, x_t, k, "x0", schedule.alphas_cumprod)
+            terms["mse"].append((eps_pred - eps).square().flatten(1).mean(1))
+            terms["x_0_mse"].append((p.x_0 - x_0).square().flatten(1).mean(1))
+        columns = {name: torch.stack(values[::-1], dim=1) for name, values in terms.items()}
+        prior = prior_bpd(x_0, schedule.to(x_0.device))
+        return {**columns, "prior": prior, "total": columns["vb"].sum(1) + prior}
+
+
+class _Denoiser:
+    """A model with its conditions and guidance, as samplers call it; keeps x_0 for self-conditioning."""
+
+    def __init__(
+        self,
+        model: PixelDiffusion,
+        chain: Chain,
+        labels: Tensor | None,
+        low_res: Tensor | None,
+        guidance: Guidance,
+        clip: bool,
+    ) -> None:
+        self.model, self.chain, self.guidance, self.clip = model, chain, guidance, clip
+        self.labels = labels if model.config.unet.num_classes else None
+        self.target_labels, self.low_res = labels, low_res
+        self.ac = chain.schedule.alphas_cumprod
+        self.last: Tensor | None = None
+
+    def output(self, x: Tensor, time: float) -> tuple[Tensor, Tensor | None]:
+        """Run the network, guided without a classifier; also return the prediction without labels, if any."""
+        t, C, g = torch.full((len(x),), time, device=x.device), self.model.channels, self.guidance
+        if g.scale == 1 or self.labels is None:
+            return self.model.network(x, t, self.labels, self.low_res, self.last), None
+        twice = (torch.cat([part, part]) if part is not None else None for part in (self.low_res, self.last))
+        labels = torch.cat([torch.full_like(self.labels, -1), self.labels])
+        null, output = self.model.network(torch.cat([x, x]), torch.cat([t, t]), labels, *twice).chunk(2)
+        guided = samplers.classifier_free(output[:, :C], null[:, :C], g.scale, g.rescale, g.parallel)
+        return torch.cat([guided, output[:, C:]], dim=1), null[:, :C]
+
+    def _keep(self, x_0: Tensor) -> Tensor:
+        if "x_0_pred" in self.model.config.input_channels:
+            self.last = x_0
+        return x_0
+
+    def _gradient(self, x: Tensor, k: int) -> Tensor:
+        assert self.target_labels is not None
+        t = torch.full((len(x),), self.chain.times[k], device=x.device)
+        return self.guidance.gradient(x, t, self.target_labels)
+
+    def reverse(self, x: Tensor, k: int) -> Reverse:
+        """Return p(x_(k - 1) | x_k); a classifier shifts its mean by variance times gradient: ADM, Algorithm 1."""
+        output, _ = self.output(x, self.chain.times[k])
+        p = self.model._reverse(output, x, k, self.chain.schedule, self.clip)
+        self._keep(p.x_0)
+        if self.guidance.classifier is not None:
+            p = p._replace(mean=p.mean + p.log_variance.exp() * self._gradient(x, k))
+        return p
+
+    def eps(self, x: Tensor, k: int) -> samplers.Eps:
+        """Return the noise in x_k; a classifier changes it as a score: ADM, Algorithm 2."""
+        output, null = self.output(x, self.chain.times[k])
+        C, kind = self.model.channels, self.model.parameterization
+        x_0 = to_x_0(output[:, :C], x, k, kind, self.ac)
+        self._keep(x_0.clamp(-1, 1) if self.clip else x_0)
+        if self.guidance.classifier is not None:
+            clipped = x_0.clamp(-1, 1) if self.clip else x_0
+            sigma = math.sqrt(1 - self.ac[k].item())
+            return to_eps(clipped, x, k, "x0", self.ac) - sigma * self._gradient(x, k)
+        eps = to_eps(output[:, :C], x, k, kind, self.ac)
+        if self.guidance.plus_plus and null is not None:
+            return eps, to_eps(null, x, k, kind, self.ac)
+        return eps
+
+    def x_0_at(self, x: Tensor, sigma: float) -> Tensor:
+        """Return x_0 for x_0 + sigma eps, at any noise level."""
+        ac = torch.tensor([1 / (1 + sigma**2)], dtype=torch.float64)
+        level = math.log(sigma)
+        levels = self.chain.schedule.sigmas.log().numpy()
+        time = sigma if self.model.is_edm else float(np.interp(level, levels, self.chain.times))
+        x_t = x * math.sqrt(ac.item())
+        output, _ = self.output(x_t, time)
+        x_0 = to_x_0(output[:, : self.model.channels], x_t, 0, self.model.parameterization, ac)
+        return self._keep(x_0.clamp(-1, 1) if self.clip else x_0)
+
+
+def _check_widths(config: ModelConfig, channels: int) -> None:
+    unet, names = config.unet, config.input_channels
+    if unknown := set(names) - {"x_t", "low_res", "x_0_pred"}:
+        raise ConfigError(
+            f"model.input_channels: got {', '.join(unknown)}, expected x_t, low_res or x_0_pred in pixels"
+        )
+    if unet.context_dim:
+        raise ConfigError(f"model.unet.context_dim: got {unet.context_dim}, expected 0 for model.kind pixel")
+    if (expected := channels * len(names)) != unet.in_channels:
+        parts = f"{channels} for each of {', '.join(names)}"
+        raise ConfigError(f"model.unet.in_channels: got {unet.in_channels}, expected {expected} ({parts})")
