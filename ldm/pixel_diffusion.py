@@ -5,19 +5,26 @@ Sources: Nichol & Dhariwal 2021 (iDDPM, arXiv:2102.09672); Dhariwal & Nichol 202
 Karras et al. 2022 (EDM, arXiv:2206.00364); Chen et al. 2023 (self-conditioning, arXiv:2208.04202).
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ldm import samplers
-from ldm.config import ConfigError, ModelConfig
+from ldm.checkpoint.io import read_checkpoint
+from ldm.checkpoint.keys import UNET, check_keys, misfit
+from ldm.checkpoint.openai import examine, is_openai, to_module_layout
+from ldm.config import Config, ConfigError, ModelConfig, load_config
 from ldm.diffusion import (
     Generators,
     NoiseSchedule,
@@ -33,8 +40,10 @@ from ldm.diffusion import (
     vlb_term,
 )
 from ldm.models.classifier import ClassifierModel
+from ldm.models.layers import Uninitialised
 from ldm.models.unet import UNetModel
 
+logger = logging.getLogger(__name__)
 SAMPLERS = (*samplers.SAMPLERS, "heun")
 
 
@@ -51,7 +60,7 @@ class Guidance:
     rescale: float = 0.0
     parallel: float = 1.0
     plus_plus: bool = False
-    classifier: ClassifierModel | None = None
+    classifier: Callable[[Tensor, Tensor], Tensor] | None = None
     classifier_scale: float = 1.0
 
     def gradient(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -59,8 +68,7 @@ class Guidance:
         assert self.classifier is not None
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
-            dtype = self.classifier.time_embed[0].weight.dtype
-            log_p = self.classifier(x.to(dtype), t).float().log_softmax(1).gather(1, labels[:, None])
+            log_p = self.classifier(x, t).log_softmax(1).gather(1, labels[:, None])
             return self.classifier_scale * torch.autograd.grad(log_p.sum(), x)[0]
 
 
@@ -373,6 +381,67 @@ class _Denoiser:
         output, _ = self.output(x_t, time)
         x_0 = to_x_0(output[:, : self.model.channels], x_t, 0, self.model.parameterization, ac)
         return self._keep(x_0.clamp(-1, 1) if self.clip else x_0)
+
+
+class Classifier(nn.Module):
+    """A classifier of noisy images with the noise schedule that it was trained on."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({"classifier": ClassifierModel(config.unet, config.classifier, config.image_size)})
+        self.schedule = make_schedule(config.schedule)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """(B, C, H, W) and (B,) timesteps -> logits (B, K), float32."""
+        network = self.model["classifier"]
+        return network(x_t.to(network.time_embed[0].weight.dtype), t).float()
+
+
+# --- Loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_pixel_model(
+    checkpoint: str | Path | None,
+    config: str | Path | DictConfig | Config | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> PixelDiffusion | Classifier:
+    """Load a model strictly, in evaluation mode and without gradients.
+
+    Args:
+        checkpoint: a file of this project, or of improved-diffusion or guided-diffusion, whose architecture is read off
+            its shapes; None leaves the weights of `config` random.
+        config: needed for a file of this project, and for unpublished ones of the others, of which shapes do not tell
+            `model.schedule`, `model.image_size`, and `num_heads` or `head_channels` in `model.unet`.
+
+    Raises:
+        ConfigError: the config cannot be used, or is missing.
+        CheckpointError: the file is unreadable or holds another model.
+    """
+    sources: list[Any] = [] if config is None else [config]
+    state = {} if checkpoint is None else read_checkpoint(checkpoint)
+    if theirs := is_openai(state):
+        found = examine(state)
+        logger.info("%s: %s", checkpoint, found.summary)
+        if config is None and not found.is_published:
+            keys = "model.schedule, model.image_size and model.unet.num_heads or head_channels"
+            raise ConfigError(f"{checkpoint}: {found.summary}, none of the published ones; pass a config with {keys}")
+        sources.insert(0, OmegaConf.create(found.config))
+    elif config is None:
+        raise ConfigError(f"{checkpoint}: {misfit(state)}; or pass the config it was trained with")
+    model_config = load_config(*sources).model
+    with Uninitialised() if checkpoint else nullcontext():
+        model = (Classifier if model_config.kind == "classifier" else PixelDiffusion)(model_config)
+    if checkpoint is not None:
+        prefix = "model.classifier." if model_config.kind == "classifier" else UNET
+        unet = model_config.unet
+        if theirs:
+            state = to_module_layout(state, prefix, model_config.attention_layout, unet.num_heads, unet.head_channels)
+        check_keys({name: x.shape for name, x in model.state_dict().items()}, state, source=checkpoint)
+        model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval().to(device, dtype)
 
 
 def _check_widths(config: ModelConfig, channels: int) -> None:

@@ -1,0 +1,150 @@
+"""Files of improved-diffusion and guided-diffusion: the architecture is read off names and shapes.
+
+What shapes do not tell (noise schedule, heads, order of attention channels, image size) is known for the published
+files by their number of parameters, and comes from the config for others.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+PUBLISHED = {  # parameters => names, image size, schedule (c: cosine, l: linear), T, heads or channels of each, low_res
+    121_063_942: ("imagenet64_uncond_100M_1500K.pt, imagenet64_uncond_vlb_100M_1500K.pt", 64, "c", 4000, (4, None), 0),
+    52_546_438: ("cifar10_uncond_50M_500K.pt, cifar10_uncond_vlb_50M_500K.pt", 32, "c", 4000, (4, None), 0),
+    273_049_350: ("imagenet64_cond_270M_250K.pt", 64, "c", 4000, (4, None), 0),
+    279_792_390: ("upsample_cond_500K.pt", 256, "l", 4000, (4, None), 64),
+    113_676_678: ("lsun_uncond_100M_1200K_bs128.pt, lsun_uncond_100M_2400K_bs64.pt", 256, "l", 1000, (1, None), 0),
+    295_904_454: ("64x64_diffusion.pt", 64, "c", 1000, (4, 64), 0),
+    421_529_606: ("128x128_diffusion.pt", 128, "l", 1000, (4, None), 0),
+    553_838_086: ("256x256_diffusion.pt", 256, "l", 1000, (4, 64), 0),
+    552_814_086: (
+        "256x256_diffusion_uncond.pt, lsun_*.pt",
+        256,
+        "l",
+        1000,
+        (4, 64),
+        0,
+    ),
+    558_997_638: ("512x512_diffusion.pt", 512, "l", 1000, (4, 64), 0),
+    311_795_910: ("64_256_upsampler.pt", 256, "l", 1000, (4, None), 64),
+    308_835_270: ("128_512_upsampler.pt", 512, "l", 1000, (4, 64), 128),
+    65_438_568: ("64x64_classifier.pt", 64, "c", 1000, (4, 64), 0),
+    42_568_040: ("128x128_classifier.pt", 128, "l", 1000, (4, 64), 0),
+    54_096_360: ("256x256_classifier.pt", 256, "l", 1000, (4, 64), 0),
+    54_448_360: ("512x512_classifier.pt", 512, "l", 1000, (4, 64), 0),
+}
+RESCALED = (121_063_942, 52_546_438)  # timesteps were multiplied by 1000 / T
+NEW_ORDER = (295_904_454,)  # of attention channels: queries of all heads, then keys, then values
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file holds: a config, which may be incomplete, and a line that says it."""
+
+    config: dict[str, Any]
+    summary: str
+    is_published: bool
+
+
+def is_openai(state: State) -> bool:
+    """Tell whether a file is a UNet or classifier of the two projects."""
+    return {"time_embed.0.weight", "input_blocks.0.0.weight"} <= state.keys() and not any("attn2" in n for n in state)
+
+
+def examine(state: State) -> Found:
+    """Read the architecture of a file off its names and shapes."""
+    rows = {name: tensor.shape[0] for name, tensor in state.items()}
+    blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("input_blocks."))
+    is_classifier = not any(name.startswith("output_blocks.") for name in state)
+    ops, last = sum(name.endswith("op.weight") for name in state), "in_layers.2.weight"
+    gaps = set(range(blocks)) - {int(name.split(".")[1]) for name in state if name.startswith("input_blocks.")}
+    ups = {name for name in state if re.fullmatch(rf"output_blocks\.\d+\.[12]\.{re.escape(last)}", name)}
+    resample = "conv" if ops else "pool" if gaps else "res_block"
+    levels = (
+        _classifier_levels(state, blocks)
+        if is_classifier and resample == "res_block"
+        else 1 + (ops or len(gaps) or len(ups))
+    )
+    depth = blocks // levels - 1
+    firsts = [1 + level * (depth + 1) for level in range(levels)]
+    model_channels = state["time_embed.0.weight"].shape[1]
+    widths = [rows[f"input_blocks.{i}.0.out_layers.3.weight"] for i in firsts]
+    count = sum(tensor.numel() for tensor in state.values())
+    names, size, schedule, T, (heads, head_channels), small = PUBLISHED.get(count, ("", 0, "", 0, (4, None), 0))
+    inputs = state["input_blocks.0.0.weight"].shape[1]
+    channels = inputs if inputs in (1, 3, 4) else inputs // 2
+    unet: dict[str, Any] = {
+        "in_channels": inputs,
+        "model_channels": model_channels,
+        "channel_mult": [width / model_channels for width in widths],
+        "num_res_blocks": depth,
+        "attention_resolutions": [2**i for i, k in enumerate(firsts) if f"input_blocks.{k}.1.qkv.weight" in state],
+        "context_dim": 0,
+        "scale_shift": rows["input_blocks.1.0.emb_layers.1.weight"] == 2 * widths[0],
+        "resample": resample,
+        "norm_groups": 32,
+    }
+    model: dict[str, Any] = {"kind": "pixel", "unet": unet, "input_channels": ["x_t"]}
+    if is_classifier:
+        pools = {"out.2.positional_embedding": "attention", "out.3.weight": "spatial_v2", "out.0.running": ""}
+        pool = next((kind for name, kind in pools.items() if name in state), "spatial")
+        if pool == "spatial_v2" and state["out.3.weight"].ndim == 4:
+            pool = "adaptive"
+        heads_of = {"attention": "out.2.c_proj.weight", "spatial": "out.2.weight"}
+        model |= {
+            "kind": "classifier",
+            "classifier": {"pool": pool, "num_classes": rows[heads_of.get(pool, "out.3.weight")]},
+        }
+    else:
+        outputs = rows["out.2.weight"]
+        unet |= {"out_channels": outputs, "num_classes": rows.get("label_emb.weight")}
+        model["variance"] = "learned_range" if outputs == 2 * channels else "posterior"
+        if inputs == 2 * channels:
+            model["input_channels"] = ["x_t", "low_res"]
+    what = f"{'classifier' if is_classifier else 'pixel diffusion model'}, {count:,} parameters"
+    if names:
+        unet |= {"num_heads": heads, "head_channels": head_channels}
+        unet["time_scale"] = 1000 / T if count in RESCALED else 1.0
+        ends = {"linear_start": 0.1 / T, "linear_end": 20 / T}
+        name = {"c": "cosine", "l": "linear"}[schedule]
+        model |= {
+            "image_size": size,
+            "schedule": {"name": name, "num_timesteps": T, **ends},
+            "small_size": small or None,
+        }
+        model["attention_layout"] = "qkv_head" if count in NEW_ORDER else "head_qkv"
+        what += f", as {names}: {size} px, {name} schedule of {T} steps"
+    return Found({"model": model}, what, bool(names))
+
+
+def _classifier_levels(state: State, blocks: int) -> int:
+    """Count the levels of an encoder that resamples by residual blocks: only a split that fits has one width and one
+    answer about attention in each level, and no attention where it resamples."""
+    widths = [0] + [state[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in range(1, blocks)]
+    attends = [f"input_blocks.{i}.1.qkv.weight" in state for i in range(blocks)]
+    for depth in range(1, blocks):
+        if blocks % (depth + 1):
+            continue
+        starts = range(1, blocks, depth + 1)
+        same = all(len({(widths[i], attends[i]) for i in range(s, s + depth)}) == 1 for s in starts)
+        if same and not any(attends[s + depth] for s in starts[:-1]):
+            return len(starts)
+    return 1
+
+
+def to_module_layout(
+    state: State, prefix: str, layout: str, num_heads: int, head_channels: int | None
+) -> dict[str, Tensor]:
+    """Return the tensors under the module's names, attention channels in its order: queries, keys, values."""
+    result = {}
+    for name, tensor in state.items():
+        if layout == "head_qkv" and re.search(r"\.qkv\.(weight|bias)$", name):
+            heads = tensor.shape[0] // 3 // head_channels if head_channels else num_heads
+            tensor = rearrange(tensor, "(h three d) ... -> (three h d) ...", three=3, h=heads)
+        result[prefix + name] = tensor
+    return result
