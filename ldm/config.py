@@ -229,7 +229,9 @@ class ModelConfig(Section, prefix="model."):
 class DataConfig(Section, prefix="data."):
     """Where samples come from and how they are made."""
 
-    kind: str = setting("open_images", choices=("open_images", "coco", "voc", "yolo", "masks", "shards", "cached"))
+    kind: str = setting(
+        "open_images", choices=("open_images", "coco", "voc", "yolo", "masks", "shards", "cached", "images")
+    )
     root: str = "dataset/open-images"  # shards: or an address, http://…, s3://…, pipe:COMMAND {}
     annotations: str | None = None  # file or folder; default: the format's usual place below `root`
     val_annotations: str | None = None  # coco: of validation; default: hold out a share of the images
@@ -249,6 +251,9 @@ class DataConfig(Section, prefix="data."):
     augmentation: dict[str, Any] | None = None  # replaces all of that: what `albumentations.to_dict` gives
     grey_background: bool = False  # show the exemplar over mid-grey, where its shape is known
     crop_margin_range: list[float] = setting([], gt=0)  # [low, high]: crop as editing does; []: as the paper
+    labels: str = setting("folder", choices=("folder", "prefix"))  # images: class = sub-folder, or name before "_"
+    crop: str = setting("center", choices=("center", "random"))  # images
+    flip: bool = False  # images: mirror half of the training samples
     shuffle_buffer: int = setting(1000, ge=1)  # shards: images that a worker shuffles among
     max_val_samples: int = setting(2000, ge=1)  # validation reads at most this many samples
 
