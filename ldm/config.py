@@ -22,7 +22,8 @@ from ldm.files import UserError, whole
 RELIGHTING_CHANNELS = ("z_foreground", "z_background")
 INPUT_CHANNELS = ("x_t", "z_masked", "keep_mask", "hole_mask", *RELIGHTING_CHANNELS, "low_res", "x_0_pred")
 VARIANCES = ("posterior", "beta", "learned_range")
-LR_SCHEDULES = ("constant", "cosine")  # after the warm-up; cosine: down to 5 % of base_lr at the last step
+# After the warm-up; at the last step cosine has fallen to 5 % of base_lr, linear to 0.
+LR_SCHEDULES = ("constant", "cosine", "linear")
 RENAMED = {  # keys of earlier versions, in configs beside checkpoints and in run directories
     "model": {"context_margin": "crop_margin"},
     "data": {
@@ -281,6 +282,12 @@ class TrainingConfig(Section, prefix="training."):
     ema_decay: float = setting(0.0, ge=0, lt=1)  # 0: no EMA; the paper trains with 0.9999
     train_tower: bool = False  # train the image or text tower too (for models without a pretrained one)
     tower_lr_scale: float = setting(1.0, gt=0)  # the tower's learning rate relative to base_lr
+    # pixel: simple = squared error; vlb = the variational bound; hybrid = error + vlb_weight * bound, for a learned
+    # variance, by default num_timesteps / 1000
+    objective: str = setting("simple", choices=("simple", "hybrid", "vlb"))
+    vlb_weight: float | None = setting(None, ge=0)
+    immiscible: bool = False  # pixel: give each image of a batch noise that is near to it (Li et al. 2024)
+    self_condition_rate: float = setting(0.5, ge=0, le=1)  # pixel, with x_0_pred in model.input_channels
     lora_rank: int = setting(0, ge=0)  # train only low-rank additions to the UNet's attention; 0: no LoRA
     use_prior: bool = True  # false: load only the frozen parts of --pretrained-model, start the others at random
     fresh_conditioning: bool = False  # start mapper, projection and null token at random in any case
@@ -323,7 +330,7 @@ class LoggingConfig(Section, prefix="logging."):
 class Config(Section):
     """A run: one model, one data source, one trainer."""
 
-    stage: str = setting("diffusion", choices=("diffusion", "first_stage"))  # the part that is trained
+    stage: str = setting("diffusion", choices=("diffusion", "first_stage", "classifier"))  # the part that is trained
     seed: int = setting(23, ge=-(2**63), lt=2**64)  # of weights, data order and noise
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -23,12 +23,13 @@ from ldm.config import Config, ConfigError
 from ldm.data.annotations import open_index
 from ldm.data.box_dataset import BoxDataset, Sample, SampleRecipe, open_captions
 from ldm.data.cached import CachedDataset
+from ldm.data.image_folder import ImageDataset
 from ldm.data.shards import Shards
 from ldm.files import UserError
 
 logger = logging.getLogger(__name__)
 
-Data = BoxDataset | CachedDataset | Shards
+Data = BoxDataset | CachedDataset | Shards | ImageDataset
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -173,6 +174,8 @@ def _split(config: Config, split: str, max_samples: int | None) -> Data:
     if data.kind == "shards":
         buffer = data.shuffle_buffer if split == "train" else 0
         return Shards(data.root, split, sample_recipe(config), seed, buffer, max_samples)
+    if data.kind == "images":
+        return ImageDataset(config, split, max_samples)
     if data.kind == "cached":
         return CachedDataset(data.root, split, seed=seed, max_samples=max_samples)
     dataset = box_dataset(config, split, max_samples=max_samples)

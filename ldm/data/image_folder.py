@@ -47,11 +47,11 @@ class ImageDataset(Dataset[Sample]):
         self.classes = sorted(set(names))
         self.labels = [self.classes.index(name) for name in names] if len(self.classes) > 1 else [0] * len(names)
         is_classifier = model.kind == "classifier"
-        if (wanted := model.classifier.num_classes if is_classifier else model.unet.num_classes) is not None:
-            if len(self.classes) != wanted:
-                listed = ", ".join(self.classes[:5])
-                key = "model.classifier.num_classes" if is_classifier else "model.unet.num_classes"
-                raise UserError(f"{self.data.root}: {len(self.classes)} classes ({listed} …), but {key} is {wanted}")
+        wanted = model.classifier.num_classes if is_classifier else model.unet.num_classes
+        if wanted is not None and len(self.classes) != wanted:
+            listed = ", ".join(self.classes[:5])
+            key = "model.classifier.num_classes" if is_classifier else "model.unet.num_classes"
+            raise UserError(f"{self.data.root}: {len(self.classes)} classes ({listed} …), but {key} is {wanted}")
         self.length = min(len(self.sources), max_samples or len(self.sources))
 
     def __len__(self) -> int:

@@ -36,8 +36,14 @@ from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.ema import EMA, trained_parameters
 from ldm.training.first_stage_module import FirstStageTraining
 from ldm.training.module import NonFiniteError, logs_step
+from ldm.training.pixel_module import ClassifierTraining, PixelTraining
 
-MODULES = {"diffusion": DiffusionTraining, "first_stage": FirstStageTraining}
+MODULES = {  # by stage and kind of model
+    ("diffusion", "latent"): DiffusionTraining,
+    ("diffusion", "pixel"): PixelTraining,
+    ("first_stage", "latent"): FirstStageTraining,
+    ("classifier", "classifier"): ClassifierTraining,
+}
 SHOWN = {"train/loss": "loss {:.3g}", "train/samples_per_s": "{:.3g}/s"}  # in the line of progress
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PARTS = {  # prefixes of parameter names => the part of the model, as the curves name it; others: mapper
@@ -265,7 +271,7 @@ def batch_flops(config: Config, batch: dict[str, Any]) -> int:
     shapes = {name: x.to("meta") if isinstance(x, Tensor) and name != "key" else x for name, x in batch.items()}
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
-            module = MODULES[config.stage](config)
+            module = MODULES[config.stage, config.model.kind](config)
             module.add_lora(config.seed)
         module.to("meta")  # the schedule, which is always made on the CPU
         return measure_flops(module, lambda: module.losses(shapes)[0].mean(), lambda loss: loss)
@@ -358,7 +364,7 @@ class ImageGrid(Callback):
 def run_callbacks(config: Config, run_dir: Path) -> list[Callback]:
     """Make the callbacks of a run, in the order in which they act: average, speed, images, then saving."""
     directory = run_dir / "checkpoints"
-    stage = config.training if config.stage == "diffusion" else config.first_stage_training
+    stage = config.first_stage_training if config.stage == "first_stage" else config.training
     ema = EMA(stage.ema_decay)
     return [
         *([ema] if ema.decay > 0 else []),

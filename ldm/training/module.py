@@ -67,8 +67,10 @@ class TrainingModule(pl.LightningModule):
     def with_lr_schedule(self, optimizer: torch.optim.Optimizer) -> OptimizerLRScheduler:
         """Add the config's learning-rate schedule to an optimizer; a cosine needs a run with a last step."""
         total_steps = self.trainer.estimated_stepping_batches  # inf for trainer.max_epochs: -1
-        if self.options.lr_schedule == "cosine" and math.isinf(total_steps):
-            raise ConfigError("lr_schedule: got cosine for an endless run, expected trainer.max_epochs or max_steps")
+        if (schedule := self.options.lr_schedule) != "constant" and math.isinf(total_steps):
+            raise ConfigError(
+                f"lr_schedule: got {schedule} for an endless run, expected trainer.max_epochs or max_steps"
+            )
         factor = lr_factor(self.options.warmup_steps, self.options.lr_schedule, total_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -84,7 +86,7 @@ def lr_factor(warmup_steps: int, schedule: str, total_steps: float) -> Callable[
     """Return the learning rate relative to its base value, as a function of the optimizer step.
 
     It rises linearly from 1e-6 to 1 over `warmup_steps`, as the original's `LambdaLinearScheduler`, then stays, or
-    falls as a cosine to 0.05 at `total_steps` (Loshchilov & Hutter 2017, Eq. 5).
+    falls to `total_steps`: linearly to 0, or as a cosine to 0.05 (Loshchilov & Hutter 2017, Eq. 5).
     """
 
     def factor(step: int) -> float:
@@ -93,6 +95,8 @@ def lr_factor(warmup_steps: int, schedule: str, total_steps: float) -> Callable[
         if schedule == "constant" or total_steps <= warmup_steps:
             return 1.0
         progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+        if schedule == "linear":
+            return 1.0 - progress
         return 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     return factor

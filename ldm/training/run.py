@@ -69,7 +69,7 @@ class Run:
         self.trainer = _trainer(config, run_dir)
         _check_combinations(config, self.trainer.world_size)
         self.global_batch = self.trainer.accumulate_grad_batches * self.trainer.world_size * config.data.batch_size
-        self.module = MODULES[config.stage](config)
+        self.module = MODULES[config.stage, config.model.kind](config)
         if scale_lr:  # in the config, so that a resumed run finds it there
             self.module.options.base_lr *= self.global_batch
 
