@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.box_index import IndexWriter
+from ldm.data.box_index import IndexWriter, Object
 
 OPEN = """
 import json, resource, sys, time
@@ -52,7 +52,7 @@ def write(path: Path, images: int, boxes: int) -> None:
             writer.add(
                 f"train_{i % 16:x}/{i * 2654435761 % 2**64:016x}.jpg",
                 (1024, 768),
-                [(corner, corner // 2, corner + 300 + k, corner // 2 + 250) for k in range(count)],
+                [Object((corner, corner // 2, corner + 300 + k, corner // 2 + 250)) for k in range(count)],
             )
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,9 +44,15 @@ _COLUMNS = {  # type code of `array.array`; shape; column without which this one
 }  # fmt: skip
 _REBUILD = "write it again with scripts/inspect_dataset.py --rebuild"
 Size = tuple[int, int]  # (width, height) in pixels
-Boxes = Sequence[Sequence[float]]  # x_min, y_min, x_max, y_max
-Shapes = Sequence[Sequence[np.ndarray]] | None  # per box the outlines of its object, each (n, 2) x, y
-Labels = Sequence[str] | None  # class name per box, "" if unknown
+
+
+class Object(NamedTuple):
+    """An object of an image, as it was annotated."""
+
+    box: Sequence[float]  # x_min, y_min, x_max, y_max
+    label: str = ""  # class name, if known
+    outlines: Sequence[np.ndarray] = ()  # each (n, 2) x, y
+    place: str = ""  # where it was read; default: the image's name
 
 
 class Entry(NamedTuple):
@@ -136,34 +142,34 @@ class IndexWriter:
         self,
         name: str,
         size: Size,
-        boxes: Boxes,
-        shapes: Shapes = None,
+        objects: Iterable[Object],
         mask: str = "",
-        labels: Labels = None,
         orientation: int = 1,
-        places: Sequence[str] = (),
+        *,
+        relative: bool = False,
     ) -> bool:
-        """Add an image with those of its boxes that cover 2 % to 80 % of it; return whether there are any.
+        """Add an image with those of its objects whose boxes cover 2 % to 80 % of it; return whether there are any.
 
-        The arguments are as in `Entry`, but `boxes` may be fractional or partly outside the image. `places` say where
-        each box was read (default: the name).
+        Boxes may be partly outside the image, and are fractions of its size if `relative`; the rest is as in `Entry`.
         """
         if not all(0 < side <= _MAX_SIDE for side in size):
             self.leave_out(f"images of more than {_MAX_SIDE} pixels a side", name)
             return False
-        before, columns = self.boxes, self._columns
-        for k, box in enumerate(boxes):
-            x_min, y_min, x_max, y_max = (round(edge, 3) for edge in box)  # 0.29 of 100 pixels: 28.999999999999996
+        before, columns, scale = self.boxes, self._columns, size if relative else (1, 1)
+        factors = (*scale, *scale)
+        for box, label, outlines, place in objects:
+            # 0.29 of 100 pixels: 28.999999999999996
+            x_min, y_min, x_max, y_max = [round(edge * k, 3) for edge, k in zip(box, factors, strict=True)]
             if reason := _unusable(x_min, y_min, x_max, y_max, size):
-                self.leave_out(reason, places[k] if places else name)
+                self.leave_out(reason, place or name)
                 continue
             self.boxes += 1
             columns["boxes"].extend(clip_box(x_min, y_min, x_max, y_max, size))
-            for outline in shapes[k] if shapes else ():
-                columns["points"].extend(np.ravel(outline).tolist())
+            for outline in outlines:
+                columns["points"].extend(np.ravel(outline * scale).tolist())
                 columns["polygon_ends"].append(len(columns["points"]) // 2)
             columns["shape_ends"].append(len(columns["polygon_ends"]))
-            columns["box_classes"].append(self._classes.setdefault(labels[k] if labels else "", len(self._classes)))
+            columns["box_classes"].append(self._classes.setdefault(label, len(self._classes)))
         if self.boxes == before:
             self.leave_out(NO_BOX, name)
             return False

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ldm.config import DataConfig
 from ldm.data.box_dataset import BoxDataset, SampleRecipe
-from ldm.data.box_index import BoxIndex, IndexWriter
+from ldm.data.box_index import BoxIndex, IndexWriter, Object
 from ldm.data.datamodule import EpochSampler
 from ldm.data.shards import Shards, listed_shards, write_shards
 from ldm.files import UserError
@@ -44,7 +44,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Image.fromarray(np.kron(rng.integers(0, 2, (4, 4)), np.ones((6, 8))).astype(np.uint8) * 255).save(
                     root / mask
                 )
-            writer.add(name, (32, 24), [(4, 4, 22, 20), (0, 0, 16, 12)], [[outline] if i % 2 else [], []], mask)
+            objects = [Object((4, 4, 22, 20), outlines=[outline] if i % 2 else []), Object((0, 0, 16, 12))]
+            writer.add(name, (32, 24), objects, mask)
     return root
 
 
