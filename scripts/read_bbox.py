@@ -25,7 +25,7 @@ from ldm.data.annotations import (
     index_path,
     read_boxes_csv,
 )
-from ldm.data.box_index import IndexWriter
+from ldm.data.box_index import AnnotatedImage, IndexWriter
 from ldm.files import Skipped, UserError, write_text
 
 
@@ -126,7 +126,7 @@ def read_bbox(
             report.problems[str(error)] += 1
             continue
         if index is not None:
-            index.add(name, size, objects, relative=True)
+            index.add(AnnotatedImage(name, size, objects, relative=True))
         if f"{id_}.txt" in done:
             report.resumed += 1
             continue

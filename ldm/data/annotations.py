@@ -10,8 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -23,7 +22,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.config import DataConfig
-from ldm.data.box_index import CROWD, MAX_AREA, MIN_AREA, SKIPPED_EXIF, BoxIndex, IndexWriter, Object, Size, turned_size
+from ldm.data.box_index import (
+    CROWD,
+    MAX_AREA,
+    MIN_AREA,
+    SKIPPED_EXIF,
+    AnnotatedImage,
+    BoxIndex,
+    IndexWriter,
+    Object,
+    Size,
+    turned_size,
+)
 from ldm.files import Skipped, UserError, composed, read_json, read_text, whole
 from ldm.images import FORMATS, UNREADABLE, exif_orientation, find_images, load_mask, walk, walk_folders
 
@@ -40,30 +50,6 @@ Result = TypeVar("Result")
 
 class Unusable(Exception):
     """An image, or a record of its annotations, that training cannot use. The message is a reason in a few words."""
-
-
-@dataclass
-class AnnotatedImage:
-    """What the annotations say of an image, as for `IndexWriter.add`."""
-
-    name: str
-    size: Size | None = None  # of the image that was shown to who annotated it; None: unknown
-    objects: list[Object] = field(default_factory=list)
-    mask: str = ""
-    relative: bool = False
-    problems: list[tuple[str, str]] = field(default_factory=list)  # reason and place of what cannot be used
-
-    def each(self, records: Iterable[tuple[str, Record]], parse: Callable[[Record, str], Result]) -> list[Result]:
-        """Parse each record, given with its place, for itself; what cannot be used becomes a problem."""
-        found = []
-        for place, record in records:
-            try:
-                found.append(parse(record, place))
-            except Unusable as error:
-                self.problems.append((str(error), place))
-            except (*UNREADABLE, AttributeError, LookupError, TypeError) as error:
-                self.problems.append(("annotations that cannot be read", f"{place}: {error}"))
-        return found
 
 
 Split = tuple[Path, Iterable[AnnotatedImage], bool]  # folder of the images; images; whether only those of the split
@@ -157,7 +143,8 @@ def _add(writer: IndexWriter, images: Path, item: AnnotatedImage, exif: str, fit
             size, orientation = (size, 1) if is_stored else (upright, orientation)
         if item.size not in (None, size):
             raise Unusable("of another size than annotated")
-        writer.add(item.name, size, item.objects, item.mask, orientation, relative=item.relative)
+        item.size, item.orientation = size, orientation
+        writer.add(item)
     except Unusable as error:
         writer.leave_out(f"images {error}", item.name)
     return True
@@ -208,7 +195,7 @@ def read_open_images(data: DataConfig, split: str, writer: IndexWriter) -> Split
         return images, (AnnotatedImage(paths.get(id_, id_), objects=some, relative=True) for id_, some in found), True
 
     def parse(image: AnnotatedImage, text: Path, _: str) -> None:
-        image.objects = image.each(_lines(text), _open_images_object)
+        image.objects = _each(image, _lines(text), _open_images_object)
 
     return images, _parsed(((paths.get(text.stem, text.stem), text) for text in _files(texts, ".txt")), parse), True
 
@@ -235,15 +222,15 @@ def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator
 
     types: Any = {"ImageID": "category", **dict.fromkeys(_CORNERS, "float64")}
     try:
-        options = _csv_options(csv_path)
-        if "LabelName" in pd.read_csv(csv_path, nrows=0, **options):
+        read = _csv_reader(csv_path)
+        if "LabelName" in read(nrows=0):
             types["LabelName"] = "category"
         try:
-            boxes = pd.read_csv(csv_path, usecols=list(types), dtype=types, **options)
+            boxes = read(usecols=list(types), dtype=types)
             if pd.api.types.is_numeric_dtype(boxes.ImageID.cat.categories):
                 raise ValueError("ids without their zeros")
         except ValueError:  # or text instead of a number: read again, slower, with a gap there
-            boxes = pd.read_csv(csv_path, usecols=list(types), dtype="str", **options).astype({"ImageID": "category"})
+            boxes = read(usecols=list(types), dtype="str").astype({"ImageID": "category"})
             boxes[_CORNERS] = boxes[_CORNERS].apply(pd.to_numeric, errors="coerce")
         lacking = boxes.isna().any(axis=1)
         for row in np.flatnonzero(lacking):
@@ -256,8 +243,7 @@ def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator
     descriptions: dict[str, str] = {}
     for path in sorted(csv_path.parent.glob("*class-descriptions*.csv")):
         with suppress(pd.errors.EmptyDataError):
-            options = _csv_options(path) | {"encoding_errors": "replace"}
-            table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, **options)
+            table = _csv_reader(path)(header=None, dtype=str, keep_default_na=False, encoding_errors="replace")
             descriptions |= dict(table.iloc[:, :2].itertuples(index=False)) if table.shape[1] > 1 else {}
     area = (boxes.XMax - boxes.XMin).clip(lower=0) * (boxes.YMax - boxes.YMin)
     boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
@@ -275,13 +261,15 @@ def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator
     return rows, len(kept), ((id_, list(objects)) for id_, objects in found)
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
-    """Return how pandas reads a CSV that other programs may have written: with its encoding and separator."""
+def _csv_reader(path: Path) -> Callable[..., Any]:
+    """Return `pandas.read_csv` for a file in UTF-8 or UTF-16, separated by commas, semicolons or tabs."""
+    import pandas as pd
+
     with open(path, "rb") as file:
         head = file.readline()
     encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
-    separator = max(b",;\t", key=head.count)
-    return {"sep": chr(separator), "encoding": encoding, "skipinitialspace": True}
+    separator = chr(max(b",;\t", key=head.count))
+    return partial(pd.read_csv, path, sep=separator, encoding=encoding, skipinitialspace=True)
 
 
 def _open_images_object(words: list[str], place: str) -> Object:
@@ -312,14 +300,14 @@ def read_coco(data: DataConfig, split: str, writer: IndexWriter) -> Split:
         else:
             writer.leave_out("annotations of images that are not listed", place)
     folders = ("train2017", "train") if split == "train" else ("val2017", "val", "valid")
-    find = ImageFinder(root, Path(path).parent, *(root / folder for folder in folders))
+    find = image_finder(root, Path(path).parent, *(root / folder for folder in folders))
 
     def parse(image: AnnotatedImage, described: dict[str, Any], _: str) -> None:
         id_ = _id(described["id"])
         if sharing[id_] > 1:  # of two exports that were joined: nobody knows whose boxes these are
             raise Unusable("images that share an id")
         image.name, image.size = find(image.name), _size(described.get("width"), described.get("height"))
-        image.objects = image.each(found[id_], partial(_coco_object, names))
+        image.objects = _each(image, found[id_], partial(_coco_object, names))
 
     items = _parsed(((str(image.get("file_name")), image) for image in images), parse)
     return root, items, data.val_annotations is not None
@@ -362,44 +350,41 @@ def _id(value: Any) -> str:
         return str(value)
 
 
-def _size(width: Any, height: Any) -> Size | None:
+def _size(*sides: Any) -> Size | None:
     """Return an annotated size; None where it is not known, for which tools write nothing, 0 or -1."""
-    try:
-        size = whole(width), whole(height)
-    except (TypeError, ValueError):
-        return None
-    return size if min(size) > 0 else None
+    width, height = (int(text) if (text := _id(side)).isdecimal() else 0 for side in sides)
+    return (width, height) if width and height else None
 
 
-class ImageFinder:
-    """Find the image files that annotations name, where the tool that wrote these had them in other folders.
+def image_finder(root: Path, *others: Path) -> Callable[[str], str]:
+    """Return a function that finds an image file where the tool that wrote its path had it in another folder.
 
-    A path is looked up as written, then without more and more of its first folders, below ROOT, ROOT/images,
-    ROOT/JPEGImages and `others`. Last comes the only file of that name anywhere below ROOT.
+    The path is looked up as written, then without more and more of its first folders, below ROOT, ROOT/images,
+    ROOT/JPEGImages and `others`. Last comes the only file of that name anywhere below ROOT. The function returns a path
+    relative to ROOT; Unusable if there is no such file, or several.
     """
+    places = dict.fromkeys((root, root / "images", root / "JPEGImages", *others))
 
-    def __init__(self, root: Path, *others: Path) -> None:
-        self.root, self.places = root, dict.fromkeys((root, root / "images", root / "JPEGImages", *others))
+    @cache
+    def by_name() -> dict[str, list[str]]:
+        paths: dict[str, list[str]] = defaultdict(list)
+        for path in walk(root):
+            paths[composed(path.name).casefold()].append(str(path))
+        return paths
 
-    def __call__(self, written: str) -> str:
-        """Return the path relative to ROOT; Unusable if there is no such file, or several."""
-        if os.path.isfile(os.path.join(self.root, written)):
+    def find(written: str) -> str:
+        if os.path.isfile(os.path.join(root, written)):
             return written
         path = unquote(urlsplit(written).path if "://" in written else written)
         parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")] or [written]
-        paths = (os.path.join(place, *parts[k:]) for k in range(len(parts)) for place in self.places)
-        found = [path for path in paths if os.path.isfile(path)][:1] or self._by_name[composed(parts[-1]).casefold()]
+        paths = (os.path.join(place, *parts[k:]) for k in range(len(parts)) for place in places)
+        found = [path for path in paths if os.path.isfile(path)][:1] or by_name()[composed(parts[-1]).casefold()]
         if len(found) != 1:
-            places = ", ".join(map(str, self.places))
-            raise Unusable(f"images {'whose name several have' if found else 'missing'} in {places}, or deeper")
-        return Path(os.path.relpath(found[0], self.root)).as_posix()
+            state = "whose name several have" if found else "missing"
+            raise Unusable(f"images {state} in {', '.join(map(str, places))}, or deeper")
+        return Path(os.path.relpath(found[0], root)).as_posix()
 
-    @cached_property
-    def _by_name(self) -> dict[str, list[str]]:
-        paths: dict[str, list[str]] = defaultdict(list)
-        for path in walk(self.root):
-            paths[composed(path.name).casefold()].append(str(path))
-        return paths
+    return find
 
 
 def read_voc(data: DataConfig, split: str, _: IndexWriter) -> Split:
@@ -412,7 +397,7 @@ def read_voc(data: DataConfig, split: str, _: IndexWriter) -> Split:
         stems = {line.split()[0] for line in read_text(listed).splitlines() if line.strip()}
         paths = [path for path in paths if path.stem in stems]
     images = images if images.is_dir() else root
-    find = ImageFinder(images, root, root / "images", folder)
+    find = image_finder(images, root, root / "images", folder)
     by_stem = {path.stem: path.name for path in images.iterdir() if path.suffix not in (".xml", ".txt", ".json")}
 
     def parse(image: AnnotatedImage, path: Path, _: str) -> None:
@@ -422,7 +407,7 @@ def read_voc(data: DataConfig, split: str, _: IndexWriter) -> Split:
             image.name = by_stem.get(path.stem) or find(image.name)
         image.size = _size(content.findtext("size/width"), content.findtext("size/height"))
         things = ((f"{path}, object {k}", thing) for k, thing in enumerate(content.findall("object"), 1))
-        image.objects = image.each(things, _voc_object)
+        image.objects = _each(image, things, _voc_object)
 
     return images, _parsed(((path.stem, path) for path in paths), parse), listed.is_file()
 
@@ -449,7 +434,7 @@ def read_yolo(data: DataConfig, split: str, writer: IndexWriter) -> Split:
 
     def parse(image: AnnotatedImage, path: Path, _: str) -> None:
         image.relative = True
-        image.objects = image.each(_lines(path) if path.is_file() else [], _yolo_object)
+        image.objects = _each(image, _lines(path) if path.is_file() else [], _yolo_object)
 
     named = ((name.as_posix(), (texts / name).with_suffix(".txt")) for name in names)
     return images, _parsed(named, parse), bool(folder)
@@ -482,9 +467,9 @@ def read_masks(data: DataConfig, split: str, writer: IndexWriter) -> Split:
         levels = np.asarray(load_mask(mask))
         if levels.max() < 128:
             raise Unusable("masks without white (levels from 128 on)")
-        _, _, components, _ = cv2.connectedComponentsWithStats((levels >= 128).astype(np.uint8), connectivity=8)
-        found = components[1:].tolist()  # the first one is the background
-        image.objects = [Object((x, y, x + w, y + h)) for x, y, w, h, area in found if area >= _MIN_COMPONENT]
+        found = cv2.connectedComponentsWithStats((levels >= 128).astype(np.uint8), connectivity=8)[2]
+        boxes = found[1:].tolist()  # the first one is the background
+        image.objects = [Object((x, y, x + w, y + h)) for x, y, w, h, area in boxes if area >= _MIN_COMPONENT]
         image.size = levels.shape[1], levels.shape[0]
         image.mask = Path(os.path.relpath(mask, images)).as_posix()
 
@@ -504,8 +489,23 @@ def _parsed(
     for name, source in named:
         image = AnnotatedImage(name)
         place = str(source) if isinstance(source, Path) else name
-        image.each([(place, source)], partial(parse, image))
+        _each(image, [(place, source)], partial(parse, image))
         yield image
+
+
+def _each(
+    image: AnnotatedImage, records: Iterable[tuple[str, Record]], parse: Callable[[Record, str], Result]
+) -> list[Result]:
+    """Parse each record, given with its place, for itself; what cannot be used becomes a problem of the image."""
+    found = []
+    for place, record in records:
+        try:
+            found.append(parse(record, place))
+        except Unusable as error:
+            image.problems.append((str(error), place))
+        except (*UNREADABLE, AttributeError, LookupError, TypeError) as error:
+            image.problems.append(("annotations that cannot be read", f"{place}: {error}"))
+    return found
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:

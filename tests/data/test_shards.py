@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ldm.config import DataConfig
 from ldm.data.box_dataset import BoxDataset, SampleRecipe
-from ldm.data.box_index import BoxIndex, IndexWriter, Object
+from ldm.data.box_index import AnnotatedImage, BoxIndex, IndexWriter, Object
 from ldm.data.datamodule import EpochSampler
 from ldm.data.shards import Shards, listed_shards, write_shards
 from ldm.files import UserError
@@ -45,7 +45,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     root / mask
                 )
             objects = [Object((4, 4, 22, 20), outlines=[outline] if i % 2 else []), Object((0, 0, 16, 12))]
-            writer.add(name, (32, 24), objects, mask)
+            writer.add(AnnotatedImage(name, (32, 24), objects, mask))
     return root
 
 
