@@ -30,7 +30,7 @@ images = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(images)
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, found: list[Any]) -> None:
     path = tmp_path_factory.mktemp("index") / "i.safetensors"

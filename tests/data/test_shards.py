@@ -118,15 +118,16 @@ def test_fewer_shards_than_readers(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
-@pytest.mark.parametrize("start", [1, 4, 5])
-def test_a_loader_goes_on_in_the_middle(packed: Path, workers: int, start: int) -> None:
+def test_a_loader_goes_on_in_the_middle(packed: Path, workers: int) -> None:
     def batches(begin: int) -> list[list[int]]:
         reader = part(packed, 2, num_workers=workers)
         places = EpochSampler(len(reader), seed=None, epoch=1, start=2 * begin)
         loader = DataLoader(reader, 2, sampler=places, num_workers=workers, drop_last=True)
         return [batch["key"].tolist() for batch in loader]
 
-    assert batches(start) == batches(0)[start:]
+    whole = batches(0)
+    for start in (1, 4, 5):
+        assert batches(start) == whole[start:]
 
 
 def damage(root: Path) -> None:
