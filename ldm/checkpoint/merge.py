@@ -6,22 +6,19 @@ are memory-mapped. Sums are in float32, a few rows at a time; results are in A's
 Dimensions: D channels · C input channels (4 in Stable Diffusion; 9 for inpainting, 8 and 12 for IC-Light).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.checkpoint import keys
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, UNET, State
 
-Multipliers = Mapping[str, float]  # tensor name => M
-
-PIECE = 2**20  # numbers that are merged at a time
-INPUT_CONVS = (INPUT_CONV, DIFFUSERS_INPUT_CONV)
+_PIECE = 2**20  # numbers that are merged at a time
+_INPUT_CONVS = (INPUT_CONV, DIFFUSERS_INPUT_CONV)
 _NO_WEIGHTS = (*keys.SCHEDULE_BUFFERS, *keys.EMA_COUNTERS, "position_ids")
 
 
@@ -44,7 +41,7 @@ class Merge(NamedTuple):
         a, *others = (torch.atleast_1d(x) for x in (own, *(source.state[name] for source in self.sources[1:])))
         if a.shape != others[0].shape:  # a wider input convolution: its further channels stay
             a = a[:, : others[0].shape[1]]
-        rows = max(1, len(a) * PIECE // max(1, a.numel()))
+        rows = max(1, len(a) * _PIECE // max(1, a.numel()))
         try:
             for one, *rest in zip(*(x.split(rows) for x in (a, *others)), strict=True):
                 yield one, self.formula(m, one, *rest)
@@ -89,7 +86,7 @@ def _added(m: float, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     return (difference if c is None else difference.sub_(c.float())).mul_(m).add_(a.float())
 
 
-def merged(merge: Merge, multipliers: Multipliers) -> Iterator[tuple[str, Tensor]]:
+def merged(merge: Merge, multipliers: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of the result, in A's order and types; refuse a sum that does not fit into A's type."""
     names = set(merge.names)
     for name, own in merge.sources[0].state.items():
@@ -103,57 +100,13 @@ def merged(merge: Merge, multipliers: Multipliers) -> Iterator[tuple[str, Tensor
         yield name, own
 
 
-class BlockNorm(NamedTuple):
-    """How far a merge moves a block: Euclidean norms over all its tensors that change."""
-
-    tensors: int
-    change: float
-    before: float
-
-
-def block_norms(merge: Merge, multipliers: Multipliers) -> dict[str, BlockNorm]:
-    """Compute the norms of the change and of what is changed by block, ordered by names and numbers."""
-    sums: dict[str, list[float]] = {}  # block => number of tensors, squared change, squared size
-    for name in tqdm(merge.names, desc="comparing", unit="tensor", delay=3):
-        block = sums.setdefault(block_of(name), [0, 0, 0])
-        block[0] += 1
-        for piece, value in merge.pieces(name, multipliers[name], merge.sources[0].state[name]):
-            block[1] += torch.linalg.vector_norm(value.sub_(piece)).item() ** 2
-            block[2] += torch.linalg.vector_norm(piece.float()).item() ** 2
-    ordered = sorted(sums, key=lambda block: [int(part) if part.isdigit() else part for part in block.split(".")])
-    return {block: BlockNorm(int(n), change**0.5, size**0.5) for block in ordered for n, change, size in [sums[block]]}
-
-
-def block_of(name: str) -> str:
-    """Return the block of a tensor in reports: `input_blocks.3`, `middle_block`, `first_stage_model.encoder`, …"""
-    parts = name.removeprefix(UNET).split(".")
-    divided = len(parts) > 2 and (parts[1].isdigit() or parts[0].endswith("_model"))
-    return ".".join(parts[: 2 if divided else 1])
-
-
-def multipliers_of(names: Collection[str], multiplier: float, blocks: Mapping[str, float]) -> dict[str, float]:
-    """Return M of each name: that of the longest of `blocks` that fits it, or `multiplier`; blocks must fit a name.
-
-    A block is the beginning of names, whole parts between dots, with or without `model.diffusion_model.`.
-    """
-    multipliers = dict.fromkeys(names, multiplier)
-    for block in sorted(blocks, key=len):
-        start = f"{block}."
-        fitting = [name for name in names if f"{name}.".startswith((start, UNET + start))]
-        if not fitting:
-            known = ", ".join(dict.fromkeys(block_of(name) for name in names))
-            raise CheckpointError(f"block {block}: no merged tensor's name begins with it; expected {known}, or longer")
-        multipliers |= dict.fromkeys(fitting, blocks[block])
-    return multipliers
-
-
 def _matched(first: Source, *others: Source, differences: bool = False) -> tuple[Source, ...]:
     """Refuse what does not belong together; rename the others to the first one's layout, published or diffusers'."""
     sources = (first, *others)
     kinds = [keys.identify(source.state) for source in sources]
     additions = [next((what for what in keys.ADDITIONS if kind.startswith(what)), "") for kind in kinds]
     for (label, state), kind, addition in zip(sources, kinds, additions, strict=True):
-        if keys.is_difference(state) and (state is first.state or not differences):
+        if keys.is_difference(state) and not (differences and state is not first.state):
             raise CheckpointError(f"{label} is a difference of two networks; add it to one (offset BASE DELTA OUT)")
         if addition and len(set(additions)) > 1 and INPUT_CONV not in state:  # a ControlNet's file may hold both
             raise CheckpointError(f"{label} is a {addition}, no model by itself; pass the checkpoint of a model")
@@ -161,26 +114,26 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
             raise CheckpointError(f"{label}: {keys.misfit(state)}")
         if "averaged" in kind:
             raise CheckpointError(f"{label} holds its UNet twice, also averaged ({EMA}*); choose with --ema")
-    own, own_width = keys.family(first.state), keys.context_width(first.state)
-    for label, state in others:
-        theirs, width = keys.family(state), keys.context_width(state)
-        if any(None not in pair and pair[0] != pair[1] for pair in ((own, theirs), (own_width, width))):
-            both = f"{label} is {theirs} (context of {width} channels), {first.label} is {own} ({own_width})"
+    own, *theirs = ((keys.family(state), keys.context_width(state)) for _, state in sources)
+    for (label, _), their in zip(others, theirs, strict=True):
+        if any(None not in pair and pair[0] != pair[1] for pair in zip(own, their, strict=True)):
+            both = f"{label} is {their[0]} (context of {their[1]} channels), {first.label} is {own[0]} ({own[1]})"
             raise CheckpointError(f"{both}; pass checkpoints of one family")
-    channels = {source.label: count for source in sources if (count := keys.input_channels(source.state))}
-    different = set(channels.values())
-    if depth := [label for label, count in channels.items() if count == 5 and len(different) > 1]:
-        raise CheckpointError(f"{depth[0]} has 5 input channels: a depth model; pass the inpainting model, which has 9")
-    latent = keys.latent_channels(first.state)
-    if len(different - {latent}) > 1:
-        key = INPUT_CONV if INPUT_CONV in first.state else DIFFUSERS_INPUT_CONV
-        counts = ", ".join(f"{label} {count}" for label, count in channels.items())
-        raise CheckpointError(f"{key}: got input channels {counts}; pass checkpoints of one width, or with {latent}")
-    for label, count in channels.items():
-        if count > (own := channels.get(first.label, count)):
+    counts = {label: keys.input_channels(state) for label, state in sources}
+    own, latent = counts[first.label], keys.latent_channels(first.state)
+    if 5 in counts.values() and set(counts.values()) - {0, 5}:
+        label = next(label for label, count in counts.items() if count == 5)
+        raise CheckpointError(f"{label} has 5 input channels: a depth model; pass the inpainting model, which has 9")
+    for label, count in counts.items():
+        if own and count not in (0, own, latent):
+            if own == latent:
+                remedy = f"`modify_checkpoints.py IN OUT --in-channels {count}`"
+                both = f"{label} has {count} input channels, {first.label} {own}"
+                raise CheckpointError(f"{both}: exchange them if swapped, or inflate {first.label} with {remedy}")
+            key = next(key for key in _INPUT_CONVS if key in first.state)
+            listed = ", ".join(f"{label} {count}" for label, count in counts.items() if count)
             raise CheckpointError(
-                f"{label} has {count} input channels, {first.label} {own}: exchange them if swapped, or inflate "
-                f"{first.label} with `modify_checkpoints.py IN OUT --in-channels {count}`"
+                f"{key}: got input channels {listed}; pass checkpoints of one width, or with {latent}"
             )
     return (first, *(_named_like(first, other) for other in others))
 
@@ -210,7 +163,7 @@ def _common_names(a: Source, *others: Source) -> list[str]:
         problems[f"of another shape in {label}"] = [
             f"{name}: {list(theirs)}, {list(own)} in {a.label}"
             for name, (theirs, own) in shapes.items()
-            if theirs != own and not (name in INPUT_CONVS and theirs == (own[0], min(own[1], theirs[1]), *own[2:]))
+            if theirs != own and not (name in _INPUT_CONVS and theirs == (own[0], min(own[1], theirs[1]), *own[2:]))
         ]
     lines = [keys.listing(what, wrong) for what, wrong in problems.items() if wrong]
     if lines or not names:
@@ -235,8 +188,8 @@ def input_conv(state: State) -> str:
     if keys.identify(state).startswith("ControlNet"):
         raise CheckpointError("a ControlNet reads four channels beside any UNet; pass the checkpoint of the UNet")
     if not keys.input_channels(state):
-        raise CheckpointError(f"no convolution {' or '.join(INPUT_CONVS)}; {keys.misfit(state)}")
-    return next(key for key in INPUT_CONVS if key in state)
+        raise CheckpointError(f"no convolution {' or '.join(_INPUT_CONVS)}; {keys.misfit(state)}")
+    return next(key for key in _INPUT_CONVS if key in state)
 
 
 def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = None) -> dict[str, Tensor]:

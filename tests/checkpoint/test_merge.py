@@ -20,14 +20,12 @@ from ldm.checkpoint.merge import (
     Source,
     add_clip_tower,
     add_difference,
-    block_norms,
     inflate_input_conv,
     merged,
-    multipliers_of,
     offset,
     weighted_sum,
 )
-from scripts.merge_checkpoints import main
+from scripts.merge_checkpoints import block_norms, main, multipliers_of
 
 RESNET = UNET + "input_blocks.1.0.in_layers.2.weight"
 ATTENTION = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
@@ -168,15 +166,13 @@ def test_norms_by_block() -> None:
     a, b, c = checkpoint(1), checkpoint(2), checkpoint(3)
     c[DECODER] = b[DECODER]
     merge = add_difference(source("A", a), source("B", b), source("C", c))
-    norms = block_norms(merge, dict.fromkeys(merge.names, 2.0))
-    assert norms["first_stage_model.decoder"].change == 0
+    norms = {block: rest for block, *rest in block_norms(merge, dict.fromkeys(merge.names, 2.0))}
     assert list(norms) == ["first_stage_model.decoder", "input_blocks.0", "input_blocks.1", "middle_block.1", "out.2"]
-    block = norms["input_blocks.1"]
-    assert block.tensors == 2
+    assert norms["first_stage_model.decoder"][1] == 0
     names = [name for name in a if "input_blocks.1." in name]
-    expected = torch.cat([(2 * (b[name] - c[name])).flatten() for name in names]).norm().item()
-    assert block.change == pytest.approx(expected, rel=1e-5)
-    assert block.before == pytest.approx(torch.cat([a[name].flatten() for name in names]).norm().item(), rel=1e-5)
+    change = torch.cat([(2 * (b[name] - c[name])).flatten() for name in names]).norm().item()
+    before = torch.cat([a[name].flatten() for name in names]).norm().item()
+    assert norms["input_blocks.1"] == [2, pytest.approx(change, rel=1e-5), pytest.approx(before, rel=1e-5)]
 
 
 # --- mistakes
