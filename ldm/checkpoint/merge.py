@@ -15,10 +15,9 @@ from torch import Tensor
 from ldm.checkpoint import keys
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.io import CheckpointError
-from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, UNET, State
+from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, INPUT_CONVS, UNET, State
 
 _PIECE = 2**20  # numbers that are merged at a time
-_INPUT_CONVS = (INPUT_CONV, DIFFUSERS_INPUT_CONV)
 _NO_WEIGHTS = (*keys.SCHEDULE_BUFFERS, *keys.EMA_COUNTERS, "position_ids")
 
 
@@ -114,11 +113,10 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
             raise CheckpointError(f"{label}: {keys.misfit(state)}")
         if "averaged" in kind:
             raise CheckpointError(f"{label} holds its UNet twice, also averaged ({EMA}*); choose with --ema")
-    own, *theirs = ((keys.family(state), keys.context_width(state)) for _, state in sources)
-    for (label, _), their in zip(others, theirs, strict=True):
-        if any(None not in pair and pair[0] != pair[1] for pair in zip(own, their, strict=True)):
-            both = f"{label} is {their[0]} (context of {their[1]} channels), {first.label} is {own[0]} ({own[1]})"
-            raise CheckpointError(f"{both}; pass checkpoints of one family")
+    own = keys.family(first.state)
+    for label, state in others:
+        if own and (theirs := keys.family(state)) and theirs != own:
+            raise CheckpointError(f"{label} is {theirs}, {first.label} is {own}; pass checkpoints of one family")
     counts = {label: keys.input_channels(state) for label, state in sources}
     own, latent = counts[first.label], keys.latent_channels(first.state)
     if 5 in counts.values() and set(counts.values()) - {0, 5}:
@@ -130,7 +128,7 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
                 remedy = f"`modify_checkpoints.py IN OUT --in-channels {count}`"
                 both = f"{label} has {count} input channels, {first.label} {own}"
                 raise CheckpointError(f"{both}: exchange them if swapped, or inflate {first.label} with {remedy}")
-            key = next(key for key in _INPUT_CONVS if key in first.state)
+            key = next(key for key in INPUT_CONVS if key in first.state)
             listed = ", ".join(f"{label} {count}" for label, count in counts.items() if count)
             raise CheckpointError(
                 f"{key}: got input channels {listed}; pass checkpoints of one width, or with {latent}"
@@ -163,7 +161,7 @@ def _common_names(a: Source, *others: Source) -> list[str]:
         problems[f"of another shape in {label}"] = [
             f"{name}: {list(theirs)}, {list(own)} in {a.label}"
             for name, (theirs, own) in shapes.items()
-            if theirs != own and not (name in _INPUT_CONVS and theirs == (own[0], min(own[1], theirs[1]), *own[2:]))
+            if theirs != own and not (name in INPUT_CONVS and theirs == (own[0], min(own[1], theirs[1]), *own[2:]))
         ]
     lines = [keys.listing(what, wrong) for what, wrong in problems.items() if wrong]
     if lines or not names:
@@ -188,8 +186,8 @@ def input_conv(state: State) -> str:
     if keys.identify(state).startswith("ControlNet"):
         raise CheckpointError("a ControlNet reads four channels beside any UNet; pass the checkpoint of the UNet")
     if not keys.input_channels(state):
-        raise CheckpointError(f"no convolution {' or '.join(_INPUT_CONVS)}; {keys.misfit(state)}")
-    return next(key for key in _INPUT_CONVS if key in state)
+        raise CheckpointError(f"no convolution {' or '.join(INPUT_CONVS)}; {keys.misfit(state)}")
+    return next(key for key in INPUT_CONVS if key in state)
 
 
 def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = None) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ldm.config import (
     ExemplarEncoderConfig,
     ModelConfig,
     ScheduleConfig,
+    TextEncoderConfig,
     UNetConfig,
     dump_config,
     load_config,
@@ -57,6 +59,7 @@ SMALL = ModelConfig(
     exemplar_encoder=ExemplarEncoderConfig(
         image_size=28, patch_size=14, hidden_size=32, intermediate_size=64, num_layers=4, num_heads=4, mapper_layers=1
     ),
+    text_encoder=TextEncoderConfig(hidden_size=64, intermediate_size=96, num_layers=2, num_heads=1, vocab_size=99),
 )
 
 
@@ -138,7 +141,7 @@ def test_round_trip_is_the_identity(small: Path, converted: Path, tmp_path: Path
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
         assert torch.equal(tensor, after[name]), name
-    assert load_config(tmp_path / "config.yaml").model == SMALL
+    assert load_config(tmp_path / "config.yaml").model == replace(SMALL, text_encoder=TextEncoderConfig())
     assert read_metadata(converted / "unet" / "diffusion_pytorch_model.safetensors")["input_sha256"] == sha256_file(
         small
     )
@@ -613,5 +616,5 @@ def test_configs_come_back(official: dict[str, Tensor]) -> None:
     files = diffusers_configs(components, ModelConfig())
     configs = {path.split("/")[0]: content for path, content in files.items()}
     assert model_config(components, configs) == ModelConfig()
-    with pytest.raises(CheckpointError, match="trained betas"):
+    with pytest.raises(CheckpointError, match="trained_betas"):
         schedule_config({"trained_betas": [0.1]})
