@@ -17,11 +17,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm.checkpoint import keys
-from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
+from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import FIRST_STAGE, UNET, State
 from ldm.config import ModelConfig, ScheduleConfig
 from ldm.diffusion import make_schedule
-from ldm.files import read_json, write_text
+from ldm.files import read_json
 
 Components = dict[str, dict[str, Tensor]]  # component of the folder => its tensors
 Json = dict[str, Any]
@@ -156,24 +156,6 @@ def read_component(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in weight_files(folder) for name, tensor in read_checkpoint(path).items()}
 
 
-def read_folder(folder: Path) -> tuple[Components, dict[str, Json]]:
-    """Read the known components of a pipeline, and all its configs by component, its index as `pipeline`."""
-    for needed in ("unet", "scheduler/scheduler_config.json"):
-        if not (folder / needed).exists():
-            raise CheckpointError(f"{folder}: got no {needed} in it, expected a folder of a diffusers pipeline")
-    configs = {path.parent.name: read_json(path, {}) for path in sorted(folder.glob("*/*config.json"))}
-    configs["pipeline"] = read_json(folder / "model_index.json", {})
-    return {name: read_component(folder / name) for name in STEMS if (folder / name).is_dir()}, configs
-
-
-def write_folder(folder: Path, components: Components, files: Mapping[str, Json], metadata: Mapping[str, str]) -> None:
-    """Write weights, as safetensors with `metadata`, and JSON files into an existing folder."""
-    for name, content in files.items():
-        write_text(folder / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
-    for name, part in components.items():
-        write_safetensors(folder / name / f"{STEMS[name]}.safetensors", part, metadata)
-
-
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _SCHEDULERS = {  # what we have of a scheduler's settings, first the default
     "prediction_type": list(_PREDICTIONS.values()),
@@ -293,9 +275,12 @@ def model_config(components: Components, configs: Mapping[str, Json]) -> ModelCo
     inputs = _EXEMPLAR_INPUTS if "image_encoder" in components else _TEXT_INPUTS.get(channels) if known else None
     if inputs is None or "vae" not in components or not components.keys() & {"image_encoder", "text_encoder"}:
         return None
-    model = ModelConfig(input_channels=inputs, schedule=schedule_config(configs["scheduler"]))
     prediction = configs["scheduler"].get("prediction_type", "epsilon")
-    model.parameterization = next(ours for ours, theirs in _PREDICTIONS.items() if theirs == prediction)
+    model = ModelConfig(
+        input_channels=inputs,
+        schedule=schedule_config(configs["scheduler"]),
+        parameterization=next(ours for ours, theirs in _PREDICTIONS.items() if theirs == prediction),
+    )
     try:
         unet, vae = configs["unet"], configs["vae"]
         types, widths, vae_widths = unet["down_block_types"], unet["block_out_channels"], vae["block_out_channels"]

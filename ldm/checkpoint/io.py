@@ -75,9 +75,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     The content decides the format, not the extension: safetensors, or what `torch.save` writes (zip or, before torch
     1.6, a bare pickle). Tensors of safetensors and uncompressed zip files are memory-mapped, private copy-on-write.
-
-    Raises:
-        CheckpointError: the file is missing, empty, truncated, not a checkpoint, without tensors, or tries to run code.
+    A file that is missing, damaged, no checkpoint, without tensors, or wants to run code is a CheckpointError.
     """
     path, head = Path(path), _read_head(path)
     if head[8:9] == _JSON:
@@ -126,15 +124,14 @@ def _tensors(found: Mapping[Any, Any]) -> dict[str, Tensor]:
 def _unwrapped(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
     """Take wrappers' parts off the names of a model or of one of its parts and say so; refuse several copies."""
     names = {name: _WRAPPERS.sub("", name) for name in tensors}
-    removed = [*dict.fromkeys(part for name in tensors for part in _WRAPPERS.findall(name))]
     outer = dict.fromkeys(match[1] for name in names.values() if (match := _OUTER.match(name)))
     outer = outer or dict.fromkeys(owner for owner in _OWNERS if all(name.startswith(owner) for name in names.values()))
-    removed += filter(None, outer)
+    removed = [*dict.fromkeys(part for name in tensors for part in _WRAPPERS.findall(name)), *filter(None, outer)]
     which = ", ".join(map(repr, removed))
     if len(outer) > 1 or len(set(names.values())) < len(names):
         raise CheckpointError(f"{source}: holds its weights more than once, told apart by {which}; save one copy")
-    if prefix := next(iter(outer), ""):
-        names = {name: new.removeprefix(prefix) for name, new in names.items() if new.startswith(prefix)}
+    prefix = next(iter(outer), "")
+    names = {name: new.removeprefix(prefix) for name, new in names.items() if new.startswith(prefix)}
     if removed:
         rest = f", and left out {len(tensors) - len(names)} other tensors" if len(names) < len(tensors) else ""
         log.warning("%s: took %s off its names%s", source, which, rest)
@@ -164,12 +161,11 @@ def _read_head(path: str | Path) -> bytes:
             head = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{path}: {str(error.strerror).lower()}; check the path") from error
-    # checkpoints begin with a number or a pickle's opcodes
-    text = head.decode("utf-8-sig", errors="replace").strip() if all(c >= 32 or c in b"\t\n\r" for c in head) else ""
+    is_text = all(c >= 32 or c in b"\t\n\r" for c in head)  # checkpoints begin with a number or a pickle's opcodes
+    text = head.decode("utf-8-sig", errors="replace").strip() if is_text else ""
     page = text.lower().startswith(("<!doctype", "<!--", "<html", "<?xml", "<head"))
     problems = {
-        "the file is empty; download it again": not head,
-        "begins with nothing but zeros, an aborted download; download it again": not any(head),
+        "the file is empty, or nothing but zeros, an aborted download; download it again": not any(head),
         "a Git LFS pointer, not weights; run `git lfs pull`": text.startswith("version https://git-lfs"),
         "a web page, not weights; open the link in a browser and save the file": page,
         f"text, not weights, beginning {text[:60]!r}; was the download refused?": bool(text),
@@ -250,9 +246,7 @@ def _unpickle(path: Path, head: bytes) -> tuple[object, list[str]]:
 def _is_mappable(path: Path, head: bytes) -> bool:
     """Refuse what `torch.save` does not write; return whether the tensors can be mapped: they are there as they are."""
     if not head.startswith(_ZIP):
-        if tarfile.is_tarfile(path):  # torch.load would unpack it
-            raise CheckpointError("a tar archive (torch before 0.1.10 wrote such); save it again with a newer torch")
-        if not any(magic in head[:32] for magic in _LEGACY_MAGIC):
+        if tarfile.is_tarfile(path) or not any(x in head[:32] for x in _LEGACY_MAGIC):  # torch.load would unpack a tar
             bare = head.startswith(pickle.PROTO)
             raise CheckpointError("a pickle, but not of torch; save the weights with torch.save" if bare else _DAMAGED)
         return False
@@ -268,7 +262,7 @@ def _is_mappable(path: Path, head: bytes) -> bool:
         raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     native = not reader.has_record("byteorder") or reader.get_record("byteorder").decode() == sys.byteorder
-    return stored and native and path.suffix != ".safetensors"  # torch.load trusts that name more than the content
+    return stored and native
 
 
 _DTYPES = safetensors.torch._TYPES  # F32 => torch.float32, …
@@ -292,11 +286,10 @@ def write_safetensors(
     end = 0
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # aligns numbers with their size
     for name, tensor in ordered:
-        if tensor.dtype not in _DTYPE_NAMES:
+        if (dtype := _DTYPE_NAMES.get(tensor.dtype)) is None:
             raise CheckpointError(f"{path}: {name}: safetensors knows no {tensor.dtype}; write a .ckpt instead")
         starts[name], end = end, end + tensor.nbytes
-        dtype, offsets = _DTYPE_NAMES[tensor.dtype], [starts[name], end]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [starts[name], end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (

@@ -54,18 +54,17 @@ def add_difference(a: Source, b: Source, c: Source) -> Merge:
     A's first input channels are merged if it has more than B and C. Like the other merges, this refuses checkpoints
     that do not belong together and renames those that are not in A's layout.
     """
-    sources = a, b, c = _matched(a, b, c)
-    _, custom, base = counts = [keys.input_channels(source.state) for source in sources]
-    if all(counts) and custom != base:
+    merge = _prepared(_added, a, b, c)
+    custom, base = (keys.input_channels(source.state) for source in (b, c))
+    if custom and base and custom != base:
         wrong, wanted = (c, "B's base as C") if custom < base else (b, "a custom model as B")
         raise CheckpointError(f"{wrong.label} looks like an inpainting model (B {custom}, C {base}); pass {wanted}")
-    return Merge(sources, _common_names(*sources), _added)
+    return merge
 
 
 def weighted_sum(a: Source, b: Source) -> Merge:
     """Prepare (1 - M) A + M B; with M = 1 it is B, number by number."""
-    sources = _matched(a, b)
-    return Merge(sources, _common_names(*sources), lambda m, a, b: a.to(torch.float32, copy=True).lerp_(b.float(), m))
+    return _prepared(lambda m, a, b: a.to(torch.float32, copy=True).lerp_(b.float(), m), a, b)
 
 
 def offset(base: Source, delta: Source) -> Merge:
@@ -75,8 +74,7 @@ def offset(base: Source, delta: Source) -> Merge:
     """
     if keys.is_difference(delta.state) is False:
         raise CheckpointError(f"{delta.label} is a whole network, not a difference like IC-Light's; use weighted-sum")
-    sources = _matched(base, delta, differences=True)
-    return Merge(sources, _common_names(*sources), _added)
+    return _prepared(_added, base, delta, differences=True)
 
 
 def _added(m: float, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
@@ -99,7 +97,7 @@ def merged(merge: Merge, multipliers: Mapping[str, float]) -> Iterator[tuple[str
         yield name, own
 
 
-def _matched(first: Source, *others: Source, differences: bool = False) -> tuple[Source, ...]:
+def _prepared(formula: Callable[..., Tensor], first: Source, *others: Source, differences: bool = False) -> Merge:
     """Refuse what does not belong together; rename the others to the first one's layout, published or diffusers'."""
     sources = (first, *others)
     kinds = [keys.identify(source.state) for source in sources]
@@ -117,23 +115,21 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
     for label, state in others:
         if own and (theirs := keys.family(state)) and theirs != own:
             raise CheckpointError(f"{label} is {theirs}, {first.label} is {own}; pass checkpoints of one family")
-    counts = {label: keys.input_channels(state) for label, state in sources}
-    own, latent = counts[first.label], keys.latent_channels(first.state)
-    if 5 in counts.values() and set(counts.values()) - {0, 5}:
-        label = next(label for label, count in counts.items() if count == 5)
-        raise CheckpointError(f"{label} has 5 input channels: a depth model; pass the inpainting model, which has 9")
-    for label, count in counts.items():
-        if own and count not in (0, own, latent):
-            if own == latent:
-                remedy = f"`modify_checkpoints.py IN OUT --in-channels {count}`"
-                both = f"{label} has {count} input channels, {first.label} {own}"
-                raise CheckpointError(f"{both}: exchange them if swapped, or inflate {first.label} with {remedy}")
-            key = next(key for key in INPUT_CONVS if key in first.state)
-            listed = ", ".join(f"{label} {count}" for label, count in counts.items() if count)
-            raise CheckpointError(
-                f"{key}: got input channels {listed}; pass checkpoints of one width, or with {latent}"
-            )
-    return (first, *(_named_like(first, other) for other in others))
+    counts = {label: count for label, state in sources if (count := keys.input_channels(state))}
+    own, latent = counts.get(first.label), keys.latent_channels(first.state)
+    depth = 5 in counts.values() and len(set(counts.values())) > 1
+    if depth or (own and set(counts.values()) - {own, latent}):
+        inflate = f"modify_checkpoints.py IN OUT --in-channels {max(counts.values())}"
+        remedies = {  # the first that applies counts
+            "5 are a depth model's; pass the inpainting model, which has 9": depth,
+            f"exchange them if swapped, or inflate {first.label} with `{inflate}`": own == latent,
+            f"pass checkpoints of one width, or with {latent}": True,
+        }
+        remedy = next(remedy for remedy, applies in remedies.items() if applies)
+        listed = ", ".join(f"{label} {count}" for label, count in counts.items())
+        raise CheckpointError(f"{INPUT_CONV}: got input channels {listed}; {remedy}")
+    sources = (first, *(_named_like(first, other) for other in others))
+    return Merge(sources, _common_names(*sources), formula)
 
 
 def _named_like(first: Source, other: Source) -> Source:

@@ -20,7 +20,6 @@ from torch import Tensor
 from ldm.checkpoint.convert import (
     diffusers_configs,
     model_config,
-    read_folder,
     schedule_config,
     to_diffusers,
     to_original,
@@ -42,7 +41,7 @@ from ldm.config import (
 from ldm.editing.editor import Editor
 from ldm.files import UserError
 from ldm.latent_diffusion import load_model
-from scripts.convert_checkpoint import main
+from scripts.convert_checkpoint import main, read_folder
 
 # Uneven on purpose: levels with and without attention, several blocks, as many layers as diffusers' one mapper needs.
 SMALL = ModelConfig(
@@ -528,8 +527,8 @@ def test_a_failed_folder_leaves_the_previous_one(
         source.rename(target)
 
     for where, failing in (
-        ("ldm.checkpoint.convert.write_safetensors", full),
-        ("ldm.checkpoint.convert.write_safetensors", not_copied),
+        ("scripts.convert_checkpoint.write_safetensors", full),
+        ("scripts.convert_checkpoint.write_safetensors", not_copied),
         ("ldm.files.os.replace", second_time),
     ):
         with monkeypatch.context() as patch:

@@ -197,11 +197,11 @@ def with_gains(seed: int, gain: float) -> State:
 @pytest.mark.parametrize(
     ("a", "b", "c", "message"),
     [
-        (checkpoint(1), checkpoint(2, 9), checkpoint(3), "B has 9 input channels, A 4"),
+        (checkpoint(1), checkpoint(2, 9), checkpoint(3), "input channels A 4, B 9.*swapped, or inflate A"),
         (checkpoint(1, 9), checkpoint(2), checkpoint(3, 9), "C looks like an inpainting model"),
         (checkpoint(1, 9), checkpoint(2, 9), checkpoint(3), "B looks like an inpainting model"),
-        (checkpoint(1, 5), checkpoint(2), checkpoint(3), "A has 5 input channels: a depth model"),
-        (checkpoint(1, 9), checkpoint(2, 5), checkpoint(3), "B has 5 input channels: a depth model"),
+        (checkpoint(1, 5), checkpoint(2), checkpoint(3), "input channels A 5, B 4, C 4; 5 are a depth model's"),
+        (checkpoint(1, 9), checkpoint(2, 5), checkpoint(3), "input channels A 9, B 5, C 4; 5 are a depth model's"),
         (
             checkpoint(1, 9),
             {**to_diffusers(checkpoint(2, context=2048))["unet"], "add_embedding.x": torch.ones(1)},
@@ -282,7 +282,7 @@ def test_other_names_and_shapes_are_listed() -> None:
 @pytest.mark.parametrize(
     ("merge", "a", "b", "message"),
     [
-        (weighted_sum, checkpoint(1), checkpoint(2, 9), "B has 9 input channels, A 4"),
+        (weighted_sum, checkpoint(1), checkpoint(2, 9), "input channels A 4, B 9.*swapped, or inflate A"),
         (weighted_sum, checkpoint(1, 9), checkpoint(2, 8), "A 9, B 8"),
         (weighted_sum, checkpoint(1, 12), checkpoint(2, 9), "A 12, B 9"),
         (weighted_sum, with_gains(1, 1.0), with_gains(2, 0.0), "B is a difference of two networks"),
@@ -389,7 +389,7 @@ def test_wrong_command_lines(files: dict[str, Path], tmp_path: Path, capsys: pyt
     write_safetensors(unet, unet_of(checkpoint(4)))
     contents = {path: path.read_bytes() for path in (*files.values(), unet)}
     for arguments, message in (
-        (("add-difference", b, a, c, tmp_path / "o.safetensors"), "9 input channels"),
+        (("add-difference", b, a, c, tmp_path / "o.safetensors"), "exchange them if swapped"),
         (("add-difference", a, b, c, tmp_path / "o.ckpt"), "expected .safetensors"),
         (("add-difference", a, b, c, b, "--overwrite"), "would replace the input"),
         (("add-difference", a, b, tmp_path / "none.ckpt", tmp_path / "o.safetensors"), "no such file"),
