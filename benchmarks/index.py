@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.box_index import IndexWriter
+from ldm.data.box_index import AnnotatedImage, IndexWriter, Object
 
 OPEN = """
 import json, resource, sys, time
@@ -49,11 +49,9 @@ def write(path: Path, images: int, boxes: int) -> None:
     with IndexWriter(path, {"images": "."}) as writer:
         for i, count in enumerate(tqdm(counts.tolist(), desc="writing", unit=" images")):
             corner = (i * 7919) % 400
-            writer.add(
-                f"train_{i % 16:x}/{i * 2654435761 % 2**64:016x}.jpg",
-                (1024, 768),
-                [(corner, corner // 2, corner + 300 + k, corner // 2 + 250) for k in range(count)],
-            )
+            name = f"train_{i % 16:x}/{i * 2654435761 % 2**64:016x}.jpg"
+            found = ((corner, corner // 2, corner + 300 + k, corner // 2 + 250) for k in range(count))
+            writer.add(AnnotatedImage(name, (1024, 768), [Object(box) for box in found]))
 
 
 def measure(*arguments: str) -> dict[str, float]:

@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import itertools
 import json
 import os
 import shutil
@@ -43,19 +42,17 @@ class Skipped:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        parts = (f"{count:,} {reason} ({', '.join(self.places[reason])})" for reason, count in self.counts.items())
-        return ", ".join(parts)
+        return ", ".join(f"{n:,} {reason} ({', '.join(self.places[reason])})" for reason, n in self.counts.items())
 
 
 def read_text(path: str | Path) -> str:
     """Read a text file in UTF-8, or in UTF-16 where it begins with that mark; UserError if it is missing or no text."""
-    content = b""
     try:
         content = Path(path).read_bytes()
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not text in UTF-8; save it in that encoding") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
@@ -134,25 +131,14 @@ def whole(value: Any) -> int:
         return int(number)
 
 
-def claim_directory(path: Path, others: Iterable[Path]) -> Path:
-    """Make a new folder at `path`, or where it exists at the first of `others`; of several processes each has one."""
-    for candidate in itertools.chain([path], others):
+def claim(paths: Iterable[Path], *, folder: bool = False) -> Path:
+    """Make an empty file, or a folder, at the first path where nothing is; of several processes each has its own."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
-            candidate.mkdir(parents=True)
-            return candidate
-    raise UserError(f"{path}: exists, and so do the names to take instead; choose another one")
-
-
-def claim_file(path: Path) -> Path:
-    """Make a new, empty file at `path`, or with -2, -3, … before its ending where one exists; as `claim_directory`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = path
-    for number in itertools.count(2):
-        with suppress(FileExistsError):
-            free.touch(exist_ok=False)
-            break
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
+            path.mkdir() if folder else path.touch(exist_ok=False)
+            return path
+    raise UserError("all names are taken; choose another one")
 
 
 @contextmanager
@@ -174,9 +160,8 @@ def check_writable(folder: str | Path, longest: str = "") -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"test")
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write there ({error.strerror}); choose another folder or shorter names"
-        ) from None
+        reason = f"cannot write there ({error.strerror}); choose another folder or shorter names"
+        raise UserError(f"{folder}: {reason}") from None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -12,29 +12,51 @@ result; without it, pass `tokenizer=` to `from_pretrained`.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 from ldm.checkpoint.convert import (
+    STEMS,
+    Components,
+    Json,
     check_counterpart,
     check_family,
     diffusers_configs,
     model_config,
-    read_folder,
+    read_component,
     schedule_config,
     to_diffusers,
     to_original,
-    write_folder,
 )
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
 from ldm.checkpoint.keys import EMA, check_prediction, check_schedule, misfit, swap_in_ema
 from ldm.config import Config, dump_config, load_config
 from ldm.diffusion import make_schedule
-from ldm.files import UserError, atomic_directory, write_text
+from ldm.files import UserError, atomic_directory, read_json, write_text
 from scripts.checkpoint_cli import check_output, prefix_errors, provenance
+
+
+def read_folder(folder: Path) -> tuple[Components, dict[str, Json]]:
+    """Read the known components of a pipeline, and all its configs by component, its index as `pipeline`."""
+    for needed in ("unet", "scheduler/scheduler_config.json"):
+        if not (folder / needed).exists():
+            raise CheckpointError(f"{folder}: got no {needed} in it, expected a folder of a diffusers pipeline")
+    configs = {path.parent.name: read_json(path, {}) for path in sorted(folder.glob("*/*config.json"))}
+    configs["pipeline"] = read_json(folder / "model_index.json", {})
+    return {name: read_component(folder / name) for name in STEMS if (folder / name).is_dir()}, configs
+
+
+def write_folder(folder: Path, components: Components, files: Mapping[str, Json], metadata: Mapping[str, str]) -> None:
+    """Write weights, as safetensors with `metadata`, and JSON files into an existing folder."""
+    for name, content in files.items():
+        write_text(folder / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    for name, part in components.items():
+        write_safetensors(folder / name / f"{STEMS[name]}.safetensors", part, metadata)
 
 
 def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:

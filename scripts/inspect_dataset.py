@@ -11,6 +11,7 @@ The settings are those of the training config: `main.py` with the same arguments
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ldm.config import ConfigError, load_config, split_overrides
 from ldm.data.box_dataset import BoxDataset
 from ldm.data.box_index import BoxIndex
 from ldm.data.datamodule import box_dataset
-from ldm.files import UserError, claim_file
+from ldm.files import UserError, claim
 from ldm.images import exemplar_to_pixels, save_png, tensor_to_pil
 
 SAMPLES = 16  # on the contact sheet
@@ -61,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  captions: {' | '.join(first)} …")
             if split == "train":
                 sheet, path = contact_sheet(dataset, args.epoch), args.sheet or dataset.index.path.with_suffix(".png")
-                path = path if args.overwrite else claim_file(path)
+                others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+                path = path if args.overwrite else claim(itertools.chain([path], others))
                 save_png(sheet, path)
                 print(f"{path}: {min(SAMPLES, len(dataset))} samples, each scene, masked scene, exemplar")
     except (UserError, OSError) as error:

@@ -12,13 +12,17 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FIRST_STAGE, UNET, drop_ema, identify, swap_in_ema
-from ldm.checkpoint.merge import Source, add_difference, block_norms, merged, multipliers_of, offset, weighted_sum
+from ldm.checkpoint.merge import Merge, Source, add_difference, merged, offset, weighted_sum
 from ldm.files import UserError
 from scripts.checkpoint_cli import check_output, provenance
 
@@ -49,6 +53,42 @@ def read_source(label: str, path: Path, *, ema: str | None, only: list[str] | No
                 f"{path}: holds nothing of {', '.join(only)}; pass a file that does, or another --only"
             )
     return Source(f"{label} ({path.name})", state)
+
+
+def block_of(name: str) -> str:
+    """Return the block of a tensor in reports: `input_blocks.3`, `middle_block`, `first_stage_model.encoder`, …"""
+    parts = name.removeprefix(UNET).split(".")
+    divided = len(parts) > 2 and (parts[1].isdigit() or parts[0].endswith("_model"))
+    return ".".join(parts[: 2 if divided else 1])
+
+
+def multipliers_of(names: Collection[str], multiplier: float, blocks: Mapping[str, float]) -> dict[str, float]:
+    """Return M of each name: that of the longest of `blocks` that fits it, or `multiplier`; blocks must fit a name.
+
+    A block is the beginning of names, whole parts between dots, with or without `model.diffusion_model.`.
+    """
+    multipliers = dict.fromkeys(names, multiplier)
+    for block in sorted(blocks, key=len):
+        start = f"{block}."
+        fitting = [name for name in names if f"{name}.".startswith((start, UNET + start))]
+        if not fitting:
+            known = ", ".join(dict.fromkeys(map(block_of, names)))
+            raise CheckpointError(f"block {block}: no merged tensor's name begins with it; expected {known}, or longer")
+        multipliers |= dict.fromkeys(fitting, blocks[block])
+    return multipliers
+
+
+def block_norms(merge: Merge, multipliers: Mapping[str, float]) -> Iterator[tuple[str, int, float, float]]:
+    """Yield each block, the number of its tensors, and the norms of their change and of what is changed."""
+    sums: dict[str, list[float]] = {}  # block => number of tensors, squared change, squared size
+    for name in tqdm(merge.names, desc="comparing", unit="tensor", delay=3):
+        block = sums.setdefault(block_of(name), [0, 0, 0])
+        block[0] += 1
+        for piece, value in merge.pieces(name, multipliers[name], merge.sources[0].state[name]):
+            block[1] += torch.linalg.vector_norm(value.sub_(piece)).item() ** 2
+            block[2] += torch.linalg.vector_norm(piece.float()).item() ** 2
+    ordered = sorted(sums, key=lambda block: [int(part) if part.isdigit() else part for part in block.split(".")])
+    yield from ((block, int(sums[block][0]), sums[block][1] ** 0.5, sums[block][2] ** 0.5) for block in ordered)
 
 
 def finite(text: str) -> float:
@@ -108,9 +148,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{len(merge.names)} of {len(first.state)} tensors change, the others are those of {first.label}")
         if args.dry_run:
             print(f"{'block':32} tensors   |change|   |before|   share")
-            for block, norm in block_norms(merge, multipliers).items():
-                share = norm.change / norm.before if norm.before else float("inf")
-                print(f"{block:32} {norm.tensors:7} {norm.change:10.4g} {norm.before:10.4g} {share:7.2%}")
+            for block, tensors, change, before in block_norms(merge, multipliers):
+                share = change / before if before else math.inf
+                print(f"{block:32} {tensors:7} {change:10.4g} {before:10.4g} {share:7.2%}")
             print(f"dry run: {args.output} not written")
             return 0
         record = provenance("merge_checkpoints", argv, paths)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ldm.config import DataConfig
 from ldm.data.annotations import (
     OPEN_IMAGES_CSV,
+    UNFINISHED,
     Unusable,
     annotations_state,
     find_jpegs,
@@ -24,7 +25,7 @@ from ldm.data.annotations import (
     index_path,
     read_boxes_csv,
 )
-from ldm.data.box_index import IndexWriter
+from ldm.data.box_index import AnnotatedImage, IndexWriter
 from ldm.files import Skipped, UserError, write_text
 
 
@@ -92,9 +93,9 @@ def read_bbox(
 ) -> Report:
     """Write one text file of kept boxes per image of Open Images.
 
-    A line is `x_min y_min x_max y_max` in pixels of the stored image. An interrupted run is continued: text files that
-    are there and not empty are kept. Each file appears complete or not at all; they are not flushed to disk one by one,
-    which would take hours for 1.7 million.
+    A line is `x_min y_min x_max y_max class`, in pixels of the stored image and without the class if it is unknown. An
+    interrupted run is continued: text files that are there and not empty are kept. Each file appears complete or not at
+    all; they are not flushed to disk one by one, which would take hours for 1.7 million.
 
     Args:
         csv_path: annotations with a header that names ImageID, XMin, XMax, YMin, YMax.
@@ -114,8 +115,9 @@ def read_bbox(
     out.mkdir(parents=True, exist_ok=True)  # training reads what is there instead of the CSV
     done = set() if overwrite else {entry.name for entry in os.scandir(out) if entry.stat().st_size}
     report, problems = Report(num_rows, num_boxes, skipped), []
-    partial = out / f".{split}.partial"
-    for id_, corners, labels in tqdm(found, desc=f"{split}: boxes", unit=" images"):
+    partial, unfinished = out / f".{split}.partial", out / UNFINISHED
+    unfinished.touch()
+    for id_, objects in tqdm(found, desc=f"{split}: boxes", unit=" images"):
         name = paths.get(id_, f"{split}/{id_}.jpg")
         try:
             size, _ = image_header(f"{images}/{name}", ignore_exif=True)
@@ -123,17 +125,19 @@ def read_bbox(
             problems.append(f"{id_}\t{error}\n")
             report.problems[str(error)] += 1
             continue
-        pixels = (corners * (*size, *size)).tolist()
         if index is not None:
-            index.add(name, size, pixels, labels=labels)
+            index.add(AnnotatedImage(name, size, objects, relative=True))
         if f"{id_}.txt" in done:
             report.resumed += 1
             continue
-        with open(partial, "w", encoding="ascii") as file:
-            file.writelines(f"{a} {b} {c} {d}\n" for a, b, c, d in pixels)
+        width, height = size
+        lines = (f"{a * width} {b * height} {c * width} {d * height} {label}" for (a, b, c, d), label, *_ in objects)
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines(f"{line.rstrip()}\n" for line in lines)
         os.replace(partial, f"{out}/{id_}.txt")
         report.written += 1
     partial.unlink(missing_ok=True)  # of an interrupted run
+    unfinished.unlink()
     list_path = out.parent / f"{split}-problems.tsv"
     list_path.unlink(missing_ok=True)
     if problems:

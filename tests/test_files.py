@@ -18,7 +18,7 @@ from ldm.files import (
     atomic_directory,
     atomic_write,
     check_writable,
-    claim_directory,
+    claim,
     claimed,
     read_json,
     read_table,
@@ -161,14 +161,14 @@ def test_a_summary_counts_and_names_the_first() -> None:
 def test_folders_are_claimed_by_one_process_each(tmp_path: Path) -> None:
     names = [tmp_path / "runs" / letter for letter in "abcdefgh"]
     with ThreadPoolExecutor(8) as pool:
-        assert {*pool.map(claim_directory, names[:1] * 8, [names] * 8)} == {*names}
-    others = [tmp_path / name for name in ("b", "runs", "c")]
-    assert [claim_directory(tmp_path / "runs", others) for _ in range(2)] == [tmp_path / "b", tmp_path / "c"]
-    with pytest.raises(UserError, match="runs"):
-        claim_directory(tmp_path / "runs", others)
+        assert {*pool.map(lambda _: claim(names, folder=True), range(8))} == {*names}
+    others = [tmp_path / name for name in ("runs", "b", "runs", "c")]
+    assert [claim(others, folder=True) for _ in range(2)] == [tmp_path / "b", tmp_path / "c"]
+    with pytest.raises(UserError, match="taken"):
+        claim(others, folder=True)
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
-        claim_directory(tmp_path / "file" / "a", [])
+        claim([tmp_path / "file" / "a"], folder=True)
 
 
 def test_writing_is_tried_first(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ that vary. Names below a module are the same on either side. A folder lacks the 
 """
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields, replace
+from collections.abc import Collection, Mapping, Set
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm.checkpoint import keys
-from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
+from ldm.checkpoint.io import CheckpointError, read_checkpoint
 from ldm.checkpoint.keys import FIRST_STAGE, UNET, State
 from ldm.config import ModelConfig, ScheduleConfig
 from ldm.diffusion import make_schedule
-from ldm.files import read_json, write_text
+from ldm.files import read_json
 
 Components = dict[str, dict[str, Tensor]]  # component of the folder => its tensors
 Json = dict[str, Any]
@@ -33,6 +33,7 @@ _NAMES: dict[str, dict[str, list[str]]] = _TEMPLATES.pop("names")
 # `component/name` in other versions of diffusers and transformers => published module
 _SYNONYMS: dict[str, str] = _TEMPLATES.pop("names of other versions")
 _NEEDED: dict[str, str] = _TEMPLATES.pop("needed weights")  # component => a name that it must have
+_MOST = 20  # levels or blocks, where their number does not matter
 # What trainers and the authors' files hold besides: losses, discriminators, and layers without use.
 _UNUSED_IN_VAE = ("loss.", "discriminator.", "decoder.up_layers.")
 
@@ -46,7 +47,7 @@ def to_diffusers(state: State) -> Components:
     derived = {keys.POSITION_IDS, keys.TEXT_POSITION_IDS, *keys.SCHEDULE_BUFFERS}
     state = keys.to_file_keys(keys.merge_lora(state))
     state = {name: x for name, x in state.items() if name not in derived and not name.startswith(unused)}
-    table = _table(state)
+    table = _table(state.keys())
     components: Components = {}
     for name, (module, rest) in _located(state, table, state).items():
         tensor = state[name]
@@ -65,7 +66,7 @@ def to_original(components: Mapping[str, State], schedule: ScheduleConfig | None
     """
     state = {f"{kind}/{name}": tensor for kind, part in components.items() for name, tensor in part.items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
-    table = _table(state)
+    table = _table(state.keys())
     modules = _SYNONYMS | {name: module for module, names in table.items() for name in names}
     original: dict[str, Tensor] = {}
     for name, (theirs, rest) in _located(state, modules, components.get("unet", state)).items():
@@ -90,34 +91,23 @@ def autoencoder_keys(state: State) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith(_UNUSED_IN_VAE)}
 
 
-def _table(names: Collection[str]) -> dict[str, list[str]]:
+def _table(names: Set[str]) -> dict[str, list[str]]:
     """Map published modules to `component/name`; the names of either side tell how many levels and blocks there are."""
-
-    def number(*weights: str) -> int:  # of repeated modules that hold a weight, in either layout
-        return sum(weight.format(i) in names for weight in weights for i in range(100))
-
-    levels = 1 + number(UNET + "input_blocks.{}.0.op.weight", "unet/down_blocks.{}.downsamplers.0.conv.weight")
-    blocks = number(UNET + "input_blocks.{}.0.in_layers.2.weight") // levels
-    blocks = blocks or number("unet/down_blocks.0.resnets.{}.conv1.weight")
-    decoder = FIRST_STAGE + "decoder.up.{}.block.{}.conv1.weight", "vae/decoder.up_blocks.{}.resnets.{}.conv1.weight"
-    decoder_sizes = [number(*(weight.format(*place) for weight in decoder)) for place in (("{}", 0), (0, "{}"))]
-    mapper = number("cond_stage_model.mapper.resblocks.{}.ln_1.weight", "image_encoder/mapper.blocks.{}.norm1.weight")
-    sizes = {"unet": (levels, blocks + 1), "vae": decoder_sizes, "image_encoder": (1, mapper), "text_encoder": (1, 1)}
+    resnets = f"{UNET}input_blocks.{{}}.0.in_layers.2.weight", "unet/down_blocks.0.resnets.{}.conv1.weight"
+    per_level = next(i for i in range(1, 100) if not {resnets[0].format(i), resnets[1].format(i - 1)} & names)
+    scales = f"{FIRST_STAGE}decoder.up.{{}}.block.0.conv1.weight", "vae/decoder.up_blocks.{}.resnets.0.conv1.weight"
+    num_scales = sum(scale.format(i) in names for scale in scales for i in range(_MOST))
+    sizes = {"unet": (_MOST, per_level), "vae": (num_scales, _MOST), "image_encoder": (1, _MOST)}  # levels, blocks
     table: dict[str, list[str]] = {}
     for component, rows in _NAMES.items():
-        levels, blocks = (max(size, 1) for size in sizes[component])
-        for level, block in product(range(levels), range(blocks)):
+        levels, blocks = sizes.get(component, (1, 1))
+        for level, block in product(range(max(levels, 1)), range(blocks)):
+            index, last = level * blocks + block, level * blocks + blocks - 1  # the downsampler is behind the last
             attended = f"output_blocks.{level * blocks}.1.norm.weight", f"up_blocks.{level}.attentions.0.norm.weight"
-            values = {
-                "level": level,
-                "coarser": levels - 1 - level,
-                "block": block,
-                "input": level * blocks + block + 1,
-                "downsampler": (level + 1) * blocks,
-                "output": level * blocks + block,
-                "upsampled": (level + 1) * blocks - 1,
-                "upsampler": 1 + (UNET + attended[0] in names or f"unet/{attended[1]}" in names),
-            }
+            upsampler = 2 if UNET + attended[0] in names or f"unet/{attended[1]}" in names else 1
+            values = {"level": level, "coarser": levels - 1 - level, "block": block}
+            values |= {"input": index + 1, "downsampler": last + 1}
+            values |= {"output": index, "upsampled": last, "upsampler": upsampler}
             for ours, theirs in rows.items():
                 table[ours.format(**values)] = [f"{component}/{name.format(**values)}" for name in theirs]
     return table
@@ -166,26 +156,15 @@ def read_component(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in weight_files(folder) for name, tensor in read_checkpoint(path).items()}
 
 
-def read_folder(folder: Path) -> tuple[Components, dict[str, Json]]:
-    """Read the known components of a pipeline, and all its configs by component, its index as `pipeline`."""
-    for needed in ("unet", "scheduler/scheduler_config.json"):
-        if not (folder / needed).exists():
-            raise CheckpointError(f"{folder}: got no {needed} in it, expected a folder of a diffusers pipeline")
-    configs = {path.parent.name: read_json(path, {}) for path in sorted(folder.glob("*/*config.json"))}
-    configs["pipeline"] = read_json(folder / "model_index.json", {})
-    return {name: read_component(folder / name) for name in STEMS if (folder / name).is_dir()}, configs
-
-
-def write_folder(folder: Path, components: Components, files: Mapping[str, Json], metadata: Mapping[str, str]) -> None:
-    """Write weights, as safetensors with `metadata`, and JSON files into an existing folder."""
-    for name, content in files.items():
-        write_text(folder / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
-    for name, part in components.items():
-        write_safetensors(folder / name / f"{STEMS[name]}.safetensors", part, metadata)
-
-
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-_OMITTED = {"norm_num_groups": 32, "transformer_layers_per_block": 1}  # defaults that older folders leave out
+_SCHEDULERS = {  # what we have of a scheduler's settings, first the default
+    "prediction_type": list(_PREDICTIONS.values()),
+    "beta_schedule": ["scaled_linear", "linear"],
+    "trained_betas": [None],
+}
+# What older folders leave out, with the defaults then; of a scheduler's config, what Stable Diffusion's says.
+_OMITTED = {"norm_num_groups": 32, "transformer_layers_per_block": 1, "rescale_betas_zero_snr": False}
+_OMITTED |= {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 # What pipelines feed the UNet, in this order: Paint by Example's, and those with text by the UNet's input channels.
 _EXEMPLAR_INPUTS = ["x_t", "z_masked", "keep_mask"]
 _TEXT_INPUTS = {
@@ -194,7 +173,8 @@ _TEXT_INPUTS = {
     8: ["x_t", "z_foreground"],  # IC-Light's are of a StableDiffusionPipeline whose calls are intercepted
     12: ["x_t", "z_foreground", "z_background"],
 }
-_FAMILY_KEYS = ("_class_name", "act_fn", "hidden_act")  # all of Stable Diffusion 1 has them as in the templates
+# All of Stable Diffusion 1 has these as in the templates.
+_FAMILY_KEYS = ("_class_name", "act_fn", "hidden_act", "use_linear_projection")
 _FAMILY_ALONE = "only Stable Diffusion 1 and what is made from it can be converted"
 
 
@@ -204,52 +184,39 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
     The components decide the pipeline, Paint by Example or Stable Diffusion; they must be complete and fit the config.
     """
     check_family(components, {})
-    values = _values(model, components)
-    for name, section, levels in (("unet", "unet", "down_blocks"), ("vae", "first_stage", "encoder.down_blocks")):
-        firsts = [f"{levels}.{level}.resnets.0.conv1.weight" for level in range(100)]
-        widths = [components[name][first].shape[0] for first in firsts if first in components.get(name, {})]
-        if name in components and widths != (expected := values[section]["widths"]):
-            raise CheckpointError(f"got a {name} of widths {widths}, expected {expected}; pass its --config")
-    files: Any = OmegaConf.to_container(OmegaConf.create(_TEMPLATES | values), resolve=True)
-    condition = "exemplar" if "image_encoder" in components else "text"
-    parts = {"scheduler", *components} | ({"feature_extractor"} if condition == "exemplar" else set())
-    absent = STEMS.keys() - components.keys() - {"image_encoder"}
-    index = {key: value for key, value in files[condition].items() if key not in absent}
-    wanted = [path for path in _TEMPLATES if path.partition("/")[0] in parts]
-    return {path: files[path] for path in wanted} | {"model_index.json": index}
-
-
-def _values(model: ModelConfig, components: Components) -> Json:
-    """Return what the templates refer to: the config's fields and what follows from them or from the tensors."""
-    unet, stage = model.unet, model.first_stage
+    unet, stage, text = model.unet, model.first_stage, model.text_encoder
     channels = keys.input_channels(components["unet"])
-    attended = [2**level in unet.attention_resolutions for level in range(len(unet.channel_mult))]
-    values = asdict(model)
+    types = ["CrossAttn" * (2**i in unet.attention_resolutions) for i in range(len(unet.channel_mult))]
+    values = asdict(model)  # what the templates refer to
     values["prediction_type"] = _PREDICTIONS[model.parameterization]
     values["latent_size"] = model.image_size // 2 ** (len(stage.ch_mult) - 1)
     values["pipeline"] = "StableDiffusionInpaintPipeline" if channels == 9 else "StableDiffusionPipeline"
     values["unet"] |= {
         "in_channels": channels,
         "widths": [unet.model_channels * factor for factor in unet.channel_mult],
-        "down_types": ["CrossAttnDownBlock2D" if there else "DownBlock2D" for there in attended],
-        "up_types": ["CrossAttnUpBlock2D" if there else "UpBlock2D" for there in reversed(attended)],
+        "down_types": [f"{kind}DownBlock2D" for kind in types],
+        "up_types": [f"{kind}UpBlock2D" for kind in reversed(types)],
     }
     values["first_stage"] |= {
         "widths": [stage.ch * factor for factor in stage.ch_mult],
         "down_types": ["DownEncoderBlock2D"] * len(stage.ch_mult),
         "up_types": ["UpDecoderBlock2D"] * len(stage.ch_mult),
     }
-    if text := components.get("text_encoder"):  # may come with the published model's config, which has none
-        vocabulary, width = text["text_model.embeddings.token_embedding.weight"].shape
-        values["text_encoder"] = {
-            "vocab_size": vocabulary,
-            "max_length": len(text["text_model.embeddings.position_embedding.weight"]),
-            "hidden_size": width,
-            "intermediate_size": len(text["text_model.encoder.layers.0.mlp.fc1.weight"]),
-            "num_layers": len({name.split(".")[3] for name in text if ".layers." in name}),
-            "num_heads": width // 64 if model.condition == "exemplar" else model.text_encoder.num_heads,  # CLIP's
-        }
-    return values
+    files: Any = OmegaConf.to_container(OmegaConf.create(_TEMPLATES | values), resolve=True)
+    for name, weight, expected in (
+        ("unet", "down_blocks.{}.resnets.0.conv1.weight", values["unet"]["widths"]),
+        ("vae", "encoder.down_blocks.{}.resnets.0.conv1.weight", values["first_stage"]["widths"]),
+        ("text_encoder", "text_model.encoder.layers.{}.layer_norm1.weight", [text.hidden_size] * text.num_layers),
+    ):
+        part = components.get(name, {})
+        widths = [len(part[weight.format(i)]) for i in range(100) if weight.format(i) in part]
+        if part and widths != expected:
+            raise CheckpointError(f"got a {name} of widths {widths}, expected {expected}; pass its --config")
+    condition = "exemplar" if "image_encoder" in components else "text"
+    index = {key: value for key, value in files[condition].items() if key not in STEMS or key in components}
+    parts = {"scheduler", *components} | ({"feature_extractor"} if condition == "exemplar" else set())
+    wanted = [path for path in _TEMPLATES if path.partition("/")[0] in parts]
+    return {path: files[path] for path in wanted} | {"model_index.json": index}
 
 
 def check_counterpart(model: ModelConfig, state: State) -> None:
@@ -283,26 +250,21 @@ def check_family(components: Components, configs: Mapping[str, Json]) -> None:
     for name, tensor in _NEEDED.items():
         if name in components and tensor not in components[name]:
             raise CheckpointError(f"incomplete: its {name} lacks {tensor!r}; pass a whole model")
-    for part in components:
-        family = {key: value for key, value in _TEMPLATES[f"{part}/config.json"].items() if key in _FAMILY_KEYS}
-        for key, value in (family | {"use_linear_projection": False}).items():
-            if (got := configs.get(part, {}).get(key, value)) != value:
-                raise CheckpointError(f"{part}: got {key} {got!r}, expected {value!r}; {_FAMILY_ALONE}")
-    prediction, known = configs.get("scheduler", {}).get("prediction_type", "epsilon"), _PREDICTIONS.values()
-    if prediction not in known:
-        raise CheckpointError(f"scheduler: got prediction_type {prediction!r}, expected one of {', '.join(known)}")
+    known = {part: _TEMPLATES[f"{part}/config.json"] | {"use_linear_projection": False} for part in components}
+    for part, key in product(known, _FAMILY_KEYS):
+        got, expected = (config.get(key) for config in (known[part] | configs.get(part, {}), known[part]))
+        if got != expected:
+            raise CheckpointError(f"{part}: got {key} {got!r}, expected {expected!r}; {_FAMILY_ALONE}")
     if any(name.endswith(".proj_in.weight") and tensor.ndim == 2 for name, tensor in components["unet"].items()):
         raise CheckpointError(f"unet: got linear projections around its attention, not convolutions; {_FAMILY_ALONE}")
 
 
 def schedule_config(scheduler: Json) -> ScheduleConfig:
-    """Return our noise schedule for a scheduler's config; refuse one that we lack."""
-    known = _fields("scheduler/scheduler_config.json", ScheduleConfig).items()
-    schedule = {field: scheduler[key] for field, key in known if key in scheduler}
-    name = schedule.get("name", "scaled_linear")
-    if name not in ("scaled_linear", "linear") or scheduler.get("trained_betas") is not None:
-        raise CheckpointError(f"scheduler: got beta_schedule {name!r} or trained betas, expected (scaled_)linear")
-    return ScheduleConfig(**schedule)
+    """Return our noise schedule for a scheduler's config; refuse settings that we lack."""
+    for setting, known in _SCHEDULERS.items():
+        if (got := scheduler.get(setting, known[0])) not in known:
+            raise CheckpointError(f"scheduler: got {setting} {got!r}, expected {' or '.join(map(str, known))}")
+    return _section("scheduler/scheduler_config.json", scheduler, ScheduleConfig())
 
 
 def model_config(components: Components, configs: Mapping[str, Json]) -> ModelConfig | None:
@@ -313,60 +275,54 @@ def model_config(components: Components, configs: Mapping[str, Json]) -> ModelCo
     inputs = _EXEMPLAR_INPUTS if "image_encoder" in components else _TEXT_INPUTS.get(channels) if known else None
     if inputs is None or "vae" not in components or not components.keys() & {"image_encoder", "text_encoder"}:
         return None
+    prediction = configs["scheduler"].get("prediction_type", "epsilon")
+    model = ModelConfig(
+        input_channels=inputs,
+        schedule=schedule_config(configs["scheduler"]),
+        parameterization=next(ours for ours, theirs in _PREDICTIONS.items() if theirs == prediction),
+    )
     try:
-        return _model_config(components, configs, inputs)
+        unet, vae = configs["unet"], configs["vae"]
+        types, widths, vae_widths = unet["down_block_types"], unet["block_out_channels"], vae["block_out_channels"]
+        model.image_size = unet.get("sample_size", 64) * 2 ** (len(vae_widths) - 1)
+        model.scale_factor = vae.get("scaling_factor", 0.18215)
+        model.unet = replace(
+            _section("unet/config.json", configs["unet"], model.unet),
+            model_channels=widths[0],
+            channel_mult=[width // widths[0] for width in widths],
+            attention_resolutions=[2**i for i in reversed(range(len(types))) if "CrossAttn" in types[i]],
+        )
+        model.first_stage = replace(
+            _section("vae/config.json", configs["vae"], model.first_stage),
+            ch=vae_widths[0],
+            ch_mult=[width // vae_widths[0] for width in vae_widths],
+            embed_dim=vae["latent_channels"],
+        )
+        if image_encoder := components.get("image_encoder"):
+            blocks = len({name.split(".")[2] for name in image_encoder if name.startswith("mapper.blocks.")})
+            encoder = _section("image_encoder/config.json", configs["image_encoder"], model.exemplar_encoder)
+            model.exemplar_encoder = replace(encoder, mapper_layers=blocks)
+        else:
+            model.condition = "text"
+            model.text_encoder = _section("text_encoder/config.json", configs["text_encoder"], model.text_encoder)
     except KeyError as error:
         raise CheckpointError(f"the folder's configs lack {error}; copy the folder again") from None
-
-
-def _model_config(components: Components, configs: Mapping[str, Json], inputs: list[str]) -> ModelConfig:
-    unet, vae, prediction = configs["unet"], configs["vae"], configs["scheduler"].get("prediction_type", "epsilon")
-    types, widths, vae_widths = unet["down_block_types"], unet["block_out_channels"], vae["block_out_channels"]
-    model = ModelConfig(
-        image_size=unet.get("sample_size", 64) * 2 ** (len(vae_widths) - 1),
-        scale_factor=vae.get("scaling_factor", 0.18215),
-        parameterization=next(ours for ours, theirs in _PREDICTIONS.items() if theirs == prediction),
-        schedule=schedule_config(configs["scheduler"]),
-        input_channels=inputs,
-    )
-    model.unet = replace(
-        model.unet,
-        **_section("unet", configs, model.unet),
-        model_channels=widths[0],
-        channel_mult=[width // widths[0] for width in widths],
-        attention_resolutions=[2**i for i in reversed(range(len(types))) if "CrossAttn" in types[i]],
-    )
-    model.first_stage = replace(
-        model.first_stage,
-        **_section("vae", configs, model.first_stage),
-        ch=vae_widths[0],
-        ch_mult=[width // vae_widths[0] for width in vae_widths],
-        embed_dim=vae["latent_channels"],
-    )
-    if image_encoder := components.get("image_encoder"):
-        blocks = len({name.split(".")[2] for name in image_encoder if name.startswith("mapper.blocks.")})
-        sizes = _section("image_encoder", configs, model.exemplar_encoder)
-        model.exemplar_encoder = replace(model.exemplar_encoder, **sizes, mapper_layers=blocks)
-    else:
-        model.condition = "text"
-        model.text_encoder = replace(model.text_encoder, **_section("text_encoder", configs, model.text_encoder))
     return model
 
 
-def _fields(path: str, section: Any) -> dict[str, str]:
-    """Return field of a section of our config => key in a JSON file, by the template's `${section.field}`."""
-    own = {field.name for field in fields(section)}
-    items = [(str(value).strip("${}").rpartition(".")[2], key) for key, value in _TEMPLATES[path].items()]
-    return {field: key for field, key in reversed(items) if field in own}  # the first of several keys
+def _section(path: str, config: Json, section: Any) -> Any:
+    """Fill a section of our config: each field from the first key that the template at `path` gives it.
 
-
-def _section(name: str, configs: Mapping[str, Json], section: Any) -> Json:
-    """Read a section's fields from a component's config; refuse numbers that vary by level, which ours cannot."""
-    source: Json = _OMITTED | configs[name]
+    Refuses numbers that vary by level, which ours cannot.
+    """
+    source: Json = _OMITTED | config
     found: Json = {}
-    for field, key in _fields(f"{name}/config.json", section).items():
-        numbers = {source[key]} if isinstance(source[key], int) else set(source[key])
+    for key, reference in _TEMPLATES[path].items():
+        field = str(reference).strip("${}").rpartition(".")[2]
+        if field in found or not hasattr(section, field):
+            continue
+        numbers = set(source[key]) if isinstance(source[key], list) else {source[key]}
         if len(numbers) != 1:
-            raise CheckpointError(f"{name}: got {key} {source[key]}, expected one for all levels; {_FAMILY_ALONE}")
+            raise CheckpointError(f"{path}: got {key} {source[key]}, expected one for all levels; {_FAMILY_ALONE}")
         found[field] = numbers.pop()
-    return found
+    return replace(section, **found)

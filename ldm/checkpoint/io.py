@@ -44,11 +44,19 @@ _MAPPING_KEYS = (
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(?=.)|_orig_mod\.?(?=.)"
 )
-# What stands before the names of a whole model, and what may stand before those of a part alone.
+# What stands before the names of a whole model, and what may stand before all those of a part alone.
 _OUTER = re.compile(r"((?:\w+\.)*?)(?:model\.diffusion_model|first_stage_model|cond_stage_model)\.")
-_OUTER_OF_PART = re.compile(
-    r"((?:model|ema_model|ema|net|network|state_dict|unet|vae|autoencoder|generator)\.)"
-    r"(?:encoder\.(?:conv_in|down)|down_blocks\.\d+\.resnets|input_blocks|vision_model|text_model)\."
+_OWNERS = (
+    "model.",
+    "ema_model.",
+    "ema.",
+    "net.",
+    "network.",
+    "state_dict.",
+    "unet.",
+    "vae.",
+    "autoencoder.",
+    "generator.",
 )
 _ZIP = b"PK"
 _JSON = b"{"  # of a safetensors header, after its length in 8 bytes
@@ -67,16 +75,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     The content decides the format, not the extension: safetensors, or what `torch.save` writes (zip or, before torch
     1.6, a bare pickle). Tensors of safetensors and uncompressed zip files are memory-mapped, private copy-on-write.
-
-    Raises:
-        CheckpointError: the file is missing, empty, truncated, not a checkpoint, without tensors, or tries to run code.
+    A file that is missing, damaged, no checkpoint, without tensors, or wants to run code is a CheckpointError.
     """
     path, head = Path(path), _read_head(path)
     if head[8:9] == _JSON:
-        with _open_safetensors(path) as file:
-            if not (names := file.keys()):
-                raise CheckpointError(f"{path}: holds no tensors; pass a checkpoint with weights")
-        return _unwrapped(_map_safetensors(path, names), path)
+        if not (tensors := _open_safetensors(path)[0]):
+            raise CheckpointError(f"{path}: holds no tensors; pass a checkpoint with weights")
+        return _unwrapped(tensors, path)
     content, dropped = _unpickle(path, head)
     tensors = _named_tensors(content, path, dropped)
     if dropped:
@@ -89,46 +94,44 @@ def _named_tensors(content: object, path: Path, dropped: list[str]) -> dict[str,
     found: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
     places = _places(found)
     usual = [place for place in places if "ema" not in place] or list(places)
-    if len(usual) > 1:
-        raise CheckpointError(f"{path}: holds weights at each of {', '.join(usual)}; save one of them alone")
-    if usual and (usual[0] not in ("", "state_dict", "module") or len(places) > 1):
-        others = ", ".join(place for place in places if place not in usual)
-        log.warning("%s: took the weights at %s%s", path, usual[0], others and f", and left out {others}")
-    parts = ((f"{key}.", part) for key, part in found.items() if isinstance(part, Mapping))
-    values = places[usual[0]] if usual else {start + name: x for start, part in parts for name, x in _own(part).items()}
-    if not values:
+    if not usual:
         what = f"keys {', '.join(map(repr, list(found)[:5]))}" if found else f"a {type(content).__name__}"
         what += f" and objects of {', '.join(dropped[:5])}" if dropped else ""
         raise CheckpointError(f"{path}: holds no named tensors, but {what}; save the model's `state_dict()` instead")
-    return values
+    if len(usual) > 1:
+        raise CheckpointError(f"{path}: holds weights at each of {', '.join(usual)}; save one of them alone")
+    if usual[0] not in ("", "state_dict", "module") or len(places) > 1:
+        others = ", ".join(place for place in places if place not in usual)
+        log.warning("%s: took the weights at %s%s", path, usual[0], others and f", and left out {others}")
+    return places[usual[0]]
 
 
 def _places(found: Mapping[Any, Any], place: str = "") -> dict[str, dict[str, Tensor]]:
-    """Return the sets of named tensors at the usual keys, by the keys that lead there."""
+    """Return the sets of tensors at the usual keys, or else of all mappings here, by the keys that lead there."""
     inside: dict[str, dict[str, Tensor]] = {}
     for key in _MAPPING_KEYS if place.count(".") < 3 else ():  # a dictionary may hold itself
         if isinstance(nested := found.get(key), Mapping):
             inside |= _places(nested, f"{place}.{key}".removeprefix("."))
-    return inside or ({place: own} if (own := _own(found)) else {})
+    parts = {f"{key}.": part for key, part in found.items() if isinstance(part, Mapping)}
+    own = _tensors(found) or {start + name: x for start, part in parts.items() for name, x in _tensors(part).items()}
+    return inside or ({place: own} if own else {})
 
 
-def _own(found: Mapping[Any, Any]) -> dict[str, Tensor]:
+def _tensors(found: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
     """Take wrappers' parts off the names of a model or of one of its parts and say so; refuse several copies."""
     names = {name: _WRAPPERS.sub("", name) for name in tensors}
-    removed = [*dict.fromkeys(part for name in tensors for part in _WRAPPERS.findall(name))]
     outer = dict.fromkeys(match[1] for name in names.values() if (match := _OUTER.match(name)))
-    if not outer and (match := next(filter(None, map(_OUTER_OF_PART.match, names.values())), None)):
-        outer = {match[1]: None} if all(name.startswith(match[1]) for name in names.values()) else {}
-    removed += filter(None, outer)
+    outer = outer or dict.fromkeys(owner for owner in _OWNERS if all(name.startswith(owner) for name in names.values()))
+    removed = [*dict.fromkeys(part for name in tensors for part in _WRAPPERS.findall(name)), *filter(None, outer)]
     which = ", ".join(map(repr, removed))
     if len(outer) > 1 or len(set(names.values())) < len(names):
         raise CheckpointError(f"{source}: holds its weights more than once, told apart by {which}; save one copy")
-    if prefix := next(iter(outer), ""):
-        names = {name: new.removeprefix(prefix) for name, new in names.items() if new.startswith(prefix)}
+    prefix = next(iter(outer), "")
+    names = {name: new.removeprefix(prefix) for name, new in names.items() if new.startswith(prefix)}
     if removed:
         rest = f", and left out {len(tensors) - len(names)} other tensors" if len(names) < len(tensors) else ""
         log.warning("%s: took %s off its names%s", source, which, rest)
@@ -139,8 +142,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """Read the text metadata of a safetensors file, or the provenance that `write_torch` put beside the weights."""
     path, head = Path(path), _read_head(path)
     if head[8:9] == _JSON:
-        with _open_safetensors(path) as file:
-            return dict(file.metadata() or {})
+        return _open_safetensors(path)[1]
     content = _unpickle(path, head)[0] if head.startswith(_ZIP) else None  # older files would be read as a whole
     found = content.get("provenance") if isinstance(content, Mapping) else None
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, Mapping) else {}
@@ -159,12 +161,11 @@ def _read_head(path: str | Path) -> bytes:
             head = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{path}: {str(error.strerror).lower()}; check the path") from error
-    # checkpoints begin with a number or a pickle's opcodes
-    text = head.decode("utf-8-sig", errors="replace").strip() if all(c >= 32 or c in b"\t\n\r" for c in head) else ""
+    is_text = all(c >= 32 or c in b"\t\n\r" for c in head)  # checkpoints begin with a number or a pickle's opcodes
+    text = head.decode("utf-8-sig", errors="replace").strip() if is_text else ""
     page = text.lower().startswith(("<!doctype", "<!--", "<html", "<?xml", "<head"))
     problems = {
-        "the file is empty; download it again": not head,
-        "begins with nothing but zeros, an aborted download; download it again": not any(head),
+        "the file is empty, or nothing but zeros, an aborted download; download it again": not any(head),
         "a Git LFS pointer, not weights; run `git lfs pull`": text.startswith("version https://git-lfs"),
         "a web page, not weights; open the link in a browser and save the file": page,
         f"text, not weights, beginning {text[:60]!r}; was the download refused?": bool(text),
@@ -174,23 +175,20 @@ def _read_head(path: str | Path) -> bytes:
     return head
 
 
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[Any]:
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Map the tensors of a file, and return them with its metadata."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        with safe_open(path, framework="pt"):  # checks the header
+            pass
+        with open(path, "rb") as file:
+            begin = 8 + struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(begin - 8))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {_DAMAGED} ({error})") from error
-
-
-def _map_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Map the tensors of a sound file."""
-    with open(path, "rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(length))
-    offsets = {name: header[name]["data_offsets"] for name in names}
-    contents = _map(path, {name: (8 + length + start, 8 + length + end) for name, (start, end) in offsets.items()})
-    return {name: contents[name].view(_DTYPES[header[name]["dtype"]]).view(header[name]["shape"]) for name in names}
+    metadata = header.pop("__metadata__", {})
+    contents = _map(path, {name: tuple(begin + end for end in x["data_offsets"]) for name, x in header.items()})
+    tensors = {n: contents[n].view(_DTYPES[x["dtype"]]).view(x["shape"]) for n, x in header.items()}
+    return tensors, metadata
 
 
 def _map_records(path: Path, reader: Any) -> dict[str, Tensor]:
@@ -248,9 +246,7 @@ def _unpickle(path: Path, head: bytes) -> tuple[object, list[str]]:
 def _is_mappable(path: Path, head: bytes) -> bool:
     """Refuse what `torch.save` does not write; return whether the tensors can be mapped: they are there as they are."""
     if not head.startswith(_ZIP):
-        if tarfile.is_tarfile(path):  # torch.load would unpack it
-            raise CheckpointError("a tar archive (torch before 0.1.10 wrote such); save it again with a newer torch")
-        if not any(magic in head[:32] for magic in _LEGACY_MAGIC):
+        if tarfile.is_tarfile(path) or not any(x in head[:32] for x in _LEGACY_MAGIC):  # torch.load would unpack a tar
             bare = head.startswith(pickle.PROTO)
             raise CheckpointError("a pickle, but not of torch; save the weights with torch.save" if bare else _DAMAGED)
         return False
@@ -266,7 +262,7 @@ def _is_mappable(path: Path, head: bytes) -> bool:
         raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     native = not reader.has_record("byteorder") or reader.get_record("byteorder").decode() == sys.byteorder
-    return stored and native and path.suffix != ".safetensors"  # torch.load trusts that name more than the content
+    return stored and native
 
 
 _DTYPES = safetensors.torch._TYPES  # F32 => torch.float32, …
@@ -290,11 +286,10 @@ def write_safetensors(
     end = 0
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # aligns numbers with their size
     for name, tensor in ordered:
-        if tensor.dtype not in _DTYPE_NAMES:
+        if (dtype := _DTYPE_NAMES.get(tensor.dtype)) is None:
             raise CheckpointError(f"{path}: {name}: safetensors knows no {tensor.dtype}; write a .ckpt instead")
         starts[name], end = end, end + tensor.nbytes
-        dtype, offsets = _DTYPE_NAMES[tensor.dtype], [starts[name], end]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [starts[name], end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (
@@ -315,26 +310,16 @@ def write_safetensors(
 
 
 def write_torch(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, str] | None = None) -> None:
-    """Write `{"state_dict": tensors, "provenance": …}` as `torch.save` does, atomically, and views in full."""
-    written: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        written[name] = tensor
+    """Write `{"state_dict": tensors, "provenance": …}` as `torch.save` does, atomically, without what views hide."""
+    written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    written = {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in written.items()}
     with atomic_target(path) as partial, open(partial, "wb") as file:
         torch.save({"state_dict": written, "provenance": dict(provenance or {})}, file)
 
 
 @contextmanager
 def atomic_target(path: str | Path, then: str = "run again") -> Iterator[Path]:
-    """Yield a temporary name that becomes `path` on success; turn the system's errors into a line with a remedy.
-
-    `then` is what the user does once the reason is gone.
-    """
+    """Yield a name that becomes `path` on success; errors of the system say to mend their cause `and {then}`."""
     try:
         with atomic_write(path) as partial:
             yield partial
@@ -343,5 +328,5 @@ def atomic_target(path: str | Path, then: str = "run again") -> Iterator[Path]:
         if not isinstance(reason, OSError):
             raise
         full = reason.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "the disk is full; free some space" if full else f"check the folder ({reason})"
+        remedy = "the disk is full; free some space" if full else f"check the folder ({reason.strerror})"
         raise CheckpointError(f"{path}: could not be written, nothing was changed: {remedy} and {then}") from error

@@ -6,7 +6,7 @@ project's trainer wrote hold module names.
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ Shapes = Mapping[str, Sequence[int]]
 UNET = "model.diffusion_model."
 INPUT_CONV = UNET + "input_blocks.0.0.weight"
 DIFFUSERS_INPUT_CONV = "conv_in.weight"  # of a UNet by itself
+INPUT_CONVS = (INPUT_CONV, DIFFUSERS_INPUT_CONV)
 FIRST_STAGE = "first_stage_model."
 TOWER = "cond_stage_model.transformer."  # CLIP: the image tower here, the text tower in Stable Diffusion
 FILE_TOWER = TOWER + "vision_model."
@@ -40,10 +41,6 @@ POSITION_IDS, TEXT_POSITION_IDS = (tower + "embeddings.position_ids" for tower i
 # A second copy of the UNet, averaged over training, its names without dots; with two counters.
 EMA = "model_ema."
 EMA_COUNTERS = (EMA + "decay", EMA + "num_updates")
-
-# Low-rank additions as `peft` names them beside the weight that they are added to: A, then B.
-LORA_BASE = ".base_layer.weight"
-LORA_PARTS = (".lora_A.default.weight", ".lora_B.default.weight")
 
 SCHEDULE_BUFFERS = tuple(make_schedule(ScheduleConfig()).buffers())
 
@@ -115,28 +112,24 @@ def swap_in_ema(state: State) -> dict[str, Tensor]:
     """Replace the UNet's last weights by its averaged ones and drop `model_ema.*`; refuse if one is missing."""
     if not holds(state, UNET) and holds(state, EMA):
         raise CheckpointError(misfit(state))
-    swapped = {name: tensor for name, tensor in state.items() if not name.startswith(EMA)}
-    for name in [name for name in swapped if name.startswith("model.")]:
-        ema_name = _averaged(name)
-        if ema_name not in state:
-            raise CheckpointError(f"the checkpoint has no averaged (EMA) weight {ema_name}; load it without EMA")
-        swapped[name] = state[ema_name]
-    return swapped
+    averaged = {name: _averaged(name) for name in state if name.startswith("model.")}
+    if missing := [name for name in averaged.values() if name not in state]:
+        raise CheckpointError(f"the checkpoint has no averaged (EMA) weight {missing[0]}; load it without EMA")
+    return {name: state[averaged.get(name, name)] for name in state if not name.startswith(EMA)}
 
 
 def merge_lora(state: State) -> State:
-    """Add low-rank additions (`peft`) to the weights they belong to: W + B A, under the plain names.
+    """Add low-rank additions, as `peft` names them, to the weights that they belong to: W + B A, under the plain names.
 
     Source: Hu et al. 2022, Eq. 3, with alpha = r.
     """
-    merged = dict(state)
-    for stem in [name.removesuffix(LORA_BASE) for name in state if name.endswith(LORA_BASE)]:
-        weight = merged.pop(stem + LORA_BASE)
+    merged, base = dict(state), ".base_layer.weight"
+    for name in [name for name in state if name.endswith(base)]:
         try:
-            down, up = (merged.pop(stem + part).float() for part in LORA_PARTS)
+            down, up = (merged.pop(f"{name.removesuffix(base)}.lora_{part}.default.weight").float() for part in "AB")
         except KeyError as error:
             raise CheckpointError(f"the checkpoint has a low-rank addition without {error}; it is incomplete") from None
-        merged[f"{stem}.weight"] = (weight.float() + up @ down).to(weight.dtype)
+        merged[name] = (state[name].float() + up @ down).to(state[name].dtype)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in merged.items()}
 
 
@@ -157,14 +150,11 @@ def check_schedule(expected: State, got: State, *, source: object) -> None:
 
 
 def check_keys(
-    expected: Shapes, got: State, *, source: object = "checkpoint", allow_missing: Collection[str] = ()
+    expected: Shapes, got: State, *, source: object = "checkpoint", allow_missing: Sequence[str] = ()
 ) -> list[str]:
     """Compare a checkpoint (under module names) with the shapes of a model's tensors, both ways.
 
-    Names with the prefixes `allow_missing` (`NEW_PARTS` when training starts) may be missing; these are returned.
-
-    Raises:
-        CheckpointError: names are missing, unexpected or of another shape; it lists ten and says what the file is.
+    Returns the missing names that may be: those with the prefixes `allow_missing` (`NEW_PARTS` when training starts).
     """
     missing = [name for name in expected if name not in got]
     tolerated = [name for name in missing if name.startswith(tuple(allow_missing))]
@@ -219,9 +209,9 @@ def next_step(kind: str) -> str:
 
 
 _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the channels of text tokens
-_LORA = re.compile(r"\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te|transformer)|\.(?:hada|lokr)_w")
 # By input channels, 0 without a first convolution.
 _WIDTHS = {0: "", 4: "", 5: ", with depth ({})", 8: ", with {} (InstructPix2Pix, IC-Light fc)", 9: ", inpainting ({})"}
+_LORA = "LoRA (low-rank additions, not a model by itself)"
 _KINDS = {  # beginning of a name => kind of file; the first whose name is there counts
     r"controlnet_cond_embedding\.": "ControlNet, diffusers",
     r"control_model\.|input_hint_block\.": "ControlNet, CompVis' names",
@@ -233,6 +223,7 @@ _KINDS = {  # beginning of a name => kind of file; the first whose name is there
     r"(?:model\.)?1\.sub\.\d+\.|conv_first\.|RRDB_trunk\.|body\.\d+\.(?:rdb1|weight)": "ESRGAN, an upscaler",
     r".*\.motion_modules\.": "AnimateDiff's motion modules",
     UNET: "Paint by Example",
+    r".*(?:\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|\.(?:hada|lokr)_w)|lora_(?:unet|te|transformer)": _LORA,
     rf"(?:{FIRST_STAGE})?decoder\.(?:condition_)?encoder\.": "asymmetric VAE (its decoder sees the unmasked pixels)",
     r"down_blocks\.": "diffusers component: UNet",
     r"encoder\.down_blocks\.": "diffusers component: VAE",
@@ -261,20 +252,29 @@ _LAST_GAINS = (UNET + "out.0.weight", "conv_norm_out.weight")  # of the last nor
 
 def identify(state: State) -> str:
     """Say what a checkpoint is in a few words, by names and shapes; `unknown` where they tell nothing."""
+    kind = next((kind for start, kind in _KINDS.items() if any(re.match(start, name) for name in state)), "unknown")
+    unet, channels, whole = family(state), input_channels(state), holds(state, UNET)
+    width = _WIDTHS.get(channels, ", with {}").format(f"{channels} input channels")
     averaged = holds(state.keys() - set(EMA_COUNTERS), EMA)  # pruned files may keep the counters
-    if averaged and not holds(state, UNET):
+    if averaged and not whole:
         return "averaged weights (EMA) alone, without those of the last step"
-    return _kind(state) + (", training checkpoint with averaged weights (EMA)" if averaged else "")
-
-
-def context_width(state: State) -> int | None:
-    """Return the channels of the tokens that the UNet's cross-attention reads; None without such attention."""
-    return next((t.shape[1] for name, t in state.items() if name.endswith("attn2.to_k.weight")), None)
+    if kind.startswith("ControlNet") and whole:
+        kind += ", with the model that it controls"
+    elif kind == "Paint by Example" and not holds(state, "cond_stage_model.mapper.", FILE_TOWER, "learnable_vector"):
+        # others also call theirs `model.diffusion_model`
+        kind = (unet or ("another UNet" if channels else "unknown (another architecture)")) + width
+    elif kind == "diffusers component: UNet":
+        if (variant := {8: "fc", 12: "fbc"}.get(channels)) and is_difference(state):
+            return f"IC-Light offset, {variant} ({channels} input channels; to be added to a UNet)"
+        kind += (f" of {unet}" if unet else "") + width
+    elif kind.startswith("CLIP") and holds(state, "text_model.", "token_embedding."):
+        kind = "CLIP"
+    return kind + (", training checkpoint with averaged weights (EMA)" if averaged else "")
 
 
 def input_channels(state: State) -> int:
     """Return the input channels of the UNet, in the published layout or diffusers'; 0 without one."""
-    weights = (state[name] for name in (INPUT_CONV, DIFFUSERS_INPUT_CONV) if name in state)
+    weights = (state[name] for name in INPUT_CONVS if name in state)
     return next((weight.shape[1] for weight in weights if weight.ndim == 4), 0)
 
 
@@ -284,11 +284,11 @@ def latent_channels(state: State) -> int:
 
 
 def family(state: State) -> str | None:
-    """Return `SDXL` or what the width of the UNet's context tells; None without a UNet with context."""
+    """Return `SDXL`, or what the channels of the UNet's context tell; None without a UNet with context."""
     if holds(state, "conditioner.embedders.", "add_embedding.", f"{UNET}label_emb."):
         return "SDXL"
-    width = context_width(state)
-    return None if width is None else _FAMILIES.get(width, "another UNet")
+    width = next((x.shape[1] for name, x in state.items() if name.endswith("attn2.to_k.weight")), None)
+    return None if width is None else _FAMILIES.get(width, f"another UNet (context of {width} channels)")
 
 
 def is_difference(state: State) -> bool | None:
@@ -308,21 +308,3 @@ def is_finite(tensor: Tensor) -> bool:
 def holds(state: Iterable[str], *prefixes: str) -> bool:
     """Return whether a name begins with one of the prefixes."""
     return any(name.startswith(prefixes) for name in state)
-
-
-def _kind(state: State) -> str:
-    if not holds(state, UNET) and any(_LORA.search(name) for name in state):
-        return "LoRA (low-rank additions, not a model by itself)"
-    kind = next((kind for start, kind in _KINDS.items() if any(re.match(start, name) for name in state)), "unknown")
-    unet, channels = family(state), input_channels(state)
-    width = _WIDTHS.get(channels, ", with {}").format(f"{channels} input channels")
-    if kind.startswith("ControlNet") and holds(state, UNET):
-        return f"{kind}, with the model that it controls"
-    if kind == "Paint by Example" and not holds(state, "cond_stage_model.mapper.", FILE_TOWER, "learnable_vector"):
-        # others also call theirs `model.diffusion_model`
-        return (unet or ("another UNet" if channels else "unknown (another architecture)")) + width
-    if kind == "diffusers component: UNet":
-        if (variant := {8: "fc", 12: "fbc"}.get(channels)) and is_difference(state):
-            return f"IC-Light offset, {variant} ({channels} input channels; to be added to a UNet)"
-        return kind + (f" of {unet}" if unet else "") + width
-    return "CLIP" if kind.startswith("CLIP") and holds(state, "text_model.", "token_embedding.") else kind

@@ -6,22 +6,18 @@ are memory-mapped. Sums are in float32, a few rows at a time; results are in A's
 Dimensions: D channels · C input channels (4 in Stable Diffusion; 9 for inpainting, 8 and 12 for IC-Light).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.checkpoint import keys
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.io import CheckpointError
-from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, UNET, State
+from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, INPUT_CONVS, UNET, State
 
-Multipliers = Mapping[str, float]  # tensor name => M
-
-PIECE = 2**20  # numbers that are merged at a time
-INPUT_CONVS = (INPUT_CONV, DIFFUSERS_INPUT_CONV)
+_PIECE = 2**20  # numbers that are merged at a time
 _NO_WEIGHTS = (*keys.SCHEDULE_BUFFERS, *keys.EMA_COUNTERS, "position_ids")
 
 
@@ -44,7 +40,7 @@ class Merge(NamedTuple):
         a, *others = (torch.atleast_1d(x) for x in (own, *(source.state[name] for source in self.sources[1:])))
         if a.shape != others[0].shape:  # a wider input convolution: its further channels stay
             a = a[:, : others[0].shape[1]]
-        rows = max(1, len(a) * PIECE // max(1, a.numel()))
+        rows = max(1, len(a) * _PIECE // max(1, a.numel()))
         try:
             for one, *rest in zip(*(x.split(rows) for x in (a, *others)), strict=True):
                 yield one, self.formula(m, one, *rest)
@@ -58,18 +54,17 @@ def add_difference(a: Source, b: Source, c: Source) -> Merge:
     A's first input channels are merged if it has more than B and C. Like the other merges, this refuses checkpoints
     that do not belong together and renames those that are not in A's layout.
     """
-    sources = a, b, c = _matched(a, b, c)
-    _, custom, base = counts = [keys.input_channels(source.state) for source in sources]
-    if all(counts) and custom != base:
+    merge = _prepared(_added, a, b, c)
+    custom, base = (keys.input_channels(source.state) for source in (b, c))
+    if custom and base and custom != base:
         wrong, wanted = (c, "B's base as C") if custom < base else (b, "a custom model as B")
         raise CheckpointError(f"{wrong.label} looks like an inpainting model (B {custom}, C {base}); pass {wanted}")
-    return Merge(sources, _common_names(*sources), _added)
+    return merge
 
 
 def weighted_sum(a: Source, b: Source) -> Merge:
     """Prepare (1 - M) A + M B; with M = 1 it is B, number by number."""
-    sources = _matched(a, b)
-    return Merge(sources, _common_names(*sources), lambda m, a, b: a.to(torch.float32, copy=True).lerp_(b.float(), m))
+    return _prepared(lambda m, a, b: a.to(torch.float32, copy=True).lerp_(b.float(), m), a, b)
 
 
 def offset(base: Source, delta: Source) -> Merge:
@@ -79,8 +74,7 @@ def offset(base: Source, delta: Source) -> Merge:
     """
     if keys.is_difference(delta.state) is False:
         raise CheckpointError(f"{delta.label} is a whole network, not a difference like IC-Light's; use weighted-sum")
-    sources = _matched(base, delta, differences=True)
-    return Merge(sources, _common_names(*sources), _added)
+    return _prepared(_added, base, delta, differences=True)
 
 
 def _added(m: float, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
@@ -89,7 +83,7 @@ def _added(m: float, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     return (difference if c is None else difference.sub_(c.float())).mul_(m).add_(a.float())
 
 
-def merged(merge: Merge, multipliers: Multipliers) -> Iterator[tuple[str, Tensor]]:
+def merged(merge: Merge, multipliers: Mapping[str, float]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of the result, in A's order and types; refuse a sum that does not fit into A's type."""
     names = set(merge.names)
     for name, own in merge.sources[0].state.items():
@@ -103,57 +97,13 @@ def merged(merge: Merge, multipliers: Multipliers) -> Iterator[tuple[str, Tensor
         yield name, own
 
 
-class BlockNorm(NamedTuple):
-    """How far a merge moves a block: Euclidean norms over all its tensors that change."""
-
-    tensors: int
-    change: float
-    before: float
-
-
-def block_norms(merge: Merge, multipliers: Multipliers) -> dict[str, BlockNorm]:
-    """Compute the norms of the change and of what is changed by block, ordered by names and numbers."""
-    sums: dict[str, list[float]] = {}  # block => number of tensors, squared change, squared size
-    for name in tqdm(merge.names, desc="comparing", unit="tensor", delay=3):
-        block = sums.setdefault(block_of(name), [0, 0, 0])
-        block[0] += 1
-        for piece, value in merge.pieces(name, multipliers[name], merge.sources[0].state[name]):
-            block[1] += torch.linalg.vector_norm(value.sub_(piece)).item() ** 2
-            block[2] += torch.linalg.vector_norm(piece.float()).item() ** 2
-    ordered = sorted(sums, key=lambda block: [int(part) if part.isdigit() else part for part in block.split(".")])
-    return {block: BlockNorm(int(n), change**0.5, size**0.5) for block in ordered for n, change, size in [sums[block]]}
-
-
-def block_of(name: str) -> str:
-    """Return the block of a tensor in reports: `input_blocks.3`, `middle_block`, `first_stage_model.encoder`, …"""
-    parts = name.removeprefix(UNET).split(".")
-    divided = len(parts) > 2 and (parts[1].isdigit() or parts[0].endswith("_model"))
-    return ".".join(parts[: 2 if divided else 1])
-
-
-def multipliers_of(names: Collection[str], multiplier: float, blocks: Mapping[str, float]) -> dict[str, float]:
-    """Return M of each name: that of the longest of `blocks` that fits it, or `multiplier`; blocks must fit a name.
-
-    A block is the beginning of names, whole parts between dots, with or without `model.diffusion_model.`.
-    """
-    multipliers = dict.fromkeys(names, multiplier)
-    for block in sorted(blocks, key=len):
-        start = f"{block}."
-        fitting = [name for name in names if f"{name}.".startswith((start, UNET + start))]
-        if not fitting:
-            known = ", ".join(dict.fromkeys(block_of(name) for name in names))
-            raise CheckpointError(f"block {block}: no merged tensor's name begins with it; expected {known}, or longer")
-        multipliers |= dict.fromkeys(fitting, blocks[block])
-    return multipliers
-
-
-def _matched(first: Source, *others: Source, differences: bool = False) -> tuple[Source, ...]:
+def _prepared(formula: Callable[..., Tensor], first: Source, *others: Source, differences: bool = False) -> Merge:
     """Refuse what does not belong together; rename the others to the first one's layout, published or diffusers'."""
     sources = (first, *others)
     kinds = [keys.identify(source.state) for source in sources]
     additions = [next((what for what in keys.ADDITIONS if kind.startswith(what)), "") for kind in kinds]
     for (label, state), kind, addition in zip(sources, kinds, additions, strict=True):
-        if keys.is_difference(state) and (state is first.state or not differences):
+        if keys.is_difference(state) and not (differences and state is not first.state):
             raise CheckpointError(f"{label} is a difference of two networks; add it to one (offset BASE DELTA OUT)")
         if addition and len(set(additions)) > 1 and INPUT_CONV not in state:  # a ControlNet's file may hold both
             raise CheckpointError(f"{label} is a {addition}, no model by itself; pass the checkpoint of a model")
@@ -161,28 +111,25 @@ def _matched(first: Source, *others: Source, differences: bool = False) -> tuple
             raise CheckpointError(f"{label}: {keys.misfit(state)}")
         if "averaged" in kind:
             raise CheckpointError(f"{label} holds its UNet twice, also averaged ({EMA}*); choose with --ema")
-    own, own_width = keys.family(first.state), keys.context_width(first.state)
+    own = keys.family(first.state)
     for label, state in others:
-        theirs, width = keys.family(state), keys.context_width(state)
-        if any(None not in pair and pair[0] != pair[1] for pair in ((own, theirs), (own_width, width))):
-            both = f"{label} is {theirs} (context of {width} channels), {first.label} is {own} ({own_width})"
-            raise CheckpointError(f"{both}; pass checkpoints of one family")
-    channels = {source.label: count for source in sources if (count := keys.input_channels(source.state))}
-    different = set(channels.values())
-    if depth := [label for label, count in channels.items() if count == 5 and len(different) > 1]:
-        raise CheckpointError(f"{depth[0]} has 5 input channels: a depth model; pass the inpainting model, which has 9")
-    latent = keys.latent_channels(first.state)
-    if len(different - {latent}) > 1:
-        key = INPUT_CONV if INPUT_CONV in first.state else DIFFUSERS_INPUT_CONV
-        counts = ", ".join(f"{label} {count}" for label, count in channels.items())
-        raise CheckpointError(f"{key}: got input channels {counts}; pass checkpoints of one width, or with {latent}")
-    for label, count in channels.items():
-        if count > (own := channels.get(first.label, count)):
-            raise CheckpointError(
-                f"{label} has {count} input channels, {first.label} {own}: exchange them if swapped, or inflate "
-                f"{first.label} with `modify_checkpoints.py IN OUT --in-channels {count}`"
-            )
-    return (first, *(_named_like(first, other) for other in others))
+        if own and (theirs := keys.family(state)) and theirs != own:
+            raise CheckpointError(f"{label} is {theirs}, {first.label} is {own}; pass checkpoints of one family")
+    counts = {label: count for label, state in sources if (count := keys.input_channels(state))}
+    own, latent = counts.get(first.label), keys.latent_channels(first.state)
+    depth = 5 in counts.values() and len(set(counts.values())) > 1
+    if depth or (own and set(counts.values()) - {own, latent}):
+        inflate = f"modify_checkpoints.py IN OUT --in-channels {max(counts.values())}"
+        remedies = {  # the first that applies counts
+            "5 are a depth model's; pass the inpainting model, which has 9": depth,
+            f"exchange them if swapped, or inflate {first.label} with `{inflate}`": own == latent,
+            f"pass checkpoints of one width, or with {latent}": True,
+        }
+        remedy = next(remedy for remedy, applies in remedies.items() if applies)
+        listed = ", ".join(f"{label} {count}" for label, count in counts.items())
+        raise CheckpointError(f"{INPUT_CONV}: got input channels {listed}; {remedy}")
+    sources = (first, *(_named_like(first, other) for other in others))
+    return Merge(sources, _common_names(*sources), formula)
 
 
 def _named_like(first: Source, other: Source) -> Source:

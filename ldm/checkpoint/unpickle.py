@@ -2,18 +2,16 @@
 
 A pickle is a program: it looks names up and calls what it finds. `find_class` is its only way to anything, and imports
 nothing: it knows `_BUILDERS`, and answers any other name with an inert placeholder, which keeps the items of what
-behaves like a dict and ignores the rest. BUILD, which would set attributes, does nothing.
+behaves like a dict and ignores the rest. BUILD, which would set attributes, does nothing. Safety rests on that alone;
+a call of what would have effects elsewhere is also refused, to tell the user.
 
-Safety rests on that alone. What calls the standard library, but for `_DATA`, is also refused, to tell the user.
 `torch.load(weights_only=True)` would not do: it reads protocol 2 alone and fails on objects like lists or dicts.
 """
 
 from __future__ import annotations
 
-import builtins
 import pickle
 import re
-import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -27,18 +25,10 @@ class Refused(Exception):
     """The pickle calls what no weights need."""
 
 
-# Beginnings of the standard library's names that make plain data, without the underscore of modules in C.
-_DATA_NAMES = """
-    argparse.Namespace array codecs.decode codecs.encode collections copyreg dataclasses datetime decimal enum fractions
-    http.HTTPStatus inspect io.BytesIO io.StringIO ipaddress itertools logging.getLogger operator.getitem operator.or_
-    pathlib random re signal.Signals socket.AddressFamily time.struct_time types.GenericAlias types.SimpleNamespace
-    typing uuid weakrefset zoneinfo builtins.iter
-"""
-_DATA_TYPES = (f"builtins.{name}" for name, what in vars(builtins).items() if isinstance(what, type))
-_DATA = tuple(f"{name}." for name in (*_DATA_NAMES.split(), *_DATA_TYPES))
-_DATA_ENDINGS = ("Error", "Exception", "_result")
-# Parts of any dotted name that lead to functions with effects.
-_WAY_OUT = re.compile(r"_?(?:os|nt|posix|sys|subprocess|shutil|importlib|builtins)|__(?!new)\w+__")
+# Parts of dotted names that have effects if they are called, or lead to what has; but for errors and named tuples.
+_WITH_EFFECTS = re.compile(
+    r"_?(?:os|nt|posix|sys|subprocess|shutil|importlib|runpy|pty|ctypes|cProfile)|eval|exec|open|__(?!new|main)\w+__"
+)
 
 
 class _Placeholder(dict[Any, Any]):
@@ -68,9 +58,7 @@ class _Placeholder(dict[Any, Any]):
 def _refuse(*called: object) -> None:
     """Refuse calls of placeholders whose names have effects."""
     for path in (kind.path for kind in called if isinstance(kind, type) and issubclass(kind, _Placeholder)):
-        module, *names = path.split(".")
-        is_data = f"{path}.".removeprefix("_").startswith(_DATA) or path.endswith(_DATA_ENDINGS)
-        if (module in sys.stdlib_module_names and not is_data) or any(map(_WAY_OUT.fullmatch, names)):
+        if any(map(_WITH_EFFECTS.fullmatch, path.split("."))) and not path.endswith(("Error", "_result")):
             raise Refused(f"refused: the pickle calls {path}, which no weights need; get them elsewhere")
 
 

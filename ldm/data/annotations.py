@@ -1,5 +1,6 @@
 """Read box annotations in common formats (docs/data.md), and write the index that training opens."""
 
+import codecs
 import hashlib
 import itertools
 import json
@@ -9,9 +10,9 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import cv2
@@ -26,11 +27,10 @@ from ldm.data.box_index import (
     MAX_AREA,
     MIN_AREA,
     SKIPPED_EXIF,
-    Boxes,
+    AnnotatedImage,
     BoxIndex,
     IndexWriter,
-    Labels,
-    Shapes,
+    Object,
     Size,
     turned_size,
 )
@@ -39,32 +39,19 @@ from ldm.images import FORMATS, UNREADABLE, exif_orientation, find_images, load_
 
 OPEN_IMAGES_CSV = {split: f"{split}-annotations-bbox.csv" for split in ("validation", "test")}
 OPEN_IMAGES_CSV["train"] = "oidv6-train-annotations-bbox.csv"
+UNFINISHED = ".unfinished"  # file among Open Images' text files while read_bbox.py writes them
 VALIDATION_SHARE, MIN_VALIDATION = 0.05, 8  # of the images, where a dataset has no validation split
 _CORNERS = ["XMin", "YMin", "XMax", "YMax"]  # columns of Open Images' CSV
 _MIN_COMPONENT = 16  # pixels of a mask's connected component that counts as an object
+
+Record = TypeVar("Record")
+Result = TypeVar("Result")
 
 
 class Unusable(Exception):
     """An image, or a record of its annotations, that training cannot use. The message is a reason in a few words."""
 
 
-class AnnotatedImage(NamedTuple):
-    """Arguments of `IndexWriter.add`, with fractions of the size if `relative`, and what was left out in reading."""
-
-    name: str
-    size: Size | None = None  # as the annotations say, of the image that was shown to who made them; unknown
-    boxes: Boxes | np.ndarray = ()
-    shapes: Shapes = None
-    mask: str = ""
-    labels: Labels = None
-    places: Sequence[str] = ()  # where each box was read; default: the name
-    relative: bool = False
-    problems: Sequence[tuple[str, str]] = ()  # reason and place
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Object = tuple[Sequence[float], list[np.ndarray], str]  # box, outlines, class name
 Split = tuple[Path, Iterable[AnnotatedImage], bool]  # folder of the images; images; whether only those of the split
 
 
@@ -121,13 +108,15 @@ def write_index(path: Path, data: DataConfig, split: str, *, state: str = "") ->
         writer.source["images"] = str(images)
         if not has_split:
             items = list(items)
-            validation = held_out(item.name for item in items)
+            validation = held_out(item.name for item in items if item.objects)
+            if split == "validation" and not validation:
+                raise UserError(f"{images}: too few images with objects to hold one out for validation; add images")
             items = [item for item in items if (item.name in validation) == (split == "validation")]
         exif, fits, undecided = data.exif if data.kind != "open_images" else "ignore", Counter(), []
         for item in tqdm(items, desc=f"{split}: {data.kind}", unit=" images"):
             for reason, place in item.problems:
                 writer.leave_out(reason, place)
-            if (not item.problems or len(item.boxes)) and not _add(writer, images, item, exif, fits):
+            if (item.objects or not item.problems) and not _add(writer, images, item, exif, fits):
                 undecided.append(item)
         for item in undecided:
             _add(writer, images, item, "ignore" if fits["stored"] > fits["upright"] else "apply", fits)
@@ -142,8 +131,8 @@ def _add(writer: IndexWriter, images: Path, item: AnnotatedImage, exif: str, fit
     """
     try:
         size, orientation = image_header(images / item.name, ignore_exif=exif == "ignore")
-        upright = turned_size(size, orientation)
         if orientation != 1:
+            upright = turned_size(size, orientation)
             if exif == "skip":
                 writer.leave_out(SKIPPED_EXIF, item.name)
                 return True
@@ -154,13 +143,10 @@ def _add(writer: IndexWriter, images: Path, item: AnnotatedImage, exif: str, fit
             size, orientation = (size, 1) if is_stored else (upright, orientation)
         if item.size not in (None, size):
             raise Unusable("of another size than annotated")
+        item.size, item.orientation = size, orientation
+        writer.add(item)
     except Unusable as error:
         writer.leave_out(f"images {error}", item.name)
-        return True
-    scale = size if item.relative else (1, 1)
-    boxes = (np.reshape(item.boxes, (-1, 4)) * (*scale, *scale)).tolist()
-    shapes = item.shapes and [[outline * scale for outline in outlines] for outlines in item.shapes]
-    writer.add(item.name, size, boxes, shapes, item.mask, item.labels, orientation, item.places)
     return True
 
 
@@ -202,47 +188,49 @@ def read_open_images(data: DataConfig, split: str, writer: IndexWriter) -> Split
     images, texts = Path(data.root, "images"), Path(data.annotations or Path(data.root, "bbox", split))
     csv_path = Path(data.annotations or Path(data.root, "annotations", OPEN_IMAGES_CSV[split]))
     paths = find_jpegs(images, split)
-    if texts.is_dir():
-        named = ((paths.get(text.stem, text.stem), text) for text in _files(texts, ".txt"))
-        items = _parsed(named, lambda name, text: AnnotatedImage(name, **_objects(_lines(text), _four_numbers)))
-    else:
-        items = (
-            AnnotatedImage(paths.get(id_, id_), boxes=corners, labels=labels, relative=True)
-            for id_, corners, labels in read_boxes_csv(csv_path, writer.faults)[2]
-        )
-    return images, items, True
+    if (texts / UNFINISHED).exists():
+        raise UserError(f"{texts}: scripts/read_bbox.py was interrupted here; run it again")
+    if not texts.is_dir():
+        found = read_boxes_csv(csv_path, writer.faults)[2]
+        return images, (AnnotatedImage(paths.get(id_, id_), objects=some, relative=True) for id_, some in found), True
+
+    def parse(image: AnnotatedImage, text: Path, _: str) -> None:
+        image.objects = _each(image, _lines(text), _open_images_object)
+
+    return images, _parsed(((paths.get(text.stem, text.stem), text) for text in _files(texts, ".txt")), parse), True
 
 
 def find_jpegs(images: Path, split: str) -> dict[str, str]:
     """Map image ids to paths relative to `images`, of every JPEG below `images/SPLIT` and `images/SPLIT_*`."""
     paths: dict[str, str] = {}
     for root in sorted([images / split, *images.glob(f"{split}_*")]):
-        for folder, _, names in os.walk(root, followlinks=True):
+        for folder, names in walk_folders(root):
             prefix = os.path.relpath(folder, images)
             jpegs = (name for name in names if name.lower().endswith((".jpg", ".jpeg")))
             paths.update((name.rpartition(".")[0], f"{prefix}/{name}") for name in jpegs)
     return paths
 
 
-def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator[tuple[str, np.ndarray, list[str]]]]:
+def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator[tuple[str, list[Object]]]]:
     """Read the boxes of Open Images' CSV that cover 2 % to 80 % of their image; `skipped` takes damaged rows.
 
     Returns:
-        Numbers of rows and of those boxes; per image its id, (n, 4) corners x_min, y_min, x_max, y_max in [0, 1], and
-        the class name of each box, from the class descriptions beside the CSV ("": unknown).
+        Numbers of rows and of those boxes; each image's id and objects. Corners are fractions of the image; classes are
+        named by the class descriptions beside the CSV.
     """
     import pandas as pd  # part of the training extra
 
     types: Any = {"ImageID": "category", **dict.fromkeys(_CORNERS, "float64")}
     try:
-        if "LabelName" in pd.read_csv(csv_path, nrows=0):
+        read = _csv_reader(csv_path)
+        if "LabelName" in read(nrows=0):
             types["LabelName"] = "category"
         try:
-            boxes = pd.read_csv(csv_path, usecols=list(types), dtype=types)
+            boxes = read(usecols=list(types), dtype=types)
             if pd.api.types.is_numeric_dtype(boxes.ImageID.cat.categories):
                 raise ValueError("ids without their zeros")
         except ValueError:  # or text instead of a number: read again, slower, with a gap there
-            boxes = pd.read_csv(csv_path, usecols=list(types), dtype="str").astype({"ImageID": "category"})
+            boxes = read(usecols=list(types), dtype="str").astype({"ImageID": "category"})
             boxes[_CORNERS] = boxes[_CORNERS].apply(pd.to_numeric, errors="coerce")
         lacking = boxes.isna().any(axis=1)
         for row in np.flatnonzero(lacking):
@@ -255,23 +243,38 @@ def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator
     descriptions: dict[str, str] = {}
     for path in sorted(csv_path.parent.glob("*class-descriptions*.csv")):
         with suppress(pd.errors.EmptyDataError):
-            table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding_errors="replace")
+            table = _csv_reader(path)(header=None, dtype=str, keep_default_na=False, encoding_errors="replace")
             descriptions |= dict(table.iloc[:, :2].itertuples(index=False)) if table.shape[1] > 1 else {}
-    area = (boxes.XMax - boxes.XMin) * (boxes.YMax - boxes.YMin)
+    area = (boxes.XMax - boxes.XMin).clip(lower=0) * (boxes.YMax - boxes.YMin)
     boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
     boxes = boxes.loc[area.between(MIN_AREA, MAX_AREA)]  # frees the others
+    if boxes.empty:
+        share = f"{MIN_AREA:.0%} to {MAX_AREA:.0%}"
+        raise UserError(f"{csv_path}: no box covers {share} of its image; corners must be fractions of it, from 0 to 1")
     kept = boxes.sort_values("ImageID", kind="stable")
     codes, corners = kept.ImageID.cat.codes.to_numpy(), kept[_CORNERS].to_numpy()
     labels = kept.LabelName if "LabelName" in kept else pd.Series("", kept.index)
     names = labels.map(lambda label: descriptions.get(label, "")).to_numpy(object)
     starts = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()  # first box of each image
     spans = zip(kept.ImageID.cat.categories[codes[starts]], itertools.pairwise([*starts, len(kept)]), strict=True)
-    return rows, len(kept), ((id_, corners[i:j], names[i:j].tolist()) for id_, (i, j) in spans)
+    found = ((id_, map(Object, corners[i:j].tolist(), names[i:j].tolist())) for id_, (i, j) in spans)
+    return rows, len(kept), ((id_, list(objects)) for id_, objects in found)
 
 
-def _four_numbers(words: list[str]) -> Object:
-    left, top, right, bottom = map(float, words)
-    return (left, top, right, bottom), [], ""
+def _csv_reader(path: Path) -> Callable[..., Any]:
+    """Return `pandas.read_csv` for a file in UTF-8 or UTF-16, separated by commas, semicolons or tabs."""
+    import pandas as pd
+
+    with open(path, "rb") as file:
+        head = file.readline()
+    encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    separator = chr(max(b",;\t", key=head.count))
+    return partial(pd.read_csv, path, sep=separator, encoding=encoding, skipinitialspace=True)
+
+
+def _open_images_object(words: list[str], place: str) -> Object:
+    left, top, right, bottom, *label = words
+    return Object((float(left), float(top), float(right), float(bottom)), " ".join(label), (), place)
 
 
 def read_coco(data: DataConfig, split: str, writer: IndexWriter) -> Split:
@@ -297,19 +300,20 @@ def read_coco(data: DataConfig, split: str, writer: IndexWriter) -> Split:
         else:
             writer.leave_out("annotations of images that are not listed", place)
     folders = ("train2017", "train") if split == "train" else ("val2017", "val", "valid")
-    find = ImageFinder(root, Path(path).parent, *(root / folder for folder in folders))
+    find = image_finder(root, Path(path).parent, *(root / folder for folder in folders))
 
-    def parse(written: str, image: dict[str, Any]) -> AnnotatedImage:
-        if sharing[_id(image["id"])] > 1:  # of two exports that were joined: nobody knows whose boxes these are
+    def parse(image: AnnotatedImage, described: dict[str, Any], _: str) -> None:
+        id_ = _id(described["id"])
+        if sharing[id_] > 1:  # of two exports that were joined: nobody knows whose boxes these are
             raise Unusable("images that share an id")
-        objects = _objects(found[_id(image["id"])], partial(_coco_object, names))
-        return AnnotatedImage(find(written), _size(image.get("width"), image.get("height")), **objects)
+        image.name, image.size = find(image.name), _size(described.get("width"), described.get("height"))
+        image.objects = _each(image, found[id_], partial(_coco_object, names))
 
     items = _parsed(((str(image.get("file_name")), image) for image in images), parse)
-    return root, list(items), data.val_annotations is not None
+    return root, items, data.val_annotations is not None
 
 
-def _coco_object(names: dict[str, str], annotation: dict[str, Any]) -> Object:
+def _coco_object(names: dict[str, str], annotation: dict[str, Any], place: str) -> Object:
     if annotation.get("iscrowd") in (1, "1"):
         raise Unusable(CROWD)
     if not annotation.get("bbox"):
@@ -320,8 +324,16 @@ def _coco_object(names: dict[str, str], annotation: dict[str, Any]) -> Object:
         outlines = []
     elif outlines and not isinstance(outlines[0], list):  # a polygon that is not in a list
         outlines = [outlines]
-    shape = [np.array(x, dtype=np.float32).reshape(-1, 2) for x in outlines if len(x) >= 6]
-    return (x, y, x + width, y + height), shape, names.get(_id(annotation.get("category_id")), "")
+    label = names.get(_id(annotation.get("category_id")), "")
+    return Object((x, y, x + width, y + height), label, _outlines(outlines), place)
+
+
+def _outlines(polygons: Iterable[Sequence[float]]) -> list[np.ndarray]:
+    """Return polygons of x, y, x, y, … as arrays (n, 2), without those of less than three corners."""
+    outlines = [np.array(polygon, dtype=np.float32).reshape(-1, 2) for polygon in polygons if len(polygon) >= 6]
+    if not all(np.isfinite(outline).all() for outline in outlines):
+        raise Unusable("polygons with corners that are not finite")
+    return outlines
 
 
 def _around(outlines: list[np.ndarray]) -> list[float]:
@@ -338,44 +350,41 @@ def _id(value: Any) -> str:
         return str(value)
 
 
-def _size(width: Any, height: Any) -> Size | None:
+def _size(*sides: Any) -> Size | None:
     """Return an annotated size; None where it is not known, for which tools write nothing, 0 or -1."""
-    try:
-        size = whole(width), whole(height)
-    except (TypeError, ValueError):
-        return None
-    return size if min(size) > 0 else None
+    width, height = (int(text) if (text := _id(side)).isdecimal() else 0 for side in sides)
+    return (width, height) if width and height else None
 
 
-class ImageFinder:
-    """Find the image files that annotations name, where the tool that wrote these had them in other folders.
+def image_finder(root: Path, *others: Path) -> Callable[[str], str]:
+    """Return a function that finds an image file where the tool that wrote its path had it in another folder.
 
-    A path is looked up as written, then without more and more of its first folders, below ROOT, ROOT/images,
-    ROOT/JPEGImages and `others`. Last comes the only file of that name anywhere below ROOT.
+    The path is looked up as written, then without more and more of its first folders, below ROOT, ROOT/images,
+    ROOT/JPEGImages and `others`. Last comes the only file of that name anywhere below ROOT. The function returns a path
+    relative to ROOT; Unusable if there is no such file, or several.
     """
+    places = dict.fromkeys((root, root / "images", root / "JPEGImages", *others))
 
-    def __init__(self, root: Path, *others: Path) -> None:
-        self.root, self.places = root, dict.fromkeys((root, root / "images", root / "JPEGImages", *others))
+    @cache
+    def by_name() -> dict[str, list[str]]:
+        paths: dict[str, list[str]] = defaultdict(list)
+        for path in walk(root):
+            paths[composed(path.name).casefold()].append(str(path))
+        return paths
 
-    def __call__(self, written: str) -> str:
-        """Return the path relative to ROOT; Unusable if there is no such file, or several."""
-        if os.path.isfile(os.path.join(self.root, written)):
+    def find(written: str) -> str:
+        if os.path.isfile(os.path.join(root, written)):
             return written
         path = unquote(urlsplit(written).path if "://" in written else written)
         parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")] or [written]
-        paths = (os.path.join(place, *parts[k:]) for k in range(len(parts)) for place in self.places)
-        found = [path for path in paths if os.path.isfile(path)][:1] or self._by_name[composed(parts[-1]).casefold()]
+        paths = (os.path.join(place, *parts[k:]) for k in range(len(parts)) for place in places)
+        found = [path for path in paths if os.path.isfile(path)][:1] or by_name()[composed(parts[-1]).casefold()]
         if len(found) != 1:
-            places = ", ".join(map(str, self.places))
-            raise Unusable(f"images {'whose name several have' if found else 'missing'} in {places}, or deeper")
-        return Path(os.path.relpath(found[0], self.root)).as_posix()
+            state = "whose name several have" if found else "missing"
+            raise Unusable(f"images {state} in {', '.join(map(str, places))}, or deeper")
+        return Path(os.path.relpath(found[0], root)).as_posix()
 
-    @cached_property
-    def _by_name(self) -> dict[str, list[str]]:
-        paths: dict[str, list[str]] = defaultdict(list)
-        for path in walk(self.root):
-            paths[composed(path.name).casefold()].append(str(path))
-        return paths
+    return find
 
 
 def read_voc(data: DataConfig, split: str, _: IndexWriter) -> Split:
@@ -388,30 +397,30 @@ def read_voc(data: DataConfig, split: str, _: IndexWriter) -> Split:
         stems = {line.split()[0] for line in read_text(listed).splitlines() if line.strip()}
         paths = [path for path in paths if path.stem in stems]
     images = images if images.is_dir() else root
-    find = ImageFinder(images, root, root / "images", folder)
+    find = image_finder(images, root, root / "images", folder)
     by_stem = {path.stem: path.name for path in images.iterdir() if path.suffix not in (".xml", ".txt", ".json")}
 
-    def parse(stem: str, path: Path) -> AnnotatedImage:
+    def parse(image: AnnotatedImage, path: Path, _: str) -> None:
         content = ElementTree.parse(path).getroot()
-        name = (content.findtext("filename") or "").strip() or f"{stem}.jpg"
-        if not (images / name).is_file():  # without an ending, for instance, or with another one
-            name = by_stem.get(stem) or find(name)
+        image.name = (content.findtext("filename") or "").strip() or f"{path.stem}.jpg"
+        if not (images / image.name).is_file():  # without an ending, for instance, or with another one
+            image.name = by_stem.get(path.stem) or find(image.name)
+        image.size = _size(content.findtext("size/width"), content.findtext("size/height"))
         things = ((f"{path}, object {k}", thing) for k, thing in enumerate(content.findall("object"), 1))
-        size = _size(content.findtext("size/width"), content.findtext("size/height"))
-        return AnnotatedImage(name, size, **_objects(things, _voc_object))
+        image.objects = _each(image, things, _voc_object)
 
     return images, _parsed(((path.stem, path) for path in paths), parse), listed.is_file()
 
 
-def _voc_object(thing: ElementTree.Element) -> Object:
+def _voc_object(thing: ElementTree.Element, place: str) -> Object:
     keys = ("xmin", "ymin", "xmax", "ymax")  # counted from 1, last pixel included
     corners = [thing.findtext(f"bndbox/{key}") or "" for key in keys]
-    points = ([float(x.text or "") for x in shape.iter() if x.tag[0] in "xy"] for shape in thing.findall("polygon"))
-    outlines = [np.array(x, dtype=np.float32).reshape(-1, 2) for x in points if len(x) >= 6]
+    polygons = thing.findall("polygon")
+    outlines = _outlines([float(x.text or "") for x in polygon.iter() if x.tag[0] in "xy"] for polygon in polygons)
     if not all(corners) and not outlines:
         raise Unusable("objects without a box")
     left, top, right, bottom = map(float, corners) if all(corners) else _around(outlines)
-    return (left - 1, top - 1, right, bottom), outlines, thing.findtext("name") or ""
+    return Object((left - 1, top - 1, right, bottom), thing.findtext("name") or "", outlines, place)
 
 
 def read_yolo(data: DataConfig, split: str, writer: IndexWriter) -> Split:
@@ -423,17 +432,15 @@ def read_yolo(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     if not texts.is_dir():
         raise UserError(f"{texts}: no such folder; check data.root and data.annotations")
 
-    def parse(name: str, path: Path) -> AnnotatedImage:
-        return AnnotatedImage(name, relative=True, **_objects(_lines(path) if path.is_file() else [], _yolo_object))
+    def parse(image: AnnotatedImage, path: Path, _: str) -> None:
+        image.relative = True
+        image.objects = _each(image, _lines(path) if path.is_file() else [], _yolo_object)
 
-    return (
-        images,
-        _parsed(((name.as_posix(), (texts / name).with_suffix(".txt")) for name in names), parse),
-        bool(folder),
-    )
+    named = ((name.as_posix(), (texts / name).with_suffix(".txt")) for name in names)
+    return images, _parsed(named, parse), bool(folder)
 
 
-def _yolo_object(words: list[str]) -> Object:
+def _yolo_object(words: list[str], place: str) -> Object:
     values = [float(word) for word in words[1:]]  # behind the class, a number or a name
     if len(values) == 5:
         values = values[:4]  # the fifth one is the confidence of a prediction
@@ -443,9 +450,9 @@ def _yolo_object(words: list[str]) -> Object:
         raise Unusable("lines in pixels instead of fractions of the image")
     if len(values) == 4:
         x, y, width, height = values
-        return (x - width / 2, y - height / 2, x + width / 2, y + height / 2), [], ""
-    outline = np.array(values, dtype=np.float32).reshape(-1, 2)
-    return _around([outline]), [outline], ""
+        return Object((x - width / 2, y - height / 2, x + width / 2, y + height / 2), place=place)
+    outlines = _outlines([values])
+    return Object(_around(outlines), "", outlines, place)
 
 
 def read_masks(data: DataConfig, split: str, writer: IndexWriter) -> Split:
@@ -454,17 +461,17 @@ def read_masks(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     found = find_images(folder, writer.faults)
     masks = {composed(path.relative_to(folder).with_suffix("")): path for path in found}
 
-    def parse(name: str, mask: Path) -> AnnotatedImage:
+    def parse(image: AnnotatedImage, mask: Path, _: str) -> None:
         if not mask.is_file():
             raise Unusable("images without a mask")
         levels = np.asarray(load_mask(mask))
         if levels.max() < 128:
             raise Unusable("masks without white (levels from 128 on)")
-        _, _, components, _ = cv2.connectedComponentsWithStats((levels >= 128).astype(np.uint8), connectivity=8)
-        found = components[1:].tolist()  # the first one is the background
-        boxes = [(x, y, x + w, y + h) for x, y, w, h, area in found if area >= _MIN_COMPONENT]
-        size = levels.shape[1], levels.shape[0]
-        return AnnotatedImage(name, size, boxes, mask=Path(os.path.relpath(mask, images)).as_posix())
+        found = cv2.connectedComponentsWithStats((levels >= 128).astype(np.uint8), connectivity=8)[2]
+        boxes = found[1:].tolist()  # the first one is the background
+        image.objects = [Object((x, y, x + w, y + h)) for x, y, w, h, area in boxes if area >= _MIN_COMPONENT]
+        image.size = levels.shape[1], levels.shape[0]
+        image.mask = Path(os.path.relpath(mask, images)).as_posix()
 
     names = (path.relative_to(images) for path in find_images(images, writer.faults))
     others = ((name, masks.get(composed(name), folder / name)) for name in names)  # the mask of a.jpg may be a.jpg.png
@@ -476,44 +483,36 @@ READERS = {"open_images": read_open_images, "coco": read_coco, "voc": read_voc, 
 
 
 def _parsed(
-    named: Iterable[tuple[str, Item]], parse: Callable[[str, Item], AnnotatedImage]
+    named: Iterable[tuple[str, Record]], parse: Callable[[AnnotatedImage, Record, str], None]
 ) -> Iterator[AnnotatedImage]:
-    """Parse the annotations of each (name, path or content)."""
+    """Let `parse` fill in each image, given by its name and its path or content."""
     for name, source in named:
-        problems: list[tuple[str, str]] = []
+        image = AnnotatedImage(name)
         place = str(source) if isinstance(source, Path) else name
-        found = _each([(place, source)], partial(parse, name), problems)
-        yield found[0][1] if found else AnnotatedImage(name, problems=problems)
-
-
-def _objects(records: Iterable[tuple[str, Item]], parse: Callable[[Item], Object]) -> dict[str, Any]:
-    """Parse the record of each object, given with its place; return arguments for `AnnotatedImage`."""
-    problems: list[tuple[str, str]] = []
-    found = _each(records, parse, problems)
-    boxes, shapes, labels = ([object_[k] for _, object_ in found] for k in range(3))
-    places = [place for place, _ in found]
-    return {"boxes": boxes, "shapes": shapes, "labels": labels, "places": places, "problems": problems}
+        _each(image, [(place, source)], partial(parse, image))
+        yield image
 
 
 def _each(
-    records: Iterable[tuple[str, Item]], parse: Callable[[Item], Result], problems: list[tuple[str, str]]
-) -> list[tuple[str, Result]]:
-    """Parse each record for itself; what cannot be used becomes a problem."""
+    image: AnnotatedImage, records: Iterable[tuple[str, Record]], parse: Callable[[Record, str], Result]
+) -> list[Result]:
+    """Parse each record, given with its place, for itself; what cannot be used becomes a problem of the image."""
     found = []
     for place, record in records:
         try:
-            found.append((place, parse(record)))
+            found.append(parse(record, place))
         except Unusable as error:
-            problems.append((str(error), place))
+            image.problems.append((str(error), place))
         except (*UNREADABLE, AttributeError, LookupError, TypeError) as error:
-            problems.append(("annotations that cannot be read", f"{place}: {error}"))
+            image.problems.append(("annotations that cannot be read", f"{place}: {error}"))
     return found
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check data.root and data.annotations")
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == suffix)
+    found = ((place, name) for place, names in walk_folders(folder) for name in names if name[0] != ".")
+    return sorted(Path(place, name) for place, name in found if name.lower().endswith(suffix))
 
 
 def _lines(path: Path) -> list[tuple[str, list[str]]]:

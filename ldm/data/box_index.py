@@ -1,7 +1,7 @@
 """The index of a dataset: image files and their boxes in one memory-mapped file, whatever the annotation format.
 
-The file opens at once, and all processes share its pages. It is a safetensors file with the arrays of `_COLUMNS`, for N
-images and M boxes. Texts and lists of varying length lie end to end; `…_ends` says where each ends.
+It is a safetensors file with the arrays of `_COLUMNS`, for N images and M boxes. Texts and lists of varying length lie
+end to end; `…_ends` says where each ends.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,9 +45,28 @@ _COLUMNS = {  # type code of `array.array`; shape; column without which this one
 }  # fmt: skip
 _REBUILD = "write it again with scripts/inspect_dataset.py --rebuild"
 Size = tuple[int, int]  # (width, height) in pixels
-Boxes = Sequence[Sequence[float]]  # x_min, y_min, x_max, y_max
-Shapes = Sequence[Sequence[np.ndarray]] | None  # per box the outlines of its object, each (n, 2) x, y
-Labels = Sequence[str] | None  # class name per box, "" if unknown
+
+
+class Object(NamedTuple):
+    """An object of an image, as it was annotated."""
+
+    box: Sequence[float]  # x_min, y_min, x_max, y_max; may be partly outside the image
+    label: str = ""  # class name, if known
+    outlines: Sequence[np.ndarray] = ()  # each (n, 2) x, y
+    place: str = ""  # where it was read; default: the image's name
+
+
+@dataclass
+class AnnotatedImage:
+    """An image as it was annotated; see `Entry`."""
+
+    name: str
+    size: Size | None = None  # None: unknown
+    objects: Iterable[Object] = ()
+    mask: str = ""
+    orientation: int = 1
+    relative: bool = False  # boxes and outlines are in fractions of the size
+    problems: list[tuple[str, str]] = field(default_factory=list)  # reason and place of what cannot be used
 
 
 class Entry(NamedTuple):
@@ -132,48 +152,37 @@ class IndexWriter:
         """Count a box or an image that is not in the index; UserError if it is a fault and the writer is strict."""
         (self.unwanted if reason in _BY_CHOICE else self.faults).add(reason, place)
 
-    def add(
-        self,
-        name: str,
-        size: Size,
-        boxes: Boxes,
-        shapes: Shapes = None,
-        mask: str = "",
-        labels: Labels = None,
-        orientation: int = 1,
-        places: Sequence[str] = (),
-    ) -> bool:
-        """Add an image with those of its boxes that cover 2 % to 80 % of it; return whether there are any.
-
-        The arguments are as in `Entry`, but `boxes` may be fractional or partly outside the image. `places` say where
-        each box was read (default: the name).
-        """
-        if not all(0 < side <= _MAX_SIDE for side in size):
+    def add(self, image: AnnotatedImage) -> None:
+        """Add an image of known size with those of its objects whose boxes cover 2 % to 80 % of it, if any."""
+        assert image.size is not None
+        name, size = image.name, image.size
+        if max(size) > _MAX_SIDE:
             self.leave_out(f"images of more than {_MAX_SIDE} pixels a side", name)
-            return False
-        before, columns = self.boxes, self._columns
-        for k, box in enumerate(boxes):
-            x_min, y_min, x_max, y_max = (round(edge, 3) for edge in box)  # 0.29 of 100 pixels: 28.999999999999996
+            return
+        before, columns, scale = self.boxes, self._columns, size if image.relative else (1, 1)
+        factors = (*scale, *scale)
+        for box, label, outlines, place in image.objects:
+            # 0.29 of 100 pixels: 28.999999999999996
+            x_min, y_min, x_max, y_max = [round(edge * k, 3) for edge, k in zip(box, factors, strict=True)]
             if reason := _unusable(x_min, y_min, x_max, y_max, size):
-                self.leave_out(reason, places[k] if places else name)
+                self.leave_out(reason, place or name)
                 continue
             self.boxes += 1
             columns["boxes"].extend(clip_box(x_min, y_min, x_max, y_max, size))
-            for outline in shapes[k] if shapes else ():
-                columns["points"].extend(np.ravel(outline).tolist())
+            for outline in outlines:
+                columns["points"].extend(np.ravel(outline * scale).tolist())
                 columns["polygon_ends"].append(len(columns["points"]) // 2)
             columns["shape_ends"].append(len(columns["polygon_ends"]))
-            columns["box_classes"].append(self._classes.setdefault(labels[k] if labels else "", len(self._classes)))
+            columns["box_classes"].append(self._classes.setdefault(label, len(self._classes)))
         if self.boxes == before:
             self.leave_out(NO_BOX, name)
-            return False
+            return
         self.images += 1
         columns["sizes"].extend(size)
-        columns["orientations"].append(orientation)
+        columns["orientations"].append(image.orientation)
         columns["box_ends"].append(self.boxes)
         self._append_text("names", "name_ends", name)
-        self._append_text("masks", "mask_ends", mask)
-        return True
+        self._append_text("masks", "mask_ends", image.mask)
 
     def _append_text(self, name: str, ends: str, text: str) -> None:
         self._columns[name].frombytes(os.fsencode(text))

@@ -156,7 +156,7 @@ class Editor:
     def _steering(self, controls: Sequence[Control], fitted: FittedScene) -> Steering | None:
         if not controls:
             return None
-        hints = [fitted.same_square(open_image(control.picture), self.model.config.image_size) for control in controls]
+        hints = [fitted.same_square(open_image(control.picture)) for control in controls]
         return Steering(controls, hints, self.model.weight_dtype)
 
     @torch.inference_mode()

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from ldm.editing.hole_masks import distance_transform, hole_box
 from ldm.files import UserError
-from ldm.images import Box, mask_to_tensor, pad_box, pil_to_tensor, same_aspect, tensor_to_pil
+from ldm.images import Box, pad_box, pil_to_tensor, same_aspect, tensor_to_pil
 
 MAX_ENLARGEMENT = 4  # a scene pixel covers at most this many model pixels per side
-MAX_SIDE = 2**16  # of the square around a hole, pixels; memory and time grow with it
-MAX_PADDED = 2**14  # side up to which a square is padded along its rows before it is resized
+MAX_SIDE = 2**14  # of the square around a hole, pixels; time grows with its area
 STRIP = 2**22  # pixels of a square that are in memory at a time
 FEATHER_SHARE = 1 / 50  # default feather, as a share of the hole's longer side
 # Largest correction of `match_boundary_colors` in [-1, 1]. Decoders err by less; a larger difference means that the
@@ -27,89 +26,57 @@ FEATHER_SHARE = 1 / 50  # default feather, as a share of the hole's longer side
 MAX_CORRECTION = 0.2
 
 
-@dataclass(frozen=True)
-class Window:
-    """The square of the scene that the model sees; it may reach beyond the scene's borders."""
-
-    left: int
-    top: int
-    side: int
-
-    def clipped(self, size: tuple[int, int]) -> Box:
-        """Return the part inside an image of `size` (W, H)."""
-        return Box(self.left, self.top, self.left + self.side, self.top + self.side).clipped(*size)
-
-    def cut(self, image: Image.Image, size: int, resample: Image.Resampling, mode: str = "RGB") -> Image.Image:
-        """Crop an image to the window and resize it to (size, size); beyond the borders it is continued by reflection.
-
-        Equal to resizing the whole square, of which a strip is in memory at a time: Pillow resamples along rows first.
-        """
-        box = self.clipped(image.size)
-        if self.side > box.right - box.left and self.side > MAX_PADDED:  # padding first would make side^2 pixels
-            turned = image.crop(box).transpose(Image.Transpose.TRANSPOSE)
-            moved = Window(self.top - box.top, self.left - box.left, self.side)
-            return moved.cut(turned, size, resample, mode).transpose(Image.Transpose.TRANSPOSE)
-        columns, rows = (
-            np.pad(np.arange(stop - start), (start - first, first + self.side - stop), mode="reflect")
-            for first, start, stop in ((self.left, box.left, box.right), (self.top, box.top, box.bottom))
-        )
-        thickness, wide = max(1, STRIP // self.side), []
-        for top in range(box.top, box.bottom, thickness):
-            strip = image.crop((box.left, top, box.right, min(top + thickness, box.bottom)))
-            if strip.width < self.side:
-                strip = Image.fromarray(np.asarray(strip)[:, columns])
-            wide.append(np.asarray(strip.convert(mode).resize((size, strip.height), resample)))
-        return Image.fromarray(np.concatenate(wide)[rows]).resize((size, size), resample)
-
-    def enlarge(self, square: Image.Image, box: Box) -> Image.Image:
-        """Resize an image (S, S) to the window's size and return its part in `box`, RGB, in strips as `cut`."""
-        left, top, right, bottom = (edge - start for edge, start in zip(box, (self.left, self.top) * 2, strict=True))
-        if self.side > MAX_PADDED:  # up to rounding
-            scale = square.width / self.side
-            part = left * scale, top * scale, right * scale, bottom * scale
-            return square.resize(box.size, Image.Resampling.BICUBIC, part)
-        wide = square.resize((self.side, square.height), Image.Resampling.BICUBIC)
-        result, thickness = Image.new("RGB", box.size), max(1, STRIP // self.side)
-        for start in range(left, right, thickness):
-            strip = wide.crop((start, 0, min(start + thickness, right), wide.height))
-            strip = strip.resize((strip.width, self.side), Image.Resampling.BICUBIC)
-            result.paste(strip.crop((0, top, strip.width, bottom)), (start - left, 0))
-        return result
-
-
 def fit_window(
     hole: Box, size: tuple[int, int], *, crop_margin: float = 0.5, min_side: int = 1, whole_image: bool = False
-) -> Window:
-    """Choose the square that shows the hole with its surroundings.
+) -> Box:
+    """Choose the square that shows the hole, a box in a scene of `size` (W, H), with its surroundings.
 
-    The square's side is the hole's longer side plus `crop_margin` of it on both sides. If that is more than the
-    scene's short side, the margin shrinks to fit, down to half; beyond that the square reaches over the border. It is
-    at most as large as the scene's long side, is centred on the hole, and is moved inside the scene where it fits.
-
-    Args:
-        hole, size: bounding box of the hole; (W, H) of the scene.
-        min_side: least side in pixels, as far as the scene is that large.
-        whole_image: take the smallest square that holds the whole scene instead.
-
-    UserError if the square is more than MAX_SIDE pixels wide.
+    Its side is the hole's longer side plus `crop_margin` of it on both sides, at least `min_side`. If that is more than
+    the scene's short side, the margin shrinks to fit, down to half; beyond that the square reaches over the border. It
+    is at most as large as the scene's long side, which `whole_image` takes at once. It is centred on the hole, and
+    moved inside the scene where it fits. UserError if it is more than MAX_SIDE pixels wide.
     """
     side = max(size)
     if not whole_image:
         longest = max(hole.size)
         wanted = max(round(longest * (1 + 2 * crop_margin)), min_side)
-        least = round(longest * (1 + crop_margin))
-        side = min(wanted, max(min(size), least), side)
+        side = min(wanted, max(min(size), round(longest * (1 + crop_margin))), side)
     if side > MAX_SIDE:
         raise UserError(f"the square around the hole is {side} pixels wide, expected {MAX_SIDE} or less; shorten it")
-    left, top = (_place(hole[axis], hole[axis + 2], size[axis], side) for axis in (0, 1))
-    return Window(left, top, side)
+    left, top = (
+        min(max((start + stop - side) // 2, 0), length - side) if side <= length else -((side - length) // 2)
+        for start, stop, length in zip(hole[:2], hole[2:], size, strict=True)
+    )
+    return Box(left, top, left + side, top + side)
 
 
-def _place(start: int, stop: int, length: int, side: int) -> int:
-    """Return the start of an interval of length `side` around [start, stop), inside [0, length) if it fits there."""
-    if side > length:
-        return -((side - length) // 2)
-    return min(max((start + stop - side) // 2, 0), length - side)
+def cut(image: Image.Image, window: Box, size: int, resample: Image.Resampling, mode: str = "RGB") -> Image.Image:
+    """Crop an image to a square and resize it to (size, size); beyond the borders it is continued by reflection.
+
+    Equal to resizing the whole square, of which a strip is in memory at a time: Pillow resamples along rows first.
+    """
+    box, side, wide = window.clipped(*image.size), window.size[0], []
+    columns, rows = (
+        np.pad(np.arange(box.size[axis]), np.abs(np.subtract(box, window))[axis::2], mode="reflect") for axis in (0, 1)
+    )
+    thickness = max(1, STRIP // side)
+    for top in range(box.top, box.bottom, thickness):
+        strip = image.crop((box.left, top, box.right, min(top + thickness, box.bottom)))
+        if strip.width < side:
+            strip = Image.fromarray(np.asarray(strip)[:, columns])
+        wide.append(strip.convert(mode).resize((size, strip.height), resample))
+    return Image.fromarray(np.concatenate(wide)[rows]).resize((size, size), resample)
+
+
+def enlarge(square: Image.Image, window: Box, box: Box) -> Image.Image:
+    """Resize an image (S, S) to the window's size and return its part in `box`, RGB, in strips as `cut`."""
+    side, thickness = window.size[0], max(1, STRIP // window.size[0])
+    wide, result = square.resize((side, square.height), Image.Resampling.BICUBIC), Image.new("RGB", box.size)
+    for left in range(box.left, box.right, thickness):
+        strip = wide.crop((left - window.left, 0, min(left + thickness, box.right) - window.left, wide.height))
+        strip = strip.resize((strip.width, side), Image.Resampling.BICUBIC)
+        result.paste(strip.crop((0, box.top - window.top, strip.width, box.bottom - window.top)), (left - box.left, 0))
+    return result
 
 
 @dataclass(frozen=True)
@@ -118,34 +85,30 @@ class FittedScene:
 
     scene: Image.Image  # the whole scene, RGB
     hole: Image.Image  # its hole mask, mode L, 0 or 255
-    window: Window  # the square's place in the scene
+    window: Box  # the square's place in the scene; it may reach beyond the borders
     image: Tensor  # (1, 3, S, S) in [-1, 1], the square's pixels
     keep_mask: Tensor  # (1, 1, S, S), 0 in the hole, 1 elsewhere
 
-    def same_square(self, image: Image.Image, image_size: int) -> Tensor:
-        """Cut the same square from another image of the scene, RGB: (1, 3, S, S) in [0, 1]."""
+    def same_square(self, image: Image.Image) -> Tensor:
+        """Cut the same square from a control image of the scene, RGB: (1, 3, S, S) in [0, 1]."""
         if not same_aspect(image.size, self.scene.size):
             raise UserError(f"the control image has size {image.size}, expected the scene's: {self.scene.size}")
         bicubic = Image.Resampling.BICUBIC
-        square = self.window.cut(image.resize(self.scene.size, bicubic), image_size, bicubic)
+        square = cut(image.resize(self.scene.size, bicubic), self.window, self.image.shape[-1], bicubic)
         return (pil_to_tensor(square)[None] + 1) / 2
 
     def put_back(
         self, painted: Tensor, *, feather: int | None = 0, match_colors: bool = True, paste_back: bool = True
     ) -> Image.Image:
-        """Paste the painted square into the scene.
+        """Paste the painted square, (3, S, S) in [-1, 1], into the scene.
 
-        Args:
-            painted: (3, S, S) in [-1, 1].
-            feather: pixels over which the hole's edge fades; None is a fiftieth of the hole's longer side.
-            match_colors: apply `match_boundary_colors` first.
-            paste_back: paste the hole alone, not the whole square.
+        The hole's edge fades over `feather` pixels, None for a fiftieth of the hole's longer side. `match_colors`
+        applies `match_boundary_colors` first. Without `paste_back` the whole square is pasted as it is.
         """
         if match_colors and paste_back:
             painted = match_boundary_colors(painted[None], self.image, self.keep_mask)[0]
-        box = self.window.clipped(self.scene.size)
-        inside = self.window.enlarge(tensor_to_pil(painted), box)
-        result = self.scene.copy()
+        box, result = self.window.clipped(*self.scene.size), self.scene.copy()
+        inside = enlarge(tensor_to_pil(painted), self.window, box)
         # Blending is exact at both ends: weight 255 takes the painted pixel, 0 leaves the scene's.
         result.paste(inside, box[:2], self._weights(feather).crop(box) if paste_back else None)
         return result
@@ -173,11 +136,12 @@ def fit_scene(scene: Image.Image, hole: Image.Image, image_size: int, **options:
     that are to be replaced. The hole is not empty; `options` are crop_margin and whole_image of `fit_window`.
     """
     window = fit_window(hole_box(hole), scene.size, min_side=-(-image_size // MAX_ENLARGEMENT), **options)
-    square = window.cut(scene, image_size, Image.Resampling.BICUBIC)
+    square = cut(scene, window, image_size, Image.Resampling.BICUBIC)
     # Beyond the border the hole is reflected with the scene, which hides the mirror image of its content, too.
-    share = window.cut(hole, image_size, Image.Resampling.BOX, "F")
-    square_hole = Image.fromarray(np.uint8(255) * (np.asarray(share) > 0))
-    return FittedScene(scene, hole, window, pil_to_tensor(square)[None], mask_to_tensor(square_hole)[None])
+    share = np.array(cut(hole, window, image_size, Image.Resampling.BOX, "F"))
+    return FittedScene(
+        scene, hole, window, pil_to_tensor(square)[None], torch.from_numpy(share <= 0).float()[None, None]
+    )
 
 
 def with_rim(hole: Image.Image) -> Box:

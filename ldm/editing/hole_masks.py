@@ -29,25 +29,22 @@ def make_hole(
     boxes: Sequence[Sequence[float]] = (),
     polygons: Sequence[Sequence[float]] = (),
 ) -> Image.Image:
-    """Make the hole mask of a scene.
+    """Make the hole mask of an upright scene, RGB or RGBA: its transparent part if nothing else is given.
 
     Args:
-        scene: upright; RGB, or RGBA where it has transparency.
         mask: see `as_hole` and `fit_mask`.
-        boxes, polygons: see `box_hole` and `draw_polygon`. The hole is the union of all; without mask, boxes and
-            polygons it is the scene's transparent part.
+        boxes, polygons: see `box_hole` and `draw_polygon`; the hole is the union of all.
 
     Raises:
         UserError: the hole is empty, the mask does not fit, or both a mask and boxes or polygons are given.
     """
-    if mask is not None and (boxes or polygons):
-        raise UserError("got a mask and boxes or polygons, expected one of them")
     size = scene.size
+    parts = [*(box_hole(size, box) for box in boxes), *(draw_polygon(size, polygon) for polygon in polygons)]
+    if mask is not None and parts:
+        raise UserError("got a mask and boxes or polygons, expected one of them")
     if mask is not None:
-        hole = fit_mask(as_hole(mask), size, "scene")
-    else:
-        parts = [*(box_hole(size, box) for box in boxes), *(draw_polygon(size, polygon) for polygon in polygons)]
-        hole = reduce(ImageChops.lighter, parts or [transparent_part(scene)])
+        parts = [fit_mask(as_hole(mask), size, "scene")]
+    hole = reduce(ImageChops.lighter, parts or [transparent_part(scene)])
     if hole.getbbox() is None:
         raise UserError(f"no mask, outline or transparent part in the scene; give a mask of its size {size}")
     return hole
@@ -64,52 +61,46 @@ def as_hole(mask: Picture) -> Image.Image:
 
 def _hole(image: Image.Image) -> Image.Image:
     grey, alpha = mask_levels(image), "its shape is in the alpha channel; save it as white (255) on opaque black"
-    lightest, has_alpha = int(np.asarray(grey).max()), False
+    lightest, hint = int(np.asarray(grey).max()), "paint what is to be replaced white (255)"
+    if 0 < lightest <= MAX_LABEL:
+        hint = "its levels look like labels; multiply 0 and 1 by 255"
+    if image.mode == "P":
+        hint = "its colours are a palette's, as of labels; make the label to be replaced white (255)"
     if image.has_transparency_data:
         levels = np.asarray(image.convert("RGBA"))
         frame = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
-        has_alpha = levels[..., -1].min() < 255
         is_light = (frame[:, -1] >= 128) & (frame[:, :-1].max(1) > DARK)
         if levels[..., -1].min() < 128 and is_light.mean() > 0.5:
             raise UserError(f"erased from an opaque image, {alpha}")
-    if lightest >= 128:
-        return grey.point(TO_BINARY)
-    hints = {  # the first that is true
-        alpha: has_alpha,
-        "its colours are a palette's, as of labels; make the label to be replaced white (255)": image.mode == "P",
-        "its levels look like labels; multiply 0 and 1 by 255": 0 < lightest <= MAX_LABEL,
-        "paint what is to be replaced white (255)": True,
-    }
-    hint = next(text for text, is_true in hints.items() if is_true)
-    raise UserError(f"empty, got no grey level above {lightest}; {hint}")
+        hint = alpha if levels[..., -1].min() < 255 else hint
+    if lightest < 128:
+        raise UserError(f"empty, got no grey level above {lightest}; {hint}")
+    return grey.point(TO_BINARY)
 
 
 def fit_mask(mask: Image.Image, size: tuple[int, int], what: str) -> Image.Image:
-    """Resize a mask (nearest) to the (W, H) of its image, with a warning if that is another.
+    """Resize a mask (nearest), with a warning, to the (W, H) of its image, called `what` in messages.
 
-    `what` is the image's name in messages. UserError if the aspects differ by more than a pixel of rounding.
+    UserError if the aspects differ by more than a pixel of rounding.
     """
     if mask.size == size:
         return mask
-    if not same_aspect(mask.size, size):
-        remedy = "give one of its size"
-        if same_aspect((mask.height, mask.width), size):
-            remedy = "it looks like the mask ignores the photo's EXIF rotation: turn it as viewers turn the photo"
-        sizes = f"{mask.width} x {mask.height}, the {what} {size[0]} x {size[1]}"
-        raise UserError(f"the mask is {sizes}; {remedy}")
-    warnings.warn(f"the mask has size {mask.size}, the {what} {size}; the mask is resized", stacklevel=3)
-    return mask.resize(size, Image.Resampling.NEAREST)
+    sizes = f"the mask is {mask.width} x {mask.height}, the {what} {size[0]} x {size[1]}"
+    if same_aspect(mask.size, size):
+        warnings.warn(f"{sizes}; the mask is resized", stacklevel=3)
+        return mask.resize(size, Image.Resampling.NEAREST)
+    if same_aspect((mask.height, mask.width), size):
+        raise UserError(f"{sizes}; it seems to ignore the photo's EXIF rotation: turn it as viewers turn the photo")
+    raise UserError(f"{sizes}; give one of its size")
 
 
 def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
     """Draw a rectangle: left, top, right, bottom in pixels, right and bottom exclusive; cut off at the borders."""
-    if len(box) != 4:
-        raise UserError(f"box: got {len(box)} numbers, expected four: left,top,right,bottom")
-    x0, y0, x1, y1 = box
-    is_inside = x0 < x1 and y0 < y1 and x1 > 0 and y1 > 0 and x0 < size[0] and y0 < size[1]
+    is_inside = len(box) == 4 and all(max(box[i], 0) < min(box[i + 2], size[i]) for i in (0, 1))
     if not (is_inside and np.isfinite(box).all()):
-        raise UserError(f"box: got {x0:g},{y0:g},{x1:g},{y1:g}, expected left < right, top < bottom within {size}")
-    return rectangle_hole(size, clip_box(x0, y0, x1, y1, size))
+        got, expected = ",".join(f"{edge:g}" for edge in box), "four: left,top,right,bottom"
+        raise UserError(f"box: got {got}, expected {expected}, with left < right, top < bottom, within {size}")
+    return rectangle_hole(size, clip_box(*box, size=size))
 
 
 def draw_polygon(size: tuple[int, int], polygon: Sequence[float]) -> Image.Image:
@@ -142,9 +133,9 @@ def hole_box(hole: Image.Image) -> Box:
 
 
 def distance_transform(hole: Image.Image) -> np.ndarray:
-    """Measure how deep in the hole each pixel lies (chessboard distance): 0 outside, 1 next to a kept pixel.
+    """Measure how deep in the hole each pixel lies (chessboard distance), (H, W) int32: 0 outside, 1 at its edge.
 
-    (H, W) int32. The image border does not count as background; without any background all is 2^30.
+    The image border does not count as background; without any background all is 2^30.
     Source: Borgefors 1986 (distances passed on from pixel to pixel, forward and backward).
     """
     # SciPy has it, too, but its import takes a tenth of the time of an edit by the bundled model.
@@ -164,17 +155,13 @@ def apply_shape(hole: Image.Image, shape: str, seed: int = 0) -> Image.Image:
     """
     if shape == "given":
         return hole
-    rng, result = np.random.default_rng(seed % 2**64), Image.new("L", hole.size)  # negative seeds as torch reads them
-    for component in connected_components(hole):
-        box = hole_box(component)
-        if shape == "box":
-            drawn = rectangle_hole(hole.size, box)
-        else:
-            margin = max(1, round(WIDENING * max(box.size)))
-            jitter = round(JITTER * pixel_scale(hole.size))
-            drawn = polygon_hole(hole.size, arbitrary_polygon(box, pad_box(box, hole.size, margin), rng, jitter))
-        result.paste(255, mask=drawn)
-    return result
+    boxes = [hole_box(component) for component in connected_components(hole)]
+    if shape == "box":
+        return reduce(ImageChops.lighter, (rectangle_hole(hole.size, box) for box in boxes))
+    rng, jitter = np.random.default_rng(seed % 2**64), round(JITTER * pixel_scale(hole.size))  # seeds as torch's
+    grown = [pad_box(box, hole.size, max(1, round(WIDENING * max(box.size)))) for box in boxes]
+    pairs = zip(boxes, grown, strict=True)
+    return polygon_hole(hole.size, *(arbitrary_polygon(box, wide, rng, jitter) for box, wide in pairs))
 
 
 def connected_components(hole: Image.Image) -> list[Image.Image]:

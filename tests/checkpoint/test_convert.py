@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch import Tensor
 from ldm.checkpoint.convert import (
     diffusers_configs,
     model_config,
-    read_folder,
     schedule_config,
     to_diffusers,
     to_original,
@@ -33,6 +33,7 @@ from ldm.config import (
     ExemplarEncoderConfig,
     ModelConfig,
     ScheduleConfig,
+    TextEncoderConfig,
     UNetConfig,
     dump_config,
     load_config,
@@ -40,7 +41,7 @@ from ldm.config import (
 from ldm.editing.editor import Editor
 from ldm.files import UserError
 from ldm.latent_diffusion import load_model
-from scripts.convert_checkpoint import main
+from scripts.convert_checkpoint import main, read_folder
 
 # Uneven on purpose: levels with and without attention, several blocks, as many layers as diffusers' one mapper needs.
 SMALL = ModelConfig(
@@ -57,6 +58,7 @@ SMALL = ModelConfig(
     exemplar_encoder=ExemplarEncoderConfig(
         image_size=28, patch_size=14, hidden_size=32, intermediate_size=64, num_layers=4, num_heads=4, mapper_layers=1
     ),
+    text_encoder=TextEncoderConfig(hidden_size=64, intermediate_size=96, num_layers=2, num_heads=1, vocab_size=99),
 )
 
 
@@ -138,7 +140,7 @@ def test_round_trip_is_the_identity(small: Path, converted: Path, tmp_path: Path
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
         assert torch.equal(tensor, after[name]), name
-    assert load_config(tmp_path / "config.yaml").model == SMALL
+    assert load_config(tmp_path / "config.yaml").model == replace(SMALL, text_encoder=TextEncoderConfig())
     assert read_metadata(converted / "unet" / "diffusion_pytorch_model.safetensors")["input_sha256"] == sha256_file(
         small
     )
@@ -525,8 +527,8 @@ def test_a_failed_folder_leaves_the_previous_one(
         source.rename(target)
 
     for where, failing in (
-        ("ldm.checkpoint.convert.write_safetensors", full),
-        ("ldm.checkpoint.convert.write_safetensors", not_copied),
+        ("scripts.convert_checkpoint.write_safetensors", full),
+        ("scripts.convert_checkpoint.write_safetensors", not_copied),
         ("ldm.files.os.replace", second_time),
     ):
         with monkeypatch.context() as patch:
@@ -613,5 +615,5 @@ def test_configs_come_back(official: dict[str, Tensor]) -> None:
     files = diffusers_configs(components, ModelConfig())
     configs = {path.split("/")[0]: content for path, content in files.items()}
     assert model_config(components, configs) == ModelConfig()
-    with pytest.raises(CheckpointError, match="trained betas"):
+    with pytest.raises(CheckpointError, match="trained_betas"):
         schedule_config({"trained_betas": [0.1]})

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import logging
+import operator
 import os
 import pickle
 import platform
@@ -33,7 +34,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import Enum, pickle_by_enum_name
 from fractions import Fraction
-from functools import partial
+from functools import cmp_to_key, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
@@ -360,6 +361,7 @@ HONEST: dict[str, Any] = {
     "paths": (Path("x"), PurePosixPath("x"), PureWindowsPath("C:/x")),
     "times": (datetime.now(), timedelta(1), UTC, ZoneInfo("UTC"), time.gmtime()),
     "numbers": (Fraction(1, 2), Decimal(1), uuid.uuid4(), random.getstate(), random.Random(0)),
+    "getters": (operator.itemgetter(1), operator.attrgetter("a.b"), operator.methodcaller("f"), cmp_to_key(max)),
     "partial": (partial(max, 1), partial(open, mode="rb"), partial(Colour)),
     "standard library": (
         logging.getLogger("x"), json.JSONEncoder(), platform.uname(), re.compile("x"), io.BytesIO(b"x"),

@@ -20,14 +20,12 @@ from ldm.checkpoint.merge import (
     Source,
     add_clip_tower,
     add_difference,
-    block_norms,
     inflate_input_conv,
     merged,
-    multipliers_of,
     offset,
     weighted_sum,
 )
-from scripts.merge_checkpoints import main
+from scripts.merge_checkpoints import block_norms, main, multipliers_of
 
 RESNET = UNET + "input_blocks.1.0.in_layers.2.weight"
 ATTENTION = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
@@ -168,15 +166,13 @@ def test_norms_by_block() -> None:
     a, b, c = checkpoint(1), checkpoint(2), checkpoint(3)
     c[DECODER] = b[DECODER]
     merge = add_difference(source("A", a), source("B", b), source("C", c))
-    norms = block_norms(merge, dict.fromkeys(merge.names, 2.0))
-    assert norms["first_stage_model.decoder"].change == 0
+    norms = {block: rest for block, *rest in block_norms(merge, dict.fromkeys(merge.names, 2.0))}
     assert list(norms) == ["first_stage_model.decoder", "input_blocks.0", "input_blocks.1", "middle_block.1", "out.2"]
-    block = norms["input_blocks.1"]
-    assert block.tensors == 2
+    assert norms["first_stage_model.decoder"][1] == 0
     names = [name for name in a if "input_blocks.1." in name]
-    expected = torch.cat([(2 * (b[name] - c[name])).flatten() for name in names]).norm().item()
-    assert block.change == pytest.approx(expected, rel=1e-5)
-    assert block.before == pytest.approx(torch.cat([a[name].flatten() for name in names]).norm().item(), rel=1e-5)
+    change = torch.cat([(2 * (b[name] - c[name])).flatten() for name in names]).norm().item()
+    before = torch.cat([a[name].flatten() for name in names]).norm().item()
+    assert norms["input_blocks.1"] == [2, pytest.approx(change, rel=1e-5), pytest.approx(before, rel=1e-5)]
 
 
 # --- mistakes
@@ -201,18 +197,18 @@ def with_gains(seed: int, gain: float) -> State:
 @pytest.mark.parametrize(
     ("a", "b", "c", "message"),
     [
-        (checkpoint(1), checkpoint(2, 9), checkpoint(3), "B has 9 input channels, A 4"),
+        (checkpoint(1), checkpoint(2, 9), checkpoint(3), "input channels A 4, B 9.*swapped, or inflate A"),
         (checkpoint(1, 9), checkpoint(2), checkpoint(3, 9), "C looks like an inpainting model"),
         (checkpoint(1, 9), checkpoint(2, 9), checkpoint(3), "B looks like an inpainting model"),
-        (checkpoint(1, 5), checkpoint(2), checkpoint(3), "A has 5 input channels: a depth model"),
-        (checkpoint(1, 9), checkpoint(2, 5), checkpoint(3), "B has 5 input channels: a depth model"),
+        (checkpoint(1, 5), checkpoint(2), checkpoint(3), "input channels A 5, B 4, C 4; 5 are a depth model's"),
+        (checkpoint(1, 9), checkpoint(2, 5), checkpoint(3), "input channels A 9, B 5, C 4; 5 are a depth model's"),
         (
             checkpoint(1, 9),
             {**to_diffusers(checkpoint(2, context=2048))["unet"], "add_embedding.x": torch.ones(1)},
             checkpoint(3),
             "B is SDXL",
         ),
-        (checkpoint(1, 9), sdxl(2), sdxl(3), "B is SDXL .*2048.*A is Stable Diffusion 1"),
+        (checkpoint(1, 9), sdxl(2), sdxl(3), "B is SDXL, A is Stable Diffusion 1"),
         (checkpoint(1, 9), checkpoint(2, context=1024), checkpoint(3), "B is Stable Diffusion 2"),
         (checkpoint(1, 9), with_ema(checkpoint(2)), checkpoint(3), "B holds its UNet twice.*--ema"),
         (with_ema(checkpoint(1, 9)), checkpoint(2), checkpoint(3), "A holds its UNet twice.*--ema"),
@@ -286,7 +282,7 @@ def test_other_names_and_shapes_are_listed() -> None:
 @pytest.mark.parametrize(
     ("merge", "a", "b", "message"),
     [
-        (weighted_sum, checkpoint(1), checkpoint(2, 9), "B has 9 input channels, A 4"),
+        (weighted_sum, checkpoint(1), checkpoint(2, 9), "input channels A 4, B 9.*swapped, or inflate A"),
         (weighted_sum, checkpoint(1, 9), checkpoint(2, 8), "A 9, B 8"),
         (weighted_sum, checkpoint(1, 12), checkpoint(2, 9), "A 12, B 9"),
         (weighted_sum, with_gains(1, 1.0), with_gains(2, 0.0), "B is a difference of two networks"),
@@ -393,7 +389,7 @@ def test_wrong_command_lines(files: dict[str, Path], tmp_path: Path, capsys: pyt
     write_safetensors(unet, unet_of(checkpoint(4)))
     contents = {path: path.read_bytes() for path in (*files.values(), unet)}
     for arguments, message in (
-        (("add-difference", b, a, c, tmp_path / "o.safetensors"), "9 input channels"),
+        (("add-difference", b, a, c, tmp_path / "o.safetensors"), "exchange them if swapped"),
         (("add-difference", a, b, c, tmp_path / "o.ckpt"), "expected .safetensors"),
         (("add-difference", a, b, c, b, "--overwrite"), "would replace the input"),
         (("add-difference", a, b, tmp_path / "none.ckpt", tmp_path / "o.safetensors"), "no such file"),

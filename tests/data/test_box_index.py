@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.data.box_index import BoxIndex, IndexWriter
+from ldm.data.box_index import AnnotatedImage, BoxIndex, IndexWriter, Object
 from ldm.data.masks import clip_box
 from ldm.files import UserError
 
@@ -30,7 +30,7 @@ images = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(images)
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, found: list[Any]) -> None:
     path = tmp_path_factory.mktemp("index") / "i.safetensors"
@@ -41,7 +41,10 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, found: list[Any]) 
             for name, boxes, mask in found:
                 corners = [(round(x, 3), round(y, 3), round(x + w, 3), round(y + h, 3)) for x, y, w, h, _ in boxes]
                 shapes = [[np.array(outline, np.float32) for outline in box[4]] for box in boxes]
-                if writer.add(name, size, corners, shapes, mask):
+                objects = [Object(box, outlines=shape) for box, shape in zip(corners, shapes, strict=True)]
+                before = writer.images
+                writer.add(AnnotatedImage(name, size, objects, mask))
+                if writer.images > before:
                     kept = [k for k, (a, b, c, d) in enumerate(corners) if 0.02 <= (c - a) * (d - b) / 120_000 <= 0.8]
                     kept = [k for k in kept if corners[k][0] < 400 and corners[k][1] < 300]
                     expected.append(
@@ -71,9 +74,10 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
             (float("nan"), 0, 9, 9),
             (120, 0, 150, 90),
         ]
-        assert writer.add("a.jpg", (100, 100), boxes)
-        assert not writer.add("b.jpg", (100, 100), [(0, 0, 1, 1)])
-        assert not writer.add("c.jpg", (70_000, 100), boxes)
+        objects = [Object(box) for box in boxes]
+        writer.add(AnnotatedImage("a.jpg", (100, 100), objects))
+        writer.add(AnnotatedImage("b.jpg", (100, 100), [Object((0, 0, 1, 1))]))
+        writer.add(AnnotatedImage("c.jpg", (70_000, 100), objects))
     expected = {
         "boxes of less than 2% of their image": 2,
         "boxes of more than 80% of their image": 1,
@@ -94,9 +98,9 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
 def test_nothing_is_written_of_nothing_or_after_an_error(tmp_path: Path) -> None:
     path = tmp_path / "i.safetensors"
     with pytest.raises(UserError, match=r"1 boxes .*2%"), IndexWriter(path) as writer:
-        writer.add("a.jpg", (100, 100), [(0, 0, 1, 1)])
+        writer.add(AnnotatedImage("a.jpg", (100, 100), [Object((0, 0, 1, 1))]))
     with pytest.raises(RuntimeError), IndexWriter(path) as writer:
-        writer.add("a.jpg", (100, 100), [(0, 0, 50, 50)])
+        writer.add(AnnotatedImage("a.jpg", (100, 100), [Object((0, 0, 50, 50))]))
         raise RuntimeError
     assert not list(tmp_path.iterdir())
 
@@ -106,7 +110,7 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"i\.safetensors"):
         BoxIndex(path)
     with IndexWriter(path) as writer:
-        writer.add("a.jpg", (100, 100), [(0, 0, 50, 50)])
+        writer.add(AnnotatedImage("a.jpg", (100, 100), [Object((0, 0, 50, 50))]))
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
     with pytest.raises(UserError, match="--rebuild"):

@@ -100,5 +100,5 @@ def test_validation_uses_what_is_there(samples: int, batches: list[int], tmp_pat
     module = DataModule(load_config(overrides=["data.kind=masks", f"data.root={root.root}", *more]))
     assert [len(batch["key"]) for batch in module.val_dataloader()] == batches
     module.data.batch_size = 1000
-    with pytest.raises(UserError, match=r"142 training .*1000"):
+    with pytest.raises(UserError, match=r"24 training .*1000"):
         module.train_dataloader()

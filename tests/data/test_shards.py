@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ldm.config import DataConfig
 from ldm.data.box_dataset import BoxDataset, SampleRecipe
-from ldm.data.box_index import BoxIndex, IndexWriter
+from ldm.data.box_index import AnnotatedImage, BoxIndex, IndexWriter, Object
 from ldm.data.datamodule import EpochSampler
 from ldm.data.shards import Shards, listed_shards, write_shards
 from ldm.files import UserError
@@ -44,7 +44,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Image.fromarray(np.kron(rng.integers(0, 2, (4, 4)), np.ones((6, 8))).astype(np.uint8) * 255).save(
                     root / mask
                 )
-            writer.add(name, (32, 24), [(4, 4, 22, 20), (0, 0, 16, 12)], [[outline] if i % 2 else [], []], mask)
+            objects = [Object((4, 4, 22, 20), outlines=[outline] if i % 2 else []), Object((0, 0, 16, 12))]
+            writer.add(AnnotatedImage(name, (32, 24), objects, mask))
     return root
 
 
@@ -117,15 +118,16 @@ def test_fewer_shards_than_readers(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
-@pytest.mark.parametrize("start", [1, 4, 5])
-def test_a_loader_goes_on_in_the_middle(packed: Path, workers: int, start: int) -> None:
+def test_a_loader_goes_on_in_the_middle(packed: Path, workers: int) -> None:
     def batches(begin: int) -> list[list[int]]:
         reader = part(packed, 2, num_workers=workers)
         places = EpochSampler(len(reader), seed=None, epoch=1, start=2 * begin)
         loader = DataLoader(reader, 2, sampler=places, num_workers=workers, drop_last=True)
         return [batch["key"].tolist() for batch in loader]
 
-    assert batches(start) == batches(0)[start:]
+    whole = batches(0)
+    for start in (1, 4, 5):
+        assert batches(start) == whole[start:]
 
 
 def damage(root: Path) -> None:

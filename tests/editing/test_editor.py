@@ -82,7 +82,7 @@ def scenes(draw: st.DrawFn) -> tuple[tuple[int, int, int, int], tuple[int, int]]
 # ---- the edit ----
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(drawn=scenes(), feather=st.integers(0, 5), whole=st.booleans())
 def test_outside_the_hole_every_bit_is_the_scene(
     editor: Editor, drawn: tuple[tuple[int, int, int, int], tuple[int, int]], feather: int, whole: bool

@@ -144,18 +144,18 @@ def noise() -> Tensor:
 @pytest.mark.parametrize("light", ["none", "left"])
 def test_of_a_foreground_as_published(foreground_relighter: Relighter, foreground: Image.Image, light: str) -> None:
     """A grey level of tolerance: 2e-5 of two implementations' rounding can tip one over."""
-    call: dict[str, Any] = dict(steps=10, noise=noise())
-    if light != "none":  # of twenty steps those from half of the noise on
-        call |= dict(steps=20, strength=0.5, initial=gradient((64, 64), "left", (255, 0)))
+    call: dict[str, Any] = dict(steps=4, noise=noise())
+    if light != "none":  # of eight steps those from half of the noise on
+        call |= dict(steps=8, strength=0.5, initial=gradient((64, 64), "left", (255, 0)))
     (expected,) = published(foreground_relighter, foreground, None, **call)
-    got = foreground_relighter.relight(foreground, light=light, strength=0.5, num_steps=10, **OPTIONS)
+    got = foreground_relighter.relight(foreground, light=light, strength=0.5, num_steps=4, **OPTIONS)
     assert np.abs(as_levels(got) - as_levels(tensor_to_pil(expected))).max() <= 1
 
 
 def test_of_foreground_and_background_as_published(background_relighter: Relighter, foreground: Image.Image) -> None:
     background = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    (expected,) = published(background_relighter, foreground, background, steps=10, noise=noise())
-    got = background_relighter.relight(foreground, background=background, num_steps=10, **OPTIONS)
+    (expected,) = published(background_relighter, foreground, background, steps=4, noise=noise())
+    got = background_relighter.relight(foreground, background=background, num_steps=4, **OPTIONS)
     assert np.abs(as_levels(got) - as_levels(tensor_to_pil(expected))).max() <= 1
 
 

@@ -13,8 +13,8 @@ from tests.training.conftest import Fit, MakeConfig
 
 
 def test_average_follows_its_formula(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("trainer.max_epochs=1", "logging.checkpoint_every=1", "logging.keep_last=9")
-    fit(config, tmp_path)
+    options = ("trainer.max_epochs=1", "trainer.limit_val_batches=0", "logging.checkpoint_every=1")
+    fit(make_config(*options, "logging.keep_last=9"), tmp_path)
     steps = [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("checkpoints/step*.ckpt"))]
     average = steps[0]["current_model_state"]["proj_out.weight"]  # the first step's weights are its start
     for n, state in enumerate(steps):

@@ -40,7 +40,7 @@ def test_mixed_precision_keeps_weights_and_average_in_float32(
     fit: Fit, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     options = (*THREE_STEPS, "training.ema_decay=0.9999", "training.base_lr=0.01", "training.warmup_steps=0")
-    fit(make_config(*options), tmp_path / "float32")
+    fit(make_config(*options, "trainer.max_steps=1"), tmp_path / "float32")
     late = LateAverage()
     run, _ = fit(make_config(*options, "trainer.precision=bf16-mixed"), tmp_path / "mixed", callbacks=[late])
     assert all(parameter.dtype == torch.float32 for parameter in run.module.parameters())
