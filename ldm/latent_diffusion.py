@@ -42,6 +42,7 @@ from ldm.models.exemplar_encoder import ExemplarEncoder
 from ldm.models.layers import Uninitialised
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNetModel
+from ldm.pixel_diffusion import load_pixel_model
 
 DECODED_PIXELS = {"cpu": 512**2, "gpu": 4 * 512**2}  # decoded together: the decoder needs about 3 KB for each
 
@@ -316,6 +317,9 @@ def load_model(
 ) -> LatentDiffusion:
     """Build the model of a config and load a checkpoint into it, strictly; in evaluation mode, without gradients.
 
+    A config of `model.kind: pixel` or `classifier`, or instead of one the file of improved-diffusion or
+    guided-diffusion, gives what `load_pixel_model` does.
+
     The modules take the checkpoint's tensors: there is one copy of the weights.
 
     Args:
@@ -332,7 +336,11 @@ def load_model(
     """
     if dtype == torch.float16 and torch.device(device).type == "cpu":
         raise ValueError("float16 on the CPU: its convolutions are slow or missing there; use float32 or bfloat16")
+    if str(config).endswith((".pt", ".pth", ".ckpt", ".safetensors")):
+        return cast(Any, load_pixel_model(cast(str, config), device=device, dtype=dtype))
     model_config = load_config(config).model
+    if model_config.kind != "latent":
+        return cast(Any, load_pixel_model(checkpoint, config, device=device, dtype=dtype))
     with Uninitialised() if checkpoint else nullcontext():
         model = LatentDiffusion(model_config)
     if checkpoint is not None:

@@ -430,7 +430,7 @@ def load_pixel_model(
             raise ConfigError(f"{checkpoint}: {found.summary}, none of the published ones; pass a config with {keys}")
         sources.insert(0, OmegaConf.create(found.config))
     elif config is None:
-        raise ConfigError(f"{checkpoint}: {misfit(state)}; or pass the config it was trained with")
+        raise ConfigError(f"{checkpoint}: {misfit(state, 'pass the config that it was trained with')}")
     model_config = load_config(*sources).model
     with Uninitialised() if checkpoint else nullcontext():
         model = (Classifier if model_config.kind == "classifier" else PixelDiffusion)(model_config)

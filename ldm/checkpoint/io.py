@@ -95,6 +95,8 @@ def _named_tensors(content: object, path: Path, dropped: list[str]) -> dict[str,
     places = _places(found)
     usual = [place for place in places if "ema" not in place] or list(places)
     if not usual:
+        if "param_groups" in found:
+            raise CheckpointError(f"{path}: the state of an optimizer; pass the weights that were saved beside it")
         what = f"keys {', '.join(map(repr, list(found)[:5]))}" if found else f"a {type(content).__name__}"
         what += f" and objects of {', '.join(dropped[:5])}" if dropped else ""
         raise CheckpointError(f"{path}: holds no named tensors, but {what}; save the model's `state_dict()` instead")

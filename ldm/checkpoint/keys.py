@@ -222,6 +222,8 @@ _KINDS = {  # beginning of a name => kind of file; the first whose name is there
     r"string_to_param\.|emb_params$|clip_[lg]$|<[^>]*>$": "textual inversion (embeddings of words)",
     r"(?:model\.)?1\.sub\.\d+\.|conv_first\.|RRDB_trunk\.|body\.\d+\.(?:rdb1|weight)": "ESRGAN, an upscaler",
     r".*\.motion_modules\.": "AnimateDiff's motion modules",
+    r"middle_block\.1\.qkv\.": "a UNet or classifier of improved-diffusion or guided-diffusion",
+    r"(?:ema_model\.|online_model\.)?(?:model\.)?(?:init_conv|downs\.0\.0)\.": "denoising-diffusion-pytorch",
     UNET: "Paint by Example",
     r".*(?:\.lora_(?:down|up|A|B)\b|[._]lora\.(?:down|up)\.|\.(?:hada|lokr)_w)|lora_(?:unet|te|transformer)": _LORA,
     rf"(?:{FIRST_STAGE})?decoder\.(?:condition_)?encoder\.": "asymmetric VAE (its decoder sees the unmasked pixels)",
@@ -237,6 +239,8 @@ ADDITIONS = ("LoRA", "ControlNet", "IP-Adapter", "T2I adapter", "textual inversi
 _FOREIGN = "no model here is of this kind; pass Paint by Example, or Stable Diffusion 1 and what is made from it"
 _STEPS = {  # beginning of a kind that is no model here => what to do with such a file; the first counts
     r"(diffusers component: UNet of )?(SDXL|Stable Diffusion [23])|Flux|unknown \(another": _FOREIGN,
+    "a UNet or classifier of improved": "sample it with scripts/sample_images.py",
+    "denoising-diffusion-pytorch": "it fits no UNet here; its objectives are in configs/pixel/ddpm-pytorch.yaml",
     "LoRA": "merge it into its model with the program that made it, and pass the result",
     "ControlNet, CompVis' names, with": "take the model's own file; this one goes beside it, as --control",
     "ControlNet": "pass it as --control, beside a model that reads text",
