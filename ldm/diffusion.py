@@ -35,9 +35,16 @@ class NoiseSchedule:
     alphas_cumprod: Tensor  # (T,) in (0, 1), decreasing: share of x_0's variance left in x_t
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """Return the schedule on a device; MPS has no float64, there it is rounded."""
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        return NoiseSchedule(self.betas.to(device, dtype), self.alphas_cumprod.to(device, dtype))
+        """Return the schedule on a device, the same each time; MPS has no float64, there it is rounded."""
+        if (place := str(device)) not in self._copies:
+            dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+            copy = NoiseSchedule(self.betas.to(device, dtype), self.alphas_cumprod.to(device, dtype))
+            self._copies[place] = self if place == "cpu" else copy
+        return self._copies[place]
+
+    @cached_property
+    def _copies(self) -> dict[str, "NoiseSchedule"]:
+        return {}
 
     def spaced(self, timesteps: Sequence[int]) -> "NoiseSchedule":
         """Return the shorter chain through some ascending timesteps. Source: iDDPM, Eq. 19."""

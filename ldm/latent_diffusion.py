@@ -77,7 +77,6 @@ class LatentDiffusion(nn.Module):
         self.schedule = make_schedule(config.schedule)
         for name, values in self.schedule.buffers().items():
             self.register_buffer(name, values)  # for the file format; computations use `ac`
-        self._ac: Tensor | None = None
         self._empty_prompt_cache: tuple[Any, Tensor] | None = None
 
     @property
@@ -94,9 +93,7 @@ class LatentDiffusion(nn.Module):
     def ac(self) -> Tensor:
         """(T,) alphas_cumprod of the schedule, float64, on the model's device."""
         # not the buffer: `module.to(bfloat16)` and `bf16-true` round it, which makes sigma_t 0 at the first timesteps
-        if self._ac is None or self._ac.device != self.betas.device:
-            self._ac = self.schedule.to(self.betas.device).alphas_cumprod
-        return self._ac
+        return self.schedule.to(self.betas.device).alphas_cumprod
 
     def encode_image(
         self, x: Tensor, generator: Generators | Tensor = None, index: Sequence[int] | None = None

@@ -95,7 +95,6 @@ class PixelDiffusion(nn.Module):
         self.parameterization = "x0" if self.is_edm else config.parameterization
         self.model = nn.ModuleDict({"diffusion_model": UNetModel(config.unet)})
         self.schedule = make_schedule(config.schedule)
-        self._tables: tuple[torch.device, NoiseSchedule] | None = None
 
     @property
     def unet(self) -> UNetModel:
@@ -103,16 +102,14 @@ class PixelDiffusion(nn.Module):
         return cast(UNetModel, self.model["diffusion_model"])
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.unet.parameters()).device
+    def place(self) -> torch.device:
+        """The device of the weights."""
+        return self.unet.time_embed[0].weight.device
 
     @property
-    def tables(self) -> NoiseSchedule:
-        """The noise schedule on the model's device."""
-        if self._tables is None or self._tables[0] != self.device:
-            self._tables = self.device, self.schedule.to(self.device)
-        return self._tables[1]
+    def ac(self) -> Tensor:
+        """(T,) alphas_cumprod of the schedule, float64, on the model's device."""
+        return self.schedule.to(self.place).alphas_cumprod
 
     def network(
         self,
@@ -170,7 +167,7 @@ class PixelDiffusion(nn.Module):
                 variance is learned: iDDPM, Eq. 16).
             self_condition: (B,) bool, samples that are also shown a first prediction.
         """
-        schedule, index = self.tables, t
+        schedule, index = self.schedule.to(self.place), t
         if self.is_edm:
             ac = 1 / (1 + t.double() ** 2)
             schedule, index = NoiseSchedule(ac, ac), torch.arange(len(t), device=t.device)
@@ -193,16 +190,16 @@ class PixelDiffusion(nn.Module):
             return error
         if objective == "hybrid":
             output = torch.cat([prediction.detach(), output[:, self.channels :]], dim=1)
-        term = vlb_term(x_0, x_t, t, self._reverse(output, x_t, t, schedule), schedule)
+        term = vlb_term(x_0, x_t, t, self.reverse(output, x_t, t, schedule), schedule)
         T = len(self.schedule.betas)
         return T * term if objective == "vlb" else error + (T / 1000 if vlb_weight is None else vlb_weight) * term
 
-    def _reverse(
+    def reverse(
         self, output: Tensor, x_t: Tensor, t: Tensor | int, schedule: NoiseSchedule, clip: bool = False
     ) -> Reverse:
-        variance = self.config.variance
-        options = {"parameterization": self.parameterization, "variance": variance, "clip": clip}
-        return p_mean_variance(output, x_t, t, schedule, **options)
+        """Return the step back that an output of `network` means."""
+        kind, variance = self.parameterization, self.config.variance
+        return p_mean_variance(output, x_t, t, schedule, parameterization=kind, variance=variance, clip=clip)
 
     # --- Sampling -----------------------------------------------------------------------------------------------------
 
@@ -308,79 +305,67 @@ class PixelDiffusion(nn.Module):
         return {**columns, "prior": prior, "total": columns["vb"].sum(1) + prior}
 
 
+@dataclass
 class _Denoiser:
-    """A model with its conditions and guidance, as samplers call it; keeps x_0 for self-conditioning."""
+    """A model with its conditions and guidance, as samplers call it."""
 
-    def __init__(
-        self,
-        model: PixelDiffusion,
-        chain: Chain,
-        labels: Tensor | None,
-        low_res: Tensor | None,
-        guidance: Guidance,
-        clip: bool,
-    ) -> None:
-        self.model, self.chain, self.guidance, self.clip = model, chain, guidance, clip
-        self.labels = labels if model.config.unet.num_classes else None
-        self.target_labels, self.low_res = labels, low_res
-        self.ac = chain.schedule.alphas_cumprod
-        self.last: Tensor | None = None
+    model: PixelDiffusion
+    chain: Chain
+    labels: Tensor | None
+    low_res: Tensor | None
+    guidance: Guidance
+    clip: bool
+    last: Tensor | None = None  # x_0 of the step before, for self-conditioning
 
-    def output(self, x: Tensor, time: float) -> tuple[Tensor, Tensor | None]:
-        """Run the network, guided without a classifier; also return the prediction without labels, if any."""
-        t, C, g = torch.full((len(x),), time, device=x.device), self.model.channels, self.guidance
-        if g.scale == 1 or self.labels is None:
-            return self.model.network(x, t, self.labels, self.low_res, self.last), None
-        twice = (torch.cat([part, part]) if part is not None else None for part in (self.low_res, self.last))
-        labels = torch.cat([torch.full_like(self.labels, -1), self.labels])
-        null, output = self.model.network(torch.cat([x, x]), torch.cat([t, t]), labels, *twice).chunk(2)
-        guided = samplers.classifier_free(output[:, :C], null[:, :C], g.scale, g.rescale, g.parallel)
-        return torch.cat([guided, output[:, C:]], dim=1), null[:, :C]
-
-    def _keep(self, x_0: Tensor) -> Tensor:
-        if "x_0_pred" in self.model.config.input_channels:
+    def run(self, x: Tensor, time: float, k: int, ac: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run the network, guided without a classifier: its output, x_0, and the prediction without labels, if any."""
+        model, g, C = self.model, self.guidance, self.model.channels
+        t, labels = self._times(x, time), self.labels if model.config.unet.num_classes else None
+        if g.scale == 1 or labels is None:
+            output, null = model.network(x, t, labels, self.low_res, self.last), None
+        else:
+            both = [torch.full_like(labels, -1), labels]
+            twice = (part if part is None else torch.cat([part, part]) for part in (self.low_res, self.last))
+            null, output = model.network(torch.cat([x, x]), torch.cat([t, t]), torch.cat(both), *twice).chunk(2)
+            guided = samplers.classifier_free(output[:, :C], null[:, :C], g.scale, g.rescale, g.parallel)
+            output, null = torch.cat([guided, output[:, C:]], dim=1), null[:, :C]
+        x_0 = to_x_0(output[:, :C], x, k, model.parameterization, ac)
+        x_0 = x_0.clamp(-1, 1) if self.clip else x_0
+        if "x_0_pred" in model.config.input_channels:
             self.last = x_0
-        return x_0
+        return output, x_0, null
+
+    def _times(self, x: Tensor, time: float) -> Tensor:
+        return torch.full((len(x),), time, device=x.device)
 
     def _gradient(self, x: Tensor, k: int) -> Tensor:
-        assert self.target_labels is not None
-        t = torch.full((len(x),), self.chain.times[k], device=x.device)
-        return self.guidance.gradient(x, t, self.target_labels)
+        assert self.labels is not None
+        return self.guidance.gradient(x, self._times(x, self.chain.times[k]), self.labels)
 
     def reverse(self, x: Tensor, k: int) -> Reverse:
         """Return p(x_(k - 1) | x_k); a classifier shifts its mean by variance times gradient: ADM, Algorithm 1."""
-        output, _ = self.output(x, self.chain.times[k])
-        p = self.model._reverse(output, x, k, self.chain.schedule, self.clip)
-        self._keep(p.x_0)
-        if self.guidance.classifier is not None:
-            p = p._replace(mean=p.mean + p.log_variance.exp() * self._gradient(x, k))
-        return p
+        schedule = self.chain.schedule
+        output, _, _ = self.run(x, self.chain.times[k], k, schedule.alphas_cumprod)
+        p = self.model.reverse(output, x, k, schedule, self.clip)
+        if self.guidance.classifier is None:
+            return p
+        return p._replace(mean=p.mean + p.log_variance.exp() * self._gradient(x, k))
 
     def eps(self, x: Tensor, k: int) -> samplers.Eps:
         """Return the noise in x_k; a classifier changes it as a score: ADM, Algorithm 2."""
-        output, null = self.output(x, self.chain.times[k])
-        C, kind = self.model.channels, self.model.parameterization
-        x_0 = to_x_0(output[:, :C], x, k, kind, self.ac)
-        self._keep(x_0.clamp(-1, 1) if self.clip else x_0)
-        if self.guidance.classifier is not None:
-            clipped = x_0.clamp(-1, 1) if self.clip else x_0
-            sigma = math.sqrt(1 - self.ac[k].item())
-            return to_eps(clipped, x, k, "x0", self.ac) - sigma * self._gradient(x, k)
-        eps = to_eps(output[:, :C], x, k, kind, self.ac)
-        if self.guidance.plus_plus and null is not None:
-            return eps, to_eps(null, x, k, kind, self.ac)
-        return eps
+        ac, kind = self.chain.schedule.alphas_cumprod, self.model.parameterization
+        output, x_0, null = self.run(x, self.chain.times[k], k, ac)
+        if self.guidance.classifier is not None:  # x_0 is clipped before guidance, not after it
+            return to_eps(x_0, x, k, "x0", ac) - math.sqrt(1 - ac[k].item()) * self._gradient(x, k)
+        eps = to_eps(output[:, : self.model.channels], x, k, kind, ac)
+        return (eps, to_eps(null, x, k, kind, ac)) if self.guidance.plus_plus and null is not None else eps
 
     def x_0_at(self, x: Tensor, sigma: float) -> Tensor:
         """Return x_0 for x_0 + sigma eps, at any noise level."""
         ac = torch.tensor([1 / (1 + sigma**2)], dtype=torch.float64)
-        level = math.log(sigma)
         levels = self.chain.schedule.sigmas.log().numpy()
-        time = sigma if self.model.is_edm else float(np.interp(level, levels, self.chain.times))
-        x_t = x * math.sqrt(ac.item())
-        output, _ = self.output(x_t, time)
-        x_0 = to_x_0(output[:, : self.model.channels], x_t, 0, self.model.parameterization, ac)
-        return self._keep(x_0.clamp(-1, 1) if self.clip else x_0)
+        time = sigma if self.model.is_edm else float(np.interp(math.log(sigma), levels, self.chain.times))
+        return self.run(x * math.sqrt(ac.item()), time, 0, ac)[1]
 
 
 class Classifier(nn.Module):
@@ -392,10 +377,19 @@ class Classifier(nn.Module):
         self.model = nn.ModuleDict({"classifier": ClassifierModel(config.unet, config.classifier, config.image_size)})
         self.schedule = make_schedule(config.schedule)
 
+    @property
+    def unet(self) -> ClassifierModel:
+        """The network: half a UNet."""
+        return cast(ClassifierModel, self.model["classifier"])
+
+    @property
+    def ac(self) -> Tensor:
+        """(T,) alphas_cumprod of the schedule, float64, on the model's device."""
+        return self.schedule.to(self.unet.time_embed[0].weight.device).alphas_cumprod
+
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """(B, C, H, W) and (B,) timesteps -> logits (B, K), float32."""
-        network = self.model["classifier"]
-        return network(x_t.to(network.time_embed[0].weight.dtype), t).float()
+        return self.unet(x_t.to(self.unet.time_embed[0].weight.dtype), t).float()
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------

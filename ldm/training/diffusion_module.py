@@ -1,4 +1,4 @@
-"""Training of the diffusion model: one step, its random draws, its parameters and their optimizer.
+"""Training of the latent diffusion model: what a loss is computed from, and which parameters are trained.
 
 Dimensions: B batch · H, W pixels · h, w latent cells · Z latent channels · L context tokens · D token channels ·
 T diffusion steps.
@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn import Parameter
 
 from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import NEW_PARTS
-from ldm.config import Config, LoggingConfig, TrainingConfig
-from ldm.diffusion import draw_noise, min_snr_weight, send_together
+from ldm.config import Config, LoggingConfig
+from ldm.diffusion import draw_noise, send_together
 from ldm.images import exemplar_to_pixels
 from ldm.latent_diffusion import LatentDiffusion, add_imagenet_tower
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.layers import CrossAttention
 from ldm.training import fsdp
+from ldm.training.denoising import DenoisingTraining
 from ldm.training.ema import trained_parameters
-from ldm.training.module import TrainingModule, adamw, override_optimizer_hparams, parts_of
+from ldm.training.module import parts_of
 
 Weights = dict[str, Tensor]
 
 
-class DiffusionTraining(LatentDiffusion, TrainingModule):
+class DiffusionTraining(LatentDiffusion, DenoisingTraining):
     """The diffusion model with its training step; keys in checkpoints are those of the plain model.
 
     Trained: UNet, with exemplars also mapper, final norm, projection and null token, and the towers if the config asks
@@ -37,12 +38,7 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.model)
-        self.options: TrainingConfig = config.training
-        loss_aware = self.options.timesteps == "loss_aware"
-        self.timesteps = LossAwareTimesteps(config.model.schedule.num_timesteps) if loss_aware else None
-        self.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if self.options.compile:
-            self.unet.compile()
+        self.set_up(config)
         self.train()
         self.first_stage_model.requires_grad_(False)
         for tower in self.towers:
@@ -112,29 +108,6 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
             self.config.text_encoder.tokenizer = str(folder.resolve())
         return state, list(missing)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        torch.manual_seed(batch["key"].tolist()[0])  # dropout: the only draw that is not made per sample
-        if self.timesteps is not None:
-            self.timesteps.update(self.trainer.log_every_n_steps)  # pyright: ignore[reportAttributeAccessIssue]
-        losses, t = self.losses(batch)
-        weighted, uniform = losses, torch.ones_like(losses)
-        if (gamma := self.options.min_snr_gamma) > 0:
-            weighted = min_snr_weight(t, gamma, self.config.parameterization, self.ac) * losses
-        if self.timesteps is not None:
-            uniform = self.timesteps.weight(t)  # 1 / (T p(t)): the objective of uniform timesteps
-            history: Any = self.all_gather((t, weighted.detach()))
-            self.timesteps.record(*(values.flatten() for values in history))
-        quartile = 4 * t // self.config.schedule.num_timesteps
-        self.record("train/loss", uniform * losses)
-        for q in range(4):
-            self.record(f"train/loss_t{q + 1}of4", losses, quartile == q)
-        return (uniform * weighted).mean()
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the prediction error, under the EMA weights where EMA is on; the noise is the same in every epoch."""
-        losses, _ = self.losses(batch)
-        self.log("val/loss", losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
-
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute each sample's `LatentDiffusion.loss` (B,), with its timestep (B,).
 
@@ -173,26 +146,10 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
 
         t is (B,) int64 in [0, T), eps (B, Z, h, w) of the given shape, dropped (B,) bool for the condition.
         """
-        draws = [
-            (self._draw_timestep(g), self._draw_eps(shape[1:], g), torch.rand((), generator=g)) for g in generators
-        ]
+        draws = [(self.draw_timestep(g), self.draw_eps(shape[1:], g), torch.rand((), generator=g)) for g in generators]
         t, eps, u = (torch.stack(column) for column in zip(*draws, strict=True))
         dropped = (u[:1].expand_as(u) if self.options.null_drop == "per_batch" else u) < self.options.p_uncond
         return t, eps, dropped
-
-    def _draw_timestep(self, generator: torch.Generator) -> Tensor:
-        T = self.config.schedule.num_timesteps
-        if self.timesteps is not None and self.training:
-            return self.timesteps.draw(generator)
-        if self.options.timesteps == "logit_normal":  # Esser et al. 2024, Eq. 19 with location 0 and scale 1
-            return (T * torch.randn((), generator=generator).sigmoid()).long().clamp(max=T - 1)
-        return torch.randint(T, (), generator=generator)
-
-    def _draw_eps(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        eps = torch.randn(shape, generator=generator)
-        if self.options.offset_noise > 0:  # per channel: Guttenberg 2023 (Diffusion with Offset Noise)
-            eps += self.options.offset_noise * torch.randn(shape[0], *[1] * (len(shape) - 1), generator=generator)
-        return eps
 
     def batch_context(self, batch: dict[str, Any]) -> Tensor:
         """Encode exemplars, or their cached features, and captions as context (B, L, D)."""
@@ -220,81 +177,9 @@ class DiffusionTraining(LatentDiffusion, TrainingModule):
         if self.device_mesh is not None:
             fsdp.shard(self, self.device_mesh["data_parallel"])
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def parameter_groups(self) -> list[tuple[float, list[Parameter]]]:
         tower = {p for module in self.towers for p in module.parameters()}
-        trained = [p for p in self.parameters() if p.requires_grad]
+        base_lr, trained = self.options.base_lr, [p for p in self.parameters() if p.requires_grad]
         parts = [p for p in trained if p not in tower], [p for p in trained if p in tower]
-        groups = [{"params": part, "lr": lr} for part, lr in zip(parts, self._lrs(), strict=True) if part]
-        return self.with_lr_schedule(adamw(self.options.optimizer)(groups, weight_decay=self.options.weight_decay))
-
-    def _lrs(self) -> tuple[float, float]:
-        """Return the learning rates of all other parameters and of the towers."""
-        return self.options.base_lr, self.options.tower_lr_scale * self.options.base_lr
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.timesteps is not None:
-            checkpoint["timesteps"] = self.timesteps.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if self.timesteps is not None and "timesteps" in checkpoint:
-            self.timesteps.load_state_dict(checkpoint["timesteps"])
-        override_optimizer_hparams(checkpoint, self._lrs(), weight_decay=self.options.weight_decay)
-
-
-class LossAwareTimesteps:
-    """Draws a timestep in proportion to the root mean square of its latest losses, once each has ten of them.
-
-    Multiplied by `weight`, losses keep the mean of uniform draws, with less variance. Source: Nichol & Dhariwal 2021,
-    section 3.3 (Eq. 18).
-    """
-
-    HISTORY = 10
-    UNIFORM = 0.001  # share of the draws that stay uniform
-
-    def __init__(self, num_timesteps: int) -> None:
-        losses = torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64, device="cpu")
-        self.load_state_dict({"losses": losses, "counts": torch.zeros(num_timesteps, dtype=torch.long, device="cpu")})
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Draw one timestep, () int64, by inverting the cumulative distribution."""
-        u = torch.rand((), generator=generator, dtype=torch.float64)
-        return torch.searchsorted(self._cumulated, u, right=True).clamp(max=len(self.counts) - 1)
-
-    def weight(self, t: Tensor) -> Tensor:
-        """Return 1 / (T p(t)), (B,) float32, for timesteps (B,)."""
-        self._weights = self._weights.to(t.device)
-        return self._weights[t]
-
-    def record(self, t: Tensor, losses: Tensor) -> None:
-        """Note the losses (B,) of timesteps (B,) on any device, from all processes in the same order."""
-        self._pending.append(torch.stack((t.to(losses), losses)))
-
-    def update(self, every: int) -> None:
-        """Draw by the recorded losses, once there are `every` batches of them: reading waits for the device."""
-        if len(self._pending) < max(1, every):
-            return
-        pending = torch.cat([batch.to(self._pending[-1].device) for batch in self._pending], 1)
-        history, counts = self.losses.numpy(), self.counts.numpy()  # the same memory
-        for k, loss in pending.T.tolist():
-            history[int(k), counts[int(k)] % self.HISTORY] = loss
-            counts[int(k)] += 1
-        self._pending = []
-        self._refresh()
-
-    def _refresh(self) -> None:
-        T = len(self.counts)
-        p = torch.full((T,), 1.0 / T, dtype=torch.float64, device="cpu")
-        if min(self.counts.tolist()) >= self.HISTORY:
-            scale = self.losses.square().mean(1).sqrt()  # p(t) ~ sqrt(E[L_t^2])
-            p = (1.0 - self.UNIFORM) * scale / scale.sum() + self.UNIFORM / T
-        self._cumulated, self._weights = p.cumsum(0), (1.0 / (T * p)).float()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        pending = torch.stack([batch.cpu() for batch in self._pending] or [torch.zeros(2, 0)])  # loaded ones are there
-        return {"losses": self.losses, "counts": self.counts, "pending": pending}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
-        self._pending = list(state.get("pending", torch.zeros(0, 2, 0)))  # of batches; older checkpoints have none
-        self._refresh()
+        lrs = base_lr, self.options.tower_lr_scale * base_lr
+        return [(lr, part) for lr, part in zip(lrs, parts, strict=True) if part]

@@ -35,6 +35,12 @@ class TrainingModule(pl.LightningModule):
     def add_lora(self, seed: int) -> None:
         """Add trained parameters that no checkpoint to start from has; most modules have none."""
 
+    def starting_weights(
+        self, state: dict[str, Tensor], source: str | None, from_scratch: bool
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Return what is loaded from a checkpoint's tensors (module names) and the names that may be missing there."""
+        return state, [] if state or not from_scratch else list(self.state_dict())
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Copy a batch to the device, except the keys: they seed generators on the CPU."""
         tensors = {name: value for name, value in batch.items() if name != "key"}

@@ -7,51 +7,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ldm.config import Config, LoggingConfig, TrainingConfig
+from ldm.config import Config, LoggingConfig
 from ldm.data.image_folder import low_resolution
-from ldm.diffusion import min_snr_weight, q_sample, send_together
+from ldm.diffusion import q_sample, send_together
 from ldm.pixel_diffusion import Classifier, Guidance, PixelDiffusion
-from ldm.training.diffusion_module import LossAwareTimesteps
-from ldm.training.module import TrainingModule, adamw, override_optimizer_hparams
-
-Weights = dict[str, Tensor]
+from ldm.training.denoising import DenoisingTraining
 
 
-class PixelTraining(PixelDiffusion, TrainingModule):
+class PixelTraining(PixelDiffusion, DenoisingTraining):
     """The diffusion model of pixels with its training step; keys in checkpoints are those of the plain model."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.model)
-        self.options: TrainingConfig = config.training
-        loss_aware = self.options.timesteps == "loss_aware"
-        self.timesteps = LossAwareTimesteps(config.model.schedule.num_timesteps) if loss_aware else None
-        self.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-    def starting_weights(self, state: Weights, source: str | None, from_scratch: bool) -> tuple[Weights, list[str]]:
-        return state, [] if state else list(self.state_dict())
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        torch.manual_seed(batch["key"].tolist()[0])  # dropout: the only draw that is not made per sample
-        if self.timesteps is not None:
-            self.timesteps.update(self.trainer.log_every_n_steps)  # pyright: ignore[reportAttributeAccessIssue]
-        losses, t = self.losses(batch)
-        weighted, uniform = losses, torch.ones_like(losses)
-        if (gamma := self.options.min_snr_gamma) > 0:
-            weighted = min_snr_weight(t, gamma, self.parameterization, self.tables.alphas_cumprod) * losses
-        if self.timesteps is not None:
-            uniform = self.timesteps.weight(t)
-            history: Any = self.all_gather((t, weighted.detach()))
-            self.timesteps.record(*(values.flatten() for values in history))
-        self.record("train/loss", uniform * losses)
-        return (uniform * weighted).mean()
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        losses, _ = self.losses(batch)
-        self.log("val/loss", losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
+        self.set_up(config)
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute each sample's objective (B,), with its timestep (B,); every draw comes from the sample's own key."""
@@ -78,17 +49,10 @@ class PixelTraining(PixelDiffusion, TrainingModule):
         return losses, t
 
     def _draw(self, shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        schedule = self.config.schedule
+        t = self.draw_timestep(generator)
         if self.is_edm:  # EDM, Table 1
-            t = (schedule.p_mean + schedule.p_std * torch.randn((), generator=generator)).exp()
-        elif self.timesteps is not None and self.training:
-            t = self.timesteps.draw(generator)
-        else:
-            t = torch.randint(schedule.num_timesteps, (), generator=generator)
-        eps = torch.randn(shape, generator=generator)
-        if self.options.offset_noise > 0:
-            eps += self.options.offset_noise * torch.randn(shape[0], 1, 1, generator=generator)
-        return t, eps, torch.rand(2, generator=generator)
+            t = (self.config.schedule.p_mean + self.config.schedule.p_std * torch.randn((), generator=generator)).exp()
+        return t, self.draw_eps(shape, generator), torch.rand(2, generator=generator)
 
     def preview(self, batch: dict[str, Any], options: LoggingConfig) -> list[Tensor]:
         """Return images and samples with their labels, (B, C, S, S) in [-1, 1]."""
@@ -103,32 +67,13 @@ class PixelTraining(PixelDiffusion, TrainingModule):
         )
         return [image.expand(-1, 3, -1, -1), sample.expand(-1, 3, -1, -1)]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = adamw(self.options.optimizer)
-        return self.with_lr_schedule(
-            optimizer(self.parameters(), lr=self.options.base_lr, weight_decay=self.options.weight_decay)
-        )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.timesteps is not None:
-            checkpoint["timesteps"] = self.timesteps.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if self.timesteps is not None and "timesteps" in checkpoint:
-            self.timesteps.load_state_dict(checkpoint["timesteps"])
-        override_optimizer_hparams(checkpoint, [self.options.base_lr], weight_decay=self.options.weight_decay)
-
-
-class ClassifierTraining(Classifier, TrainingModule):
+class ClassifierTraining(Classifier, DenoisingTraining):
     """The classifier of noisy images with its training step. Source: ADM, section 4 and appendix H."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.model)
-        self.options: TrainingConfig = config.training
-
-    def starting_weights(self, state: Weights, source: str | None, from_scratch: bool) -> tuple[Weights, list[str]]:
-        return state, [] if state else list(self.state_dict())
+        self.set_up(config)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         torch.manual_seed(batch["key"].tolist()[0])
@@ -144,25 +89,14 @@ class ClassifierTraining(Classifier, TrainingModule):
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute cross-entropies (B,) on noisy images, and whether the likeliest class is right (B,)."""
-        x_0, T = batch["image"], self.config.schedule.num_timesteps
+        x_0 = batch["image"]
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
-        draws = [(torch.randint(T, (), generator=g), torch.randn(x_0.shape[1:], generator=g)) for g in generators]
+        draws = [(self.draw_timestep(g), self.draw_eps(x_0.shape[1:], g)) for g in generators]
         t, eps = send_together([torch.stack(column) for column in zip(*draws, strict=True)], x_0.device)
-        ac = self.schedule.to(x_0.device).alphas_cumprod
-        logits = self(q_sample(x_0, t, eps, ac), t)
+        logits = self(q_sample(x_0, t, eps, self.ac), t)
         losses = F.cross_entropy(logits, batch["label"], reduction="none")
         return losses, (logits.argmax(1) == batch["label"]).float()
 
     def preview(self, batch: dict[str, Any], options: LoggingConfig) -> list[Tensor]:
         """Return the images, (B, C, S, S) in [-1, 1]."""
         return [batch["image"].expand(-1, 3, -1, -1)]
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = adamw(self.options.optimizer)
-        return self.with_lr_schedule(
-            optimizer(self.parameters(), lr=self.options.base_lr, weight_decay=self.options.weight_decay)
-        )
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        override_optimizer_hparams(checkpoint, [self.options.base_lr], weight_decay=self.options.weight_decay)
