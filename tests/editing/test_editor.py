@@ -305,7 +305,7 @@ def test_exif_orientation_is_applied_to_files_and_pictures(editor: Editor, tmp_p
 
 def test_mask_of_another_size_warns(editor: Editor) -> None:
     scene = photo(80, 60)
-    with pytest.warns(UserWarning, match="40 x 30.*80 x 60"):
+    with pytest.warns(UserWarning, match=r"\(40, 30\).*\(80, 60\)"):
         result = pixels(edit(editor, scene, box_mask((40, 30), (10, 10, 20, 20)), RED))
     outside = np.ones((60, 80), bool)
     outside[20:40, 20:40] = False
