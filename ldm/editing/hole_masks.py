@@ -87,7 +87,7 @@ def fit_mask(mask: Image.Image, size: tuple[int, int], what: str) -> Image.Image
         return mask
     sizes = f"the mask is {mask.width} x {mask.height}, the {what} {size[0]} x {size[1]}"
     if same_aspect(mask.size, size):
-        warnings.warn(f"{sizes}; the mask is resized", stacklevel=3)
+        warnings.warn(f"the mask has size {mask.size}, the {what} {size}; the mask is resized", stacklevel=3)
         return mask.resize(size, Image.Resampling.NEAREST)
     if same_aspect((mask.height, mask.width), size):
         raise UserError(f"{sizes}; it seems to ignore the photo's EXIF rotation: turn it as viewers turn the photo")

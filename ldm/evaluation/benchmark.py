@@ -1,7 +1,6 @@
 """Edit every item of a benchmark: a table of jobs under a protocol, for `ldm.editing.batch`.
 
-The noise of an item derives from its number alone, so that its image depends neither on the batch nor on the number of
-processes. OUTDIR/results/ID.png · source/ID_{GT,inpaint,mask,ref}.png · grid/grid-ID.png · settings.json · timing.json
+OUTDIR/results/ID.png · source/ID_{GT,inpaint,mask,ref}.png · grid/grid-ID.png · settings.json · timing.json
 """
 
 import os
@@ -78,10 +77,7 @@ class BenchmarkRun:
     prepare: Callable[[], object] | None = None  # called first in every process that is started
 
     def edit(self, devices: int = 1) -> dict[str, str]:
-        """Edit all items in several processes, one per device, and return why items failed, by their ids.
-
-        Under torchrun, which starts the processes itself, `devices` is ignored, and the items are this process's.
-        """
+        """Edit all items, in one process per device unless torchrun has started them; return failures by id."""
         if min(devices, 1 if self.limit is None else self.limit) < 1:
             raise UserError(f"got devices={devices}, limit={self.limit}, expected 1 or more")
         _check_settings(self.outdir / "settings.json", self.config.record)
@@ -96,14 +92,14 @@ class BenchmarkRun:
             return {id_: reason for path in Path(folder).iterdir() for id_, reason in read_json(path).items()}
 
     def jobs(self) -> list[Job]:
-        jobs, ids = [], self.bench.ids
+        """Return the edit of each item; its seed derives from the item's number, whatever the batches and processes."""
+        jobs, ids, method = [], self.bench.ids, self.config.method
         for k, id_ in enumerate(ids[: self.limit]):
             scene, mask, exemplar = self.bench.paths(id_)
-            if self.config.method == "other-exemplar":
+            if method == "other-exemplar":
                 exemplar = self.bench.paths(ids[(k + 1) % len(ids)])[-1]
             settings = replace(self.config.settings, seed=self.config.settings.seeds[0] + k)
-            reference = None if self.config.method == "null-token" else str(exemplar)
-            jobs.append(Job(id_, str(scene), reference, settings, mask=str(mask)))
+            jobs.append(Job(id_, str(scene), None if method == "null-token" else str(exemplar), settings, str(mask)))
         return jobs
 
     def edit_share(self) -> dict[str, str]:
@@ -128,8 +124,7 @@ class BenchmarkRun:
         """Write the inputs of an item, and a row of scene, masked scene, exemplar and result."""
         item = self.bench.item(job.name)
         exemplar, masked = open_image(job.reference) if job.reference else item.exemplar, item.masked_scene()
-        source = {"GT": item.scene, "inpaint": masked, "mask": item.hole_mask, "ref": exemplar}
-        for name, image in source.items():
+        for name, image in {"GT": item.scene, "inpaint": masked, "mask": item.hole_mask, "ref": exemplar}.items():
             save_png(image, self.outdir / "source" / f"{item.id}_{name}.png")
         row = item.scene, masked, exemplar.resize(item.scene.size, Image.Resampling.BICUBIC), result
         save_png(Image.fromarray(np.hstack([*map(np.asarray, row)])), self.outdir / "grid" / f"grid-{item.id}.png")

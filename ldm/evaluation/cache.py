@@ -1,8 +1,4 @@
-"""Features on disk, so that no image passes through a network twice.
-
-A folder holds one `.npy` file per feature, named by a digest of image bytes, network and view. Files are written
-atomically, so processes may share the folder and may be killed.
-"""
+"""Features on disk, so that no image passes through a network twice."""
 
 import logging
 from pathlib import Path
@@ -17,11 +13,10 @@ DEFAULT_PATH = Path.home() / ".cache" / "paint-by-example" / "features"
 
 
 class FeatureCache:
-    """Features (D,) float32 by key, in a folder that is created if missing."""
+    """Features (D,) float32 by key, a file each, in a folder that processes may share; it is created if missing."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._writing = True
+        self.folder, self._writing = Path(folder), True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -1,8 +1,7 @@
 """Reader of a benchmark folder in the layout of COCOEE (scenes, holes and exemplars), and edits without a model.
 
 ROOT/GT_*/000000000007_GT.png · ROOT/Ref_*/000000000007_ref.png · ROOT/Mask_bbox_*/000000000007_mask.png (white = hole)
-· ROOT/id_list.npy. The digits after the underscore of the folders' names (their number of images, 3500) do not matter,
-nor do formats and leading zeros.
+· ROOT/id_list.npy. Neither the digits in the folders' names (their number of images) nor formats nor zeros matter.
 """
 
 import logging
@@ -48,10 +47,9 @@ class Bench:
         self.root = Path(root)
         if not self.root.is_dir():
             raise UserError(f"{root}: no such folder; dataset/README.md says where the benchmark comes from")
-        folders = [(self._folder(name), ending) for name, ending in ENDINGS.items()]
+        folders = {ending: self._folder(name) for name, ending in ENDINGS.items()}
         self.ids = read_ids(self.root / "id_list.npy")
-        # Per part the folder, the ending of its names, and its images by id.
-        self._parts = [(folder, ending, images_by_id(folder, ending)) for folder, ending in folders]
+        self._parts = [(folder, ending, images_by_id(folder, ending)) for ending, folder in folders.items()]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,10 +82,7 @@ class Bench:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Read an array of ids (.npy), written as 7, 7.0 or 000000000007, each once and as twelve digits.
-
-    UserError if there is no list, or if an entry is no id.
-    """
+    """Read an array of ids (.npy), written as 7, 7.0 or 000000000007, each once and as twelve digits."""
     try:
         array = np.load(path, allow_pickle=False).ravel()
         listed = (array.astype(str) if array.dtype.kind == "S" else array).tolist()
@@ -114,8 +109,7 @@ def images_by_id(folder: Path, ending: str = "") -> dict[str, Path]:
 
     Of several with an id the one that is called in full counts, or else the first, with a warning. UserError if none.
     """
-    found, repeated = dict[str, Path](), Skipped()
-    length = 12 + len(ending)
+    found, repeated, length = dict[str, Path](), Skipped(), 12 + len(ending)
     for path in sorted(find_images(folder), key=lambda path: (len(path.stem) != length, path.suffix != ".png")):
         digits = path.stem.removesuffix(ending)
         if path.stem == digits + ending and digits.isdecimal() and path.parent == folder:
@@ -141,8 +135,7 @@ def seamless_clone(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.I
 
     OpenCV reads the target inside the hole, up to three pixels deep, and would find the true image there; so the
     hole is filled from its surroundings first. A hole as large as the scene has none: there it is copy-paste.
-
-    Source: Perez et al. 2003 (Poisson image editing), as in OpenCV's seamlessClone.
+    Source: Perez et al. 2003 (Poisson image editing), as in OpenCV.
     """
     import cv2
 
@@ -161,10 +154,7 @@ def seamless_clone(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.I
 
 
 def opencv_inpaint(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image | None = None) -> Image.Image:
-    """Fill the hole from its surroundings, without a model and without the exemplar.
-
-    Source: Telea 2004 (fast marching), as in OpenCV.
-    """
+    """Fill the hole from its surroundings, without the exemplar. Source: Telea 2004 (fast marching), as in OpenCV."""
     import cv2
 
     hole = (np.asarray(hole_mask) >= 128).astype(np.uint8)

@@ -1,7 +1,5 @@
 """Evaluation of edited benchmarks: runs x metrics => a table of numbers with their conditions.
 
-The paper's number stands beside ours only if the same thing was measured.
-
 Dimension key: N items · D feature channels · M real images.
 """
 
@@ -9,13 +7,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,14 +28,20 @@ from ldm.evaluation.quality import GaussianMixture, quality_scores
 from ldm.files import Skipped, UserError, read_json, read_table, whole
 from ldm.images import find_images, open_image
 
+TRUE_IMAGES = "the bench's true pictures"
 TRUE_IMAGE = "true picture"  # the run that consists of the benchmark's own scenes; a key of metrics.json
 FRECHET_RESAMPLES = 100  # each is an eigenvalue problem
 MANIFOLD_SIZE = 10_000  # most real images that KID and precision/recall use
-# Yang et al. 2023, Table 1: COCOEE, CLIP ViT-B/32 features, real images of COCO test2017.
 PAPER_NETWORK = "CLIP ViT-B/32"
+# Yang et al. 2023, Table 1: all items of COCOEE, features of PAPER_NETWORK, real images of COCO test2017.
 PAPER = {"fid": 3.18, "qs": 77.80, "clip-paper": 84.97}
 PER_ITEM = ("qs", "clip", "dino")  # keys whose values per item are recorded, beside `identification`
+# Methods of `Subject`, which may record several numbers each.
+METRICS = ("fid", "kid", "precision-recall", "qs", "clip", "identification", "foreground-fid", "dino", "inception")
+METRICS += ("background", "copying", "diversity")
 DEFAULT_METRICS = ("fid", "clip", "identification", "background")
+OF_EDITS = ("background", "copying", "diversity")  # not of the true images
+NEEDS = {"qs": "gmm", "dino": "dino", "inception": "inception", "diversity": "other_seeds"}  # the input of a metric
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Metric:
     better: str  # "higher" | "lower"
     low: float | None = None  # 95 % interval
     high: float | None = None
-    paper: float | None = None  # the paper's number for the same measurement on COCOEE
+    paper: float | None = None  # the paper's number on COCOEE, if the same thing was measured
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,10 @@ class Run:
     """The images of one run, by id, and the settings and times that it wrote beside them."""
 
     name: str  # in the table
-    folder: Path | None  # None stands for the benchmark's own true images
+    folder: Path | None  # None: the benchmark's own true images
+    images: Mapping[str, Path]
     settings: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)
-    images: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, name: str = "") -> Run:
@@ -72,14 +76,7 @@ class Run:
         root = path.parent if path.name == "results" and (path.parent / "settings.json").is_file() else path
         folder = root / "results" if (root / "results").is_dir() else root
         settings, timing = (read_json(root / f"{name}.json", {}) for name in ("settings", "timing"))
-        return cls(name or root.name, folder, settings, timing, images_by_id(folder))
-
-    def image(self, bench: Bench, id_: str) -> Path:
-        if self.folder is None:
-            return bench.paths(id_)[0]
-        if id_ not in self.images:
-            raise UserError(f"{id_}: without a result in {self.folder}")
-        return self.images[id_]
+        return cls(name or root.name, folder, images_by_id(folder), settings, timing)
 
 
 @dataclass(eq=False)
@@ -87,11 +84,7 @@ class Evaluation:
     """Runs x metrics => numbers, on the items that all runs hold; `measure` fills in `metrics` and `per_item`.
 
     An item is left out if a file of it or a result is missing or unreadable, or differs from its scene in size; so are
-    real images that cannot be read.
-
-    Raises:
-        UserError, OSError: a metric lacks its input, or a figure is not finite; runs share fewer than two items or have
-            equal names; with `strict`, an item would be left out or a result is a JPEG.
+    real images that cannot be read. With `strict` these, and results that are JPEG, are errors.
     """
 
     bench: Bench
@@ -112,23 +105,21 @@ class Evaluation:
     per_item: dict[str, dict[str, list[float]]] = field(init=False)  # by run and key, in the order of `ids`
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.names) - METRICS.keys()):
+        if unknown := sorted(set(self.names) - set(METRICS)):
             raise UserError(f"metrics: got {', '.join(unknown)}, expected some of {', '.join(METRICS)}")
-        for option, name in {"gmm": "qs", "other_seeds": "diversity", "dino": "dino", "inception": "inception"}.items():
+        for name, option in NEEDS.items():
             if name in self.names and not getattr(self, option):
                 raise UserError(f"{name}: give --{option.replace('_', '-')}")
         if self.focus and "identification" not in self.names:
             raise UserError("--focus: add identification to --metrics")
         edited = [*self.runs, *self.other_seeds]
-        self.runs = [*self.runs, Run(TRUE_IMAGE, None)]
-        self.metrics = {run.name: {} for run in self.runs}
-        self.per_item = {run.name: {} for run in self.runs}
+        self.runs = [*self.runs, Run(TRUE_IMAGE, None, {id_: self.bench.paths(id_)[0] for id_ in self.bench.ids})]
+        self.metrics, self.per_item = {run.name: {} for run in self.runs}, {run.name: {} for run in self.runs}
         if len(self.metrics) < len(self.runs):
             raise UserError(f"two of {', '.join(run.name for run in self.runs)} are equal; name runs: NAME=FOLDER")
         self.boxes: dict[str, Box] = {}
         self.paper_boxes: dict[str, Box] = {}  # without the holes that the paper's rule cannot crop
-        self.left_out = Skipped(strict=self.strict)  # items
-        self.lossy = Skipped(strict=self.strict)  # results
+        self.left_out, self.lossy = Skipped(strict=self.strict), Skipped(strict=self.strict)  # items, results
         self.unreadable: dict[Path, str] = {}  # real images, with the reasons
         self._real_options = {"label": "real images", "unreadable": None if self.strict else self.unreadable}
         with ThreadPoolExecutor(max(self.options.get("num_workers", 0), 1)) as pool:
@@ -147,13 +138,17 @@ class Evaluation:
         if len(self.ids) < 2:
             raise UserError(f"{len(self.ids)} items can be measured, expected at least 2; left out: {self.left_out}")
         self.labels = exemplar_labels(self.bench.root, self.ids)
-        self._exemplars: dict[FeatureNetwork, np.ndarray] = {}
+        if unknown := set(self.focus).difference(self.labels or ()):
+            raise UserError(f"--focus: no measured item shows {unknown.pop()}; items.csv of the bench lists cut-outs")
+        self.exemplars: dict[FeatureNetwork, np.ndarray] = {}  # their features
 
     def _check(self, id_: str, edited: Sequence[Run]) -> tuple[Box, Box | None, list[Path]] | UserError:
         """Return the boxes of an item's hole and which of its results are JPEGs, or else what is wrong with it."""
         try:
             item, lossy = self.bench.item(id_), []
-            for path in [run.image(self.bench, id_) for run in edited]:
+            for run in edited:
+                if (path := run.images.get(id_)) is None:
+                    raise UserError(f"{id_}: without a result in {run.folder}")
                 if (size := open_image(path).size) != item.scene.size:
                     got, expected = (f"{width}x{height}" for width, height in (size, item.scene.size))
                     raise UserError(f"{path} with {got} instead of {expected}: of another size")
@@ -165,23 +160,13 @@ class Evaluation:
 
     def measure(self) -> None:
         """Measure every metric of every run."""
-        how = "against all other exemplars; {squash}"
-        focus = [Row("identification", f"identification: {x}", "identification of {label}", how) for x in self.focus]
         for run in self.runs:
             subject = Subject(self, run, self.network)
-            for name in (name for name in METRICS if name in self.names):
-                network = {"dino": self.dino, "inception": self.inception}.get(name)
-                seen = Subject(self, run, network) if network else subject
-                rows = (row for row in (*ROWS, *focus) if row.metric == name)
-                found = zip(rows, METRICS[name](seen), strict=True)
-                self.metrics[run.name] |= {row.key: seen.metric(row, x) for row, x in found if x is not None}
-
-    def exemplars(self, network: FeatureNetwork) -> np.ndarray:
-        """Return the features of the exemplars, (N, D)."""
-        if network not in self._exemplars:
-            views = [View(self.bench.paths(id_)[2], SQUASH) for id_ in self.ids]
-            self._exemplars[network] = extract(network, views, **self.options, label="exemplars")
-        return self._exemplars[network]
+            for name in METRICS:
+                if name in self.names and (run.folder or name not in OF_EDITS):
+                    network = {"dino": self.dino, "inception": self.inception}.get(name)
+                    seen = Subject(self, run, network) if network else subject
+                    getattr(seen, name.replace("-", "_"))()
 
     @cached_property
     def real_views(self) -> list[View]:
@@ -230,25 +215,45 @@ class Evaluation:
 
     def corners(self, run: Run) -> np.ndarray:
         """Return the corner colours of a run's hole boxes, (N, 4, 3)."""
-        images = ((id_, open_image(run.image(self.bench, id_))) for id_ in self.ids)
-        return np.stack([metrics.corner_colors(image.crop(self.boxes[id_])) for id_, image in images])
+        regions = (open_image(run.images[id_]).crop(self.boxes[id_]) for id_ in self.ids)
+        return np.stack([metrics.corner_colors(region) for region in regions])
 
     def mean(self, values: np.ndarray) -> Estimate:
         groups = self.labels if len(values) == len(self.ids) else None
         return metrics.mean_interval(values, groups=groups, num_resamples=self.num_resamples, seed=self.seed)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Subject:
-    """A run as a network sees it; features are computed when a metric asks for them."""
+    """A run as a network sees it, and its metrics; features are computed when a metric asks for them."""
 
     ev: Evaluation
     run: Run
     network: FeatureNetwork
 
+    def __post_init__(self) -> None:
+        self.whole, self.squash = (self.network.preprocessing[mode] for mode in (WHOLE, SQUASH))
+        self.against_real = f"{self.whole}; real: {self.ev.real.name if self.ev.real else TRUE_IMAGES}"
+
+    def add(self, key: str, name: str, how: str, values: np.ndarray | Estimate, better: str = "higher") -> None:
+        """Record a metric: an estimate, or the mean of the items' values."""
+        ev = self.ev
+        if isinstance(values, np.ndarray):
+            if key in PER_ITEM:
+                ev.per_item[self.run.name][key] = values.tolist()
+            values = ev.mean(values)
+        if not math.isfinite(values.value):
+            raise UserError(f"{name} of {self.run.name}: got {values.value}; check images and weights")
+        is_papers = self.network.name.startswith(PAPER_NETWORK) and values.n == len(ev.bench)
+        is_papers = is_papers and {"fid": ev.real is not None, "qs": "refitted" not in name}.get(key, True)
+        paper = PAPER.get(key) if is_papers else None
+        low, high = (None if math.isnan(end) else end for end in (values.low, values.high))
+        figure = Metric(name, values.value, values.n, how + values.note, better, low, high, paper)
+        ev.metrics[self.run.name][key] = figure
+
     def features(self, resize_mode: str, boxes: Mapping[str, Box | None]) -> np.ndarray:
         """Return the features of boxes of the run's images by id; None stands for the whole image."""
-        views = [View(self.run.image(self.ev.bench, id_), resize_mode, box) for id_, box in boxes.items()]
+        views = [View(self.run.images[id_], resize_mode, box) for id_, box in boxes.items()]
         return extract(self.network, views, **self.ev.options, label=f"{self.run.name}: {resize_mode}")
 
     @cached_property
@@ -261,39 +266,112 @@ class Subject:
         """Features of the hole boxes, (N, D)."""
         return self.features(SQUASH, self.ev.boxes)
 
+    @property
+    def exemplars(self) -> np.ndarray:
+        """Features of the exemplars, (N, D), computed once for all runs."""
+        ev, known = self.ev, self.ev.exemplars
+        if self.network not in known:
+            views = [View(ev.bench.paths(id_)[2], SQUASH) for id_ in ev.ids]
+            known[self.network] = extract(self.network, views, **ev.options, label="exemplars")
+        return known[self.network]
+
     def distance(self, features: np.ndarray, real: frechet.Statistics) -> Estimate:
         resamples = min(self.ev.num_resamples, FRECHET_RESAMPLES)
         return frechet.frechet_estimate(features, real, num_resamples=resamples, seed=self.ev.seed)
 
-    def metric(self, row: Row, values: np.ndarray | Estimate) -> Metric:
-        """Fill in the templates of a row."""
-        ev, gmm, modes = self.ev, self.ev.gmm, self.network.preprocessing
-        if isinstance(values, np.ndarray):
-            if row.key in PER_ITEM:
-                ev.per_item[self.run.name][row.key] = values.tolist()
-            values = ev.mean(values)
-        is_refitted = gmm is not None and "refitted" in gmm.provenance
-        is_comparable = {"fid": ev.real is not None, "qs": not is_refitted}.get(row.key, True)
-        words = {
-            "net": self.network.name,
-            "label": row.key.partition(": ")[2],
-            "whole": modes[WHOLE],
-            "squash": modes[SQUASH],
-            "paper": modes.get(PAPER_REGION),
-            "real": ev.real.name if ev.real else "the bench's true pictures",
-            "clip": "CLIP score" if self.network.name.startswith("CLIP ") else "region similarity",
-            "qs": "QS (refitted GMM: not comparable with the paper; " if is_refitted else "QS (",
-            "gmm": gmm and f"{gmm.estimator.n_components} components, {gmm.estimator.covariance_type}",
-            "seeds": 1 + len(ev.other_seeds),
-        }
-        low, high = (None if math.isnan(end) else end for end in (values.low, values.high))
-        # The paper measures all items.
-        is_comparable = is_comparable and self.network.name.startswith(PAPER_NETWORK) and values.n == len(ev.bench)
-        paper = PAPER.get(row.key) if is_comparable else None
-        name, how = row.name.format(**words), row.how.format(**words) + values.note
-        if not math.isfinite(values.value):
-            raise UserError(f"{name} of {self.run.name}: got {values.value}; check images and weights")
-        return Metric(name, values.value, values.n, how, row.better, low, high, paper)
+    def fid(self) -> None:
+        value = self.distance(self.images, self.ev.real_statistics)
+        self.add("fid", f"FID ({self.network.name})", self.against_real, value, "lower")
+
+    def kid(self) -> None:
+        value, error = frechet.kid(self.ev.real_sample, self.images, seed=self.ev.seed)
+        low, high = 1000 * (value - 1.96 * error), 1000 * (value + 1.96 * error)
+        estimate = Estimate(1000 * value, low, high, len(self.images))
+        self.add("kid", f"KID x 1000 ({self.network.name})", self.against_real, estimate, "lower")
+
+    def precision_recall(self) -> None:
+        found = frechet.neighbours(self.ev.real_sample, self.images)
+        for key, values in zip(("precision", "recall"), found, strict=True):
+            self.add(key, f"{key} ({self.network.name})", f"{self.against_real}; k-NN, k = 3", values)
+
+    def qs(self) -> None:
+        gmm = self.ev.gmm
+        assert gmm is not None
+        note = "refitted GMM: not comparable with the paper; " * ("refitted" in gmm.provenance)
+        kind = f"{gmm.estimator.n_components} components, {gmm.estimator.covariance_type}"
+        values, how = quality_scores(gmm.log_density(self.images)), f"{self.whole}; GMM of {kind}"
+        self.add("qs", f"QS ({note}{self.network.name})", how, values)
+
+    def clip(self) -> None:
+        kind = "CLIP score" if self.network.name.startswith("CLIP ") else "region similarity"
+        if boxes := self.ev.paper_boxes:
+            exemplars = self.exemplars[[id_ in boxes for id_ in self.ev.ids]]
+            values = cosine_scores(self.features(PAPER_REGION, boxes), exemplars)
+            how = f"cosine x 100, region: {self.network.preprocessing[PAPER_REGION]}; exemplar: {self.squash}"
+            self.add("clip-paper", f"{kind} ({self.network.name}, the paper's crop)", how, values)
+        self.similarity("clip", f"{kind} ({self.network.name}, exact crop)")
+
+    def similarity(self, key: str, name: str) -> None:
+        self.add(key, name, f"cosine x 100; {self.squash}", cosine_scores(self.regions, self.exemplars))
+
+    def dino(self) -> None:
+        self.similarity("dino", f"DINO score ({self.network.name})")
+
+    def identification(self) -> None:
+        ev, key = self.ev, "identification"
+        options = {"num_resamples": ev.num_resamples, "seed": ev.seed}
+        estimate, shares = metrics.identification(self.regions, self.exemplars, ev.labels, **options)
+        ev.per_item[self.run.name][key] = shares.tolist()
+        self.add(key, f"{key} ({self.network.name})", f"all ordered pairs, chance is 0.5; {self.squash}", estimate)
+        for label in ev.focus:
+            values, how = shares[np.array(ev.labels) == label], f"against all other exemplars; {self.squash}"
+            self.add(f"{key}: {label}", f"{key} of {label}", how, values)
+
+    def foreground_fid(self) -> None:
+        name, how = f"foreground FID ({self.network.name})", f"regions against exemplars; {self.squash}"
+        value = self.distance(self.regions, frechet.statistics_of(self.exemplars))
+        self.add("foreground-fid", name, how, value, "lower")
+
+    def inception(self) -> None:
+        parts = {"FID": POOLED, "sFID": SPATIAL}
+        for (name, part), real in zip(parts.items(), self.ev.inception_statistics, strict=True):
+            value, key = self.distance(self.images[:, part], real), f"inception-{name.lower()}"
+            self.add(key, f"{name} ({self.network.name})", self.against_real, value, "lower")
+        score = inception_score(self.images[:, LOGITS], splits=min(10, len(self.images) // 2), seed=self.ev.seed)
+        self.add("inception-is", f"IS ({self.network.name})", self.whole, score)
+
+    def background(self) -> None:
+        errors, how = [], "pixels outside the hole"
+        for id_ in tqdm(self.ev.ids, desc=f"{self.run.name}: background", disable=None, leave=False):
+            item = self.ev.bench.item(id_)
+            errors.append(metrics.background(open_image(self.run.images[id_]), item.scene, item.hole_mask))
+        ssim, psnr, largest = np.array([error for error in errors if not math.isnan(error.psnr)]).reshape(-1, 3).T
+        if not len(psnr):  # holes may leave no background
+            return
+        if len(ssim := ssim[~np.isnan(ssim)]):
+            self.add("background-ssim", "background SSIM", how, ssim)
+        squares = self.ev.mean(255**2 / 10 ** (psnr / 10))
+        if squares.value > 0:  # equal backgrounds have no PSNR
+            ends = squares.value, squares.high, squares.low
+            value, low, high = (10 * math.log10(255**2 / max(x, 1e-9)) for x in ends)
+            name, estimate = "background PSNR, dB", Estimate(value, low, high, len(psnr))
+            self.add("background-psnr", name, f"{how}; of the mean squared error", estimate)
+        name, estimate = "background max |Δ|, grey levels", Estimate(largest.max(), math.nan, math.nan, len(psnr))
+        self.add("background-max", name, f"{how}; of all items", estimate, "lower")
+
+    def copying(self) -> None:
+        exemplars, true_images = self.ev.reference_corners
+        if not np.array_equal(exemplars, true_images):  # every exemplar is the true region itself
+            how = "corners of the region inside the hole's box: 0 as in the true picture, 1 as in the exemplar"
+            shares = metrics.copied_background(self.ev.corners(self.run), exemplars, true_images)
+            self.add("copying", "copied background", how, shares, "lower")
+
+    def diversity(self) -> None:
+        if self.run is self.ev.runs[0]:
+            seeds = [self.regions, *(Subject(self.ev, run, self.network).regions for run in self.ev.other_seeds)]
+            how = f"100 - cosine x 100 between seeds, {len(seeds)} seeds; {self.squash}"
+            values = np.mean([100 - cosine_scores(a, b) for a, b in combinations(seeds, 2)], axis=0)
+            self.add("diversity", f"diversity ({self.network.name})", how, values)
 
 
 def exemplar_labels(root: Path, ids: Sequence[str]) -> list[str] | None:
@@ -310,125 +388,6 @@ def exemplar_labels(root: Path, ids: Sequence[str]) -> list[str] | None:
     if missing := [id_ for id_ in ids if id_ not in cutouts]:
         raise UserError(f"{path}: lists no item {missing[0]}; compose the bench again")
     return [cutouts[id_] for id_ in ids]
-
-
-# What a metric yields, in the order of its rows: values of items, or an estimate; None: there is nothing to measure.
-Values = Sequence[np.ndarray | Estimate | None]
-
-
-def _kid(s: Subject) -> Values:
-    value, error = frechet.kid(s.ev.real_sample, s.images, seed=s.ev.seed)
-    return [Estimate(1000 * value, 1000 * (value - 1.96 * error), 1000 * (value + 1.96 * error), len(s.images))]
-
-
-def _similarity(s: Subject) -> Values:
-    return [cosine_scores(s.regions, s.ev.exemplars(s.network))]
-
-
-def _clip(s: Subject) -> Values:
-    boxes = s.ev.paper_boxes
-    exemplars = s.ev.exemplars(s.network)[[id_ in boxes for id_ in s.ev.ids]]
-    return [cosine_scores(s.features(PAPER_REGION, boxes), exemplars) if boxes else None, *_similarity(s)]
-
-
-def _identification(s: Subject) -> Values:
-    ev, labels = s.ev, np.array(s.ev.labels or [""] * len(s.ev.ids))
-    estimate, shares = metrics.identification(
-        s.regions, s.ev.exemplars(s.network), s.ev.labels, num_resamples=ev.num_resamples, seed=ev.seed
-    )
-    s.ev.per_item[s.run.name]["identification"] = shares.tolist()
-    if unknown := set(ev.focus) - set(labels):
-        raise UserError(f"--focus: no measured item shows {unknown.pop()}; items.csv of the bench lists the cut-outs")
-    return [estimate, *(shares[labels == label] for label in ev.focus)]
-
-
-def _inception(s: Subject) -> Values:
-    fid, sfid = s.ev.inception_statistics
-    score = inception_score(s.images[:, LOGITS], splits=min(10, len(s.images) // 2), seed=s.ev.seed)
-    return [s.distance(s.images[:, POOLED], fid), s.distance(s.images[:, SPATIAL], sfid), score]
-
-
-def _background(s: Subject) -> Values:
-    errors = []
-    for id_ in tqdm(s.ev.ids if s.run.folder else [], desc=f"{s.run.name}: background", disable=None, leave=False):
-        item = s.ev.bench.item(id_)
-        errors.append(metrics.background(open_image(s.run.image(s.ev.bench, id_)), item.scene, item.hole_mask))
-    kept = [error for error in errors if not math.isnan(error.psnr)]  # a hole may leave no background
-    if not kept:
-        return [None, None, None]
-    ssim, psnr, largest = np.array(kept).T
-    squares, ssim = s.ev.mean(255**2 / 10 ** (psnr / 10)), ssim[~np.isnan(ssim)]
-    value, low, high = (10 * math.log10(255**2 / max(x, 1e-9)) for x in (squares.value, squares.high, squares.low))
-    return [
-        ssim if len(ssim) else None,
-        Estimate(value, low, high, len(psnr)) if squares.value > 0 else None,  # equal backgrounds have no PSNR
-        Estimate(float(largest.max()), math.nan, math.nan, len(psnr)),
-    ]
-
-
-def _copying(s: Subject) -> Values:
-    exemplars, true_images = s.ev.reference_corners
-    if s.run.folder is None or np.array_equal(exemplars, true_images):  # every exemplar is the true region itself
-        return [None]
-    return [metrics.copied_background(s.ev.corners(s.run), exemplars, true_images)]
-
-
-def _diversity(s: Subject) -> Values:
-    if s.run is not s.ev.runs[0]:
-        return [None]
-    features = [s.regions, *(Subject(s.ev, run, s.network).regions for run in s.ev.other_seeds)]
-    return [np.mean([100 - cosine_scores(a, b) for a, b in combinations(features, 2)], axis=0)]
-
-
-METRICS: dict[str, Callable[[Subject], Values]] = {
-    "fid": lambda s: [s.distance(s.images, s.ev.real_statistics)],
-    "kid": _kid,
-    "precision-recall": lambda s: frechet.neighbours(s.ev.real_sample, s.images),
-    "qs": lambda s: [s.ev.gmm and quality_scores(s.ev.gmm.log_density(s.images))],
-    "clip": _clip,
-    "identification": _identification,
-    "foreground-fid": lambda s: [s.distance(s.regions, frechet.statistics_of(s.ev.exemplars(s.network)))],
-    "dino": _similarity,
-    "inception": _inception,
-    "background": _background,
-    "copying": _copying,
-    "diversity": _diversity,
-}
-
-
-class Row(NamedTuple):
-    """How a value of a metric is printed; `name` and `how` are templates, which `Subject.metric` fills in."""
-
-    metric: str
-    key: str
-    name: str
-    how: str
-    better: str = "higher"
-
-
-_REAL, _COSINE, _OUTSIDE = "{whole}; real: {real}", "cosine x 100; {squash}", "pixels outside the hole"
-_CORNERS = "corners of the region inside the hole's box: 0 as in the true picture, 1 as in the exemplar"
-_SEEDS = "100 - cosine x 100 between seeds, {seeds} seeds; {squash}"
-ROWS = [
-    Row("fid", "fid", "FID ({net})", _REAL, "lower"),
-    Row("kid", "kid", "KID x 1000 ({net})", _REAL, "lower"),
-    Row("precision-recall", "precision", "precision ({net})", f"{_REAL}; k-NN, k = 3"),
-    Row("precision-recall", "recall", "recall ({net})", f"{_REAL}; k-NN, k = 3"),
-    Row("qs", "qs", "{qs}{net})", "{whole}; GMM of {gmm}"),
-    Row("clip", "clip-paper", "{clip} ({net}, the paper's crop)", "cosine x 100, region: {paper}; exemplar: {squash}"),
-    Row("clip", "clip", "{clip} ({net}, exact crop)", _COSINE),
-    Row("identification", "identification", "identification ({net})", "all ordered pairs, chance is 0.5; {squash}"),
-    Row("foreground-fid", "foreground-fid", "foreground FID ({net})", "regions against exemplars; {squash}", "lower"),
-    Row("dino", "dino", "DINO score ({net})", _COSINE),
-    Row("inception", "inception-fid", "FID ({net})", _REAL, "lower"),
-    Row("inception", "inception-sfid", "sFID ({net})", _REAL, "lower"),
-    Row("inception", "inception-is", "IS ({net})", "{whole}"),
-    Row("background", "background-ssim", "background SSIM", _OUTSIDE),
-    Row("background", "background-psnr", "background PSNR, dB", f"{_OUTSIDE}; of the mean squared error"),
-    Row("background", "background-max", "background max |Δ|, grey levels", f"{_OUTSIDE}; of all items", "lower"),
-    Row("copying", "copying", "copied background", _CORNERS, "lower"),
-    Row("diversity", "diversity", "diversity ({net})", _SEEDS),
-]
 
 
 Record = Mapping[str, Any]

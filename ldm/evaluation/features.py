@@ -9,11 +9,10 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,13 +34,11 @@ WHOLE = "whole"  # as the network's authors do it
 SQUASH = "squash"  # to a square, antialiased
 PAPER_REGION = "paper region"  # to a square without antialiasing, as the paper's CLIP score does it
 
-DEFAULT_CLIP, DEFAULT_DINOV2 = "openai/clip-vit-base-patch32", "facebook/dinov2-base"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIZE_LETTERS = {384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}  # of a ViT, by its width
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """An image, or a box of it, and how it is resized."""
 
     path: Path
@@ -142,68 +139,55 @@ def iter_features(
 ) -> Iterator[np.ndarray]:
     """Stream the features of views in their order, (at most batch_size, D) float32 at a time.
 
-    Args:
-        cache: holds known features, and gets the others.
-        num_workers: threads that read images.
-        label: of the progress bar.
-        unreadable: gets the images that cannot be read, with the reason; their views are left out. None: an error.
-
-    Raises:
-        UserError, OSError: an image cannot be read, has features that are not finite, or does not hold its view's box.
+    `unreadable` gets the images that cannot be read, with the reason, and their views are left out; without it they are
+    a UserError, as are features that are not finite.
     """
     bar = tqdm(total=len(views), desc=label, unit="image", disable=None, leave=False)
     with bar, ThreadPoolExecutor(max(num_workers, 1)) as pool:
         for start in range(0, len(views), batch_size):
             batch = views[start : start + batch_size]
-            keys, known, missing = dict[View, str](), dict[View, np.ndarray](), dict[View, Tensor]()
-            for view, reading in [(view, pool.submit(_read, network, view, cache)) for view in dict.fromkeys(batch)]:
-                try:
-                    keys[view], found = reading.result()
-                except (UserError, OSError) as error:
-                    if unreadable is None:
-                        raise
-                    unreadable[view.path] = str(error)
-                    continue
-                if isinstance(found, Tensor):
-                    missing[view] = found
-                else:
-                    known[view] = found
-            for _, group in groupby(missing.items(), key=lambda one: one[1].shape):  # Inception takes any size
-                same = dict(group)
-                features = finite_features(network, torch.stack([*same.values()]), [view.path for view in same])
-                known |= zip(same, features, strict=True)
-                if cache:
-                    for view in same:
-                        cache.put(keys[view], known[view])
-            rows = [known[view] for view in batch if view in known]
-            yield np.stack(rows) if rows else np.empty((0, network.dim), np.float32)
+            distinct = list(dict.fromkeys(batch))
+            read = pool.map(lambda view: _read(network, view, cache, unreadable), distinct)
+            keyed = {view: one for view, one in zip(distinct, read, strict=True) if one}
+            found: dict[View, Any] = {view: one for view, (_, one) in keyed.items()}
+            missing = [view for view, one in found.items() if isinstance(one, Tensor)]
+            for _, group in groupby(missing, key=lambda view: found[view].shape):  # Inception takes any size
+                same = list(group)
+                pixels = torch.stack([found[view] for view in same])
+                found |= zip(same, finite_features(network, pixels, [view.path for view in same]), strict=True)
+            if cache:
+                for view in missing:
+                    cache.put(keyed[view][0], found[view])
+            rows = [found[view] for view in batch if view in found]
+            yield np.array(rows, np.float32).reshape(-1, network.dim)
             bar.update(len(batch))
 
 
-def _read(network: FeatureNetwork, view: View, cache: FeatureCache | None) -> tuple[str, np.ndarray | Tensor]:
-    """Return a view's key in the cache, and its feature from there or else its pixels."""
+def _read(
+    network: FeatureNetwork, view: View, cache: FeatureCache | None, unreadable: dict[Path, str] | None
+) -> tuple[str, np.ndarray | Tensor] | None:
+    """Return a view's key in the cache, and its feature from there or else its pixels; None if it is unreadable."""
     key = ""
-    if cache:
-        identity = repr((sha256_file(view.path), network.key, view.resize_mode, view.box))
-        key = hashlib.sha256(identity.encode()).hexdigest()
-        if (feature := cache.get(key)) is not None:
-            return key, feature
-    image = open_image(view.path)
     try:
-        return key, network.preprocess(image, view.resize_mode, view.box)
-    except UserError as error:
-        raise UserError(f"{view.path}: {error}") from error
+        if cache:
+            identity = repr((sha256_file(view.path), network.key, view.resize_mode, view.box))
+            key = hashlib.sha256(identity.encode()).hexdigest()
+            if (feature := cache.get(key)) is not None:
+                return key, feature
+        return key, network.preprocess(open_image(view.path), view.resize_mode, view.box)
+    except (UserError, OSError) as error:
+        message = f"{view.path}: {str(error).removeprefix(f'{view.path}: ')}"
+        if unreadable is None:
+            raise UserError(message) from error
+        unreadable[view.path] = message
+        return None
 
 
 def load_network(spec: str, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """Load a feature network in evaluation mode, float32.
+    """Load a feature network in evaluation mode, float32; UserError if its package or weights are missing or unfit.
 
-    Args:
-        spec: `efficientnet-lite0`; `clip` or `dinov2`, alone or with :NAME (on the Hugging Face hub) or :FOLDER (in
-            the hub's layout); `open_clip:ARCH/TAG`, weights that the package open_clip knows (TAG may be a file).
-
-    Raises:
-        UserError: the spec is unknown, a package is not installed, or the weights cannot be loaded or do not fit.
+    The spec is `efficientnet-lite0`; `clip` or `dinov2`, alone or with :NAME (on the Hugging Face hub) or :FOLDER (in
+    the hub's layout); or `open_clip:ARCH/TAG`, weights that the package open_clip knows (TAG may be a file).
     """
     kind, _, argument = spec.partition(":")
     if kind not in _LOADERS or (kind == "efficientnet-lite0" and argument):
@@ -222,30 +206,19 @@ def _efficientnet(_: str) -> FeatureNetwork:
 def _clip(argument: str) -> FeatureNetwork:
     from transformers import CLIPVisionModelWithProjection
 
-    name = argument or DEFAULT_CLIP
-    tower = _pretrained(CLIPVisionModelWithProjection, name, "clip")
-    source = "OpenAI" if name.startswith("openai/") else _source(name)
-    config, size = tower.config, tower.config.image_size
-    title = f"CLIP {_vit(config.hidden_size, config.patch_size)}{f'@{size}' * (size != 224)} ({source})"
+    tower, title = _pretrained(CLIPVisionModelWithProjection, "clip", argument or "openai/clip-vit-base-patch32")
+    size, dim = tower.config.image_size, tower.config.projection_dim
     modes = normalised_square(size, CLIP_MEAN, CLIP_STD, short_side=size)
-    return FeatureNetwork(title, tower, lambda x: tower(x).image_embeds, config.projection_dim, modes)
+    return FeatureNetwork(title, tower, lambda x: tower(x).image_embeds, dim, modes)
 
 
 def _dinov2(argument: str) -> FeatureNetwork:
     from transformers import Dinov2Model
 
-    name = argument or DEFAULT_DINOV2
-    tower = _pretrained(Dinov2Model, name, "dinov2")
-    config = tower.config
+    tower, title = _pretrained(Dinov2Model, "dinov2", argument or "facebook/dinov2-base")
     modes = normalised_square(224, _IMAGENET_MEAN, _IMAGENET_STD, short_side=256)
-    source = "" if name.startswith("facebook/") else f" ({_source(name)})"
-    title = f"DINOv2 {_vit(config.hidden_size, config.patch_size)}{source}"
     # The features are the class token after the last norm.
-    return FeatureNetwork(title, tower, lambda x: tower(x).last_hidden_state[:, 0], config.hidden_size, modes)
-
-
-def _vit(width: int, patch: int) -> str:
-    return f"ViT-{_SIZE_LETTERS.get(width, width)}/{patch}"
+    return FeatureNetwork(title, tower, lambda x: tower(x).last_hidden_state[:, 0], tower.config.hidden_size, modes)
 
 
 def _source(name: str) -> str:
@@ -257,8 +230,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _pretrained(kind: Any, name: str, spec: str) -> Any:
-    """Load a model of transformers; weights that are missing are an error, not random numbers."""
+def _pretrained(kind: Any, spec: str, name: str) -> tuple[Any, str]:
+    """Load a model of transformers, and name it; weights that are missing are an error, not random numbers."""
     from transformers import AutoConfig, logging
 
     verbosity = logging.get_verbosity()
@@ -280,7 +253,11 @@ def _pretrained(kind: Any, name: str, spec: str) -> Any:
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    return tower
+    vit = f"ViT-{_SIZE_LETTERS.get(config.hidden_size, config.hidden_size)}/{config.patch_size}"
+    if spec == "dinov2":
+        return tower, f"DINOv2 {vit}" + f" ({_source(name)})" * (not name.startswith("facebook/"))
+    side = f"@{config.image_size}" * (config.image_size != 224)
+    return tower, f"CLIP {vit}{side} ({'OpenAI' if name.startswith('openai/') else _source(name)})"
 
 
 def _open_clip(argument: str) -> FeatureNetwork:
@@ -300,7 +277,7 @@ def _open_clip(argument: str) -> FeatureNetwork:
         remedy = "open_clip.list_pretrained() lists the names; the first use needs a network connection"
         raise UserError(f"open_clip:{argument}: {first_line(error)}; {remedy}") from error
     config = open_clip.get_model_preprocess_cfg(model)
-    size = config["size"] if isinstance(config["size"], int) else config["size"][0]
+    size = np.ravel(config["size"])[0].item()
     modes = normalised_square(size, config["mean"], config["std"])
     own = f"open_clip's, {size} px ({config['resize_mode']}, {config['interpolation']})", transform
     with torch.no_grad():

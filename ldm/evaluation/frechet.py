@@ -1,8 +1,5 @@
 """Distances between two sets of images, computed from the features of one network.
 
-The Fréchet distance (FID) compares means and covariances, collected in constant memory. The kernel distance (KID) has
-no bias that grows as the set shrinks. Precision and recall tell missing images from unlikely ones.
-
 Dimensions: N, M items · D feature channels · B items of a chunk.
 """
 
@@ -90,14 +87,13 @@ class RunningStatistics:
         """Add a chunk (B, D), B >= 0."""
         if not len(features):
             return
-        chunk = features.astype(np.float64)
+        chunk, total = features.astype(np.float64), self.n + len(features)
         mean = chunk.mean(0)
-        centred, shift, total = chunk - mean, mean - self._mean, self.n + len(chunk)
+        centred, shift = chunk - mean, mean - self._mean
         # S = S_a + S_b + (m_b - m_a)(m_b - m_a)ᵀ n_a n_b / (n_a + n_b)
         between = np.outer(shift, shift) * (self.n * len(chunk) / total)
         self._scatter = self._scatter + (centred.T @ centred + between)
-        self._mean = self._mean + shift * (len(chunk) / total)
-        self.n = total
+        self._mean, self.n = self._mean + shift * (len(chunk) / total), total
 
     def result(self) -> Statistics:
         """Return the statistics of all chunks, of two items or more."""
@@ -116,8 +112,7 @@ def statistics_of(features: np.ndarray, network: str = "") -> Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Compute the Fréchet distance of two normal distributions, |mean_a - mean_b|² + tr(A + B - 2 (A^½ B A^½)^½).
 
-    The last trace is the sum of the singular values of F_aᵀ F_b, where A = F_a F_aᵀ. The factors hold only directions
-    with variance beyond rounding. Statistics of different networks are a `UserError`.
+    The last trace is the sum of the singular values of F_aᵀ F_b, where A = F_a F_aᵀ.
 
     Source: Dowson and Landau 1982; Heusel et al. 2017 (FID).
     """
@@ -138,9 +133,7 @@ def frechet_estimate(features: np.ndarray, real: Statistics, *, num_resamples: i
     """
     x, n = features.astype(np.float64), len(features)
     value = frechet_distance(statistics_of(x, real.network), real)
-    real_trace = np.trace(real.cov)
-    rng = np.random.default_rng(seed)
-    distances = np.empty(num_resamples)
+    real_trace, rng, distances = np.trace(real.cov), np.random.default_rng(seed), np.empty(num_resamples)
     for k in tqdm(range(num_resamples), desc="FID interval", unit="resample", delay=3, leave=False):
         drawn = x[rng.integers(0, n, n)]
         mean = drawn.mean(0)
@@ -182,14 +175,12 @@ def kid(
 ) -> tuple[float, float]:
     """Return the kernel distance of (N, D) and (M, D) features and its standard error, often printed x 1000.
 
-    It is the mean of `polynomial_mmd` over at least 2 random subsets of at most half the smaller set. The standard
-    error is the delete-d jackknife's, spread x sqrt(size / (N - size)) with N of the smaller set.
+    It is the mean of `polynomial_mmd` over random subsets of at most half the smaller set. The standard error is the
+    delete-d jackknife's, spread x sqrt(size / (N - size)) with N of the smaller set.
     """
-    n = min(len(x), len(y))
-    if n < 4:
+    if (n := min(len(x), len(y))) < 4:
         raise UserError(f"got {n} images, expected at least 4 for KID")
-    size = min(subset_size, n // 2)
-    rng = np.random.default_rng(seed)
+    size, rng = min(subset_size, n // 2), np.random.default_rng(seed)
     bar = tqdm(range(subsets), desc="KID", unit="subset", delay=3, leave=False)
     drawn = (tuple(z[rng.choice(len(z), size, replace=False)] for z in (x, y)) for _ in bar)
     values = np.array([polynomial_mmd(*pair) for pair in drawn])
@@ -201,9 +192,7 @@ def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarr
     """Find the fakes (M, D) among the real items (N, D), and the real items among the fakes: (M,) and (N,) bool.
 
     An item lies among a set if some member of the set is at least as close to it as to that member's own k-th
-    neighbour. The means are precision and recall.
-
-    Source: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models".
+    neighbour. The means are precision and recall. Source: Kynkäänniemi et al. 2019.
     """
     real, fake = real.astype(np.float64), fake.astype(np.float64)
     if min(len(real), len(fake)) <= k:

@@ -1,6 +1,4 @@
-"""Metrics of edited images: plain functions from images or features to numbers.
-
-Images compared with each other have equal sizes; features are finite, as `ldm.evaluation.features` gives them.
+"""Metrics of edited images: plain functions from images of equal sizes or finite features to numbers.
 
 Dimension key: N items · D feature channels · R bootstrap resamples · H, W pixels.
 """
@@ -28,10 +26,9 @@ def hole_box(image: Image.Image, hole_mask: Image.Image) -> Box:
     """Return the bounding box of the hole: grey levels of 128 and more of a mask in mode L, of the image's size."""
     if image.size != hole_mask.size:
         raise UserError(f"got an image of {image.size} and a mask of {hole_mask.size} pixels, expected equal sizes")
-    box = hole_mask.point([0] * 128 + [255] * 128).getbbox()
-    if box is None:
-        raise UserError("got an empty mask, expected a hole (white, 255)")
-    return box
+    if box := hole_mask.point([0] * 128 + [255] * 128).getbbox():
+        return box
+    raise UserError("got an empty mask, expected a hole (white, 255)")
 
 
 def paper_box(hole_mask: Image.Image) -> Box | None:
@@ -72,8 +69,7 @@ def region_similarities(
     views += [network.preprocess(exemplar, SQUASH) for exemplar in exemplars]
     names = [f"result {k}" for k in range(1, len(images) + 1)] + ["exemplar"] * len(exemplars)
     features = F.normalize(torch.from_numpy(finite_features(network, torch.stack(views), names)), dim=1)
-    regions, targets = features[: len(images)], features[len(images) :]
-    return (100 * regions @ targets.T).mean(1).tolist()
+    return (100 * features[: len(images)] @ features[len(images) :].T).mean(1).tolist()
 
 
 def identification(
@@ -90,8 +86,7 @@ def identification(
     labels, or without labels with equal features of the exemplar, show the same exemplar and are not compared. The
     interval resamples exemplars, each with all its items, because pairs share items, and items share exemplars.
 
-    Returns:
-        The share of all ordered pairs, and (N,), the share of the pairs of each region.
+    Returns the share of all ordered pairs, and (N,), the share of the pairs of each region.
     """
     labels = _numbers([row.tobytes() for row in exemplars] if exemplar_ids is None else exemplar_ids)
     comparable = labels[:, None] != labels[None, :]  # (N, N): whether pair (i, j) counts
@@ -165,8 +160,7 @@ class BackgroundError(NamedTuple):
 def background(result: Image.Image, scene: Image.Image, hole_mask: Image.Image) -> BackgroundError:
     """Compare an edit with its scene outside the hole.
 
-    Source: Wang et al. 2004, "Image quality assessment", section III-B (SSIM: Gaussian window of 1.5 pixels,
-        K1 = 0.01, K2 = 0.03), averaged over the channels.
+    Source: Wang et al. 2004, section III-B (SSIM: Gaussian window, K1 = 0.01, K2 = 0.03), averaged over the channels.
     """
     hole = torch.from_numpy(np.array(hole_mask.convert("L"))) >= 128
     if hole.all():
@@ -174,8 +168,7 @@ def background(result: Image.Image, scene: Image.Image, hole_mask: Image.Image) 
     # (3, H, W) float64 grey levels, 0 to 255
     x, y = (torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1).double() for i in (result, scene))
     difference = (x - y)[:, ~hole]
-    mse = difference.square().mean()
-    psnr = float(10 * torch.log10(255**2 / mse))  # tensors divide by zero to infinity
+    psnr = float(10 * torch.log10(255**2 / difference.square().mean()))  # tensors divide by zero to infinity
     return BackgroundError(_ssim(x, y, hole), psnr, float(difference.abs().max()))
 
 
@@ -188,9 +181,7 @@ def _ssim(x: Tensor, y: Tensor, hole: Tensor) -> float:
     if touched.all():
         return math.nan
     # This import takes half a second, and only this function needs it.
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-    _, windows = structural_similarity_index_measure(
-        x[None] / 255, y[None] / 255, sigma=SSIM_SIGMA, data_range=1.0, return_full_image=True
-    )
+    _, windows = ssim(x[None] / 255, y[None] / 255, sigma=SSIM_SIGMA, data_range=1.0, return_full_image=True)
     return float(windows[0, :, radius:-radius, radius:-radius][:, ~touched].mean())

@@ -1,8 +1,7 @@
 """Quality score (QS): the likelihood of an image's features under a Gaussian mixture of real images' features.
 
-An image scores its log density / 300, clipped to [0, 1], in per cent; a set of images scores the mean. The published
-figures use 20 components over CLIP ViT-B/32 features of COCO, distributed as a pickle of scikit-learn. The published
-script drops the remainder of its batches of 50 images; here every image counts.
+The published figures use 20 components over CLIP ViT-B/32 features of COCO, in a pickle of scikit-learn, and drop the
+remainder of their batches of 50 images; here every image counts.
 
 Dimensions: N images · D feature channels · K components.
 """
@@ -67,9 +66,9 @@ def load_gmm(path: str | Path) -> GaussianMixture:
             mixture = _from_pickle(path)
         else:
             metadata, tensors = read_metadata(path), read_checkpoint(path)
-            weights, means, covariances = (tensors[name].numpy() for name in _ARRAYS)
+            arrays = {name: tensors[name].numpy() for name in _ARRAYS}
             provenance = json.loads(metadata["provenance"])
-            mixture = mixture_of(weights, means, covariances, metadata["covariance_type"], provenance)
+            mixture = mixture_of(**arrays, covariance_type=metadata["covariance_type"], provenance=provenance)
         fitted = mixture.estimator
         if abs(fitted.weights_.sum() - 1) > 1e-6 or (fitted.weights_ < 0).any():
             raise ValueError("the weights are no shares")
@@ -115,7 +114,7 @@ class _Ignored:
 
     def __init__(self, *_: object) -> None: ...
 
-    def __setstate__(self, _: object) -> None: ...
+    __setstate__ = __init__
 
 
 # Names in a pickled mixture whose classes and functions are inert: they build objects and run nothing.

@@ -34,6 +34,8 @@ PRIVATE: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
 AT_ONCE: dict[str, Any] = dict(queue=False, **PRIVATE)
 ON_MODEL: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
 THUMBNAILS: dict[str, Any] = dict(height="auto", allow_preview=False, interactive=False, show_label=False, buttons=[])
+# What Gradio calls the keys of a JSON schema.
+GRADIO_NAMES = dict(default="value", title="label", description="info", enum="choices", maxLength="max_length")
 CODE: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
 LAUNCH: dict[str, Any] = dict(footer_links=["api"], prevent_thread_lock=True, quiet=True)
 LAUNCH |= dict.fromkeys(("share", "ssr_mode", "mcp_server", "run_history", "enable_monitoring"), False)
@@ -56,10 +58,9 @@ def serving(
         service = stack.enter_context(closing(make_service(Path(folder))))
         page = Page(service).blocks.queue(max_size=service.limits.waiting, api_open=False)
         css, size = (HERE / "page.css").read_text(encoding="utf-8"), service.limits.megabytes * 2**20
+        address: dict[str, Any] = dict(server_name=host, server_port=port, auth=auth)
         try:
-            _, url, _ = page.launch(
-                server_name=host, server_port=port, auth=auth, css=css, max_file_size=size, **LAUNCH
-            )
+            _, url, _ = page.launch(css=css, max_file_size=size, **address, **LAUNCH)
         except OSError:
             raise OSError(f"{host}:{port or '7860 to 7959'}: taken or not this machine's; see --port") from None
         stack.callback(page.close, verbose=False)
@@ -70,7 +71,7 @@ def serving(
             while not stopped.wait(SWEEP_SECONDS):
                 service.sweep(spared)
 
-        threading.Thread(target=sweep, name="sweep", daemon=True).start()
+        threading.Thread(target=sweep, daemon=True).start()
         yield url
 
 
@@ -93,9 +94,8 @@ class Page:
                         self.run = gr.Button("Run", variant="primary", elem_id="run")
                         self.cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
                     self.status = gr.HTML(f"Paint the hole, {requests}, run.", elem_id="status")
-                    self.slider = gr.ImageSlider(
-                        label="Before and after", format="png", interactive=False, elem_id="slider"
-                    )
+                    shown: dict[str, Any] = dict(format="png", interactive=False, elem_id="slider")
+                    self.slider = gr.ImageSlider(label="Before and after", **shown)
                     self.gallery = gr.Gallery(columns=4, elem_id="candidates", visible=False, **THUMBNAILS)
                     with gr.Row():
                         self.download = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
@@ -141,7 +141,8 @@ class Page:
         click = self.run.click(self.begin, [*self.files.values()], [self.run, self.cancel], **AT_ONCE)
         painting = click.then(self.paint, inputs, outputs, **shown, **ON_MODEL)
         # Gradio reports a cancelled edit as failed when the server has ended it, and drops clicks on Run until then
-        painting.failure(self.stop, None, [self.status, self.run, self.cancel], **AT_ONCE)
+        stopped = [self.status, self.run, self.cancel]
+        painting.failure(lambda: {self.status: "Stopped.", **self.buttons(False)}, None, stopped, **AT_ONCE)
         self.cancel.click(None, cancels=[painting])
         self.gallery.select(self.choose, self.results, [self.slider, self.download], **PRIVATE)
 
@@ -161,9 +162,6 @@ class Page:
     def begin(self, *uploads: str | None) -> dict:
         self.service.touch(uploads)  # they may have to wait
         return self.buttons(True)
-
-    def stop(self) -> dict:
-        return {self.status: "Stopped.", **self.buttons(False)}
 
     def paint(self, scene: str | None, hole: Any, exemplar: str | None, *values: Any) -> Iterator[dict]:
         """Run an edit and yield the changes on the page, step by step."""
@@ -239,17 +237,10 @@ def image_field(part: str, megabytes: int, *, painted: bool) -> gr.HTML:
 
 def control(name: str, schema: Mapping[str, Any]) -> Component:
     """Make the control of a setting from its JSON schema."""
-    common: dict[str, Any] = dict(value=schema["default"], label=schema["title"], elem_id=name, min_width=240)
-    common["info"] = schema["description"]
-    if schema["type"] == "boolean":
-        return gr.Checkbox(**common)
-    if "enum" in schema:
-        return gr.Dropdown(schema["enum"], **common)
-    if schema["type"] == "string":
-        return gr.Textbox(max_length=schema["maxLength"], **common)
-    if "step" in schema:
-        return gr.Slider(schema["minimum"], schema["maximum"], step=schema["step"], **common)
-    return gr.Number(minimum=schema["minimum"], maximum=schema["maximum"], **common)
+    kinds = {"enum": gr.Dropdown, "maxLength": gr.Textbox, "step": gr.Slider, "minimum": gr.Number}
+    kind: Any = next((kinds[key] for key in kinds if key in schema), gr.Checkbox)
+    options = {GRADIO_NAMES.get(key, key): value for key, value in schema.items() if key != "type"}
+    return kind(**options, elem_id=name, min_width=240)
 
 
 @contextmanager

@@ -118,29 +118,24 @@ class Edited(NamedTuple):
     num_unsafe: int  # candidates that the content filter flagged
 
 
+@dataclass
 class EditService:
-    """One inpainting model for all users; one edit at a time, its files in `folder`.
+    """One inpainting model for all users; one edit at a time."""
 
-    With a content filter nobody sees the candidates that it flags, nor any preview.
-    """
+    editor: Editor
+    folder: Path  # of its files
+    limits: Limits = Limits()
+    source: Source = Source()
+    content_filter: ContentFilter | None = None  # nobody sees the candidates that it flags, nor any preview
 
-    def __init__(
-        self,
-        editor: Editor,
-        folder: Path,
-        limits: Limits = Limits(),
-        source: Source = Source(),
-        content_filter: ContentFilter | None = None,
-    ) -> None:
-        if not editor.model.inpaints:
+    def __post_init__(self) -> None:
+        if not self.editor.model.inpaints:
             raise UserError("the page edits, and this model relights; use scripts/relight.py")
-        self.editor, self.folder, self.limits = editor, folder.resolve(), limits
-        self.source, self.content_filter = source, content_filter
-        self.settings = offered_settings(editor.model, limits.samples)
+        self.folder, self.settings = self.folder.resolve(), offered_settings(self.editor.model, self.limits.samples)
         # one worker: a cancelled edit ends its step before the next one begins
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
         beside = ThreadPoolExecutor(1)  # the first edit paints while a large file is hashed
-        self._hashes = beside.submit(weight_hashes, source.checkpoint, source.decoder)
+        self._hashes = beside.submit(weight_hashes, self.source.checkpoint, self.source.decoder)
         beside.shutdown(wait=False)
 
     def close(self) -> None:
@@ -153,7 +148,10 @@ class EditService:
             raise UserError("no hole yet; paint over what is to be replaced, or drag a box around it")
         if len(drawn) > self.limits.megabytes * 2**20:
             raise UserError(f"the hole: got {len(drawn)} bytes, expected at most {self.limits.megabytes} MB")
-        content = base64.b64decode(drawn.removeprefix(HOLE_PREFIX))
+        try:
+            content = base64.b64decode(drawn.removeprefix(HOLE_PREFIX), validate=True)
+        except ValueError as error:
+            raise UserError(f"the hole: got no base64 ({error}); paint it again") from None
         path = Path(tempfile.mkdtemp(dir=self.folder)) / "mask.png"
         path.write_bytes(content)
         return path
@@ -167,48 +165,46 @@ class EditService:
         """
         offers = self.settings.items()
         checked = {name: check(name, values.get(name, offer["default"]), offer) for name, offer in offers}
-        request = self._request(scene, hole_mask, exemplar, EditSettings(**checked))
+        files = scene, hole_mask, exemplar
+        self.touch(files)
+        image, hole = self.open_upload(scene, open_upright), self.open_upload(hole_mask, as_hole)
+        reference = exemplar and self.open_upload(exemplar, open_upright)
+        if same_aspect(hole.size, image.size):  # drawn on a smaller copy of a large scene: nothing to warn of
+            hole = hole.resize(image.size, Image.Resampling.NEAREST)
+        request = make_request(image, reference, EditSettings(**checked), mask=hole)
         if self.source.watermark is not None:
             check_watermark(request.scene.size, self.source.watermark)
-        events, cancelled = SimpleQueue[Progress | None](), threading.Event()
+        events, cancelled = SimpleQueue[dict[str, Any]](), threading.Event()  # changes of the progress
         began, progress = time.monotonic(), Progress("waiting")
         work = self._worker.submit(self._paint, request, events, cancelled)
-        work.add_done_callback(lambda _: events.put(None))
+        work.add_done_callback(lambda _: events.put({}))
         try:
             while not (work.done() and events.empty()):
                 with suppress(Empty):  # during a long step the clock goes on
-                    progress = events.get(timeout=TICK) or progress
+                    progress = progress._replace(**events.get(timeout=TICK))
                 yield progress._replace(seconds=time.monotonic() - began)
             with explained_out_of_memory("fewer candidates or a smaller scene"):
                 results = work.result()
         finally:
             cancelled.set()
             work.cancel()
-        yield self._save(results, request, (scene, hole_mask, exemplar))
-
-    def _request(self, scene: Path, hole_mask: Path, exemplar: Path | None, settings: EditSettings) -> EditRequest:
-        self.touch((scene, hole_mask, exemplar))
-        image, hole = self.open_upload(scene, open_upright), self.open_upload(hole_mask, as_hole)
-        reference = exemplar and self.open_upload(exemplar, open_upright)
-        if same_aspect(hole.size, image.size):  # drawn on a smaller copy of a large scene: nothing to warn of
-            hole = hole.resize(image.size, Image.Resampling.NEAREST)
-        return make_request(image, reference, settings, mask=hole)
+        yield self._save(results, request, files)
 
     def touch(self, files: Iterable[str | Path | None]) -> None:
         """Restart the age of uploads that a request waits for."""
         for file in files:
-            if file and Path(file).is_relative_to(self.folder):
-                with suppress(OSError):  # gone; opening it says so
+            with suppress(OSError):  # gone; opening it says so
+                if file and Path(file).is_relative_to(self.folder):
                     os.utime(file)
 
     def open_upload(self, path: str | Path, reader: Callable[[Path], Image.Image] = open_image) -> Image.Image:
         """Read an uploaded image; the messages of UserErrors name it without its folder."""
-        path, pixels = Path(path), self.limits.pixels
+        path = Path(path)
         try:
             with Image.open(path, formats=FORMATS) as header:  # reads no pixels
                 width, height = header.size
-            if width * height > pixels:
-                most = f"{pixels / 1e6:g} million pixels"
+            if width * height > self.limits.pixels:
+                most = f"{self.limits.pixels / 1e6:g} million pixels"
                 raise UserError(f"{path}: {width} x {height}, expected at most {most}; reduce its size first")
             return reader(path)
         except UserError as error:
@@ -221,25 +217,23 @@ class EditService:
 
     def _paint(self, request: EditRequest, events: SimpleQueue[Any], cancelled: threading.Event) -> list[Image.Image]:
         began = next_preview = time.monotonic()
-        progress = Progress("waiting")
 
         def tell(**changes: Any) -> None:
-            nonlocal progress
             if cancelled.is_set():
                 raise CancelledError
-            progress = progress._replace(**changes)
-            events.put(progress)
+            events.put(changes)
 
         def on_step(step: int, num_steps: int, _x_t: Tensor, x_0: Tensor) -> None:
             nonlocal next_preview
-            now, preview = time.monotonic(), progress.preview
-            if now - began > (limit := self.limits.seconds):
+            changes: dict[str, Any] = {"step": step, "num_steps": num_steps}
+            now, limit = time.monotonic(), self.limits.seconds
+            if now - began > limit:
                 raise UserError(f"step {step} of {num_steps}: longer than {limit:g} s; use fewer steps or candidates")
             if now >= next_preview and self.content_filter is None and not cancelled.is_set():
-                preview = tensor_to_pil(torch.cat(tuple(self.editor.model.decode_latents(x_0)), dim=-1))  # a row
-                done = time.monotonic()
+                row = torch.cat(tuple(self.editor.model.decode_latents(x_0)), dim=-1)
+                changes["preview"], done = tensor_to_pil(row), time.monotonic()
                 next_preview = done + (done - now) * (1 / PREVIEW_SHARE - 1)
-            tell(step=step, num_steps=num_steps, preview=preview)
+            tell(**changes)
 
         return self.editor.edit_request(request, on_step=on_step, on_phase=lambda phase: tell(phase=phase))
 
@@ -269,22 +263,19 @@ class EditService:
         options = {"config": source.config, "decoder": source.decoder, "device": device if device != "cpu" else None}
         arguments = [repr(source.checkpoint), *(f"{name}={value!r}" for name, value in options.items() if value)]
         arguments += [f"dtype={dtype}"] * is_cast
-        keywords = settings.changed() | {"seed": settings.seeds}  # a list of seeds makes a list of results
+        imports = "import torch\n\n" * is_cast + "from ldm import Editor\n"
+        imports += "from ldm.editing.watermark import add_watermark\n" * bool(source.watermark)
         image = f"add_watermark(image, {source.watermark!r})" if source.watermark else "image"
-        lines = [
-            *["import torch", ""] * is_cast,
-            "from ldm import Editor",
-            *["from ldm.editing.watermark import add_watermark"] * bool(source.watermark),
-            "",
-            f"editor = Editor.from_pretrained({', '.join(arguments)})",
-            "images = editor.edit(",
-            f"    {', '.join(map(repr, names.values()))},",
-            *(f"    {name}={value!r}," for name, value in keywords.items() if name != "n_samples"),
-            ")",
-            f"for seed, image in zip({settings.seeds}, images):",
-            f'    {image}.save(f"result_{{seed}}.png")\n',
-        ]
-        return "\n".join(lines)
+        keywords = settings.changed() | {"seed": settings.seeds}  # a list of seeds makes a list of results
+        lines = (f"    {name}={value!r},\n" for name, value in keywords.items() if name != "n_samples")
+        return f"""{imports}
+editor = Editor.from_pretrained({", ".join(arguments)})
+images = editor.edit(
+    {", ".join(map(repr, names.values()))},
+{"".join(lines)})
+for seed, image in zip({settings.seeds}, images):
+    {image}.save(f"result_{{seed}}.png")
+"""
 
     def _shell_call(self, names: dict[str, str], settings: EditSettings) -> str:
         """Return the edit as a shell command, for a folder with the files under these names."""

@@ -258,9 +258,7 @@ def test_two_results_of_an_item_are_named_and_one_counts(
         Image.new("RGB", (32, 32)).save(run / name)
     evaluation = measured(bench, run)
     assert evaluation.ids == IDS
-    assert [evaluation.runs[0].image(evaluation.bench, id_).name for id_ in IDS[:2]] == [
-        f"{id_}.png" for id_ in IDS[:2]
-    ]
+    assert [evaluation.runs[0].images[id_].name for id_ in IDS[:2]] == [f"{id_}.png" for id_ in IDS[:2]]
     assert all(name in caplog.text for name in ("1.png", f"{IDS[1]}.jpg"))
 
 

@@ -156,7 +156,9 @@ def test_uploads_that_were_removed(service: EditService, tmp_path: Path) -> None
         service.open_upload(tmp_path / "scene.png")
 
 
-@pytest.mark.parametrize("drawn", [None, {"path": "/etc/passwd"}, "/etc/passwd", HOLE_PREFIX + "A" * 2**20])
+@pytest.mark.parametrize(
+    "drawn", [None, {"path": "/etc/passwd"}, "/etc/passwd", *(HOLE_PREFIX + end for end in ("A" * 2**20, "A", "Ä"))]
+)
 def test_bad_holes(editor: Editor, tmp_path: Path, drawn: Any) -> None:
     service = make_service(editor, tmp_path / "edits", Limits(megabytes=1))
     with pytest.raises(UserError, match="hole"):
