@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ldm.checkpoint.keys import TOWER
 from ldm.config import Config
-from ldm.training.diffusion_module import DiffusionTraining, LossAwareTimesteps
+from ldm.training.denoising import LossAwareTimesteps
+from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.run import Run
 
 Fit = Callable[..., tuple[Run, int]]

@@ -104,7 +104,7 @@ def test_a_step_sends_all_draws_without_waiting(
 ) -> None:
     config = make_config(*overrides, "model.image_size=32")
     with torch.device("meta"):
-        module: Any = MODULES[config.stage](config)
+        module: Any = MODULES[config.stage, config.model.kind](config)
     strategy = SingleDeviceStrategy(torch.device("meta"))
     module.to("meta").trainer = SimpleNamespace(log_every_n_steps=9, global_step=0, world_size=1, strategy=strategy)
     module.train()
