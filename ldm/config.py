@@ -280,6 +280,7 @@ class TrainingConfig(Section, prefix="training."):
     offset_noise: float = setting(0.0, ge=0)  # standard deviation of a constant added to each channel's noise
     min_snr_gamma: float = setting(0.0, ge=0)  # weight x_0 errors by min(SNR, gamma); 0: no weights, as the paper
     ema_decay: float = setting(0.0, ge=0, lt=1)  # 0: no EMA; the paper trains with 0.9999
+    more_ema_decays: list[float] = setting([], gt=0, lt=1)  # further averages that checkpoints hold beside it
     train_tower: bool = False  # train the image or text tower too (for models without a pretrained one)
     tower_lr_scale: float = setting(1.0, gt=0)  # the tower's learning rate relative to base_lr
     # pixel: simple = squared error; vlb = the variational bound; hybrid = error + vlb_weight * bound, for a learned
@@ -323,6 +324,9 @@ class LoggingConfig(Section, prefix="logging."):
     num_images: int = setting(4, ge=1)
     sampler_steps: int = setting(50, ge=1)
     guidance_scale: float = 5.0
+    fid_every: int = setting(0, ge=0)  # pixel: steps between Fréchet distances of samples; 0: none
+    fid_samples: int = setting(1000, ge=2)
+    fid_features: str = "efficientnet-lite0"  # or any network of scripts/evaluate.py, or inception:FILE
     checkpoint_every: int = setting(5000, ge=0)  # steps between checkpoints; 0: only the last
     keep_last: int = setting(2, ge=0)  # periodic checkpoints kept beside `last` and `best`
 

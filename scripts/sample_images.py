@@ -134,7 +134,8 @@ def sample(args: argparse.Namespace) -> None:
 
 def config_of(checkpoint: Path, config: Path | None) -> Path | None:
     """Return the config given or the one beside a checkpoint: NAME.yaml or config.yaml."""
-    beside = (checkpoint.with_suffix(".yaml"), checkpoint.parent / "config.yaml")
+    folder = checkpoint.resolve().parent
+    beside = (checkpoint.with_suffix(".yaml"), folder / "config.yaml", folder.parent / "config.yaml")  # of a run
     return config or next((path for path in beside if path.is_file()), None)
 
 

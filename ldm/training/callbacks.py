@@ -33,7 +33,8 @@ from ldm.files import atomic_write
 from ldm.images import tensor_to_pil
 from ldm.training import fsdp
 from ldm.training.diffusion_module import DiffusionTraining
-from ldm.training.ema import EMA, trained_parameters
+from ldm.training.ema import EMA, FurtherEMA, trained_parameters
+from ldm.training.fid import SampleDistance
 from ldm.training.first_stage_module import FirstStageTraining
 from ldm.training.module import NonFiniteError, logs_step
 from ldm.training.pixel_module import ClassifierTraining, PixelTraining
@@ -368,9 +369,11 @@ def run_callbacks(config: Config, run_dir: Path) -> list[Callback]:
     ema = EMA(stage.ema_decay)
     return [
         *([ema] if ema.decay > 0 else []),
+        *(FurtherEMA(decay) for decay in (config.training.more_ema_decays if config.stage != "first_stage" else [])),
         Monitor(config),
         *([Progress(config.data.batch_size)] if config.trainer.get("enable_progress_bar", True) else []),
         ImageGrid(config.logging, run_dir / "images", ema),
+        *([SampleDistance(config, ema)] if config.logging.fid_every else []),
         Checkpoints(config.logging, directory),
         # only when there is a fresh val/loss
         ModelCheckpoint(directory, "best", "val/loss", enable_version_counter=False, save_on_train_epoch_end=False),

@@ -89,6 +89,27 @@ class EMA(Callback):
         target.copy_(source)
 
 
+class FurtherEMA(EMA):
+    """An average of another decay: checkpoints hold it as `ema.DECAY`, nothing else uses it."""
+
+    @property
+    def state_key(self) -> str:
+        return f"FurtherEMA {self.decay}"
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
+        pass
+
+    on_validation_epoch_end = on_validation_epoch_start
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
+        whole = {n: x.full_tensor().cpu() if isinstance(x, DTensor) else x for n, x in self._average.items()}
+        checkpoint[f"ema.{self.decay}"] = {"average": whole, "n_averaged": torch.tensor(self._count)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
+        if state := checkpoint.get(f"ema.{self.decay}"):
+            self._loaded, self._count = state["average"], int(state["n_averaged"])
+
+
 def trained_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Iterate over the names and parameters of a module that have gradients."""
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
