@@ -1,13 +1,12 @@
-"""Configuration: typed schemas, loading, command-line overrides.
+"""Configuration: typed schemas, which alone give each setting its name, default and range; loading, overrides.
 
-A config file is YAML with the sections of `Config`. The schemas alone give each setting its name, type, default and
-range. `docs/config.md` maps the keys of the original `configs/v1.yaml` to these.
+`docs/config.md` maps the keys of the original `configs/v1.yaml` to these.
 """
 
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -24,23 +23,10 @@ INPUT_CHANNELS = ("x_t", "z_masked", "keep_mask", "hole_mask", *RELIGHTING_CHANN
 VARIANCES = ("posterior", "beta", "learned_range")
 # After the warm-up; at the last step cosine has fallen to 5 % of base_lr, linear to 0.
 LR_SCHEDULES = ("constant", "cosine", "linear")
-RENAMED = {  # keys of earlier versions, in configs beside checkpoints and in run directories
-    "model": {"context_margin": "crop_margin"},
-    "data": {
-        "arbitrary_mask_percent": "p_arbitrary_mask",
-        "exact_mask_percent": "p_object_mask",
-        "context_margins": "crop_margin_range",
-    },
-    "first_stage_training": {"unknown_percent": "p_no_condition"},
-}
 OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
-TRAINER = {  # whole numbers that Lightning takes unchecked, with their least values
-    "max_epochs": 1,
-    "max_steps": 1,
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "log_every_n_steps": 0,
-}
+# Whole numbers that Lightning takes unchecked, with their least values; those that begin with `max_` may also be -1.
+TRAINER = {"log_every_n_steps": 0, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1}
+TRAINER |= {"max_epochs": 1, "max_steps": 1}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -345,18 +331,19 @@ class Config(Section):
 
     def check_together(self) -> None:
         self.seed %= 2**64  # signed and unsigned spellings of 64 bits are one seed
-        for key, least in TRAINER.items():
-            if (value := self.trainer.get(key)) is not None:
+        for key, value in self.trainer.items():
+            if key in TRAINER and value is not None:
                 with suppress(TypeError, ValueError):
-                    self.trainer[key] = whole(value)
+                    self.trainer[key] = value = whole(value)
                 endless = key.startswith("max_")
-                if not isinstance(self.trainer[key], int) or (value < least and not (endless and value == -1)):
-                    expected = f"a whole number >= {least}" + ", or -1 for a run without an end" * endless
+                if not isinstance(value, int) or (value < TRAINER[key] and not (endless and value == -1)):
+                    expected = f"a whole number >= {TRAINER[key]}" + ", or -1 for a run without an end" * endless
                     raise self.error(f"trainer.{key}", expected, value)
-        for key in ("gradient_clip_val", "val_check_interval"):
-            value = self.trainer.get(key)
-            if isinstance(value, int | float) and value <= 0:
+            if key in ("gradient_clip_val", "val_check_interval") and isinstance(value, int | float) and value <= 0:
                 raise self.error(f"trainer.{key}", "> 0", value)
+
+
+_structured = cache(OmegaConf.structured)  # 30 ms
 
 
 def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[str] = ()) -> Config:
@@ -365,47 +352,28 @@ def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[
     Raises:
         ConfigError: a file is missing or is not YAML, a key is unknown, or a value is of the wrong type or range.
     """
-    merged: Any = _defaults()
-    for source in sources:
-        is_file = isinstance(source, str | Path)
-        parse = OmegaConf.load if is_file else OmegaConf.structured
-        merged = _merge(merged, str(source) if is_file else "config", parse, source)
-    for override in overrides:
-        merged = _merge(merged, f"override {override!r}", OmegaConf.from_dotlist, [override])
+    merged: Any = _structured(Config)
+    named = [(str(source) if isinstance(source, str | Path) else "config", source) for source in sources]
+    for name, source in [*named, *((f"override {override!r}", [override]) for override in overrides)]:
+        try:
+            parsed: Any = OmegaConf.load(source) if isinstance(source, str | Path) else source
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(parsed) if isinstance(parsed, list) else parsed)
+        except Exception as error:  # PyYAML's, OmegaConf's and Python's errors share no base
+            key = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) and error.full_key else ""
+            reason = " ".join(str(error).split("\n    full_key")[0].split())
+            where = "see ldm/config.py for the keys and configs/ for examples"
+            raise ConfigError(f"{name}: {key}{reason}; {where}") from error
     try:
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:  # a value refers to another one that is not there
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}; give it a value") from error
 
 
-@cache
-def _defaults() -> DictConfig:
-    return OmegaConf.structured(Config)  # 30 ms
-
-
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into other words and overrides, `section.key=value`.
-
-    Parsers get the others alone: options such as --base would swallow an override that follows them.
-    """
+    """Split a command line into other words, for a parser, whose --base would swallow overrides, and overrides."""
     return [word for word in words if not OVERRIDE.match(word)], [word for word in words if OVERRIDE.match(word)]
 
 
 def dump_config(config: Config) -> str:
     """Return the config as YAML, every default written out; `load_config` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _merge(config: Any, name: str, parse: Callable[[Any], Any], source: Any) -> Any:
-    """Parse one source and merge it into the config; `name` stands for it in messages."""
-    try:
-        node = parse(source)
-        for section, names in RENAMED.items():
-            values = node.get(section)
-            for old in names.keys() & values.keys() if isinstance(values, DictConfig) else ():
-                values[names[old]] = values.pop(old)
-        return OmegaConf.merge(config, node)
-    except Exception as error:  # PyYAML's, OmegaConf's and Python's errors share no base
-        key = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) and error.full_key else ""
-        reason = " ".join(str(error).split("\n    full_key")[0].split())
-        raise ConfigError(f"{name}: {key}{reason}; see ldm/config.py for the keys and configs/ for examples") from error

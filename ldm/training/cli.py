@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import Config, ConfigError, dump_config, load_config, split_overrides
-from ldm.files import claim, verify_zip
+from ldm.files import check_writable, claim, verify_zip
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # not 0 in all processes of a run but the first
 MEMORY = "lower data.batch_size, raise trainer.accumulate_grad_batches, model.unet.activation_checkpointing=true"
@@ -81,6 +81,7 @@ def resolve_run(args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
         run_dirs = (logdir / f"{moment:%Y-%m-%dT%H-%M-%S}_{name}" for moment in moments)
         is_first = all(os.environ.get(rank, "0") == "0" for rank in RANKS)
         if is_first and args.train and not args.dry_run:  # to other processes Lightning sends the checkpoints' place
+            check_writable(logdir)
             return config, claim(run_dirs, folder=True), None
         return config, next(run_dirs), None
     return load_config(run_dir / "config.yaml", *args.base, overrides=args.overrides), run_dir, checkpoint

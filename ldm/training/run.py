@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import logging
 import math
 import platform
@@ -25,7 +24,7 @@ from ldm.checkpoint.io import read_checkpoint
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, dump_config
 from ldm.data.datamodule import DataModule
-from ldm.files import UserError, write_json, write_text
+from ldm.files import UserError, read_json, write_json, write_text
 from ldm.training.callbacks import MODULES, Interrupted, MetricsFile, SafeCheckpointIO, run_callbacks
 from ldm.training.module import parts_of
 
@@ -59,9 +58,8 @@ class Run:
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         for package in ("pytorch_lightning", "lightning_fabric"):
-            logging.getLogger(f"{package}.utilities.rank_zero").addFilter(
-                lambda x: not x.getMessage().startswith(NOISE)
-            )
+            logger = logging.getLogger(f"{package}.utilities.rank_zero")
+            logger.addFilter(lambda record: not record.getMessage().startswith(NOISE))
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
         pl.seed_everything(config.seed % 2**32, workers=True, verbose=False)
         self.config, self.run_dir = config, run_dir
@@ -97,9 +95,10 @@ class Run:
         parts |= {"null token": self.module.parameters(recurse=False), "total": self.module.parameters()}
         lines = [f"{'part':<20}{'trained':>15}{'frozen':>15}"]
         for name, parameters in parts.items():
-            sizes = [(p.numel(), p.requires_grad) for p in parameters]
-            counts = [sum(size for size, trains in sizes if trains is trained) for trained in (True, False)]
-            lines += [f"{name:<20}{counts[0]:>15,}{counts[1]:>15,}"] if any(counts) else []
+            counts = {True: 0, False: 0}
+            for parameter in parameters:
+                counts[parameter.requires_grad] += parameter.numel()
+            lines += [f"{name:<20}{counts[True]:>15,}{counts[False]:>15,}"] if any(counts.values()) else []
         batches = len(self.data.train_set) // self.trainer.world_size // self.config.data.batch_size
         lines.append(f"samples: {len(self.data.train_set):,} train, {len(self.data.val_set):,} validation")
         lines.append(f"batch: {self.global_batch} samples per step, learning rate {self.module.options.base_lr:g}")
@@ -119,8 +118,8 @@ class Run:
             if not self.trainer.is_global_zero:
                 return 0  # Lightning kills the first process as soon as another one reports a failure
             print(f"run directory: {self.run_dir}")
-            saved = stop.saved and f"saved {stop.saved}; continue with: {_command('main.py', resume=self.run_dir)}"
-            print(f"{stop}: {saved or 'nothing to save yet'}")
+            again = f"continue with: python main.py --resume {shlex.quote(str(self.run_dir))}"
+            print(f"{stop}: saved {stop.saved}; {again}" if stop.saved else f"{stop}: nothing to save yet")
             return 128 + stop.number
         except RuntimeError as error:  # a peer that is gone: NCCL's error type or a message of Gloo's
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
@@ -144,24 +143,22 @@ class Run:
             loss = self.trainer.checkpoint_callback.best_model_score  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
             lines.append(f"best checkpoint: {best}" + (f" (val/loss {loss:.4g})" if loss is not None else ""))
             checkpoint = best
-        reads = {"exemplar": ["reference"], "text": ["prompt"], "both": ["reference", "prompt"]}
-        words = {word: word.upper() for word in ("image", "mask", *reads[self.config.model.condition])}
+        file = shlex.quote(str(checkpoint))
         if self.config.stage == "diffusion":
-            following = _command("inference.py", config=self.run_dir / "config.yaml", checkpoint=checkpoint, **words)
+            reads = {"exemplar": "--reference REFERENCE", "text": "--prompt PROMPT"}
+            inputs = reads.get(self.config.model.condition, " ".join(reads.values()))
+            config = shlex.quote(str(self.run_dir / "config.yaml"))
+            following = f"inference.py --config {config} --checkpoint {file} --image IMAGE --mask MASK {inputs}"
         elif self.config.model.first_stage.decoder == "asymmetric":
-            following = _command("scripts/export_checkpoint.py", checkpoint, "DECODER.safetensors")
+            following = f"scripts/export_checkpoint.py {file} DECODER.safetensors"
         else:
-            following = _command("main.py", "--train-from-scratch", base="CONFIG", pretrained_model=checkpoint)
-        return "\n".join([*lines, f"next: {following}"])
+            following = f"main.py --train-from-scratch --base CONFIG --pretrained-model {file}"
+        return "\n".join([*lines, f"next: python {following}"])
 
     def _record(self, checkpoint: Path | None) -> None:
         """Write the config (`config.yaml`), and when, how and with what this part of the run began (`history.json`)."""
         device = self.trainer.strategy.root_device
-        versions = {}
-        for name in PACKAGES:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(name)
-        start = {
+        start: dict[str, Any] = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
             "resumed_from": checkpoint and str(checkpoint),
@@ -170,43 +167,45 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "commit": _commit(),
             "python": platform.python_version(),
-            "versions": versions,
+            "versions": {},
         }
+        for name in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                start["versions"][name] = importlib.metadata.version(name)
         history = self.run_dir / "history.json"
         write_text(self.run_dir / "config.yaml", dump_config(self.config))
-        before = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
+        try:
+            before = read_json(history, [])
+        except UserError as error:
+            print(f"warning: {error}; the history begins anew", file=sys.stderr)
+            before = []
         write_json(history, [*before, start])
-
-
-def _command(*words: object, **options: object) -> str:
-    """Return a command line of this project, quoted for a shell."""
-    named = (word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value))
-    return shlex.join(["python", *(str(word) for word in (*words, *named))])
 
 
 def _commit() -> str | None:
     """Return the source's git commit, with a + if files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() or None
-    return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(
+            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
 
 
 def _check_combinations(config: Config, processes: int) -> None:
     """Refuse settings of the trainer that this training cannot work with."""
-    strategy, precision = config.trainer.get("strategy", "auto"), str(config.trainer.get("precision", "32-true"))
+    strategy, precision = config.trainer.get("strategy", "auto"), config.trainer.get("precision")
     first_stage, sharded = config.stage == "first_stage", strategy == "fsdp2"
-    if precision in ("bf16-true", "16-true"):  # weights in 16 bits lose the optimizer's small updates
-        raise ConfigError(f"trainer.precision: got {precision}, expected 32-true, bf16-mixed or 16-mixed")
-    if first_stage and sharded:
-        raise ConfigError("trainer.strategy: got fsdp2, expected auto or ddp: the first stage is not sharded")
-    if config.training.compile and sharded:
-        raise ConfigError("training.compile: got true, expected false with trainer.strategy fsdp2")
-    adversarial = first_stage and config.first_stage_training.adversarial_weight > 0
-    if adversarial and processes > 1 and strategy in ("auto", "ddp"):
-        # before adversarial_start the discriminator has no gradients
-        raise ConfigError(f"trainer.strategy: got {strategy}, expected ddp_find_unused_parameters_true")
+    # before adversarial_start the discriminator has no gradients
+    unused = first_stage and config.first_stage_training.adversarial_weight > 0 and processes > 1
+    for key, got, expected, refused in (
+        # weights in 16 bits lose the optimizer's small updates
+        ("trainer.precision", precision, "32-true, bf16-mixed or 16-mixed", precision in ("bf16-true", "16-true")),
+        ("trainer.strategy", strategy, "auto or ddp: the first stage is not sharded", first_stage and sharded),
+        ("training.compile", "true", "false with trainer.strategy fsdp2", config.training.compile and sharded),
+        ("trainer.strategy", strategy, "ddp_find_unused_parameters_true", unused and strategy in ("auto", "ddp")),
+    ):
+        if refused:
+            raise ConfigError(f"{key}: got {got}, expected {expected}")
 
 
 def _trainer(config: Config, run_dir: Path) -> pl.Trainer:

@@ -99,7 +99,7 @@ def test_a_log_folder_that_cannot_be_made(
     (tmp_path / "file").touch()
     arguments = ["-b", str(config_file), "-l", str(tmp_path / "file" / "logs")]
     assert main([*arguments, "--pretrained-model", str(pretrained)]) == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert f"{tmp_path / 'file' / 'logs'}: cannot write there" in capsys.readouterr().err
 
 
 class TestRunDirectories:

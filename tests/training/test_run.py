@@ -239,7 +239,9 @@ def test_frozen_parts_have_no_moments_and_no_buckets(make_config: MakeConfig, fi
     assert len(state["current_model_state"]) == len(trained)
 
 
-def test_a_run_tells_how_it_was_started(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_tells_how_it_was_started(
+    fit: Fit, make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fit(make_config(ONE_STEP), tmp_path)
     fit(make_config("trainer.max_steps=2"), tmp_path, resume=tmp_path / "checkpoints" / "last.ckpt")
     first, second = json.loads((tmp_path / "history.json").read_text())
@@ -247,6 +249,10 @@ def test_a_run_tells_how_it_was_started(fit: Fit, make_config: MakeConfig, tmp_p
     assert second["resumed_from"] == str(tmp_path / "checkpoints" / "last.ckpt")
     assert first["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert first["command"] == sys.argv and first["seed"] == 23
+    (tmp_path / "history.json").write_text("[{")
+    fit(make_config("trainer.max_steps=3"), tmp_path, resume=tmp_path / "checkpoints" / "last.ckpt")
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 1
+    assert "history.json: damaged" in capsys.readouterr().err
 
 
 def test_a_state_that_does_not_fit_leaves_the_run_as_it_was(fit: Fit, make_config: MakeConfig, tmp_path: Path) -> None:
