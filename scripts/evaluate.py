@@ -4,6 +4,11 @@
     python scripts/evaluate.py test_bench results/test_bench --features clip --metrics fid qs clip --real coco_square \\
         --gmm coco2017_gmm_k20 --json metrics.json
 
+    python scripts/evaluate.py npz SAMPLES.npz REFERENCE.npz --inception pt_inception-2015-12-05-6726825d.pth
+    python scripts/evaluate.py bpd CHECKPOINT DATA --config config.yaml --max-samples 1000
+
+The last two are for models in pixel space, see docs/lineage.md.
+
 RESULTS is what scripts/inference_test_bench.py wrote (its OUTDIR, or the folder results/ in it); several are measured
 on the items that all of them hold, beside the bench's true images. Every metric is printed with its 95 % interval,
 the network and preprocessing of its features, and the paper's number if the same thing is measured.
@@ -64,12 +69,79 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def samples_parser() -> argparse.ArgumentParser:
+    """Return the parser of `npz` and `bpd`, figures of models in pixel space."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    batches = commands.add_parser("npz", help="FID, sFID, IS, precision and recall of a batch, as guided-diffusion")
+    batches.add_argument("samples", type=Path, help="arr_0 of an .npz, (N, H, W, C) uint8")
+    batches.add_argument("reference", type=Path, help="likewise, perhaps with statistics of its training set")
+    batches.add_argument("--inception", type=Path, metavar="FILE", help="weights of the Inception network of 2015")
+    features = "instead of it, a network as above; then the distance has another name; default: %(default)s"
+    batches.add_argument("--features", default="efficientnet-lite0", metavar="NETWORK", help=features)
+    likelihood = commands.add_parser("bpd", help="bits per dimension, a bound of the negative log-likelihood")
+    likelihood.add_argument("checkpoint", type=Path)
+    likelihood.add_argument(
+        "data", help="images: folder, CIFAR-10's archive or .npz; its validation part, if it has one"
+    )
+    likelihood.add_argument("--config", type=Path, metavar="YAML", help="of the checkpoint")
+    likelihood.add_argument("--timesteps", default="", metavar="STEPS", help="250, ddim25, …; default: all")
+    likelihood.add_argument("--max-samples", type=int, metavar="N", help="default: all")
+    likelihood.add_argument("--npz", type=Path, metavar="FILE", help="write the terms of each timestep there")
+    for command in (batches, likelihood):
+        command.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+        command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    return parser
+
+
+def evaluate_samples(args: argparse.Namespace) -> None:
+    """Run `npz` or `bpd`: print the figures, and write the files."""
+    from dataclasses import asdict, replace
+
+    import numpy as np
+
+    from ldm.config import load_config
+    from ldm.data.image_folder import ImageDataset
+    from ldm.editing.editor import pick_device
+    from ldm.evaluation import samples
+    from ldm.evaluation.features import load_network
+    from ldm.evaluation.inception import load_inception
+    from ldm.files import UserError, atomic_write, write_json
+    from ldm.pixel_diffusion import PixelDiffusion, load_pixel_model
+
+    device = pick_device(args.device)
+    if args.command == "npz":
+        network = load_inception(args.inception, device) if args.inception else load_network(args.features, device)
+        figures = samples.compare_batches(args.samples, args.reference, network, args.batch_size)
+        print(f"features: {network.name}")
+    else:
+        model = load_pixel_model(args.checkpoint, args.config, device=device)
+        if not isinstance(model, PixelDiffusion):
+            raise UserError(f"{args.checkpoint}: a classifier has no likelihood of images")
+        config = load_config() if args.config is None else load_config(args.config)
+        data = replace(config.data, kind="images", root=args.data)
+        dataset = ImageDataset(replace(config, model=model.config, data=data), "validation", args.max_samples)
+        bound, terms = samples.bits_per_dim(model, dataset, steps=args.timesteps, batch_size=args.batch_size)
+        figures = {"bits per dim": bound}
+        if args.npz:
+            with atomic_write(args.npz) as partial, open(partial, "wb") as file:
+                np.savez(file, **terms)
+    for name, figure in figures.items():
+        interval = "" if figure.low != figure.low else f" [{figure.low:.4f}, {figure.high:.4f}]"
+        print(f"{name}: {figure.value:.4f}{interval}, n = {figure.n}{figure.note}")
+    if args.json:
+        write_json(args.json, {name: asdict(figure) for name, figure in figures.items()})
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    is_samples = words[:1] in (["npz"], ["bpd"])
+    args = (samples_parser() if is_samples else build_parser()).parse_args(words)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            evaluate(args)
+            (evaluate_samples if is_samples else evaluate)(args)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -53,7 +53,9 @@ def batch_features(network: FeatureNetwork, path: str | Path, batch_size: int = 
     return np.concatenate(rows)
 
 
-def compare_batches(samples: str | Path, reference: str | Path, network: FeatureNetwork) -> Figures:
+def compare_batches(
+    samples: str | Path, reference: str | Path, network: FeatureNetwork, batch_size: int = 64
+) -> Figures:
     """Compare a batch of samples with a reference batch, as guided-diffusion's evaluator does.
 
     With the Inception network of 2015: `fid` and `sfid` (to the reference's own statistics, where it holds them), `is`,
@@ -62,7 +64,7 @@ def compare_batches(samples: str | Path, reference: str | Path, network: Feature
     Source: Dhariwal & Nichol 2021, section 2.2.
     """
     is_inception = network.dim == LOGITS.stop
-    ours, theirs = (batch_features(network, path) for path in (samples, reference))
+    ours, theirs = (batch_features(network, path, batch_size) for path in (samples, reference))
     parts = {"fid": POOLED, "sfid": SPATIAL} if is_inception else {"fid": slice(None)}
     figures = {}
     for (name, columns), (mean, covariance) in zip(parts.items(), (("mu", "sigma"), ("mu_s", "sigma_s")), strict=False):
