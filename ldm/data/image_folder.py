@@ -3,6 +3,7 @@
 Dimensions: N images · S side of a sample in pixels · C channels.
 """
 
+import codecs
 import io
 import math
 import pickle
@@ -32,7 +33,8 @@ Source = Path | np.ndarray
 class ImageDataset(Dataset[Sample]):
     """Images of a config's `data.root`, by (epoch, index): `image` (C, S, S) in [-1, 1], `label` () int64, `key`.
 
-    Validation is never flipped or cropped at random. `classes` are the names of the labels, in alphabetical order.
+    Validation is never flipped or cropped at random. `classes` are the names of the labels, in alphabetical order,
+    those of the training part.
 
     Raises:
         UserError: there is no image, a file is damaged, or the number of classes is not the model's.
@@ -43,9 +45,10 @@ class ImageDataset(Dataset[Sample]):
         model = config.model
         self.grey = model.unet.in_channels // len(model.input_channels) == 1
         self.trains = split == "train"
-        self.sources, names = _open(Path(self.data.root), split, self.data.labels)
-        self.classes = sorted(set(names))
-        self.labels = [self.classes.index(name) for name in names] if len(self.classes) > 1 else [0] * len(names)
+        self.sources, names, self.classes = _open(Path(self.data.root), split, self.data.labels)
+        if unknown := set(names) - set(self.classes):
+            raise UserError(f"{self.data.root}: {split} has a class that training has not: {min(unknown)}")
+        self.labels = [self.classes.index(name) for name in names]
         is_classifier = model.kind == "classifier"
         wanted = model.classifier.num_classes if is_classifier else model.unet.num_classes
         if wanted is not None and len(self.classes) != wanted:
@@ -60,7 +63,7 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         source, draw = self.sources[item[1]], [self.seed, *item]
         rng = np.random.default_rng(draw)
-        image = open_image(source) if isinstance(source, Path) else Image.fromarray(source)
+        image = open_image(source) if isinstance(source, Path) else Image.fromarray(source.squeeze())
         image = image.convert("L" if self.grey else "RGB")
         randomly = self.trains and self.data.crop == "random"
         pixels = crop(image, self.size, (lambda n: int(rng.integers(n))) if randomly else None)
@@ -89,28 +92,27 @@ def crop(image: Image.Image, size: int, draw: Callable[[int], int] | None = None
     return np.asarray(image)[top : top + size, left : left + size]
 
 
-def _open(root: Path, split: str, labels: str) -> tuple[Sequence[Source], list[str]]:
-    """Return images and the names of their classes: files of a folder, or pixels of an archive."""
-    if root.suffix == ".npz":
-        return _held_out(*_read_npz(root), split)
+def _open(root: Path, split: str, labels: str) -> tuple[Sequence[Source], list[str], list[str]]:
+    """Return images, the names of their classes, and all classes: files of a folder, or pixels of an archive."""
     if root.suffixes[-2:] == [".tar", ".gz"] and root.is_file():
-        return _read_cifar(root, split)
+        images, names = _read_cifar(root, split)
+        return images, names, sorted(set(names))
     folder = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
-    paths = find_images(folder or root)
-    if labels == "prefix":  # NAME_…: the class is what stands before the first underscore
-        names = [path.name.split("_")[0] for path in paths]
+    if root.suffix == ".npz":
+        sources, names = _read_npz(root)
     else:
-        names = [path.relative_to(folder or root).parts[0] for path in paths]
-        names = names if all(path.parent != (folder or root) for path in paths) else [""] * len(paths)
-    return (paths, names) if folder else _held_out(paths, names, split)
-
-
-def _held_out(sources: Sequence[Source], names: list[str], split: str) -> tuple[list[Source], list[str]]:
-    """Split by a hash of the place: the same image is held out wherever the data lie."""
-    held = [zlib.crc32(f"{i}".encode()) % HELD_OUT == 0 for i in range(len(sources))]
-    held[0] = True  # at least one
+        place = folder or root
+        sources = find_images(place)
+        names = [path.relative_to(place).parts[0] if path.parent != place else "" for path in sources]
+        if labels == "prefix":  # NAME_…: the class is what stands before the first underscore
+            names = [path.name.split("_")[0] for path in sources]
+    if folder:
+        classes = sorted(set(names)) if split == "train" else _open(root, "train", labels)[2]
+        return sources, names, classes
+    # The same images are held out wherever the data lie, the first one in any case.
+    held = [i == 0 or zlib.crc32(f"{i}".encode()) % HELD_OUT == 0 for i in range(len(names))]
     chosen = [i for i, out in enumerate(held) if out == (split != "train")]
-    return [sources[i] for i in chosen], [names[i] for i in chosen]
+    return [sources[i] for i in chosen], [names[i] for i in chosen], sorted(set(names))
 
 
 def _read_npz(path: Path) -> tuple[Sequence[Source], list[str]]:
@@ -125,11 +127,16 @@ def _read_npz(path: Path) -> tuple[Sequence[Source], list[str]]:
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads CIFAR-10's dictionaries of arrays, and calls nothing but NumPy's constructors of arrays."""
+    """Reads CIFAR-10's dictionaries of arrays, and calls nothing but what makes arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}:
-            return np._core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)  # pyright: ignore[reportAttributeAccessIssue]
+        module = module.replace("numpy._core", "numpy.core")
+        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
+            return np._core.multiarray._reconstruct  # pyright: ignore[reportAttributeAccessIssue]
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # bytes in files of Python 3
+            return codecs.encode
         raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
 
 
