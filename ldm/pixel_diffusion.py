@@ -374,13 +374,13 @@ class Classifier(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict({"classifier": ClassifierModel(config.unet, config.classifier, config.image_size)})
+        self.classifier = ClassifierModel(config.unet, config.classifier, config.image_size)
         self.schedule = make_schedule(config.schedule)
 
     @property
     def unet(self) -> ClassifierModel:
         """The network: half a UNet."""
-        return cast(ClassifierModel, self.model["classifier"])
+        return self.classifier
 
     @property
     def ac(self) -> Tensor:
@@ -429,7 +429,7 @@ def load_pixel_model(
     with Uninitialised() if checkpoint else nullcontext():
         model = (Classifier if model_config.kind == "classifier" else PixelDiffusion)(model_config)
     if checkpoint is not None:
-        prefix = "model.classifier." if model_config.kind == "classifier" else UNET
+        prefix = "classifier." if model_config.kind == "classifier" else UNET
         unet = model_config.unet
         if theirs:
             state = to_module_layout(state, prefix, model_config.attention_layout, unet.num_heads, unet.head_channels)

@@ -4,6 +4,7 @@ Dimensions: B batch · C channels of the last map · H, W its grid · K classes.
 Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4 and appendix H.
 """
 
+from dataclasses import replace
 from itertools import repeat
 
 import torch
@@ -36,7 +37,7 @@ class ClassifierModel(UNetEncoder):
     """Predicts the class of an image (B, in_channels, H, W) from its noisy version at timesteps (B,)."""
 
     def __init__(self, unet: UNetConfig, config: ClassifierConfig, image_size: int) -> None:
-        super().__init__(unet)
+        super().__init__(replace(unet, num_classes=None))
         channels, self.pools_all = self.skip_channels[-1], config.pool.startswith("spatial")
         norm = nn.GroupNorm(unet.norm_groups, channels)
         if config.pool == "attention":
