@@ -49,7 +49,11 @@ settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are always collected, and skipped where there is no CUDA device."""
+    """Tests marked `gpu` are always collected, and skipped where there is no CUDA device.
+
+    Slow ones come first: at the end, one would keep a worker while the others have nothing left.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
