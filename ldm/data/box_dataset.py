@@ -67,13 +67,16 @@ class SampleRecipe:
             `image` (3, S, S) in [-1, 1]; `keep_mask` (1, S, S) in [0, 1], 0 in the hole; `masked_image` = image *
             keep_mask; `exemplar` (3, E, E), CLIP-normalised; all float32. With captions a text, `caption`.
         """
+        from ldm.data.augmentation import PaperParams, augment, draw_paper_params
+
         with open_file(entry.name) as stream, Image.open(stream, formats=FORMATS) as file:  # reads the header only
             size, data = turned_size(file.size, entry.orientation), self.data
             if size != entry.size:
                 raise ValueError(f"is {size[0]} x {size[1]}, indexed as {entry.size[0]} x {entry.size[1]}")
             chosen = int(rng.integers(len(entry.boxes)))
             box = entry.boxes[chosen]
-            augment = self._draw_augmentation(rng)
+            params = draw_paper_params(rng, self.exemplar_size, data.augmentation_strength)
+            seed = int(rng.integers(2**63)) if data.augmentation is not None else None
             # The paper draws the hole in the photograph and the crop around it; editing crops first.
             margins = data.crop_margin_range
             window = masks.crop_around_box(size, box, margins, self.image_size, rng) if margins else None
@@ -95,7 +98,8 @@ class SampleRecipe:
         if data.grey_background and shape is not None:
             alpha = shape.crop(padded).resize(exemplar.size, Image.Resampling.BILINEAR)
             exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, MID_GREY), alpha)
-        exemplar = normalise(augment(np.asarray(exemplar)))
+        params = params if data.augment_exemplar else PaperParams()  # all other draws stay the same
+        exemplar = normalise(augment(self.pipeline, np.asarray(exemplar), params, seed=seed))
         sample = {"image": image, "masked_image": image * keep_mask, "keep_mask": keep_mask, "exemplar": exemplar}
         return sample | {"caption": self.captions(entry, chosen)} if self.captions else sample
 
@@ -105,16 +109,6 @@ class SampleRecipe:
         from ldm.data.augmentation import build_pipeline
 
         return build_pipeline(self.exemplar_size, self.data.augmentation if self.data.augment_exemplar else None)
-
-    def _draw_augmentation(self, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
-        """Draw the augmentation of an exemplar, which is applied after the photograph has been decoded."""
-        from ldm.data.augmentation import PaperParams, augment, draw_paper_params
-
-        params = draw_paper_params(rng, self.exemplar_size, self.data.augmentation_strength)
-        seed = int(rng.integers(2**63)) if self.data.augmentation is not None else None
-        if not self.data.augment_exemplar:  # all other draws stay the same
-            params = PaperParams()
-        return lambda pixels: augment(self.pipeline, pixels, params, seed=seed)
 
     def _draw_hole(
         self, size: tuple[int, int], box: Box, grown: Box, shape: Image.Image | None, rng: np.random.Generator
@@ -217,10 +211,10 @@ def sample_key(draw: Sequence[int]) -> Tensor:
 
 
 def open_captions(source: str, index: BoxIndex, count: int) -> Captions:
-    """Open the captions of the first `count` images of an index.
+    """Open the captions of the first `count` images of an index: their classes if `source` is `classes`, else of a CSV.
 
-    They are its classes if `source` is `classes`, or come from a CSV file with the columns file_name, relative to the
-    folder of images, and caption. UserError if the index has no classes, or the file is damaged or lacks images.
+    Its columns are file_name, relative to the folder of images, and caption. UserError if there are no classes, or the
+    file is damaged or lacks images.
     """
     if source == "classes":
         if not index.has_labels:

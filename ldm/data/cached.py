@@ -7,16 +7,11 @@ image; `keep_mask` (N, 1, h, w) uint8, 255 = keep; `exemplar` (N, E, E, 3) uint8
 """
 
 import sys
-from collections.abc import Iterable, Mapping
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from ldm.checkpoint.io import write_safetensors
 from ldm.data.box_dataset import Sample, sample_key
 from ldm.files import UserError
 from ldm.images import normalise
@@ -52,15 +47,3 @@ class CachedDataset(Dataset[Sample]):
         sample["keep_mask"] /= 255.0
         exemplar = normalise(self.arrays["exemplar"][index].numpy())
         return sample | {"exemplar": exemplar, "key": sample_key([self.seed, *item])}
-
-
-def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Write a cache of `num_samples` from batches of its arrays: memory does not grow with the number of samples."""
-    batches = iter(batches)
-    first = next(batches)
-    layout = {
-        name: torch.empty(num_samples, *array.shape[1:], dtype=torch.from_numpy(array).dtype, device="meta")
-        for name, array in first.items()
-    }
-    pieces = ((name, torch.from_numpy(batch[name])) for batch in chain([first], batches) for name in layout)
-    write_safetensors(path, layout, pieces=pieces)

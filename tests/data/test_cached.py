@@ -10,9 +10,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from ldm.data.box_dataset import sample_key
-from ldm.data.cached import CachedDataset, write_cache
+from ldm.data.cached import CachedDataset
 from ldm.files import UserError
 from ldm.images import exemplar_to_pixels
+from scripts.cache_latents import write_cache
 
 
 @pytest.fixture
