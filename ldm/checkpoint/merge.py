@@ -117,16 +117,12 @@ def _prepared(formula: Callable[..., Tensor], first: Source, *others: Source, di
             raise CheckpointError(f"{label} is {theirs}, {first.label} is {own}; pass checkpoints of one family")
     counts = {label: count for label, state in sources if (count := keys.input_channels(state))}
     own, latent = counts.get(first.label), keys.latent_channels(first.state)
-    depth = 5 in counts.values() and len(set(counts.values())) > 1
-    if depth or (own and set(counts.values()) - {own, latent}):
-        inflate = f"modify_checkpoints.py IN OUT --in-channels {max(counts.values())}"
-        remedies = {  # the first that applies counts
-            "5 are a depth model's; pass the inpainting model, which has 9": depth,
-            f"exchange them if swapped, or inflate {first.label} with `{inflate}`": own == latent,
-            f"pass checkpoints of one width, or with {latent}": True,
-        }
-        remedy = next(remedy for remedy, applies in remedies.items() if applies)
+    if own and set(counts.values()) - {own, latent}:
         listed = ", ".join(f"{label} {count}" for label, count in counts.items())
+        remedy = f"pass checkpoints of one width, or with {latent}"
+        if own == latent:
+            inflate = f"modify_checkpoints.py IN OUT --in-channels {max(counts.values())}"
+            remedy = f"exchange them if swapped, or inflate {first.label} with `{inflate}`"
         raise CheckpointError(f"{INPUT_CONV}: got input channels {listed}; {remedy}")
     sources = (first, *(_named_like(first, other) for other in others))
     return Merge(sources, _common_names(*sources), formula)
@@ -172,8 +168,6 @@ def _is_weight(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not (name.endswith(_NO_WEIGHTS) or name.startswith(keys.EXTRAS))
 
 
-_FULL_SIZE = 320  # channels of the UNet of Stable Diffusion v1, whose exemplar encoder is CLIP ViT-L/14
-_VIT_L_14 = {"width": 1024, "layers": 24, "patch": 14, "positions": 257}
 _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layernorm.")
 
 
@@ -212,7 +206,7 @@ def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = 
 def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
     """Put the weights of CLIP's image tower where the exemplar encoder expects them; drop the text tower.
 
-    `clip_state` is `CLIPModel` or `CLIPVisionModel` of transformers. A UNet of the full size needs ViT-L/14.
+    `clip_state` is `CLIPModel` or `CLIPVisionModel` of transformers.
     """
     if step := keys.next_step(kind := keys.identify(state)):
         raise CheckpointError(f"an image tower has no place in it: this is {kind}; {step}")
@@ -220,13 +214,8 @@ def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
     bare = {name.removeprefix(level): tensor for name, tensor in clip_state.items() if name.startswith(level)}
     tower = {name: bare[name] for name in bare if name.startswith(_TOWER_PARTS) and not name.endswith("position_ids")}
     layers = len({name.split(".")[2] for name in tower if name.startswith("encoder.layers.")})
-    patches, positions = (tower.get(f"embeddings.{x}.weight") for x in ("patch_embedding", "position_embedding"))
-    if patches is None or positions is None or not layers or len(tower) != 7 + 16 * layers:
+    if not layers or len(tower) != 7 + 16 * layers:
         what = f"{len(tower)} tensors, {layers} layers, in {keys.identify(clip_state)}"
         raise CheckpointError(f"no complete CLIP image tower: {what}; pass a CLIPModel")
-    size = {"width": len(patches), "layers": layers, "patch": patches.shape[-1], "positions": len(positions)}
-    if INPUT_CONV in state and len(state[INPUT_CONV]) == _FULL_SIZE and size != _VIT_L_14:
-        got, expected = (", ".join(f"{what} {value}" for what, value in sizes.items()) for sizes in (size, _VIT_L_14))
-        raise CheckpointError(f"the CLIP image tower has {got}, expected ViT-L/14 with {expected}")
     kept = {name: x for name, x in state.items() if not name.startswith((keys.FILE_TOWER, keys.TEXT_TOWER))}
     return kept | keys.to_file_keys({keys.TOWER + name: tensor for name, tensor in tower.items()})

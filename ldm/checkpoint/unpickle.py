@@ -20,10 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import _utils
 
-
-class Refused(Exception):
-    """The pickle calls what no weights need."""
-
+from ldm.files import UserError
 
 # Parts of dotted names that have effects if they are called, or lead to what has; but for errors and named tuples.
 _WITH_EFFECTS = re.compile(
@@ -59,7 +56,7 @@ def _refuse(*called: object) -> None:
     """Refuse calls of placeholders whose names have effects."""
     for path in (kind.path for kind in called if isinstance(kind, type) and issubclass(kind, _Placeholder)):
         if any(map(_WITH_EFFECTS.fullmatch, path.split("."))) and not path.endswith(("Error", "_result")):
-            raise Refused(f"refused: the pickle calls {path}, which no weights need; get them elsewhere")
+            raise UserError(f"refused: the pickle calls {path}, which no weights need; get them elsewhere")
 
 
 def _placeholder(path: str) -> type[_Placeholder]:
