@@ -1,8 +1,6 @@
-"""Merging checkpoints, and making Stable Diffusion a starting point for other models: pure functions on named tensors.
+"""Merging checkpoints while they are written, and making Stable Diffusion a starting point for other models.
 
-A merge is checked first and computed while it is written, so that one tensor at a time is in memory if the checkpoints
-are memory-mapped. Sums are in float32, a few rows at a time; results are in A's type.
-
+Sums are in float32, a few rows at a time, so that mapped checkpoints stay out of memory; results are in A's type.
 Dimensions: D channels · C input channels (4 in Stable Diffusion; 9 for inpainting, 8 and 12 for IC-Light).
 """
 
@@ -15,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoint import keys
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.io import CheckpointError
-from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, INPUT_CONVS, UNET, State
+from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, INPUT_CONV, INPUT_CONVS, UNET, State
 
 _PIECE = 2**20  # numbers that are merged at a time
 _NO_WEIGHTS = (*keys.SCHEDULE_BUFFERS, *keys.EMA_COUNTERS, "position_ids")
@@ -51,8 +49,7 @@ class Merge(NamedTuple):
 def add_difference(a: Source, b: Source, c: Source) -> Merge:
     """Prepare A + M (B - C): an inpainting model A takes on what a custom model B learnt beyond its base C.
 
-    A's first input channels are merged if it has more than B and C. Like the other merges, this refuses checkpoints
-    that do not belong together and renames those that are not in A's layout.
+    A's first input channels are merged if it has more than B and C.
     """
     merge = _prepared(_added, a, b, c)
     custom, base = (keys.input_channels(source.state) for source in (b, c))
@@ -107,10 +104,8 @@ def _prepared(formula: Callable[..., Tensor], first: Source, *others: Source, di
             raise CheckpointError(f"{label} is a difference of two networks; add it to one (offset BASE DELTA OUT)")
         if addition and len(set(additions)) > 1 and INPUT_CONV not in state:  # a ControlNet's file may hold both
             raise CheckpointError(f"{label} is a {addition}, no model by itself; pass the checkpoint of a model")
-        if kind.startswith("averaged"):
-            raise CheckpointError(f"{label}: {keys.misfit(state)}")
         if "averaged" in kind:
-            raise CheckpointError(f"{label} holds its UNet twice, also averaged ({EMA}*); choose with --ema")
+            raise CheckpointError(f"{label}: {keys.misfit(state, 'choose weights of its UNet with --ema')}")
     own = keys.family(first.state)
     for label, state in others:
         if own and (theirs := keys.family(state)) and theirs != own:
@@ -129,19 +124,19 @@ def _prepared(formula: Callable[..., Tensor], first: Source, *others: Source, di
 
 
 def _named_like(first: Source, other: Source) -> Source:
-    other = Source(other.label, keys.with_text_level(other.state, like=first.state))
-    if INPUT_CONV in first.state and DIFFUSERS_INPUT_CONV in other.state:
-        return Source(other.label, to_original({"unet": other.state}))
-    if DIFFUSERS_INPUT_CONV in first.state and INPUT_CONV in other.state:
-        unet = {name: tensor for name, tensor in other.state.items() if name.startswith(UNET)}
-        return Source(other.label, to_diffusers(unet)["unet"])
-    return other
+    state = keys.with_text_level(other.state, like=first.state)
+    if INPUT_CONV in first.state and DIFFUSERS_INPUT_CONV in state:
+        state = to_original({"unet": state})
+    elif DIFFUSERS_INPUT_CONV in first.state and INPUT_CONV in state:
+        state = to_diffusers({name: x for name, x in state.items() if name.startswith(UNET)})["unet"]
+    return Source(other.label, state)
 
 
 def _common_names(a: Source, *others: Source) -> list[str]:
     """Return the weights that all have, in A's order; A alone may have more, or a wider input convolution."""
     sources = (a, *others)
-    weights = [{name for name, x in state.items() if _is_weight(name, x)} for _, state in sources]
+    weights = [{name for name, x in state.items() if x.is_floating_point()} for _, state in sources]
+    weights = [{n for n in own if not (n.endswith(_NO_WEIGHTS) or n.startswith(keys.EXTRAS))} for own in weights]
     names = [name for name in a.state if all(name in own for own in weights)]
     problems: dict[str, list[str]] = {}
     for (label, _), own in zip(sources, weights, strict=True):
@@ -162,10 +157,6 @@ def _common_names(a: Source, *others: Source) -> list[str]:
         remedy = f"do: pass checkpoints of one model, or merge a part alone (--only unet); {kinds}"
         raise CheckpointError(f"the checkpoints do not fit each other\n{what}\n{remedy}")
     return names
-
-
-def _is_weight(name: str, tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not (name.endswith(_NO_WEIGHTS) or name.startswith(keys.EXTRAS))
 
 
 _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layernorm.")

@@ -1,11 +1,10 @@
 """The unpickler of checkpoints, which builds tensors and mappings and runs nothing else.
 
-A pickle is a program: it looks names up and calls what it finds. `find_class` is its only way to anything, and imports
+A pickle is a program: it looks names up and calls what it finds. `find_class`, its only way to anything, imports
 nothing: it knows `_BUILDERS`, and answers any other name with an inert placeholder, which keeps the items of what
-behaves like a dict and ignores the rest. BUILD, which would set attributes, does nothing. Safety rests on that alone;
-a call of what would have effects elsewhere is also refused, to tell the user.
-
-`torch.load(weights_only=True)` would not do: it reads protocol 2 alone and fails on objects like lists or dicts.
+behaves like a dict and ignores the rest. BUILD, which would set attributes, does nothing. Safety rests on that alone; a
+call of what would have effects is also refused, to tell the user. `torch.load(weights_only=True)` reads protocol 2
+alone and fails on objects like lists or dicts.
 """
 
 from __future__ import annotations
