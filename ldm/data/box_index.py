@@ -89,7 +89,7 @@ class BoxIndex:
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
                 self._arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: {error}; {_REBUILD}") from None
+            raise UserError(f"{path}: {str(error).removesuffix(f': {path}')}; {_REBUILD}") from None
         if self.metadata.get("version") != _VERSION:
             raise UserError(f"{path}: version {self.metadata.get('version')}, expected {_VERSION}; {_REBUILD}")
         self.num_boxes, self.has_labels = len(self._arrays["boxes"]), "box_classes" in self._arrays

@@ -35,7 +35,8 @@ class CachedDataset(Dataset[Sample]):
             if len(counts) != 1:
                 raise ValueError(f"arrays of {counts} samples")
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: {error}; write it with scripts/cache_latents.py") from None
+            reason = str(error).removesuffix(f": {path}")
+            raise UserError(f"{path}: {reason}; write it with scripts/cache_latents.py") from None
         self.seed, self.length = seed, min(counts[0], max_samples or sys.maxsize)
 
     def __len__(self) -> int:

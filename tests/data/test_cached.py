@@ -76,7 +76,7 @@ def test_fewer_samples(cache: Path) -> None:
 
 
 def test_missing_split(cache: Path) -> None:
-    with pytest.raises(UserError, match=r"validation\.safetensors.*scripts/cache_latents\.py"):
+    with pytest.raises(UserError, match=r"validation\.safetensors: No such file or directory; .*cache_latents\.py"):
         CachedDataset(cache, "validation")
 
 
