@@ -12,7 +12,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -186,9 +185,13 @@ def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator
         raise UserError(f"{csv_path}: no readable CSV of boxes ({error}); download it, see dataset/README.md") from None
     descriptions: dict[str, str] = {}
     for path in sorted(csv_path.parent.glob("*class-descriptions*.csv")):
-        with suppress(pd.errors.EmptyDataError):
+        try:
             table = _csv_reader(path)(header=None, dtype=str, keep_default_na=False, encoding_errors="replace")
-            descriptions |= dict(table.iloc[:, :2].itertuples(index=False)) if table.shape[1] > 1 else {}
+        except pd.errors.EmptyDataError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: no readable CSV of class names ({error}); mend or remove it") from None
+        descriptions |= dict(table.iloc[:, :2].itertuples(index=False)) if table.shape[1] > 1 else {}
     area = (boxes.XMax - boxes.XMin).clip(lower=0) * (boxes.YMax - boxes.YMin)
     boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
     boxes = boxes.loc[area.between(MIN_AREA, MAX_AREA)]  # frees the others

@@ -158,6 +158,13 @@ def test_reversed_boxes_are_not_kept_and_pixels_are_told(tmp_path: Path) -> None
         convert(tmp_path, [row("a", 10, 40, 10, 40)])
 
 
+def test_damaged_names_of_classes_are_one_clear_line(tmp_path: Path) -> None:
+    write_jpeg(tmp_path / "images/validation/a.jpg")
+    write_csv(tmp_path / "annotations" / "class-descriptions.csv", ["/m/2,Cat,x,y"], header="/m/1,Dog")
+    with pytest.raises(UserError, match=r"class-descriptions\.csv: "):
+        convert(tmp_path, [row("a", 0, 0.5, 0, 0.5)])
+
+
 def test_ids_of_digits_keep_their_zeros(tmp_path: Path) -> None:
     write_jpeg(tmp_path / "images/validation/0012.jpg")
     assert convert(tmp_path, [row("0012", 0, 0.5, 0, 0.5)]).written == 1
