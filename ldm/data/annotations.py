@@ -7,7 +7,6 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ class Unusable(Exception):
     """An image, or a record of its annotations, that training cannot use, with a reason in a few words."""
 
 
+_FAULTS = (Unusable, *UNREADABLE, AttributeError, LookupError, TypeError)  # of one image or record
 Split = tuple[Path, Iterable[AnnotatedImage], bool]  # folder of the images; images; whether only those of the split
 Describe = Callable[[AnnotatedImage, Any], Iterable[tuple[str, Any]]]  # returns the records of objects, with places
 Parse = Callable[[Any, str], Object]  # of a record and its place
@@ -392,22 +392,20 @@ def _parsed(named: Iterable[tuple[str, Any]], describe: Describe, parse: Parse) 
     """Let `describe` fill in each image, given by name and source, and `parse` make objects of its records."""
     for name, source in named:
         image = AnnotatedImage(name)
-        with _excused(image, str(source) if isinstance(source, Path) else name):
+        try:
             for place, record in describe(image, source):
-                with _excused(image, place):
+                try:
                     image.objects.append(parse(record, place))
+                except _FAULTS as error:
+                    image.problems.append(_problem(error, place))
+        except _FAULTS as error:
+            image.problems.append(_problem(error, str(source) if isinstance(source, Path) else name))
         yield image
 
 
-@contextmanager
-def _excused(image: AnnotatedImage, place: str) -> Iterator[None]:
-    """Make what cannot be used a problem of the image instead of an error."""
-    try:
-        yield
-    except Unusable as error:
-        image.problems.append((str(error), place))
-    except (*UNREADABLE, AttributeError, LookupError, TypeError) as error:
-        image.problems.append(("annotations that cannot be read", f"{place}: {error}"))
+def _problem(error: Exception, place: str) -> tuple[str, str]:
+    known = isinstance(error, Unusable)
+    return (str(error), place) if known else ("annotations that cannot be read", f"{place}: {error}")
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:

@@ -21,22 +21,12 @@ from PIL import Image, ImageChops
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm import images
 from ldm.config import DataConfig
 from ldm.data import masks
 from ldm.data.box_index import BoxIndex, Entry, turned_size
 from ldm.files import UserError, read_table
-from ldm.images import (
-    FORMATS,
-    MID_GREY,
-    TURNS,
-    UNREADABLE,
-    Box,
-    flatten,
-    levels_to_tensor,
-    load_mask,
-    normalise,
-    pad_box,
-)
+from ldm.images import UNREADABLE, Box
 
 if TYPE_CHECKING:
     import albumentations as A
@@ -69,7 +59,8 @@ class SampleRecipe:
         """
         from ldm.data.augmentation import PaperParams, augment, draw_paper_params
 
-        with open_file(entry.name) as stream, Image.open(stream, formats=FORMATS) as file:  # reads the header only
+        # Opening reads the header only.
+        with open_file(entry.name) as stream, Image.open(stream, formats=images.FORMATS) as file:
             size, data = turned_size(file.size, entry.orientation), self.data
             if size != entry.size:
                 raise ValueError(f"is {size[0]} x {size[1]}, indexed as {entry.size[0]} x {entry.size[1]}")
@@ -85,21 +76,21 @@ class SampleRecipe:
             shape = object_shape(entry, chosen, open_file) if wants_shape else None
             hole = self._draw_hole(size, box, grown, shape, rng)
             window = window or masks.crop_window(size, grown, rng)
-            padded = pad_box(box, size, round(EXEMPLAR_PADDING * masks.pixel_scale(size)))
+            padded = images.pad_box(box, size, round(EXEMPLAR_PADDING * masks.pixel_scale(size)))
             decoded, reduction = self._decode(file, window, padded, entry.orientation)
 
         if reduction > 1:
             hole, window = hole.reduce(reduction), reduced_window(window, decoded.size, reduction)
         square = crop(decoded, hole, window, self.image_size)
-        image, keep_mask = levels_to_tensor(square[:3]), 1 - square[3:].float() / 255
+        image, keep_mask = images.levels_to_tensor(square[:3]), 1 - square[3:].float() / 255
         if self.hard_edges:
             keep_mask = (keep_mask > 0.5).float()
         exemplar = decoded.crop(Box(*(round(edge / reduction) for edge in padded)))
         if data.grey_background and shape is not None:
             alpha = shape.crop(padded).resize(exemplar.size, Image.Resampling.BILINEAR)
-            exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, MID_GREY), alpha)
+            exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, images.MID_GREY), alpha)
         params = params if data.augment_exemplar else PaperParams()  # all other draws stay the same
-        exemplar = normalise(augment(self.pipeline, np.asarray(exemplar), params, seed=seed))
+        exemplar = images.normalise(augment(self.pipeline, np.asarray(exemplar), params, seed=seed))
         sample = {"image": image, "masked_image": image * keep_mask, "keep_mask": keep_mask, "exemplar": exemplar}
         return sample | {"caption": self.captions(entry, chosen)} if self.captions else sample
 
@@ -134,9 +125,9 @@ class SampleRecipe:
             if orientation != 1:  # an incomplete block at the end would be the first one after turning
                 reduction = math.gcd(reduction, *file.size)
             file.draft("RGB", (width // reduction, file.height // reduction))  # only JPEG can do it
-        decoded = flatten(file, MID_GREY) if file.mode[0] in "IF" else file.convert("RGB")
+        decoded = images.flatten(file, images.MID_GREY) if file.mode[0] in "IF" else file.convert("RGB")
         reduction = round(width / decoded.width)
-        return decoded.transpose(TURNS[orientation]) if orientation != 1 else decoded, reduction
+        return decoded.transpose(images.TURNS[orientation]) if orientation != 1 else decoded, reduction
 
 
 def object_shape(entry: Entry, chosen: int, open_file: OpenFile) -> Image.Image | None:
@@ -146,7 +137,7 @@ def object_shape(entry: Entry, chosen: int, open_file: OpenFile) -> Image.Image 
     if not entry.mask:
         return None
     with open_file(entry.mask) as stream:
-        white = load_mask(stream).point([0] * 128 + [255] * 128)
+        white = images.load_mask(stream).point([0] * 128 + [255] * 128)
     if white.size != entry.size:
         raise ValueError(f"its mask {entry.mask} is {white.width} x {white.height}, expected the image's size")
     return ImageChops.multiply(white, masks.rectangle_hole(entry.size, entry.boxes[chosen]))
@@ -160,7 +151,7 @@ def crop(image: Image.Image, hole: Image.Image, window: Box, size: int) -> Tenso
     """
     square = image.crop(window)
     if window.clipped(*image.size) != window:
-        square.paste(MID_GREY, (0, 0, *square.size))
+        square.paste(images.MID_GREY, (0, 0, *square.size))
         square.paste(image, (-window.left, -window.top))
     square.putalpha(hole.crop(window))
     levels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
