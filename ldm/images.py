@@ -47,7 +47,6 @@ class Box(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height."""
         return self.right - self.left, self.bottom - self.top
 
     def clipped(self, width: int, height: int) -> Box:
@@ -72,8 +71,7 @@ def open_image(picture: Picture, name: str = "the image") -> Image.Image:
             or 32 bits in which no level is above 255 is read as 8 bits.
         name: what messages call a picture that is no path.
 
-    Raises:
-        UserError: it is missing, damaged, no image, or beyond Pillow's limit of 179 million pixels.
+    UserError if it is missing, damaged, no image, or beyond Pillow's limit of 179 million pixels.
     """
     return read_picture(picture, lambda image: flatten(image, MID_GREY), name)
 
@@ -245,7 +243,7 @@ def pil_to_tensor(image: Image.Image) -> Tensor:
 
 def levels_to_tensor(levels: Tensor) -> Tensor:
     """Convert (3, H, W) uint8 to float32 in [-1, 1], contiguous."""
-    return _unit(levels).mul_(2).sub_(1)
+    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).mul_(2).sub_(1)
 
 
 def tensor_to_pil(x: Tensor) -> Image.Image:
@@ -269,15 +267,11 @@ def normalise(
 ) -> Tensor:
     """Normalise an RGB image or (H, W, 3) uint8 by mean and standard deviation of [0, 1]: (3, H, W) float32."""
     levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return _unit(levels).sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
+    x = levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return x.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
 
 
 def exemplar_to_pixels(x: Tensor) -> Tensor:
     """Invert CLIP's `normalise` on tensors (..., 3, E, E), to pixels in [-1, 1]."""
     mean, std = x.new_tensor(CLIP_MEAN), x.new_tensor(CLIP_STD)
     return 2 * (x * std[:, None, None] + mean[:, None, None]) - 1
-
-
-def _unit(levels: Tensor) -> Tensor:
-    """Convert uint8 to float32 in [0, 1], contiguous."""
-    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)

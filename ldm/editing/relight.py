@@ -32,6 +32,7 @@ NEGATIVE_PROMPT = "lowres, bad anatomy, bad hands, cropped, worst quality"
 INITIAL_LIGHT = (255, 0)  # grey levels of the initial image, from the lit side to the dark side
 BACKGROUND_LIGHT = (224, 32)  # the same for a generated background
 AMBIENT = (64, 64)  # the background without a direction of light
+GUIDANCE = {False: 2.0, True: 7.0}  # default scale by whether the model reads a background
 SAMPLING = {*EditSettings().sampling, "seed", "n_samples"}
 
 
@@ -74,15 +75,10 @@ class Relighter:
             highres_scale: factor, at least 1, by which the second pass enlarges the first result to repaint it.
             highres_strength: share of the schedule, in [0, 1], by which the second pass adds noise; 0 leaves it out.
             on_step, on_phase: as for `Editor.edit`.
-            **sampling: SAMPLING of `EditSettings`; by default NEGATIVE_PROMPT, 25 steps a pass and a guidance scale of
-                2, or of 7 if the model reads a background.
+            **sampling: SAMPLING of `EditSettings`; by default NEGATIVE_PROMPT, 25 steps a pass and GUIDANCE.
 
-        Returns:
-            An RGB image; a list of them if n_samples > 1 or `seed` is a list.
-
-        Raises:
-            UserError: a file cannot be read, a setting is unknown or out of range, the model does not read a
-                background, or what was painted is not finite.
+        Returns an RGB image; a list of them if n_samples > 1 or `seed` is a list. UserError if a file or a setting
+        cannot be used, the model does not read a background, or what was painted is not finite.
         """
         if unknown := sampling.keys() - SAMPLING:
             raise UserError(f"got the setting {min(unknown)}, expected one of {', '.join(sorted(SAMPLING))}")
@@ -95,8 +91,8 @@ class Relighter:
         if not 0 <= highres_strength <= 1 or highres_scale < 1:
             got = f"highres_strength={highres_strength}, highres_scale={highres_scale}"
             raise UserError(f"got {got}, expected 0 to 1, and 1 or more")
-        defaults = {"negative_prompt": NEGATIVE_PROMPT, "num_steps": 25, "guidance_scale": 2.0}
-        defaults |= {"guidance_scale": 7.0} if self.reads_background else {}
+        guidance_scale = GUIDANCE[self.reads_background]
+        defaults = {"negative_prompt": NEGATIVE_PROMPT, "num_steps": 25, "guidance_scale": guidance_scale}
         settings = EditSettings(prompt=prompt, **defaults | sampling)
         pictures = [on_grey(foreground, mask)] + ([] if background is None else [open_image(background)])
         model, count, begin = self.model, len(settings.seeds), on_phase or (lambda _: None)
