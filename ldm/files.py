@@ -84,7 +84,8 @@ def read_table(path: str | Path, failed: dict[str, str] | None = None) -> list[t
     if suffix in (".json", ".jsonl", ".ndjson"):
         for entry in read_json(path) if suffix == ".json" else filter(str.strip, lines):
             try:
-                rows.append({**(entry if suffix == ".json" else json.loads(entry))})
+                content: Any = entry if suffix == ".json" else json.loads(entry)
+                rows.append({**content})
             except (TypeError, ValueError, RecursionError):
                 rows.append("no JSON object")
     else:

@@ -145,8 +145,8 @@ def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
 
 def gradient(size: tuple[int, int], light: str, levels: tuple[int, int]) -> Image.Image:
     """Draw a grey gradient, RGB, with the first of two levels at the lit side: left, right, top or bottom."""
-    ends, is_row = levels if light in ("left", "top") else levels[::-1], light in ("left", "right")
-    ramp = np.linspace(*ends, size[0] if is_row else size[1]).astype(np.uint8)
+    (bright, dark), is_row = levels if light in ("left", "top") else levels[::-1], light in ("left", "right")
+    ramp = np.linspace(bright, dark, size[0] if is_row else size[1]).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(ramp if is_row else ramp[:, None], size[::-1])).convert("RGB")
 
 
