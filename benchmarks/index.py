@@ -46,12 +46,13 @@ print(json.dumps({"seconds": seconds, "peak": peak, "private": private, "entries
 def write(path: Path, images: int, boxes: int) -> None:
     rng = np.random.default_rng(0)
     counts = rng.multinomial(boxes - images, np.full(images, 1 / images)) + 1
-    with IndexWriter(path, {"images": "."}) as writer:
-        for i, count in enumerate(tqdm(counts.tolist(), desc="writing", unit=" images")):
-            corner = (i * 7919) % 400
-            name = f"train_{i % 16:x}/{i * 2654435761 % 2**64:016x}.jpg"
-            found = ((corner, corner // 2, corner + 300 + k, corner // 2 + 250) for k in range(count))
-            writer.add(AnnotatedImage(name, (1024, 768), [Object(box) for box in found]))
+    writer = IndexWriter(path, {"images": "."})
+    for i, count in enumerate(tqdm(counts.tolist(), desc="writing", unit=" images")):
+        corner = (i * 7919) % 400
+        name = f"train_{i % 16:x}/{i * 2654435761 % 2**64:016x}.jpg"
+        found = ((corner, corner // 2, corner + 300 + k, corner // 2 + 250) for k in range(count))
+        writer.add(AnnotatedImage(name, (1024, 768), [Object(box) for box in found]))
+    writer.write()
 
 
 def measure(*arguments: str) -> dict[str, float]:

@@ -34,6 +34,7 @@ from ldm.diffusion import q_sample, target
 from ldm.editing.editor import BUNDLED_MODEL
 from ldm.latent_diffusion import latent_hole, load_weights
 from ldm.training.diffusion_module import DiffusionTraining
+from scripts import read_bbox
 from scripts.pipeline import ROOT
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("disc", "square", "cross")
@@ -64,6 +65,7 @@ def make_pictures(root: Path) -> None:
         (root / "annotations" / OPEN_IMAGES_CSV[split]).write_text("\n".join(rows))
     described = "\n".join(f"{k},{name}" for k, name in enumerate(names))
     (root / "annotations" / "class-descriptions.csv").write_text(described)
+    read_bbox.main(["--root", str(root)])
 
 
 def make_start(out: Path, base: Config) -> None:

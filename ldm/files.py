@@ -74,45 +74,39 @@ def read_json(path: str | Path, default: Any = None) -> Any:
 def read_table(path: str | Path, failed: dict[str, str] | None = None) -> list[tuple[int, dict[str, Any]]]:
     """Return number, counted from 1 without the header, and content of each row of a table, by any program.
 
-    Args:
-        path: .jsonl with an object per line, .json with a list of objects, or text with a header, separated by commas,
-            semicolons or tabs. Names and cells are stripped. Empty cells, columns without a name and empty rows are
-            left out, and so is Excel's first line "sep=;".
-        failed: gets the reason why "row N" cannot be read; without it the first of them is a UserError.
-
-    Raises:
-        UserError: the file is missing, no text, or its header names a column twice.
+    The file is .jsonl with an object per line, .json with a list of objects, or text with a header, separated by
+    commas, semicolons or tabs. Names and cells are stripped. Empty cells, columns without a name and empty rows are
+    left out, and so is Excel's first line "sep=;". `failed` gets the reason why "row N" cannot be read; without it the
+    first of them is a UserError, as is a file that is missing, no text, or whose header names a column twice.
     """
-    path, rows = Path(path), []
-
-    def fail(number: int, reason: str) -> None:
-        if failed is None:
-            raise UserError(f"{path}, row {number}: {reason}")
-        failed[f"row {number}"] = reason
-
-    lines = list(io.StringIO(read_text(path), newline=""))
-    if (is_list := path.suffix.lower() == ".json") or path.suffix.lower() in (".jsonl", ".ndjson"):
-        entries: Iterable[Any] = read_json(path) if is_list else filter(str.strip, lines)
-        for number, row in enumerate(entries, 1):
+    rows: list[dict[str, Any] | str] = []  # what a row holds, or what is wrong with it
+    suffix, lines = Path(path).suffix.lower(), list(io.StringIO(read_text(path), newline=""))
+    if suffix in (".json", ".jsonl", ".ndjson"):
+        for entry in read_json(path) if suffix == ".json" else filter(str.strip, lines):
             try:
-                rows.append((number, {**(row if is_list else json.loads(row))}))
+                content: Any = entry if suffix == ".json" else json.loads(entry)
+                rows.append({**content})
             except (TypeError, ValueError, RecursionError):
-                fail(number, "no JSON object")
-        return rows
-    lines = lines[1:] if lines and lines[0].strip('"').lower().startswith("sep=") else lines
-    separator = max(",;\t", key=lines[0].count) if lines else ","
-    try:
-        header, *table = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)] or [[]]
-    except csv.Error as error:
-        raise UserError(f"{path}: no readable table ({error}); save it as CSV with a header") from None
-    if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
-        raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
-    for number, cells in enumerate(table, 1):
-        if any(cells[len(header) :]):
-            fail(number, "more cells than the header; quote cells that hold a separator")
-        elif any(cells):
-            rows.append((number, {name: cell for name, cell in zip(header, cells, strict=False) if name and cell}))
-    return rows
+                rows.append("no JSON object")
+    else:
+        lines = lines[1:] if lines and lines[0].strip('"').lower().startswith("sep=") else lines
+        separator = max(",;\t", key=lines[0].count) if lines else ","
+        try:
+            header, *table = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)] or [[]]
+        except csv.Error as error:
+            raise UserError(f"{path}: no readable table ({error}); save it as CSV with a header") from None
+        if twice := [name for name, count in Counter(filter(None, header)).items() if count > 1]:
+            raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
+        for cells in table:
+            is_wide, pairs = any(cells[len(header) :]), zip(header, cells, strict=False)
+            reason = "more cells than the header; quote cells that hold a separator"
+            rows.append(reason if is_wide else {name: cell for name, cell in pairs if name and cell})
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, str) and failed is None:
+            raise UserError(f"{path}, row {number}: {row}")
+        if isinstance(row, str) and failed is not None:
+            failed[f"row {number}"] = row
+    return [(number, row) for number, row in enumerate(rows, 1) if row and not isinstance(row, str)]
 
 
 def composed(name: object) -> str:
@@ -179,8 +173,8 @@ def write_json(path: str | Path, content: Any) -> None:
 def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside `path`, in a new folder if need be; rename it to `path` if the block succeeds.
 
-    With `sync` the finished file is on the disk before it gets its name. If the disk is full or the folder not
-    writable, an OSError is raised and an existing file at `path` stays as it was.
+    With `sync` the finished file is on the disk before it gets its name. After an OSError, as of a full disk, an
+    existing file at `path` is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +198,7 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, and put it in the place of `path` (or its link's target) if all succeeds.
+    """Yield a temporary folder, which takes the place of `path`, or its link's target, if the block succeeds.
 
     Raises OSError, like `atomic_write`; an existing folder at `path` then stays as it was.
     """

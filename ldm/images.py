@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -46,7 +47,6 @@ class Box(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height."""
         return self.right - self.left, self.bottom - self.top
 
     def clipped(self, width: int, height: int) -> Box:
@@ -71,8 +71,7 @@ def open_image(picture: Picture, name: str = "the image") -> Image.Image:
             or 32 bits in which no level is above 255 is read as 8 bits.
         name: what messages call a picture that is no path.
 
-    Raises:
-        UserError: it is missing, damaged, no image, or beyond Pillow's limit of 179 million pixels.
+    UserError if it is missing, damaged, no image, or beyond Pillow's limit of 179 million pixels.
     """
     return read_picture(picture, lambda image: flatten(image, MID_GREY), name)
 
@@ -84,7 +83,7 @@ def load_mask(picture: Picture, name: str = "the mask") -> Image.Image:
 
 def open_upright(picture: Picture, name: str = "the image") -> Image.Image:
     """Read an image like `open_image`, but keep transparency: RGBA if it has some, else RGB."""
-    return read_picture(picture, _rgb_or_rgba, name)
+    return read_picture(picture, flatten, name)
 
 
 def mask_levels(image: Image.Image) -> Image.Image:
@@ -93,32 +92,15 @@ def mask_levels(image: Image.Image) -> Image.Image:
     return grey.point([0, *[255] * 255]) if grey.getextrema() == (0, 1) else grey
 
 
-def _rgb_or_rgba(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return flatten(image, MID_GREY)
-    result = image.convert("RGBA")
-    result.info = _profile(image)
-    return result
-
-
 def read_picture(picture: Picture, convert: Callable[[Image.Image], Image.Image], name: str) -> Image.Image:
     """Read a picture upright and convert it; see `open_image`."""
     if isinstance(picture, (str, os.PathLike)):
         name = str(picture)
-    opened: Any = io.BytesIO(picture) if isinstance(picture, (bytes, bytearray)) else picture
     try:
-        if isinstance(picture, (np.ndarray, Tensor)):
-            opened = _from_array(picture)
-        if isinstance(opened, Image.Image):  # Pillow converts La to LA only
-            return convert(_turned(opened.convert("LA") if opened.mode == "La" else opened))
-        if not (isinstance(opened, (str, os.PathLike)) or hasattr(opened, "read")):
-            expected = "an image, a path, bytes, an open file, an array or a tensor"
-            raise UserError(f"got {type(picture).__name__}, expected {expected}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of more than 89 million pixels, of EXIF without sense
-            with Image.open(opened, formats=FORMATS) as image:
-                image.load()
-                return convert(_turned(image))
+        with warnings.catch_warnings(action="ignore"), _opened(picture) as image:  # of many pixels, of senseless EXIF
+            image.load()
+            turn = TURNS.get(exif_orientation(image))
+            return convert(image if turn is None else image.transpose(turn))
     except Exception as error:  # of damaged files; Pillow's decoders raise nearly anything
         reason = str(error) or type(error).__name__
         is_address = re.match(r"\w{2,}:/", name)
@@ -133,6 +115,36 @@ def read_picture(picture: Picture, convert: Callable[[Image.Image], Image.Image]
         raise UserError(f"{name}: {reasons.get(type(error), damaged)}") from None
 
 
+def _opened(picture: Any) -> AbstractContextManager[Image.Image]:
+    """Open what holds an image; the context closes what is opened here."""
+    if isinstance(picture, (np.ndarray, Tensor)):
+        picture = _from_array(picture)
+    if isinstance(picture, Image.Image):  # Pillow converts La to LA only
+        return nullcontext(picture.convert("LA") if picture.mode == "La" else picture)
+    if isinstance(picture, (bytes, bytearray)):
+        picture = io.BytesIO(picture)
+    if not (isinstance(picture, (str, os.PathLike)) or hasattr(picture, "read")):
+        expected = "an image, a path, bytes, an open file, an array or a tensor"
+        raise UserError(f"got {type(picture).__name__}, expected {expected}")
+    return Image.open(picture, formats=FORMATS)
+
+
+def _from_array(array: np.ndarray | Tensor) -> Image.Image:
+    values, order = array, "(H, W, C)"
+    if isinstance(values, Tensor):
+        values, order = values.detach().cpu(), "(C, H, W)"
+        values = (values.float() if values.is_floating_point() else values).numpy()  # NumPy has no bfloat16
+        values = np.moveaxis(values, 0, -1) if values.ndim == 3 else values
+    kind, top = values.dtype.kind, 1 if values.dtype.kind in "fb" else 255
+    is_shaped = values.ndim in (2, 3) and values.shape[2:] in ((), (1,), (3,), (4,)) and values.size
+    is_deep = values.dtype == np.uint16 and values.ndim == 2  # as in 16-bit files
+    if not is_shaped or kind not in "fbiu" or not (is_deep or 0 <= values.min() <= values.max() <= top):  # NaN, too
+        got = f"{type(array).__name__} of shape {(*array.shape,)} and type {array.dtype}"
+        raise UserError(f"got {got}, expected uint8, or floats in [0, 1], (H, W), or {order} with 1, 3 or 4 channels")
+    levels = values if is_deep else np.rint(values * (255.0 / top)).astype(np.uint8)
+    return Image.fromarray(levels[..., 0] if levels.shape[2:] == (1,) else levels)
+
+
 def exif_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8, of an opened image; 1 if there is none or it is damaged."""
     try:
@@ -140,29 +152,6 @@ def exif_orientation(image: Image.Image) -> int:
     except Exception:  # Pillow's reading of EXIF raises nearly anything; the pixels may be sound
         return 1
     return int(orientation) if orientation in range(1, 9) else 1
-
-
-def _turned(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF says; EXIF that cannot be read turns nothing."""
-    turn = TURNS.get(exif_orientation(image))
-    return image if turn is None else image.transpose(turn)
-
-
-def _from_array(array: np.ndarray | Tensor) -> Image.Image:
-    values = np.asarray(array) if isinstance(array, np.ndarray) else array.detach().cpu()
-    got, order = f"{type(array).__name__} of shape {(*array.shape,)} and type {array.dtype}", "(H, W, C)"
-    if isinstance(values, Tensor):
-        values, order = (values.float() if values.is_floating_point() else values).numpy(), "(C, H, W)"
-        values = np.moveaxis(values, 0, -1) if values.ndim == 3 else values
-    if values.ndim not in (2, 3) or values.shape[2:] not in ((), (1,), (3,), (4,)) or not values.size:
-        raise UserError(f"got {got}, expected (H, W), or {order} with 1, 3 or 4 channels")
-    if values.dtype == np.uint16 and values.ndim == 2:
-        return Image.fromarray(values)
-    top = 1 if values.dtype.kind in "fb" else 255
-    if values.dtype.kind not in "fbiu" or not (values.min() >= 0 and values.max() <= top):  # NaN, too
-        raise UserError(f"got {got}, expected uint8, or floats in [0, 1]")
-    levels = np.rint(values * (255.0 / top)).astype(np.uint8)
-    return Image.fromarray(levels[..., 0] if levels.shape[2:] == (1,) else levels)
 
 
 def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -183,10 +172,9 @@ def find_images(folder: str | Path, skipped: Skipped | None = None) -> list[Path
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_SIGNED):
                 found.append(path)
-        except UnidentifiedImageError:
-            others.add("no images", path.relative_to(folder))
-        except UNREADABLE:
-            others.add("unreadable" if path.exists() else "missing", path.relative_to(folder))
+        except UNREADABLE as error:
+            reason = "no images" if isinstance(error, UnidentifiedImageError) else "unreadable"
+            others.add(reason if path.exists() else "missing", path.relative_to(folder))
     if not found:
         raise UserError(f"{folder}: holds no images{f' but {others}' if others else ''}; check the path")
     if others and skipped is None:
@@ -214,9 +202,14 @@ def walk_folders(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
         yield place, names
 
 
-def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Convert any mode to RGB, if needed, with transparent parts over `background`; keep a colour profile for RGB."""
-    if image.mode == "RGB" and image.info == _profile(image):
+def flatten(image: Image.Image, background: tuple[int, int, int] | None = None) -> Image.Image:
+    """Convert any mode to RGB, if needed, with transparent parts over `background`; without one keep them, as RGBA.
+
+    Of the metadata a colour profile stays if it is for RGB.
+    """
+    has_profile = image.mode in ("RGB", "RGBA", "P", "PA") and "icc_profile" in image.info
+    info: dict[Any, Any] = {"icc_profile": image.info["icc_profile"]} if has_profile else {}
+    if image.mode == "RGB" and image.info == info:
         return image
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
@@ -224,20 +217,14 @@ def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         if grey.max() > 255:  # else levels of 8 bits, which would all be black
             grey = (grey + 128) // 257
-        result = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        image = Image.fromarray(grey.astype(np.uint8))
     elif image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        result = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
-    else:
-        result = image.convert("RGB")
-    result.info = _profile(image)
+        image = image.convert("RGBA")
+        if background is not None:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+    result = image.convert("RGBA" if image.has_transparency_data and background is None else "RGB")
+    result.info = info
     return result
-
-
-def _profile(image: Image.Image) -> dict[str | tuple[int, int], Any]:
-    """Return the metadata that stay true when the image becomes RGB."""
-    is_rgb = image.mode in ("RGB", "RGBA", "P", "PA") and "icc_profile" in image.info
-    return {"icc_profile": image.info["icc_profile"]} if is_rgb else {}
 
 
 def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> None:
@@ -256,7 +243,7 @@ def pil_to_tensor(image: Image.Image) -> Tensor:
 
 def levels_to_tensor(levels: Tensor) -> Tensor:
     """Convert (3, H, W) uint8 to float32 in [-1, 1], contiguous."""
-    return _unit(levels).mul_(2).sub_(1)
+    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).mul_(2).sub_(1)
 
 
 def tensor_to_pil(x: Tensor) -> Image.Image:
@@ -280,15 +267,11 @@ def normalise(
 ) -> Tensor:
     """Normalise an RGB image or (H, W, 3) uint8 by mean and standard deviation of [0, 1]: (3, H, W) float32."""
     levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return _unit(levels).sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
+    x = levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return x.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
 
 
 def exemplar_to_pixels(x: Tensor) -> Tensor:
     """Invert CLIP's `normalise` on tensors (..., 3, E, E), to pixels in [-1, 1]."""
     mean, std = x.new_tensor(CLIP_MEAN), x.new_tensor(CLIP_STD)
     return 2 * (x * std[:, None, None] + mean[:, None, None]) - 1
-
-
-def _unit(levels: Tensor) -> Tensor:
-    """Convert uint8 to float32 in [0, 1], contiguous."""
-    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)

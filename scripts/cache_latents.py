@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm.checkpoint.io import CheckpointError, read_checkpoint
+from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import FIRST_STAGE, TOWER, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
-from ldm.data.cached import write_cache
 from ldm.data.datamodule import box_dataset
 from ldm.files import write_text
 from ldm.images import exemplar_to_pixels
@@ -79,6 +79,18 @@ def encoded(
         if exemplar_encoder is not None:
             arrays["exemplar_features"] = exemplar_encoder.features(batch["exemplar"].to(device)).half().cpu().numpy()
         yield arrays
+
+
+def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
+    """Write a cache of `num_samples` from batches of its arrays: memory does not grow with the number of samples."""
+    batches = iter(batches)
+    first = next(batches)
+    layout = {
+        name: torch.empty(num_samples, *array.shape[1:], dtype=torch.from_numpy(array).dtype, device="meta")
+        for name, array in first.items()
+    }
+    pieces = ((name, torch.from_numpy(batch[name])) for batch in chain([first], batches) for name in layout)
+    write_safetensors(path, layout, pieces=pieces)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Shared by the command lines over checkpoints: checks of the output, error prefixes, provenance."""
+"""Shared by the command lines over checkpoints: checks of the output, errors, provenance."""
 
 from __future__ import annotations
 
@@ -6,31 +6,25 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 
 from ldm import __version__
 from ldm.checkpoint.convert import STEMS, weight_files
 from ldm.checkpoint.io import CheckpointError, sha256_file
-from ldm.files import read_json
+from ldm.files import UserError, read_json
 
 # Files of a diffusers folder besides its components' folders and a UNet's weights.
 _FILES = ("model_index.json", "config.json", "README.md", "LICENSE", ".gitattributes")
 
 
 def check_output(output: Path, inputs: Collection[Path], *, overwrite: bool, endings: Sequence[str] = ()) -> None:
-    """Refuse an output before anything is read.
+    """Refuse an output before anything is read: one that is an input, lies in one, or must not be replaced.
 
-    Args:
-        output: file or folder to write.
-        inputs: files and folders that are read.
-        overwrite: replace an existing file or diffusers folder.
-        endings: allowed endings of an output file; empty if the output is a folder.
-
-    Raises:
-        CheckpointError: the output has another ending, is an input or lies in one, or exists and must not be replaced.
+    `endings` are those that a file may have, none if the output is a folder of diffusers.
     """
     if endings and output.suffix not in endings:
         raise CheckpointError(f"{output}: got extension {output.suffix!r}, expected {' or '.join(endings)}")
@@ -70,6 +64,23 @@ def _check_replaceable(folder: Path) -> None:
             )
 
 
+def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Make a command line print errors as a line and return 2, or 130 if it was interrupted."""
+
+    @wraps(main)
+    def guarded(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except (UserError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted; nothing was written", file=sys.stderr)
+            return 130
+
+    return guarded
+
+
 @contextmanager
 def prefix_errors(path: Path) -> Iterator[None]:
     """Put the file's name before the errors of pure functions on its tensors."""
@@ -82,10 +93,7 @@ def prefix_errors(path: Path) -> Iterator[None]:
 def provenance(script: str, argv: Sequence[str] | None, inputs: Mapping[str, Path]) -> dict[str, str]:
     """Return the metadata of an output: the inputs' names and SHA-256 by role, the command, versions.
 
-    Args:
-        script: name of the command line.
-        argv: its arguments; None: those of this process.
-        inputs: role => file, or diffusers folder, whose known components are recorded.
+    Of a folder of diffusers, the known components are recorded.
     """
     record = {"command": shlex.join([f"scripts/{script}.py", *(sys.argv[1:] if argv is None else argv)])}
     for role, path in inputs.items():

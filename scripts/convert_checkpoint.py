@@ -37,8 +37,8 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensor
 from ldm.checkpoint.keys import EMA, check_prediction, check_schedule, misfit, swap_in_ema
 from ldm.config import Config, dump_config, load_config
 from ldm.diffusion import make_schedule
-from ldm.files import UserError, atomic_directory, read_json, write_text
-from scripts.checkpoint_cli import check_output, prefix_errors, provenance
+from ldm.files import atomic_directory, read_json, write_text
+from scripts.checkpoint_cli import check_output, one_line_errors, prefix_errors, provenance
 
 
 def read_folder(folder: Path) -> tuple[Components, dict[str, Json]]:
@@ -127,6 +127,7 @@ def to_file(args: argparse.Namespace, argv: list[str] | None) -> None:
             shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, metavar="IN")
@@ -140,20 +141,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="write nothing; show what would be written")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
-    try:
-        if args.to == "diffusers" and args.input.is_dir():
-            raise CheckpointError(f"{args.input}: is a folder already; pass a checkpoint, or --to original")
-        if args.to == "original" and args.input.is_file():
-            raise CheckpointError(f"{args.input}: is one file; pass a diffusers folder, or --to diffusers")
-        endings = [".safetensors", ".ckpt"] if args.to == "original" else []
-        check_output(args.output, [args.input], overwrite=args.overwrite or args.dry_run, endings=endings)
-        (to_folder if args.to == "diffusers" else to_file)(args, argv)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    if args.to == "diffusers" and args.input.is_dir():
+        raise CheckpointError(f"{args.input}: is a folder already; pass a checkpoint, or --to original")
+    if args.to == "original" and args.input.is_file():
+        raise CheckpointError(f"{args.input}: is one file; pass a diffusers folder, or --to diffusers")
+    endings = [".safetensors", ".ckpt"] if args.to == "original" else []
+    check_output(args.output, [args.input], overwrite=args.overwrite or args.dry_run, endings=endings)
+    (to_folder if args.to == "diffusers" else to_file)(args, argv)
     print(f"dry run: {args.output} not written" if args.dry_run else f"wrote {args.output}")
     return 0
 

@@ -21,7 +21,7 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensor
 from ldm.checkpoint.keys import SCHEDULE_BUFFERS, is_finite, to_file_keys
 from ldm.files import write_text
 from ldm.models.text_encoder import TOKENIZER_FILES
-from scripts.checkpoint_cli import provenance
+from scripts.checkpoint_cli import one_line_errors, provenance
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -38,6 +38,7 @@ def write_config(run_config: Path, config: Path) -> None:
     write_text(config, "# The model's config, every default written out.\n" + text)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, help="checkpoint of a run, such as logs/…/checkpoints/last.ckpt")
@@ -45,26 +46,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="type of the weights (default: float16)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
-    try:
-        if args.output.suffix != ".safetensors":
-            raise CheckpointError(f"{args.output}: got extension {args.output.suffix!r}, expected .safetensors")
-        run_config = args.input.resolve().parent.parent / "config.yaml"  # of the run that the checkpoint lies in
-        config = args.output.parent / "config.yaml" if run_config.is_file() else None
-        for path in filter(None, (args.output, config)):
-            if path.exists() and not args.overwrite:
-                raise CheckpointError(f"{path}: exists already; pass --overwrite to replace it")
-        state = to_file_keys(read_checkpoint(args.input))
-        for name, tensor in state.items():
-            if tensor.is_floating_point() and name not in SCHEDULE_BUFFERS:
-                state[name] = tensor.to(DTYPES[args.dtype])
-                if not is_finite(state[name]):
-                    raise CheckpointError(f"{args.input}: {name} does not fit into {args.dtype}; use --dtype float32")
-        if config is not None:
-            write_config(run_config, config)
-        write_safetensors(args.output, state, provenance("export_checkpoint", argv, {"input": args.input}))
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.output.suffix != ".safetensors":
+        raise CheckpointError(f"{args.output}: got extension {args.output.suffix!r}, expected .safetensors")
+    run_config = args.input.resolve().parent.parent / "config.yaml"  # of the run that the checkpoint lies in
+    config = args.output.parent / "config.yaml" if run_config.is_file() else None
+    for path in filter(None, (args.output, config)):
+        if path.exists() and not args.overwrite:
+            raise CheckpointError(f"{path}: exists already; pass --overwrite to replace it")
+    state = to_file_keys(read_checkpoint(args.input))
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and name not in SCHEDULE_BUFFERS:
+            state[name] = tensor.to(DTYPES[args.dtype])
+            if not is_finite(state[name]):
+                raise CheckpointError(f"{args.input}: {name} does not fit into {args.dtype}; use --dtype float32")
+    if config is not None:
+        write_config(run_config, config)
+    write_safetensors(args.output, state, provenance("export_checkpoint", argv, {"input": args.input}))
     print(f"wrote {args.output}: {len(state)} tensors, {args.output.stat().st_size / 2**20:.1f} MiB")
     return 0
 

@@ -45,11 +45,7 @@ _PARTS = (
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the file itself, or a folder's files of weights.
-
-    Raises:
-        CheckpointError: the folder has none.
-    """
+    """Return the file itself, or a folder's files of weights; CheckpointError if it has none."""
     if not path.is_dir():
         return [path]
     found = sorted(file for file in path.rglob("*") if file.suffix in _ENDINGS)
@@ -89,11 +85,7 @@ def parts(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
 
 
 def describe(path: Path, *, header_only: bool, scan: bool) -> str:
-    """Describe a file in a few lines.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """Describe a file in a few lines; CheckpointError if it cannot be read."""
     state = read_checkpoint(path)
     lines = [f"{path}: {(kind := identify(state))}", f"  {path.stat().st_size:,} bytes, {len(state)} tensors"]
     lines += [f"  to use it: {step}" for step in [next_step(kind)] if step]

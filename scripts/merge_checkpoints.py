@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, FIRST_STAGE, UNET, drop_ema, identify, swap_in_ema
 from ldm.checkpoint.merge import Merge, Source, add_difference, merged, offset, weighted_sum
-from ldm.files import UserError
-from scripts.checkpoint_cli import check_output, provenance
+from scripts.checkpoint_cli import check_output, one_line_errors, provenance
 
 MERGES = {
     "add-difference": (add_difference, {"A": "model to change", "B": "custom model", "C": "base that B was made from"}),
@@ -110,6 +109,7 @@ def block_factor(text: str) -> tuple[str, float]:
     return block, finite(value)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="merge", required=True)
@@ -137,30 +137,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     prepare, roles = MERGES[args.merge]
     paths: dict[str, Path] = {role: getattr(args, role.lower()) for role in roles}
-    try:
-        check_output(args.output, paths.values(), overwrite=args.overwrite or args.dry_run, endings=[".safetensors"])
-        first, *others = (
-            read_source(role, path, ema=args.ema, only=None if role in ("A", "BASE") else args.only)
-            for role, path in paths.items()
-        )
-        merge = prepare(first, *others)
-        multipliers = multipliers_of(merge.names, args.multiplier, dict(args.block))
-        print(f"{len(merge.names)} of {len(first.state)} tensors change, the others are those of {first.label}")
-        if args.dry_run:
-            print(f"{'block':32} tensors   |change|   |before|   share")
-            for block, tensors, change, before in block_norms(merge, multipliers):
-                share = change / before if before else math.inf
-                print(f"{block:32} {tensors:7} {change:10.4g} {before:10.4g} {share:7.2%}")
-            print(f"dry run: {args.output} not written")
-            return 0
-        record = provenance("merge_checkpoints", argv, paths)
-        write_safetensors(args.output, first.state, record, pieces=merged(merge, multipliers))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    check_output(args.output, paths.values(), overwrite=args.overwrite or args.dry_run, endings=[".safetensors"])
+    first, *others = (
+        read_source(role, path, ema=args.ema, only=None if role in ("A", "BASE") else args.only)
+        for role, path in paths.items()
+    )
+    merge = prepare(first, *others)
+    multipliers = multipliers_of(merge.names, args.multiplier, dict(args.block))
+    print(f"{len(merge.names)} of {len(first.state)} tensors change, the others are those of {first.label}")
+    if args.dry_run:
+        print(f"{'block':32} tensors   |change|   |before|   share")
+        for block, tensors, change, before in block_norms(merge, multipliers):
+            share = change / before if before else math.inf
+            print(f"{block:32} {tensors:7} {change:10.4g} {before:10.4g} {share:7.2%}")
+        print(f"dry run: {args.output} not written")
+        return 0
+    record = provenance("merge_checkpoints", argv, paths)
+    write_safetensors(args.output, first.state, record, pieces=merged(merge, multipliers))
     print(f"wrote {args.output}: {len(first.state)} tensors, {args.output.stat().st_size / 2**20:.1f} MiB")
     return 0
 

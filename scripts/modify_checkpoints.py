@@ -26,8 +26,8 @@ from ldm.checkpoint.convert import STEMS, read_component, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
 from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, drop_ema, swap_in_ema
 from ldm.checkpoint.merge import add_clip_tower, inflate_input_conv, input_conv
-from ldm.files import UserError, atomic_directory, read_json, write_text
-from scripts.checkpoint_cli import check_output, prefix_errors, provenance
+from ldm.files import atomic_directory, read_json, write_text
+from scripts.checkpoint_cli import check_output, one_line_errors, prefix_errors, provenance
 
 _CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -106,6 +106,7 @@ def write_copy(source: Path, target: Path, state: dict[str, Tensor], record: dic
         write_safetensors(inside / f"{STEMS['unet']}.safetensors", state, record)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -132,29 +133,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
     folder = args.input.is_dir()
-    try:
-        inputs = {"input": args.input} | ({"init": args.init} if args.init else {})
-        endings = [] if folder else [".safetensors", ".ckpt"]
-        check_output(args.output, inputs.values(), overwrite=args.overwrite or args.dry_run, endings=endings)
-        if args.clip is not None:  # perhaps a download, so not before the first check
-            inputs["clip"] = clip_file(args.clip)
-            check_output(args.output, [inputs["clip"]], overwrite=args.overwrite or args.dry_run, endings=endings)
-        state = modified(args, inputs.get("clip"))
-        if args.dry_run:
-            print(f"dry run: {args.output} not written")
-            return 0
-        record = provenance("modify_checkpoints", argv, inputs) | {"clip": args.clip or ""}
-        print(f"writing {args.output} …", flush=True)
-        if folder:
-            write_copy(args.input, args.output, state, record)
-        else:
-            (write_safetensors if args.output.suffix == ".safetensors" else write_torch)(args.output, state, record)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    inputs = {"input": args.input} | ({"init": args.init} if args.init else {})
+    endings = [] if folder else [".safetensors", ".ckpt"]
+    check_output(args.output, inputs.values(), overwrite=args.overwrite or args.dry_run, endings=endings)
+    if args.clip is not None:  # perhaps a download, so not before the first check
+        inputs["clip"] = clip_file(args.clip)
+        check_output(args.output, [inputs["clip"]], overwrite=args.overwrite or args.dry_run, endings=endings)
+    state = modified(args, inputs.get("clip"))
+    if args.dry_run:
+        print(f"dry run: {args.output} not written")
+        return 0
+    record = provenance("modify_checkpoints", argv, inputs) | {"clip": args.clip or ""}
+    print(f"writing {args.output} …", flush=True)
+    if folder:
+        write_copy(args.input, args.output, state, record)
+    else:
+        (write_safetensors if args.output.suffix == ".safetensors" else write_torch)(args.output, state, record)
     written = args.output if not folder else weight_files(unet_folder(args.output))[0]
     print(f"wrote {args.output}: {len(state)} tensors, {written.stat().st_size / 2**20:.1f} MiB")
     return 0

@@ -6,12 +6,18 @@ python scripts/read_bbox.py --root dataset/open-images
 from __future__ import annotations
 
 import argparse
+import codecs
+import itertools
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from ldm.config import DataConfig
@@ -23,10 +29,11 @@ from ldm.data.annotations import (
     find_jpegs,
     image_header,
     index_path,
-    read_boxes_csv,
 )
-from ldm.data.box_index import AnnotatedImage, IndexWriter
+from ldm.data.box_index import MAX_AREA, MIN_AREA, AnnotatedImage, IndexWriter, Object
 from ldm.files import Skipped, UserError, write_text
+
+CORNERS = ["XMin", "YMin", "XMax", "YMax"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,11 +54,12 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{annotations}: none of {', '.join(OPEN_IMAGES_CSV.values())}; see dataset/README.md")
         for split in splits:
             data = DataConfig(root=str(args.root), annotations=args.out and str(out / split))
-            with IndexWriter(index_path(data, split)) as index:
-                csv_path = annotations / OPEN_IMAGES_CSV[split]
-                report = read_bbox(csv_path, images, split, out / split, index=index, overwrite=args.overwrite)
-                state = annotations_state(data, split)
-                index.source |= {"format": data.kind, "split": split, "images": str(images), "state": state}
+            index = IndexWriter(index_path(data, split))
+            csv_path = annotations / OPEN_IMAGES_CSV[split]
+            report = read_bbox(csv_path, images, split, out / split, index=index, overwrite=args.overwrite)
+            state = annotations_state(data, split)
+            index.source |= {"format": data.kind, "split": split, "images": str(images), "state": state}
+            index.write()
             print(
                 f"{split}: {report.rows:,} rows, {report.boxes:,} boxes kept; {report.written:,} files written to "
                 f"{out / split}, {report.resumed:,} already there; index in {index.path}"
@@ -112,7 +120,7 @@ def read_bbox(
     if not paths:
         raise UserError(f"{images}: no .jpg under {split}/ or {split}_0/ …; unpack the images there")
     num_rows, num_boxes, found = read_boxes_csv(csv_path, skipped := Skipped())
-    out.mkdir(parents=True, exist_ok=True)  # training reads what is there instead of the CSV
+    out.mkdir(parents=True, exist_ok=True)
     done = set() if overwrite else {entry.name for entry in os.scandir(out) if entry.stat().st_size}
     report, problems = Report(num_rows, num_boxes, skipped), []
     partial, unfinished = out / f".{split}.partial", out / UNFINISHED
@@ -144,6 +152,72 @@ def read_bbox(
         write_text(list_path, "".join(problems))
         report.list_path = list_path
     return report
+
+
+def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator[tuple[str, list[Object]]]]:
+    """Read the boxes of Open Images' CSV that cover 2 % to 80 % of their image; `skipped` takes damaged rows.
+
+    Returns:
+        Numbers of rows and of those boxes; each image's id and objects. Corners are fractions of the image; classes are
+        named by the class descriptions beside the CSV.
+    """
+    import pandas as pd
+
+    types: Any = {"ImageID": "category", **dict.fromkeys(CORNERS, "float64")}
+    try:
+        read = _csv_reader(csv_path)
+        if "LabelName" in read(nrows=0):
+            types["LabelName"] = "category"
+        try:
+            boxes = read(usecols=list(types), dtype=types)
+            if pd.api.types.is_numeric_dtype(boxes.ImageID.cat.categories):
+                raise ValueError("ids without their zeros")
+        except ValueError:  # or text instead of a number: read again, slower, with a gap there
+            boxes = read(usecols=list(types), dtype="str").astype({"ImageID": "category"})
+            boxes[CORNERS] = boxes[CORNERS].apply(pd.to_numeric, errors="coerce")
+        lacking = boxes.isna().any(axis=1)
+        for row in np.flatnonzero(lacking):
+            skipped.add("rows that lack a value or number", f"{csv_path}, row {row + 1}")
+        rows, boxes = len(boxes), boxes[~lacking] if lacking.any() else boxes
+        if boxes.empty:
+            raise ValueError("no boxes")
+    except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
+        raise UserError(f"{csv_path}: no readable CSV of boxes ({error}); download it, see dataset/README.md") from None
+    descriptions: dict[str, str] = {}
+    for path in sorted(csv_path.parent.glob("*class-descriptions*.csv")):
+        try:
+            table = _csv_reader(path)(header=None, dtype=str, keep_default_na=False, encoding_errors="replace")
+        except pd.errors.EmptyDataError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: no readable CSV of class names ({error}); mend or remove it") from None
+        descriptions |= dict(table.iloc[:, :2].itertuples(index=False)) if table.shape[1] > 1 else {}
+    area = (boxes.XMax - boxes.XMin).clip(lower=0) * (boxes.YMax - boxes.YMin)
+    boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())
+    boxes = boxes.loc[area.between(MIN_AREA, MAX_AREA)]  # frees the others
+    if boxes.empty:
+        raise UserError(
+            f"{csv_path}: no usable box among {rows:,}; corners must be fractions of the image, from 0 to 1"
+        )
+    kept = boxes.sort_values("ImageID", kind="stable")
+    codes, corners = kept.ImageID.cat.codes.to_numpy(), kept[CORNERS].to_numpy()
+    labels = kept.LabelName if "LabelName" in kept else pd.Series("", kept.index)
+    names = labels.map(lambda label: descriptions.get(label, "")).to_numpy(object)
+    starts = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()  # first box of each image
+    spans = zip(kept.ImageID.cat.categories[codes[starts]], itertools.pairwise([*starts, len(kept)]), strict=True)
+    found = ((id_, map(Object, corners[i:j].tolist(), names[i:j].tolist())) for id_, (i, j) in spans)
+    return rows, len(kept), ((id_, list(objects)) for id_, objects in found)
+
+
+def _csv_reader(path: Path) -> Callable[..., Any]:
+    """Return `pandas.read_csv` for a file in UTF-8 or UTF-16, separated by commas, semicolons or tabs."""
+    import pandas as pd
+
+    with open(path, "rb") as file:
+        head = file.readline()
+    encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    separator = chr(max(b",;\t", key=head.count))
+    return partial(pd.read_csv, path, sep=separator, encoding=encoding, skipinitialspace=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,11 @@ import string
 from collections.abc import Callable
 from pathlib import Path
 
+# One worker per core: further threads of each would only wait for the cores of the others, here and in processes
+# that tests start. NumPy reads it when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -37,19 +42,17 @@ TINY_CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 
 Close = Callable[[Tensor, Tensor], None]
 
-# One worker per core: further threads of each would only wait for the cores of the others, here and in processes
-# that tests start.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-
 # A busy machine is no failure.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are always collected, and skipped where there is no CUDA device."""
+    """Tests marked `gpu` are always collected, and skipped where there is no CUDA device.
+
+    Slow ones come first: at the end, one would keep a worker while the others have nothing left.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

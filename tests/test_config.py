@@ -60,7 +60,7 @@ def test_sources_of_any_kind(tmp_path: Path) -> None:
     assert config.data.batch_size == Config().data.batch_size  # what was passed in is left as it was
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(st.floats(1e-8, 1.0), st.integers(1, 10_000), st.lists(st.integers(1, 8), min_size=1, max_size=5))
 def test_values_survive_overrides_and_merging(lr: float, size: int, ch_mult: list[int]) -> None:
     overrides = [f"training.base_lr={lr!r}", f"model.image_size={size}", f"model.first_stage.ch_mult={ch_mult}"]
@@ -168,7 +168,7 @@ def test_whole_numbers_of_the_trainer_may_be_written_as_floats() -> None:
     assert load_config(overrides=["trainer.max_epochs=-1"]).trainer == {"max_epochs": -1}
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.integers(-(2**63), 2**64 - 1))
 def test_seeds_are_any_64_bits_signed_or_unsigned(seed: int) -> None:
     config = load_config(overrides=[f"seed={seed}"])

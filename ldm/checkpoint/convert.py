@@ -1,8 +1,7 @@
 """Conversion between the published layout and a folder of diffusers, in both directions.
 
-`diffusers.json` holds the names of both sides and the published JSON files of a folder, with references for the values
-that vary. Names below a module are the same on either side. A folder lacks the noise schedule's buffers and
-`position_ids`, which follow from its configs bit for bit.
+`diffusers.json` holds the names of both sides (below a module they are the same) and the JSON files of a folder. A
+folder lacks the noise schedule's buffers and `position_ids`, which follow from its configs bit for bit.
 """
 
 import json
@@ -43,10 +42,9 @@ def to_diffusers(state: State) -> Components:
 
     Leave out the noise schedule, position numbers and averaged weights; refuse names that the table lacks.
     """
-    unused = (keys.EMA, *keys.EXTRAS)
-    derived = {keys.POSITION_IDS, keys.TEXT_POSITION_IDS, *keys.SCHEDULE_BUFFERS}
+    unused = (keys.EMA, *keys.EXTRAS, *keys.SCHEDULE_BUFFERS, keys.POSITION_IDS, keys.TEXT_POSITION_IDS)
     state = keys.to_file_keys(keys.merge_lora(state))
-    state = {name: x for name, x in state.items() if name not in derived and not name.startswith(unused)}
+    state = {name: x for name, x in state.items() if not name.startswith(unused)}
     table = _table(state.keys())
     components: Components = {}
     for name, (module, rest) in _located(state, table, state).items():
@@ -225,7 +223,6 @@ def check_counterpart(model: ModelConfig, state: State) -> None:
     exemplar, text = keys.holds(state, *keys.NEW_PARTS), model.condition == "text"
     pipeline, fed = ("text", _TEXT_INPUTS[9]) if text else ("exemplars", _EXEMPLAR_INPUTS)
     both = model.condition == "both" or (exemplar and keys.holds(state, keys.TEXT_TOWER, keys.TEXT_MODULE))
-    layers, fixed = encoder.mapper_layers, (encoder.num_layers + 1) // 5
     asymmetric = stage.decoder == "asymmetric" or keys.holds(state, FIRST_STAGE + keys.CONDITION_ENCODER)
     lacking = {
         "condition both": both,
@@ -234,7 +231,8 @@ def check_counterpart(model: ModelConfig, state: State) -> None:
         ),
         f"exemplar_encoder.tower {encoder.tower}": exemplar and encoder.tower != "clip",
         f"exemplar_encoder.tokens {encoder.tokens}": exemplar and encoder.tokens != "pooled",
-        f"exemplar_encoder.mapper_layers {layers} (it fixes {fixed})": exemplar and layers != fixed,
+        f"exemplar_encoder.mapper_layers {encoder.mapper_layers}": exemplar
+        and encoder.mapper_layers != (encoder.num_layers + 1) // 5,
         "first_stage.decoder asymmetric in a pipeline": asymmetric,
         f"first_stage.patch_size {stage.patch_size}": stage.patch_size != 1,
         "a first stage without norms": stage.norm_groups == 0,

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import logging
-import pickle
 import re
 import struct
 import sys
@@ -15,7 +14,6 @@ import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -29,12 +27,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoint.unpickle import Refused, safe_unpickler
+from ldm.checkpoint.unpickle import safe_unpickler
 from ldm.files import UserError, atomic_write
 
 log = logging.getLogger(__name__)
 
-_DAMAGED = "truncated or damaged; download or copy it again"
 # Where trainers keep the weights; the averaged ones last.
 _MAPPING_KEYS = (
     *("state_dict", "model_state_dict", "model", "module", "net", "params"),
@@ -46,22 +43,10 @@ _WRAPPERS = re.compile(
 )
 # What stands before the names of a whole model, and what may stand before all those of a part alone.
 _OUTER = re.compile(r"((?:\w+\.)*?)(?:model\.diffusion_model|first_stage_model|cond_stage_model)\.")
-_OWNERS = (
-    "model.",
-    "ema_model.",
-    "ema.",
-    "net.",
-    "network.",
-    "state_dict.",
-    "unet.",
-    "vae.",
-    "autoencoder.",
-    "generator.",
-)
+_OWNERS = ("model.", "ema_model.", "ema.", "net.", "network.", "state_dict.", "unet.", "vae.", "autoencoder.")
 _ZIP = b"PK"
+_ENCODING = "latin1"  # Python 2 wrote bytes, of any value, as text
 _JSON = b"{"  # of a safetensors header, after its length in 8 bytes
-# The first pickle of a file from before torch 1.6, from protocol 2 on and before.
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little"), str(0x1950A86A20F9469CFC6C).encode()
 _MAPS, _SMALLEST_MAP = 100, 2**23  # about as many for a large file; bytes
 _LARGEST_EXPANSION = 20  # of a zip file; compressed weights shrink by a tenth, hardly ever by half
 
@@ -186,27 +171,11 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             begin = 8 + struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(begin - 8))
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {_DAMAGED} ({error})") from error
+        raise CheckpointError(f"{path}: truncated or damaged; download or copy it again ({error})") from error
     metadata = header.pop("__metadata__", {})
     contents = _map(path, {name: tuple(begin + end for end in x["data_offsets"]) for name, x in header.items()})
     tensors = {n: contents[n].view(_DTYPES[x["dtype"]]).view(x["shape"]) for n, x in header.items()}
     return tensors, metadata
-
-
-def _map_records(path: Path, reader: Any) -> dict[str, Tensor]:
-    """Map the storages of a zip file likewise, by the names of their records."""
-    with zipfile.ZipFile(path) as archive:
-        sizes = {member.filename.partition("/")[2]: member.file_size for member in archive.infolist()}
-    starts = {name: reader.get_record_offset(name) for name, size in sizes.items() if name.startswith("data/") and size}
-    empty = torch.from_numpy(np.empty(0, np.uint8))  # of a size that cannot change
-    mapped = _map(path, {name: (start, start + sizes[name]) for name, start in starts.items()})
-    return dict.fromkeys(sizes, empty) | mapped
-
-
-def _storage(records: Mapping[str, Tensor], pid: tuple[Any, ...]) -> Any:
-    """Return the storage that a pickle of torch names by ("storage", its type, number of its record, device, size)."""
-    storage, dtype = records[f"data/{pid[2]}"].untyped_storage(), getattr(pid[1], "dtype", torch.uint8)
-    return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
 
 
 def _map(path: Path, spans: Mapping[Any, tuple[int, int]]) -> dict[Any, Tensor]:
@@ -225,46 +194,58 @@ def _map(path: Path, spans: Mapping[Any, tuple[int, int]]) -> dict[Any, Tensor]:
 
 def _unpickle(path: Path, head: bytes) -> tuple[object, list[str]]:
     """Return what torch saved, and the names that became placeholders."""
+    unpickler = safe_unpickler()
     try:
-        unpickler, encoding = safe_unpickler(), "latin1"  # Python 2 wrote bytes, of any value, as text
-        if _is_mappable(path, head):
-            reader: Any = torch._C.PyTorchFileReader(str(path))
-            loader = unpickler(io.BytesIO(reader.get_record("data.pkl")), encoding=encoding)
-            loader.persistent_load = partial(_storage, _map_records(path, reader))
-            content = loader.load()
+        if head.startswith(_ZIP):
+            content = _load_zip(path, unpickler)
+        elif tarfile.is_tarfile(path):  # torch.load would unpack it
+            raise CheckpointError("a tar archive; pass the checkpoint inside it")
         else:
             load = lambda file, **options: unpickler(file, **options).load()  # noqa: E731
             module: Any = SimpleNamespace(__name__=__name__, Unpickler=unpickler, load=load)
             with open(path, "rb") as file:
-                content = torch.load(file, "cpu", module, weights_only=False, encoding=encoding)
+                content = torch.load(file, "cpu", module, weights_only=False, encoding=_ENCODING)
         return content, sorted(unpickler.dropped)
-    except (CheckpointError, Refused) as error:
+    except UserError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: {_DAMAGED} ({type(error).__name__}: {reason})") from error
+        what = "truncated or damaged, or not written by torch.save; download or copy it again"
+        raise CheckpointError(f"{path}: {what} ({type(error).__name__}: {reason})") from error
 
 
-def _is_mappable(path: Path, head: bytes) -> bool:
-    """Refuse what `torch.save` does not write; return whether the tensors can be mapped: they are there as they are."""
-    if not head.startswith(_ZIP):
-        if tarfile.is_tarfile(path) or not any(x in head[:32] for x in _LEGACY_MAGIC):  # torch.load would unpack a tar
-            bare = head.startswith(pickle.PROTO)
-            raise CheckpointError("a pickle, but not of torch; save the weights with torch.save" if bare else _DAMAGED)
-        return False
+def _load_zip(path: Path, unpickler: Any) -> object:
+    """Load what is in a zip file of torch; the storages are mapped, unless somebody compressed them."""
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    if not any(member.filename.endswith("data.pkl") for member in members):
-        raise CheckpointError("a zip archive, but not one that torch.save wrote; pass the checkpoint inside it")
-    unpacked, size = sum(member.file_size for member in members), path.stat().st_size
-    if unpacked > _LARGEST_EXPANSION * size:
-        raise CheckpointError(f"refused: {size:,} bytes that unpack to {unpacked:,}; get the weights elsewhere")
+        members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
+        size, unpacked = path.stat().st_size, sum(member.file_size for member in members.values())
+        problems = {
+            "a zip archive, but not one that torch.save wrote; pass the checkpoint inside it": "data.pkl"
+            not in members,
+            f"refused: {size:,} bytes that unpack to {unpacked:,}; get the weights elsewhere": (
+                unpacked > _LARGEST_EXPANSION * size
+            ),
+            "a TorchScript program, not weights; save its `state_dict()` instead": "constants.pkl" in members,
+        }
+        if problem := next((problem for problem, there in problems.items() if there), ""):
+            raise CheckpointError(problem)
+        mapped = {name: member.file_size for name, member in members.items() if name.startswith("data/")}
+        mapped = {name: size for name, size in mapped.items() if size and not members[name].compress_type}
+        read = {name: archive.read(member) for name, member in members.items() if name not in mapped}
+    if read.get("byteorder", sys.byteorder.encode()) != sys.byteorder.encode():
+        raise CheckpointError("written on a computer of another byte order; save it there as safetensors")
     reader: Any = torch._C.PyTorchFileReader(str(path))
-    if "constants.pkl" in reader.get_all_records():  # torch.load would run it
-        raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
-    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    native = not reader.has_record("byteorder") or reader.get_record("byteorder").decode() == sys.byteorder
-    return stored and native
+    starts = {name: reader.get_record_offset(name) for name in mapped}
+    records = {name: torch.from_numpy(np.array(bytearray(content), np.uint8)) for name, content in read.items()}
+    records |= _map(path, {name: (start, start + mapped[name]) for name, start in starts.items()})
+
+    def storage(pid: tuple[Any, ...]) -> Any:  # ("storage", its type, number of its record, device, size)
+        untyped, dtype = records[f"data/{pid[2]}"].untyped_storage(), getattr(pid[1], "dtype", torch.uint8)
+        return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+
+    loader = unpickler(io.BytesIO(read["data.pkl"]), encoding=_ENCODING)
+    loader.persistent_load = storage
+    return loader.load()
 
 
 _DTYPES = safetensors.torch._TYPES  # F32 => torch.float32, …

@@ -1,7 +1,6 @@
-"""What tensors are called in files and in the modules of this project, and what their names tell about a file.
+"""What tensors are called in files, as in the published model, and in modules; what their names tell about a file.
 
-The published model's names are the file format. Modules use the same names except for `RENAMED`; files that this
-project's trainer wrote hold module names.
+Modules use the same names except for `RENAMED`; files that this project's trainer wrote hold module names.
 """
 
 import logging

@@ -1,8 +1,6 @@
-"""Merging checkpoints, and making Stable Diffusion a starting point for other models: pure functions on named tensors.
+"""Merging checkpoints while they are written, and making Stable Diffusion a starting point for other models.
 
-A merge is checked first and computed while it is written, so that one tensor at a time is in memory if the checkpoints
-are memory-mapped. Sums are in float32, a few rows at a time; results are in A's type.
-
+Sums are in float32, a few rows at a time, so that mapped checkpoints stay out of memory; results are in A's type.
 Dimensions: D channels · C input channels (4 in Stable Diffusion; 9 for inpainting, 8 and 12 for IC-Light).
 """
 
@@ -15,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoint import keys
 from ldm.checkpoint.convert import to_diffusers, to_original
 from ldm.checkpoint.io import CheckpointError
-from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, EMA, INPUT_CONV, INPUT_CONVS, UNET, State
+from ldm.checkpoint.keys import DIFFUSERS_INPUT_CONV, INPUT_CONV, INPUT_CONVS, UNET, State
 
 _PIECE = 2**20  # numbers that are merged at a time
 _NO_WEIGHTS = (*keys.SCHEDULE_BUFFERS, *keys.EMA_COUNTERS, "position_ids")
@@ -51,8 +49,7 @@ class Merge(NamedTuple):
 def add_difference(a: Source, b: Source, c: Source) -> Merge:
     """Prepare A + M (B - C): an inpainting model A takes on what a custom model B learnt beyond its base C.
 
-    A's first input channels are merged if it has more than B and C. Like the other merges, this refuses checkpoints
-    that do not belong together and renames those that are not in A's layout.
+    A's first input channels are merged if it has more than B and C.
     """
     merge = _prepared(_added, a, b, c)
     custom, base = (keys.input_channels(source.state) for source in (b, c))
@@ -107,45 +104,39 @@ def _prepared(formula: Callable[..., Tensor], first: Source, *others: Source, di
             raise CheckpointError(f"{label} is a difference of two networks; add it to one (offset BASE DELTA OUT)")
         if addition and len(set(additions)) > 1 and INPUT_CONV not in state:  # a ControlNet's file may hold both
             raise CheckpointError(f"{label} is a {addition}, no model by itself; pass the checkpoint of a model")
-        if kind.startswith("averaged"):
-            raise CheckpointError(f"{label}: {keys.misfit(state)}")
         if "averaged" in kind:
-            raise CheckpointError(f"{label} holds its UNet twice, also averaged ({EMA}*); choose with --ema")
+            raise CheckpointError(f"{label}: {keys.misfit(state, 'choose weights of its UNet with --ema')}")
     own = keys.family(first.state)
     for label, state in others:
         if own and (theirs := keys.family(state)) and theirs != own:
             raise CheckpointError(f"{label} is {theirs}, {first.label} is {own}; pass checkpoints of one family")
     counts = {label: count for label, state in sources if (count := keys.input_channels(state))}
     own, latent = counts.get(first.label), keys.latent_channels(first.state)
-    depth = 5 in counts.values() and len(set(counts.values())) > 1
-    if depth or (own and set(counts.values()) - {own, latent}):
-        inflate = f"modify_checkpoints.py IN OUT --in-channels {max(counts.values())}"
-        remedies = {  # the first that applies counts
-            "5 are a depth model's; pass the inpainting model, which has 9": depth,
-            f"exchange them if swapped, or inflate {first.label} with `{inflate}`": own == latent,
-            f"pass checkpoints of one width, or with {latent}": True,
-        }
-        remedy = next(remedy for remedy, applies in remedies.items() if applies)
+    if own and set(counts.values()) - {own, latent}:
         listed = ", ".join(f"{label} {count}" for label, count in counts.items())
+        remedy = f"pass checkpoints of one width, or with {latent}"
+        if own == latent:
+            inflate = f"modify_checkpoints.py IN OUT --in-channels {max(counts.values())}"
+            remedy = f"exchange them if swapped, or inflate {first.label} with `{inflate}`"
         raise CheckpointError(f"{INPUT_CONV}: got input channels {listed}; {remedy}")
     sources = (first, *(_named_like(first, other) for other in others))
     return Merge(sources, _common_names(*sources), formula)
 
 
 def _named_like(first: Source, other: Source) -> Source:
-    other = Source(other.label, keys.with_text_level(other.state, like=first.state))
-    if INPUT_CONV in first.state and DIFFUSERS_INPUT_CONV in other.state:
-        return Source(other.label, to_original({"unet": other.state}))
-    if DIFFUSERS_INPUT_CONV in first.state and INPUT_CONV in other.state:
-        unet = {name: tensor for name, tensor in other.state.items() if name.startswith(UNET)}
-        return Source(other.label, to_diffusers(unet)["unet"])
-    return other
+    state = keys.with_text_level(other.state, like=first.state)
+    if INPUT_CONV in first.state and DIFFUSERS_INPUT_CONV in state:
+        state = to_original({"unet": state})
+    elif DIFFUSERS_INPUT_CONV in first.state and INPUT_CONV in state:
+        state = to_diffusers({name: x for name, x in state.items() if name.startswith(UNET)})["unet"]
+    return Source(other.label, state)
 
 
 def _common_names(a: Source, *others: Source) -> list[str]:
     """Return the weights that all have, in A's order; A alone may have more, or a wider input convolution."""
     sources = (a, *others)
-    weights = [{name for name, x in state.items() if _is_weight(name, x)} for _, state in sources]
+    weights = [{name for name, x in state.items() if x.is_floating_point()} for _, state in sources]
+    weights = [{n for n in own if not (n.endswith(_NO_WEIGHTS) or n.startswith(keys.EXTRAS))} for own in weights]
     names = [name for name in a.state if all(name in own for own in weights)]
     problems: dict[str, list[str]] = {}
     for (label, _), own in zip(sources, weights, strict=True):
@@ -168,12 +159,6 @@ def _common_names(a: Source, *others: Source) -> list[str]:
     return names
 
 
-def _is_weight(name: str, tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not (name.endswith(_NO_WEIGHTS) or name.startswith(keys.EXTRAS))
-
-
-_FULL_SIZE = 320  # channels of the UNet of Stable Diffusion v1, whose exemplar encoder is CLIP ViT-L/14
-_VIT_L_14 = {"width": 1024, "layers": 24, "patch": 14, "positions": 257}
 _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layernorm.")
 
 
@@ -212,7 +197,7 @@ def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = 
 def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
     """Put the weights of CLIP's image tower where the exemplar encoder expects them; drop the text tower.
 
-    `clip_state` is `CLIPModel` or `CLIPVisionModel` of transformers. A UNet of the full size needs ViT-L/14.
+    `clip_state` is `CLIPModel` or `CLIPVisionModel` of transformers.
     """
     if step := keys.next_step(kind := keys.identify(state)):
         raise CheckpointError(f"an image tower has no place in it: this is {kind}; {step}")
@@ -220,13 +205,8 @@ def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
     bare = {name.removeprefix(level): tensor for name, tensor in clip_state.items() if name.startswith(level)}
     tower = {name: bare[name] for name in bare if name.startswith(_TOWER_PARTS) and not name.endswith("position_ids")}
     layers = len({name.split(".")[2] for name in tower if name.startswith("encoder.layers.")})
-    patches, positions = (tower.get(f"embeddings.{x}.weight") for x in ("patch_embedding", "position_embedding"))
-    if patches is None or positions is None or not layers or len(tower) != 7 + 16 * layers:
+    if not layers or len(tower) != 7 + 16 * layers:
         what = f"{len(tower)} tensors, {layers} layers, in {keys.identify(clip_state)}"
         raise CheckpointError(f"no complete CLIP image tower: {what}; pass a CLIPModel")
-    size = {"width": len(patches), "layers": layers, "patch": patches.shape[-1], "positions": len(positions)}
-    if INPUT_CONV in state and len(state[INPUT_CONV]) == _FULL_SIZE and size != _VIT_L_14:
-        got, expected = (", ".join(f"{what} {value}" for what, value in sizes.items()) for sizes in (size, _VIT_L_14))
-        raise CheckpointError(f"the CLIP image tower has {got}, expected ViT-L/14 with {expected}")
     kept = {name: x for name, x in state.items() if not name.startswith((keys.FILE_TOWER, keys.TEXT_TOWER))}
     return kept | keys.to_file_keys({keys.TOWER + name: tensor for name, tensor in tower.items()})

@@ -1,11 +1,10 @@
 """The unpickler of checkpoints, which builds tensors and mappings and runs nothing else.
 
-A pickle is a program: it looks names up and calls what it finds. `find_class` is its only way to anything, and imports
+A pickle is a program: it looks names up and calls what it finds. `find_class`, its only way to anything, imports
 nothing: it knows `_BUILDERS`, and answers any other name with an inert placeholder, which keeps the items of what
-behaves like a dict and ignores the rest. BUILD, which would set attributes, does nothing. Safety rests on that alone;
-a call of what would have effects elsewhere is also refused, to tell the user.
-
-`torch.load(weights_only=True)` would not do: it reads protocol 2 alone and fails on objects like lists or dicts.
+behaves like a dict and ignores the rest. BUILD, which would set attributes, does nothing. Safety rests on that alone; a
+call of what would have effects is also refused, to tell the user. `torch.load(weights_only=True)` reads protocol 2
+alone and fails on objects like lists or dicts.
 """
 
 from __future__ import annotations
@@ -20,10 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import _utils
 
-
-class Refused(Exception):
-    """The pickle calls what no weights need."""
-
+from ldm.files import UserError
 
 # Parts of dotted names that have effects if they are called, or lead to what has; but for errors and named tuples.
 _WITH_EFFECTS = re.compile(
@@ -59,7 +55,7 @@ def _refuse(*called: object) -> None:
     """Refuse calls of placeholders whose names have effects."""
     for path in (kind.path for kind in called if isinstance(kind, type) and issubclass(kind, _Placeholder)):
         if any(map(_WITH_EFFECTS.fullmatch, path.split("."))) and not path.endswith(("Error", "_result")):
-            raise Refused(f"refused: the pickle calls {path}, which no weights need; get them elsewhere")
+            raise UserError(f"refused: the pickle calls {path}, which no weights need; get them elsewhere")
 
 
 def _placeholder(path: str) -> type[_Placeholder]:

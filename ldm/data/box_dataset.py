@@ -21,22 +21,12 @@ from PIL import Image, ImageChops
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm import images
 from ldm.config import DataConfig
 from ldm.data import masks
 from ldm.data.box_index import BoxIndex, Entry, turned_size
 from ldm.files import UserError, read_table
-from ldm.images import (
-    FORMATS,
-    MID_GREY,
-    TURNS,
-    UNREADABLE,
-    Box,
-    flatten,
-    levels_to_tensor,
-    load_mask,
-    normalise,
-    pad_box,
-)
+from ldm.images import UNREADABLE, Box
 
 if TYPE_CHECKING:
     import albumentations as A
@@ -67,13 +57,17 @@ class SampleRecipe:
             `image` (3, S, S) in [-1, 1]; `keep_mask` (1, S, S) in [0, 1], 0 in the hole; `masked_image` = image *
             keep_mask; `exemplar` (3, E, E), CLIP-normalised; all float32. With captions a text, `caption`.
         """
-        with open_file(entry.name) as stream, Image.open(stream, formats=FORMATS) as file:  # reads the header only
+        from ldm.data.augmentation import PaperParams, augment, draw_paper_params
+
+        # Opening reads the header only.
+        with open_file(entry.name) as stream, Image.open(stream, formats=images.FORMATS) as file:
             size, data = turned_size(file.size, entry.orientation), self.data
             if size != entry.size:
                 raise ValueError(f"is {size[0]} x {size[1]}, indexed as {entry.size[0]} x {entry.size[1]}")
             chosen = int(rng.integers(len(entry.boxes)))
             box = entry.boxes[chosen]
-            augment = self._draw_augmentation(rng)
+            params = draw_paper_params(rng, self.exemplar_size, data.augmentation_strength)
+            seed = int(rng.integers(2**63)) if data.augmentation is not None else None
             # The paper draws the hole in the photograph and the crop around it; editing crops first.
             margins = data.crop_margin_range
             window = masks.crop_around_box(size, box, margins, self.image_size, rng) if margins else None
@@ -82,20 +76,21 @@ class SampleRecipe:
             shape = object_shape(entry, chosen, open_file) if wants_shape else None
             hole = self._draw_hole(size, box, grown, shape, rng)
             window = window or masks.crop_window(size, grown, rng)
-            padded = pad_box(box, size, round(EXEMPLAR_PADDING * masks.pixel_scale(size)))
+            padded = images.pad_box(box, size, round(EXEMPLAR_PADDING * masks.pixel_scale(size)))
             decoded, reduction = self._decode(file, window, padded, entry.orientation)
 
         if reduction > 1:
             hole, window = hole.reduce(reduction), reduced_window(window, decoded.size, reduction)
         square = crop(decoded, hole, window, self.image_size)
-        image, keep_mask = levels_to_tensor(square[:3]), 1 - square[3:].float() / 255
+        image, keep_mask = images.levels_to_tensor(square[:3]), 1 - square[3:].float() / 255
         if self.hard_edges:
             keep_mask = (keep_mask > 0.5).float()
         exemplar = decoded.crop(Box(*(round(edge / reduction) for edge in padded)))
         if data.grey_background and shape is not None:
             alpha = shape.crop(padded).resize(exemplar.size, Image.Resampling.BILINEAR)
-            exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, MID_GREY), alpha)
-        exemplar = normalise(augment(np.asarray(exemplar)))
+            exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, images.MID_GREY), alpha)
+        params = params if data.augment_exemplar else PaperParams()  # all other draws stay the same
+        exemplar = images.normalise(augment(self.pipeline, np.asarray(exemplar), params, seed=seed))
         sample = {"image": image, "masked_image": image * keep_mask, "keep_mask": keep_mask, "exemplar": exemplar}
         return sample | {"caption": self.captions(entry, chosen)} if self.captions else sample
 
@@ -105,16 +100,6 @@ class SampleRecipe:
         from ldm.data.augmentation import build_pipeline
 
         return build_pipeline(self.exemplar_size, self.data.augmentation if self.data.augment_exemplar else None)
-
-    def _draw_augmentation(self, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
-        """Draw the augmentation of an exemplar, which is applied after the photograph has been decoded."""
-        from ldm.data.augmentation import PaperParams, augment, draw_paper_params
-
-        params = draw_paper_params(rng, self.exemplar_size, self.data.augmentation_strength)
-        seed = int(rng.integers(2**63)) if self.data.augmentation is not None else None
-        if not self.data.augment_exemplar:  # all other draws stay the same
-            params = PaperParams()
-        return lambda pixels: augment(self.pipeline, pixels, params, seed=seed)
 
     def _draw_hole(
         self, size: tuple[int, int], box: Box, grown: Box, shape: Image.Image | None, rng: np.random.Generator
@@ -140,9 +125,9 @@ class SampleRecipe:
             if orientation != 1:  # an incomplete block at the end would be the first one after turning
                 reduction = math.gcd(reduction, *file.size)
             file.draft("RGB", (width // reduction, file.height // reduction))  # only JPEG can do it
-        decoded = flatten(file, MID_GREY) if file.mode[0] in "IF" else file.convert("RGB")
+        decoded = images.flatten(file, images.MID_GREY) if file.mode[0] in "IF" else file.convert("RGB")
         reduction = round(width / decoded.width)
-        return decoded.transpose(TURNS[orientation]) if orientation != 1 else decoded, reduction
+        return decoded.transpose(images.TURNS[orientation]) if orientation != 1 else decoded, reduction
 
 
 def object_shape(entry: Entry, chosen: int, open_file: OpenFile) -> Image.Image | None:
@@ -152,7 +137,7 @@ def object_shape(entry: Entry, chosen: int, open_file: OpenFile) -> Image.Image 
     if not entry.mask:
         return None
     with open_file(entry.mask) as stream:
-        white = load_mask(stream).point([0] * 128 + [255] * 128)
+        white = images.load_mask(stream).point([0] * 128 + [255] * 128)
     if white.size != entry.size:
         raise ValueError(f"its mask {entry.mask} is {white.width} x {white.height}, expected the image's size")
     return ImageChops.multiply(white, masks.rectangle_hole(entry.size, entry.boxes[chosen]))
@@ -166,7 +151,7 @@ def crop(image: Image.Image, hole: Image.Image, window: Box, size: int) -> Tenso
     """
     square = image.crop(window)
     if window.clipped(*image.size) != window:
-        square.paste(MID_GREY, (0, 0, *square.size))
+        square.paste(images.MID_GREY, (0, 0, *square.size))
         square.paste(image, (-window.left, -window.top))
     square.putalpha(hole.crop(window))
     levels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
@@ -217,10 +202,10 @@ def sample_key(draw: Sequence[int]) -> Tensor:
 
 
 def open_captions(source: str, index: BoxIndex, count: int) -> Captions:
-    """Open the captions of the first `count` images of an index.
+    """Open the captions of the first `count` images of an index: their classes if `source` is `classes`, else of a CSV.
 
-    They are its classes if `source` is `classes`, or come from a CSV file with the columns file_name, relative to the
-    folder of images, and caption. UserError if the index has no classes, or the file is damaged or lacks images.
+    Its columns are file_name, relative to the folder of images, and caption. UserError if there are no classes, or the
+    file is damaged or lacks images.
     """
     if source == "classes":
         if not index.has_labels:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -25,17 +25,15 @@ from ldm.images import Box
 
 MIN_AREA, MAX_AREA = 0.02, 0.80  # fraction of the image that a usable box covers, inclusive
 NO_BOX, CROWD, SKIPPED_EXIF = "images without a usable box", "crowds", "images rotated by EXIF, see data.exif"
-_SMALL, _LARGE = (
-    f"boxes of less than {MIN_AREA:.0%} of their image",
-    f"boxes of more than {MAX_AREA:.0%} of their image",
-)
+_SMALL = f"boxes of less than {MIN_AREA:.0%} of their image"
+_LARGE = f"boxes of more than {MAX_AREA:.0%} of their image"
 _BY_CHOICE = {NO_BOX, CROWD, SKIPPED_EXIF, _SMALL, _LARGE}  # reasons that are no faults of the data
 _VERSION = "1"
 _MAX_SIDE = 65535  # pixels; the range of uint16, and JPEG's limit
 _COLUMNS = {  # type code of `array.array`; shape; column without which this one says nothing and is left out
     "names": ("B", -1, "names"), "name_ends": ("q", -1, "names"),  # (N,) paths relative to the folder of images, UTF-8
     "sizes": ("H", (-1, 2), "names"),  # (N, 2) width and height in pixels, turned by the orientation
-    "orientations": ("B", -1, "orientations"),  # (N,) EXIF orientation that turns the stored pixels
+    "orientations": ("B", -1, "names"),  # (N,) EXIF orientation that turns the stored pixels
     "boxes": ("H", (-1, 4), "names"), "box_ends": ("q", -1, "names"),  # (M, 4) as `Box`; (N,)
     "points": ("f", (-1, 2), "points"), "polygon_ends": ("q", -1, "points"),  # x, y of the corners of all polygons
     "shape_ends": ("q", -1, "points"),  # (M,) polygons of each box
@@ -62,7 +60,7 @@ class AnnotatedImage:
 
     name: str
     size: Size | None = None  # None: unknown
-    objects: Iterable[Object] = ()
+    objects: list[Object] = field(default_factory=list)
     mask: str = ""
     orientation: int = 1
     relative: bool = False  # boxes and outlines are in fractions of the size
@@ -91,7 +89,7 @@ class BoxIndex:
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
                 self._arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: {error}; {_REBUILD}") from None
+            raise UserError(f"{path}: {str(error).removesuffix(f': {path}')}; {_REBUILD}") from None
         if self.metadata.get("version") != _VERSION:
             raise UserError(f"{path}: version {self.metadata.get('version')}, expected {_VERSION}; {_REBUILD}")
         self.num_boxes, self.has_labels = len(self._arrays["boxes"]), "box_classes" in self._arrays
@@ -135,7 +133,7 @@ class BoxIndex:
 
 
 class IndexWriter:
-    """Collect images in memory, and write the index when the `with` block ends without an error."""
+    """Collect images in memory, and write their index."""
 
     def __init__(self, path: str | Path, source: Mapping[str, str] | None = None, *, strict: bool = False) -> None:
         """With `strict` the first fault of the data is a UserError, not left out."""
@@ -144,9 +142,6 @@ class IndexWriter:
         self.images = self.boxes = 0  # kept so far
         self._columns = {name: array(typecode) for name, (typecode, *_) in _COLUMNS.items()}
         self._classes: dict[str, int] = {}
-
-    def __enter__(self) -> IndexWriter:
-        return self
 
     def leave_out(self, reason: str, place: object) -> None:
         """Count a box or an image that is not in the index; UserError if it is a fault and the writer is strict."""
@@ -160,10 +155,9 @@ class IndexWriter:
             self.leave_out(f"images of more than {_MAX_SIDE} pixels a side", name)
             return
         before, columns, scale = self.boxes, self._columns, size if image.relative else (1, 1)
-        factors = (*scale, *scale)
         for box, label, outlines, place in image.objects:
             # 0.29 of 100 pixels: 28.999999999999996
-            x_min, y_min, x_max, y_max = [round(edge * k, 3) for edge, k in zip(box, factors, strict=True)]
+            x_min, y_min, x_max, y_max = [round(edge * k, 3) for edge, k in zip(box, scale * 2, strict=True)]
             if reason := _unusable(x_min, y_min, x_max, y_max, size):
                 self.leave_out(reason, place or name)
                 continue
@@ -188,16 +182,13 @@ class IndexWriter:
         self._columns[name].frombytes(os.fsencode(text))
         self._columns[ends].append(len(self._columns[name]))
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            return
+    def write(self) -> None:
+        """Write the index; UserError if there is not one usable box."""
         if not self.images:
             reasons = ", ".join(str(some) for some in (self.faults, self.unwanted) if some) or "no images found"
             raise UserError(f"{self.path}: not one usable box ({reasons}); check the paths and the annotations")
         for name in self._classes:
             self._append_text("classes", "class_ends", name)
-        if max(self._columns["orientations"]) == 1:
-            del self._columns["orientations"][:]
         arrays = {
             name: np.asarray(self._columns[name]).reshape(shape)
             for name, (_, shape, needed) in _COLUMNS.items()

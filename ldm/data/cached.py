@@ -7,16 +7,11 @@ image; `keep_mask` (N, 1, h, w) uint8, 255 = keep; `exemplar` (N, E, E, 3) uint8
 """
 
 import sys
-from collections.abc import Iterable, Mapping
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from ldm.checkpoint.io import write_safetensors
 from ldm.data.box_dataset import Sample, sample_key
 from ldm.files import UserError
 from ldm.images import normalise
@@ -40,7 +35,8 @@ class CachedDataset(Dataset[Sample]):
             if len(counts) != 1:
                 raise ValueError(f"arrays of {counts} samples")
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: {error}; write it with scripts/cache_latents.py") from None
+            reason = str(error).removesuffix(f": {path}")
+            raise UserError(f"{path}: {reason}; write it with scripts/cache_latents.py") from None
         self.seed, self.length = seed, min(counts[0], max_samples or sys.maxsize)
 
     def __len__(self) -> int:
@@ -52,15 +48,3 @@ class CachedDataset(Dataset[Sample]):
         sample["keep_mask"] /= 255.0
         exemplar = normalise(self.arrays["exemplar"][index].numpy())
         return sample | {"exemplar": exemplar, "key": sample_key([self.seed, *item])}
-
-
-def write_cache(path: str | Path, num_samples: int, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Write a cache of `num_samples` from batches of its arrays: memory does not grow with the number of samples."""
-    batches = iter(batches)
-    first = next(batches)
-    layout = {
-        name: torch.empty(num_samples, *array.shape[1:], dtype=torch.from_numpy(array).dtype, device="meta")
-        for name, array in first.items()
-    }
-    pieces = ((name, torch.from_numpy(batch[name])) for batch in chain([first], batches) for name in layout)
-    write_safetensors(path, layout, pieces=pieces)

@@ -1,8 +1,7 @@
 """Datasets to batches: order, ranks, workers, resume.
 
-Order and randomness are functions of (seed, epoch, sample): the sampler hands (epoch, index) pairs to the dataset, and
-every sample carries a `key` from which the training step draws its noise. A sample therefore depends neither on the
-number of workers nor on the number of processes.
+Order and draws are functions of (seed, epoch, sample), and every sample carries a `key` from which the training step
+draws its noise: a sample depends neither on the number of workers nor on the number of processes.
 """
 
 import logging
@@ -33,11 +32,11 @@ Data = BoxDataset | CachedDataset | Shards | ImageDataset
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yield the (epoch, index) pairs of one rank, shuffled by (seed, epoch).
+    """Yield the (epoch, index) pairs of one rank, shuffled by (seed, epoch), or in order without a seed.
 
-    Consecutive samples of the shuffled order go to consecutive ranks: a step of W processes with batch B holds the same
-    samples as a step of one process with batch W·B. The remainder of `length` / `world_size` is left out. Without a
-    seed the order is kept. In the first `epoch`, `start` samples, of all ranks together, are skipped, for resuming.
+    Consecutive samples go to consecutive ranks: a step of W processes with batch B holds the same samples as a step of
+    one process with batch W·B. The remainder of `length` / `world_size` is left out. In the first `epoch`, `start`
+    samples, of all ranks together, are skipped, for resuming.
     """
 
     def __init__(
@@ -58,8 +57,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
         order, self.start = order[self.start :], 0
-        own = order[: len(order) // self.world_size * self.world_size][self.rank :: self.world_size]
-        yield from ((self.epoch, index) for index in own.tolist())
+        last = len(order) // self.world_size * self.world_size
+        yield from ((self.epoch, index) for index in order[self.rank : last : self.world_size].tolist())
 
 
 class DataModule(pl.LightningDataModule):
@@ -187,10 +186,8 @@ def _split(config: Config, split: str, max_samples: int | None) -> Data:
 def _check_source(config: Config) -> None:
     """Check that the data hold what the model reads."""
     captions, kind = config.data.captions, config.data.kind
-    if kind == "cached" and config.stage == "first_stage":
-        raise ConfigError("data.kind: got cached, expected images and boxes: the first stage is trained on pixels")
-    if kind == "cached" and "hole_mask" in config.model.input_channels:
-        raise ConfigError("data.kind: got cached, whose masks are for keep_mask in model.input_channels, not hole_mask")
+    if kind == "cached" and (config.stage == "first_stage" or "hole_mask" in config.model.input_channels):
+        raise ConfigError("data.kind: got cached, expected images: the first stage and hole_mask are of pixels")
     if captions is None and config.stage == "diffusion" and config.model.condition != "exemplar":
         raise ConfigError("data.captions: got none for a model that reads text, expected classes or a CSV file")
     if captions is not None and kind in ("shards", "cached"):

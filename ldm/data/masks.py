@@ -1,7 +1,6 @@
 """Geometry of a sample: grow the box, draw the hole, choose the crop. Pure functions that read no pixels.
 
-Sizes are (width, height) in pixels. Every random number comes from the `numpy.random.Generator` that is passed in, in
-the order of the original code, so its recorded draws can be replayed.
+Sizes are (width, height) in pixels. Random numbers are drawn in the order of the original code.
 """
 
 from collections.abc import Sequence
@@ -53,7 +52,7 @@ def polygon_hole(size: tuple[int, int], *polygons: np.ndarray) -> Image.Image:
 def outline_curves(box: Box, grown: Box) -> np.ndarray:
     """Return points on the four quadratic Bezier curves of an arbitrary shape, before jitter.
 
-    A curve joins two neighbouring corners of the box. Its control point lies above the middle of that side, on the edge
+    A curve joins two neighbouring corners of the box; its control point lies above the middle of that side, on the edge
     of the grown box. Shape (4, 20, 2), x and y at t = 0 … 0.95: top, right, bottom, left; clockwise from the top left.
     """
     left, top, right, bottom = box
@@ -68,11 +67,10 @@ def outline_curves(box: Box, grown: Box) -> np.ndarray:
 
 
 def arbitrary_polygon(box: Box, grown: Box, rng: np.random.Generator, jitter: int = JITTER) -> np.ndarray:
-    """Draw the outline of an arbitrary hole: the jittered curves between the corners of the box.
+    """Draw the outline of an arbitrary hole, (80, 2) x and y: the jittered curves between the corners of the box.
 
-    The original's jitter cuts into the object, and makes the outline cross itself where points are close. Here a
-    jittered point never gets inside the box, and the points of a side keep their order along it: the polygon, (80, 2)
-    x and y, is simple and contains the box.
+    The original's jitter cuts into the object, and makes the outline cross itself. Here a point never gets inside the
+    box, and the points of a side keep their order along it.
     """
     curves = outline_curves(box, grown)
     curves[:, 1:] += rng.integers(-jitter, jitter, size=(4, 19, 2), endpoint=True)  # corners of the box stay
@@ -112,12 +110,12 @@ def irregular_hole(size: tuple[int, int], rng: np.random.Generator) -> Image.Ima
 
 
 def crop_window(size: tuple[int, int], grown: Box, rng: np.random.Generator) -> Box:
-    """Draw a square window that holds the grown box, at a random place and zoom.
+    """Draw a square window that holds the grown box, at a random place and zoom. A square image is used whole.
 
-    A square image is used whole. Otherwise the window starts as a square of the short side, anywhere along the long
-    side where it holds the grown box, and then loses up to 60 % of the smallest free space around the box on all sides.
-    If the grown box is longer than the short side, the original squashes the image. Here the window is as long as the
-    image, zoomed by the same rule, and extends evenly beyond both edges of the short side: the caller pads.
+    The window starts as a square of the short side, anywhere along the long side where it holds the grown box, and then
+    loses up to 60 % of the smallest free space around the box on all sides. If the grown box is longer than the short
+    side, the original squashes the image. Here the window is as long as the image, zoomed by the same rule, and extends
+    evenly beyond both edges of the short side: the caller pads.
     """
     width, height = size
     if width == height:
@@ -144,8 +142,7 @@ def crop_around_box(
     """Draw a square window around the box with some margin, as editing crops around a hole.
 
     Its side is the longer side of the box plus a margin on both sides, a log-uniform fraction of it between `margins`;
-    at least `min_side`, so that no image is enlarged, and at most the short side of the image. Longer boxes are left to
-    `crop_window`.
+    at least `min_side`, so that no image is enlarged. Boxes longer than the short side are left to `crop_window`.
     """
     longest = max(box.size)
     if longest > min(size):

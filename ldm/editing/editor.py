@@ -47,11 +47,9 @@ class Editor:
     """Edit images with an inpainting model from `load_model`, on its device and in its precision."""
 
     def __init__(self, model: LatentDiffusion) -> None:
-        parameter = next(model.parameters())
-        if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
+        self.model, self.device = model, next(model.parameters()).device
+        if next(model.parameters()).dtype == torch.float16 and self.device.type == "cpu":
             raise UserError("got float16 on the CPU, expected float32 or bfloat16 there")
-        self.model = model
-        self.device = parameter.device
 
     @classmethod
     def from_pretrained(
@@ -64,19 +62,14 @@ class Editor:
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
     ) -> Editor:
-        """Load a model and return its editor.
+        """Load a model and return its editor; `decoder`, `dtype` and `compile` are those of `load_model`.
 
         Args:
             path: checkpoint file, or a folder with `model.safetensors`; None is the bundled small model.
             config: the model's config; None takes the `config.yaml` beside the checkpoint.
-            decoder: a mask-conditioned decoder for the model's first stage, see `load_model`.
             device: `cpu`, `cuda`, `mps`, or `auto` for the fastest one present.
-            dtype: type of the weights.
-            compile: compile the UNet, see `load_model`.
 
-        Raises:
-            UserError: the device, the checkpoint or its config is missing, or float16 is asked for on the CPU.
-            ConfigError, CheckpointError: a file is unusable.
+        UserError if one of them is missing or unusable, or float16 is asked for on the CPU.
         """
         chosen, checkpoint = pick_device(device), checkpoint_file(path)
         config = checkpoint.parent / "config.yaml" if config is None else config
@@ -108,13 +101,8 @@ class Editor:
             **settings: fields of `EditSettings`, such as `seed`, `n_samples`, `sampler` or `guidance_scale`. Equal
                 seeds give the same image alone or among others; across devices and batch sizes up to rounding.
 
-        Returns:
-            An RGB image of the scene's size; a list of them for n_samples > 1 or a list of seeds.
-
-        Raises:
-            UserError: the hole is empty, a setting is unknown or out of range, the model does not read an exemplar or
-                a prompt, the numbers of components and exemplars differ, or what was painted is not finite.
-            OSError, ValueError: a file cannot be read.
+        Returns an RGB image of the scene's size; a list of them for n_samples > 1 or a list of seeds. UserError if a
+        file, the hole or a setting cannot be used, the model reads no exemplar or prompt, or paints what is not finite.
         """
         request = make_request(scene, exemplar, settings_from(settings), mask=hole_mask)
         results = self.edit_request(request, controls=controls, on_step=on_step, on_phase=on_phase)
@@ -129,13 +117,14 @@ class Editor:
         results = [request.scene]  # until the first component is painted, all samples share the scene
         for hole, exemplar in request.components():
             fits = [self.fit(result, hole, settings) for result in results]
+            hints = [fits[0].same_square(open_image(control.picture)) for control in controls]
             painted = self.paint(
                 torch.cat([fitted.image for fitted in fits]).expand(count, -1, -1, -1),
                 fits[0].keep_mask.expand(count, -1, -1, -1),
                 None if exemplar is None else self.exemplar_tensor(exemplar).expand(count, -1, -1, -1),
                 settings.seeds,
                 prompts=None if settings.prompt is None else [settings.prompt],
-                steering=self._steering(controls, fits[0]),
+                steering=Steering(controls, hints, self.model.weight_dtype) if controls else None,
                 **options,
                 **settings.sampling,
             )
@@ -152,12 +141,6 @@ class Editor:
     def exemplar_tensor(self, exemplar: Image.Image) -> Tensor:
         """Squash an RGB exemplar to the encoder's square and normalise it: (1, 3, E, E)."""
         return exemplar_to_tensor(exemplar, self.model.config.exemplar_encoder.image_size)[None]
-
-    def _steering(self, controls: Sequence[Control], fitted: FittedScene) -> Steering | None:
-        if not controls:
-            return None
-        hints = [fitted.same_square(open_image(control.picture)) for control in controls]
-        return Steering(controls, hints, self.model.weight_dtype)
 
     @torch.inference_mode()
     def paint(
@@ -179,28 +162,24 @@ class Editor:
             image: (B, 3, S, S) in [-1, 1]; the pixels in the hole are not used.
             keep_mask: (B, 1, S, S) in [0, 1], 1 = keep.
             pixel_values: (B, 3, E, E) exemplars, CLIP-normalised; None uses the null token.
-            seeds: B seeds.
+            seeds: one for each of B samples.
             prompts: one for all or B; None is the empty prompt.
             negative_prompt: the text from which guidance leads away; None is the null context.
             batch_size: samples that are painted together; None is all.
-            on_phase: see `edit`.
             **sampling: for `LatentDiffusion.sample`.
 
-        Returns:
-            (B, 3, S, S) float32 in [-1, 1] on the CPU, `checked`: the painted hole, and the rest as decoded.
+        Returns (B, 3, S, S) float32 in [-1, 1] on the CPU, `checked`: the painted hole, and the rest as decoded.
         """
-        model = self.model
+        model, begin, exemplar = self.model, on_phase or (lambda _: None), None
         if not model.inpaints:
             raise UserError("got a model for relighting, which does not inpaint; use Relighter or scripts/relight.py")
         if pixel_values is not None and not model.reads_exemplars:
             raise UserError("got an exemplar for a model that reads text; give a prompt instead")
         if not (prompts is None and negative_prompt is None) and not model.reads_text:
             raise UserError("got a prompt for a model that reads exemplars, not text; give an exemplar instead")
-        begin = on_phase or (lambda _: None)
         begin("encoding")
         # Drawn on the CPU, one generator per sample: the same noise on every device and in every batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        exemplar = None
         if pixel_values is not None:
             different, index = torch.unique(pixel_values, dim=0, return_inverse=True)
             exemplar = model.encode_exemplar(different.to(self.device))[index.tolist()]
@@ -213,9 +192,8 @@ class Editor:
         for part in (slice(start, start + size) for start in range(0, len(seeds), size)):
             begin("painting")
             known = image[part].to(self.device), keep_mask[part].to(self.device)
-            c_concat = model.c_concat(z_masked[part], known[1])
-            noise = {"null_context": null_context, "generator": generators[part]}
-            z = model.sample(c_concat, context[part], **noise, **sampling)
+            sampling |= {"null_context": null_context, "generator": generators[part]}
+            z = model.sample(model.c_concat(z_masked[part], known[1]), context[part], **sampling)
             begin("decoding")
             painted.append(model.decode_latents(z, *known).cpu())
         return checked(torch.cat(painted), model, sampling.get("steering")).clamp(-1, 1)
@@ -237,11 +215,10 @@ def checked(painted: Tensor, model: LatentDiffusion, steering: Steering | None =
         return painted
     states = [control.network.state_dict() for control in steering.controls] if steering else []
     steers = (f"{name} of the control network" for state in states for name, x in state.items() if not is_finite(x))
-    weight = first_not_finite(model) or next(steers, None)
     dtype = next(name for name, dtype in DTYPES.items() if dtype == model.weight_dtype)
     wider = {"fp16": "--precision bf16 or fp32", "bf16": "--precision fp32"}.get(dtype, "a smaller guidance scale")
     cause = f"{dtype} overflowed: use {wider}"
-    if weight is not None:
+    if weight := first_not_finite(model) or next(steers, None):
         cause = f"the weights are not finite, {weight} holds NaN or Inf: get or make the checkpoint again"
         cause += f", or use {wider} if it is sound" * (dtype == "fp16")  # whose range a finite weight may exceed
     raise NotFiniteError(f"the painted image is not finite; {cause}", painted, finite.tolist())
@@ -249,7 +226,7 @@ def checked(painted: Tensor, model: LatentDiffusion, steering: Steering | None =
 
 def checkpoint_file(path: str | Path | None) -> Path:
     """Return a checkpoint, a folder's `model.safetensors`, or the bundled model; raise UserError if it is missing."""
-    checkpoint = BUNDLED_MODEL if path is None else Path(path)
+    checkpoint = Path(path or BUNDLED_MODEL)
     if checkpoint.is_dir() or path is None:
         checkpoint = checkpoint / "model.safetensors"
     if checkpoint.is_file():
@@ -265,8 +242,8 @@ def checkpoint_file(path: str | Path | None) -> Path:
 
 def weight_hashes(checkpoint: str | Path | None, decoder: str | Path | None = None) -> dict[str, str]:
     """Return the SHA-256 of a model's files, which tell its results apart."""
-    files = {"checkpoint": checkpoint_file(checkpoint)} | ({"decoder": decoder_file(decoder)} if decoder else {})
-    return {f"{part}_sha256": sha256_file(path) for part, path in files.items()}
+    hashes = {"checkpoint_sha256": sha256_file(checkpoint_file(checkpoint))}
+    return hashes | ({"decoder_sha256": sha256_file(decoder_file(decoder))} if decoder else {})
 
 
 def bundled_examples() -> list[Path]:
@@ -289,8 +266,7 @@ def explained_out_of_memory(remedy: str) -> Iterator[None]:
 
 def pick_device(device: str | torch.device) -> torch.device:
     """Return a present device, for `auto` the first of cuda, mps and cpu, under torchrun the process's GPU."""
-    checks = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    present = [name for name, is_present in checks.items() if is_present()]
+    present = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     chosen = torch.device(present[0] if device == "auto" else device)
     if chosen.type not in present:
         raise UserError(f"device: got {device}, this machine or PyTorch has {', '.join(present)}")

@@ -138,10 +138,9 @@ def fit_scene(scene: Image.Image, hole: Image.Image, image_size: int, **options:
     window = fit_window(hole_box(hole), scene.size, min_side=-(-image_size // MAX_ENLARGEMENT), **options)
     square = cut(scene, window, image_size, Image.Resampling.BICUBIC)
     # Beyond the border the hole is reflected with the scene, which hides the mirror image of its content, too.
-    share = np.array(cut(hole, window, image_size, Image.Resampling.BOX, "F"))
-    return FittedScene(
-        scene, hole, window, pil_to_tensor(square)[None], torch.from_numpy(share <= 0).float()[None, None]
-    )
+    share = np.asarray(cut(hole, window, image_size, Image.Resampling.BOX, "F"))
+    keep_mask = torch.from_numpy(share <= 0).float()[None, None]
+    return FittedScene(scene, hole, window, pil_to_tensor(square)[None], keep_mask)
 
 
 def with_rim(hole: Image.Image) -> Box:
@@ -157,8 +156,7 @@ def match_boundary_colors(painted: Tensor, image: Tensor, keep_mask: Tensor) -> 
 
     Args:
         painted: (B, 3, H, W), the decoded image; returned unchanged if the hole has no surroundings.
-        image: (B, 3, H, W), the true pixels; those in the hole are not used.
-        keep_mask: (B, 1, H, W), 0 in the hole, 1 elsewhere.
+        image, keep_mask: (B, 3, H, W), of which those in the hole are not used; (B, 1, H, W), 0 in the hole, else 1.
 
     Source: Pérez et al. 2003, Eq. 5 to 7 (the correction is a membrane over the hole, here interpolated from coarse to
         fine as in Gortler et al. 1996, section 3.4, instead of solved for).
@@ -170,11 +168,7 @@ def match_boundary_colors(painted: Tensor, image: Tensor, keep_mask: Tensor) -> 
 
 
 def pull_push_fill(values: Tensor, known: Tensor) -> Tensor:
-    """Continue values smoothly to where they are unknown.
-
-    Args:
-        values: (B, C, H, W); where they are unknown they are ignored.
-        known: (B, 1, H, W), 1 where the values are known, else 0.
+    """Continue values (B, C, H, W) smoothly from where `known`, (B, 1, H, W), is 1 to where it is 0.
 
     Source: Gortler et al. 1996, section 3.4 (pull: average to half the size; push: fill the gaps from there).
     """

@@ -31,12 +31,8 @@ def make_hole(
 ) -> Image.Image:
     """Make the hole mask of an upright scene, RGB or RGBA: its transparent part if nothing else is given.
 
-    Args:
-        mask: see `as_hole` and `fit_mask`.
-        boxes, polygons: see `box_hole` and `draw_polygon`; the hole is the union of all.
-
-    Raises:
-        UserError: the hole is empty, the mask does not fit, or both a mask and boxes or polygons are given.
+    For the mask see `as_hole` and `fit_mask`; of boxes and polygons, see `box_hole` and `draw_polygon`, the hole is the
+    union. UserError if it is empty, the mask does not fit, or a mask is given beside boxes or polygons.
     """
     size = scene.size
     parts = [*(box_hole(size, box) for box in boxes), *(draw_polygon(size, polygon) for polygon in polygons)]

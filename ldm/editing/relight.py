@@ -37,11 +37,7 @@ SAMPLING = {*EditSettings().sampling, "seed", "n_samples"}
 
 
 class Relighter:
-    """IC-Light for images of any size.
-
-    The model, from `load_model`, reads text and has the input channels `[x_t, z_foreground]` or `[x_t, z_foreground,
-    z_background]`; others are a `UserError`.
-    """
+    """IC-Light for images of any size, by a model that reads text, a foreground and maybe a background."""
 
     def __init__(self, model: LatentDiffusion) -> None:
         channels = model.config.input_channels[1:]
@@ -81,22 +77,26 @@ class Relighter:
             on_step, on_phase: as for `Editor.edit`.
             **sampling: SAMPLING of `EditSettings`; by default NEGATIVE_PROMPT, 25 steps a pass and GUIDANCE.
 
-        Returns:
-            An RGB image; a list of them if n_samples > 1 or `seed` is a list.
-
-        Raises:
-            UserError: a setting is unknown or out of range, the model does not read a background, or what was painted
-                is not finite.
-            OSError, ValueError: a file cannot be read.
+        Returns an RGB image; a list of them if n_samples > 1 or `seed` is a list. UserError if a file or a setting
+        cannot be used, the model does not read a background, or what was painted is not finite.
         """
-        self._check(background, light, highres_scale, highres_strength, sampling)
-        defaults: dict[str, Any] = {"negative_prompt": NEGATIVE_PROMPT, "num_steps": 25}
-        defaults["guidance_scale"] = GUIDANCE[self.reads_background]
+        if unknown := sampling.keys() - SAMPLING:
+            raise UserError(f"got the setting {min(unknown)}, expected one of {', '.join(sorted(SAMPLING))}")
+        if light not in LIGHTS:
+            raise UserError(f"light: got {light!r}, expected one of {', '.join(LIGHTS)}")
+        if background is not None and not self.reads_background:
+            raise UserError("got a background for a model that reads none; give a light, or use a model for both")
+        if background is not None and light != "none":
+            raise UserError(f"got a background and light={light!r}; give one of them")
+        if not 0 <= highres_strength <= 1 or highres_scale < 1:
+            got = f"highres_strength={highres_strength}, highres_scale={highres_scale}"
+            raise UserError(f"got {got}, expected 0 to 1, and 1 or more")
+        guidance_scale = GUIDANCE[self.reads_background]
+        defaults = {"negative_prompt": NEGATIVE_PROMPT, "num_steps": 25, "guidance_scale": guidance_scale}
         settings = EditSettings(prompt=prompt, **defaults | sampling)
-        image = on_grey(foreground, mask)
-        behind = open_image(background) if background is not None else None
-        size = _multiples(size) if size else working_size(image.size, self.model.config.image_size)
+        pictures = [on_grey(foreground, mask)] + ([] if background is None else [open_image(background)])
         model, count, begin = self.model, len(settings.seeds), on_phase or (lambda _: None)
+        size = _multiples(size) if size else working_size(pictures[0].size, model.config.image_size)
         begin("encoding")
         options = {"generator": [torch.Generator().manual_seed(seed) for seed in settings.seeds], "on_step": on_step}
         options |= settings.sampling
@@ -105,10 +105,8 @@ class Relighter:
 
         def paint(size: tuple[int, int], z_0: Tensor | None, strength: float) -> list[Image.Image]:
             """Run one pass."""
-            read = [ImageOps.fit(image, size, Image.Resampling.LANCZOS)]
-            if behind is not None:
-                read.append(ImageOps.fit(behind, size, Image.Resampling.LANCZOS))
-            elif self.reads_background:
+            read = [ImageOps.fit(picture, size, Image.Resampling.LANCZOS) for picture in pictures]
+            if self.reads_background and background is None:
                 read.append(gradient(size, light, BACKGROUND_LIGHT if light != "none" else AMBIENT))
             c_concat = torch.cat([self.encode([one]) for one in read], dim=1).expand(count, -1, -1, -1)
             begin("painting")
@@ -127,24 +125,11 @@ class Relighter:
             results = paint(size, z_0, highres_strength)
         return results[0] if settings.is_single else results
 
-    def _check(self, background: object, light: str, scale: float, strength: float, sampling: dict[str, Any]) -> None:
-        if unknown := sampling.keys() - SAMPLING:
-            raise UserError(f"got the setting {min(unknown)}, expected one of {', '.join(sorted(SAMPLING))}")
-        if light not in LIGHTS:
-            raise UserError(f"light: got {light!r}, expected one of {', '.join(LIGHTS)}")
-        if background is not None and not self.reads_background:
-            raise UserError("got a background for a model that reads none; give a light, or use a model for both")
-        if background is not None and light != "none":
-            raise UserError(f"got a background and light={light!r}; give one of them")
-        if not 0 <= strength <= 1 or scale < 1:
-            raise UserError(f"got highres_strength={strength}, highres_scale={scale}, expected 0 to 1, and 1 or more")
-
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Encode RGB images of one size as scaled latents (B, Z, h, w): the posterior's mode, grey level 127 as 0."""
-        levels = np.stack([np.asarray(image) for image in images]).astype(np.float32)
+        levels, model = np.stack([np.asarray(image) for image in images]).astype(np.float32), self.model
         x = torch.from_numpy(levels / 127 - 1).movedim(-1, 1)  # grey levels [0, 255] => about [-1, 1]
-        model = self.model
         posterior = model.first_stage_model.encode(x.to(model.betas.device, model.weight_dtype))
         return model.config.scale_factor * posterior.mean.float()
 
@@ -160,11 +145,9 @@ def on_grey(foreground: Picture, mask: Picture | None = None) -> Image.Image:
 
 def gradient(size: tuple[int, int], light: str, levels: tuple[int, int]) -> Image.Image:
     """Draw a grey gradient, RGB, with the first of two levels at the lit side: left, right, top or bottom."""
-    bright, dark = levels if light in ("left", "top") else levels[::-1]
-    row = light in ("left", "right")
-    ramp = np.linspace(bright, dark, size[0] if row else size[1]).astype(np.uint8)
-    ramp = Image.fromarray(ramp[None] if row else ramp[:, None])
-    return ramp.resize(size, Image.Resampling.NEAREST).convert("RGB")
+    (bright, dark), is_row = levels if light in ("left", "top") else levels[::-1], light in ("left", "right")
+    ramp = np.linspace(bright, dark, size[0] if is_row else size[1]).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(ramp if is_row else ramp[:, None], size[::-1])).convert("RGB")
 
 
 def working_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:

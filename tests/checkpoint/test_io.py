@@ -532,7 +532,7 @@ places = st.sampled_from(["state_dict", "model_state_dict", "model", "module", "
 owners = st.sampled_from(["", "model.", "net.", "ema_model.", "state_dict.", "any.thing."])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     state=st.sampled_from([PUBLISHED, FIRST_STAGE_ALONE, UNET_OF_DIFFUSERS]),
     wrappers=st.lists(parts, max_size=3),
@@ -661,7 +661,7 @@ def test_truncated(tmp_path: Path, kind: str, kept: float) -> None:
         read_checkpoint(path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), zipped=st.booleans())
 def test_damage_ends_in_one_error_or_tensors(tmp_path: Path, data: st.DataObject, zipped: bool) -> None:
     path = save(tmp_path / "a.ckpt", {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}, zipped)
@@ -708,7 +708,7 @@ no_dot = st.characters(exclude_characters=".", codec="utf-8")  # parts of names 
 shapes = st.lists(st.integers(0, 4), max_size=3)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     layout=st.dictionaries(st.text(no_dot, min_size=1, max_size=8), st.tuples(dtypes, shapes), min_size=1, max_size=4)
 )

@@ -200,8 +200,7 @@ def with_gains(seed: int, gain: float) -> State:
         (checkpoint(1), checkpoint(2, 9), checkpoint(3), "input channels A 4, B 9.*swapped, or inflate A"),
         (checkpoint(1, 9), checkpoint(2), checkpoint(3, 9), "C looks like an inpainting model"),
         (checkpoint(1, 9), checkpoint(2, 9), checkpoint(3), "B looks like an inpainting model"),
-        (checkpoint(1, 5), checkpoint(2), checkpoint(3), "input channels A 5, B 4, C 4; 5 are a depth model's"),
-        (checkpoint(1, 9), checkpoint(2, 5), checkpoint(3), "input channels A 9, B 5, C 4; 5 are a depth model's"),
+        (checkpoint(1, 9), checkpoint(2, 5), checkpoint(3), "input channels A 9, B 5, C 4; pass"),
         (
             checkpoint(1, 9),
             {**to_diffusers(checkpoint(2, context=2048))["unet"], "add_embedding.x": torch.ones(1)},
@@ -210,8 +209,8 @@ def with_gains(seed: int, gain: float) -> State:
         ),
         (checkpoint(1, 9), sdxl(2), sdxl(3), "B is SDXL, A is Stable Diffusion 1"),
         (checkpoint(1, 9), checkpoint(2, context=1024), checkpoint(3), "B is Stable Diffusion 2"),
-        (checkpoint(1, 9), with_ema(checkpoint(2)), checkpoint(3), "B holds its UNet twice.*--ema"),
-        (with_ema(checkpoint(1, 9)), checkpoint(2), checkpoint(3), "A holds its UNet twice.*--ema"),
+        (checkpoint(1, 9), with_ema(checkpoint(2)), checkpoint(3), "B: this is .* averaged weights.*UNet with --ema"),
+        (with_ema(checkpoint(1, 9)), checkpoint(2), checkpoint(3), "A: this is .* averaged weights.*UNet with --ema"),
         (checkpoint(1, 9), checkpoint(2, 8), checkpoint(3, 8), rf"^{INPUT_CONV}: .*A 9, B 8, C 8; pass"),
         (checkpoint(1, 9), unet_of(checkpoint(2, 12)), checkpoint(3), rf"^{INPUT_CONV}: .*A 9, B 12, C 4;"),
         (checkpoint(1, 9), checkpoint(2), with_gains(3, 0.01), "C is a difference of two networks.*offset BASE"),
@@ -533,9 +532,6 @@ def test_a_new_tower_replaces_the_old_and_the_text_tower(transformers_clip: dict
 
 def test_wrong_towers(transformers_clip: dict[str, dict[str, Tensor]]) -> None:
     clip = transformers_clip["CLIPVisionModel"]
-    full_size = {INPUT_CONV: torch.empty(320, 9, 3, 3, device="meta")}
-    with pytest.raises(CheckpointError, match=r"8.*ViT-L/14"):
-        add_clip_tower(full_size, clip)
     with pytest.raises(CheckpointError, match="image tower"):
         add_clip_tower({}, {name: t for name, t in clip.items() if "layers.0.mlp" not in name})
     text = {n: t for n, t in transformers_clip["CLIPModel"].items() if not n.startswith("vision_model.")}

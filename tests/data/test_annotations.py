@@ -57,12 +57,14 @@ def open_images_texts(root: Path) -> DataConfig:
     return DataConfig(root=str(root))
 
 
-def open_images_csv(root: Path) -> DataConfig:
-    (root / "annotations").mkdir(parents=True)
+def open_images_csv(root: Path, label: str = "/m/0") -> DataConfig:
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
         images(root / "images" / split)
-        rows = ["ImageID,XMin,XMax,YMin,YMax", *(f"{name},0.1,0.6,0.25,0.875" for name in "ba"), "a,0,0.01,0,0.01"]
+        rows = [*(f"{name},{label},0.1,0.6,0.25,0.875" for name in "ba"), f"a,{label},0,0.01,0,0.01"]
+        rows = ["ImageID,LabelName,XMin,XMax,YMin,YMax", *rows]
         (root / "annotations" / OPEN_IMAGES_CSV[split]).write_text("\n".join(rows))
+    assert read_bbox.main(["--root", str(root)]) == 0
     return DataConfig(root=str(root))
 
 
@@ -296,19 +298,29 @@ def test_an_index_says_where_its_images_are(tmp_path: Path) -> None:
     assert BoxIndex(path).metadata["images"] == str(tmp_path / "JPEGImages")
 
 
-def test_three_ways_to_the_same_index(tmp_path: Path) -> None:
-    """read_bbox writes the index that reading its text files, or the CSV, would give."""
-    source = open_images_csv(tmp_path)
-    of_csv = entries(open_index(source, "train"))
-    (tmp_path / "index" / "open_images-train.safetensors").unlink()
-    assert read_bbox.main(["--root", str(tmp_path)]) == 0
+def test_two_ways_to_the_same_index(tmp_path: Path) -> None:
+    """read_bbox writes the index that reading its text files would give, with the names of classes."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "class-descriptions.csv").write_text("/m/1,traffic light\n")
+    source = open_images_csv(tmp_path, label="/m/1")
     path = tmp_path / "index" / "open_images-train.safetensors"
     written = path.stat().st_mtime_ns
-    of_script = entries(open_index(source, "train"))
+    of_script = open_index(source, "train")
     assert path.stat().st_mtime_ns == written, "valid as it is"
-    path.unlink()
-    of_texts = entries(open_index(source, "train"))
-    assert of_csv == of_script == of_texts
+    assert of_script[0].labels == ("traffic light",)
+    assert entries(of_script) == entries(open_index(source, "train", rebuild=True))
+
+
+def test_text_files_of_an_interrupted_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_images_csv(tmp_path)
+    monkeypatch.setattr(read_bbox, "tqdm", lambda found, **_: [next(found), None])
+    with pytest.raises(TypeError):
+        read_bbox.main(["--root", str(tmp_path), "--overwrite", "--splits", "train"])
+    with pytest.raises(UserError, match=r"train: .*interrupted.*read_bbox\.py"):
+        open_index(source, "train", rebuild=True)
+    monkeypatch.undo()
+    assert read_bbox.main(["--root", str(tmp_path)]) == 0
+    assert len(open_index(source, "train", rebuild=True)) == 2
 
 
 def entries(index: BoxIndex) -> list[object]:
@@ -381,6 +393,7 @@ def other(**changes: object) -> dict[str, object]:
         (other(bbox=[10, 20, -5, 50]), "boxes without area"),
         (other(bbox=[110, 20, 50, 50]), "boxes outside their image"),
         (other(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotations that cannot be read"),
+        (other(segmentation=[[float("nan")] * 6]), "polygons with corners that are not finite"),
         (other(image_id=99), "annotations of images that are not listed"),
         (other(image_id="absent"), "annotations of images that are not listed"),
         (other(image_id=[0]), "annotations of images that are not listed"),
@@ -701,6 +714,22 @@ def test_a_name_that_is_no_unicode_costs_its_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "/m/01\n", "/m/01,cup\n"])
 def test_class_descriptions_that_say_nothing(text: str, tmp_path: Path) -> None:
-    data = open_images_csv(tmp_path)
+    (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "class-descriptions.csv").write_text(text)
-    assert len(open_index(data, "train")) == 2
+    assert len(open_index(open_images_csv(tmp_path, label="/m/02"), "train")) == 2
+
+
+def test_one_picture_is_too_few_to_hold_one_out(tmp_path: Path) -> None:
+    data = coco_file(tmp_path, [], [{"id": 1, "file_name": "b.jpg"}])
+    data.val_annotations = None
+    assert len(open_index(data, "train")) == 1
+    with pytest.raises(UserError, match="too few images"):
+        open_index(data, "validation")
+
+
+def test_images_without_objects_are_not_held_out(tmp_path: Path) -> None:
+    listed = [{"id": i, "file_name": f"{i}.jpg"} for i in range(40)]
+    images(tmp_path, tuple(map(str, range(40))))
+    data = coco_file(tmp_path, [other(image_id=2)], listed)  # of forty images two have objects
+    data.val_annotations = None
+    assert [len(open_index(data, split)) for split in ("train", "validation")] == [1, 1]

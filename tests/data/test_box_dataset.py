@@ -21,10 +21,11 @@ from ldm.data.annotations import OPEN_IMAGES_CSV, open_index, write_index
 from ldm.data.box_dataset import BoxDataset, SampleRecipe, crop, open_captions, reduced_window
 from ldm.data.box_index import AnnotatedImage, BoxIndex, Entry, IndexWriter, Object
 from ldm.data.datamodule import box_dataset
-from ldm.data.shards import Shards, write_shards
+from ldm.data.shards import Shards
 from ldm.files import UserError
 from ldm.images import TURNS, Box
 from scripts import inspect_dataset, read_bbox
+from scripts.make_shards import write_shards
 from tests.data.test_annotations import coco, voc
 from tests.data.test_annotations import images as write_images
 from tests.procweights import GOLDEN, read_golden
@@ -318,6 +319,7 @@ def open_images_csv(root: Path, *, descriptions: bool = True) -> DataConfig:
         (folder / OPEN_IMAGES_CSV[split]).write_text("\n".join(rows))
     if descriptions:
         (folder / "class-descriptions-boxable.csv").write_text('/m/1,Dog\n/m/2,"Cake, cut"\n')
+    assert read_bbox.main(["--root", str(root)]) == 0
     return DataConfig(root=str(root))
 
 
@@ -368,9 +370,10 @@ def test_edges_are_hard_where_the_model_wants_them(tmp_path: Path) -> None:
 
 
 def index_of(folder: Path) -> BoxIndex:
-    with IndexWriter(folder / "i.safetensors", {"images": "pictures"}) as writer:
-        for name in ("a.jpg", "sub/b.jpg"):
-            writer.add(AnnotatedImage(name, (100, 100), [Object((10, 10, 60, 60))]))
+    writer = IndexWriter(folder / "i.safetensors", {"images": "pictures"})
+    for name in ("a.jpg", "sub/b.jpg"):
+        writer.add(AnnotatedImage(name, (100, 100), [Object((10, 10, 60, 60))]))
+    writer.write()
     return BoxIndex(folder / "i.safetensors")
 
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from ldm.data.box_dataset import sample_key
-from ldm.data.cached import CachedDataset, write_cache
+from ldm.data.cached import CachedDataset
 from ldm.files import UserError
 from ldm.images import exemplar_to_pixels
+from scripts.cache_latents import write_cache
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_fewer_samples(cache: Path) -> None:
 
 
 def test_missing_split(cache: Path) -> None:
-    with pytest.raises(UserError, match=r"validation\.safetensors.*scripts/cache_latents\.py"):
+    with pytest.raises(UserError, match=r"validation\.safetensors: No such file or directory; .*cache_latents\.py"):
         CachedDataset(cache, "validation")
 
 

@@ -22,8 +22,9 @@ from ldm.config import DataConfig
 from ldm.data.box_dataset import BoxDataset, SampleRecipe
 from ldm.data.box_index import AnnotatedImage, BoxIndex, IndexWriter, Object
 from ldm.data.datamodule import EpochSampler
-from ldm.data.shards import Shards, listed_shards, write_shards
+from ldm.data.shards import Shards, listed_shards
 from ldm.files import UserError
+from scripts.make_shards import write_shards
 
 N = 23
 RECIPE = SampleRecipe(16, 14, DataConfig(p_object_mask=0.3))
@@ -33,19 +34,20 @@ RECIPE = SampleRecipe(16, 14, DataConfig(p_object_mask=0.3))
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     outline = np.array([[6, 5], [20, 8], [12, 18]], dtype=np.float32)
-    with IndexWriter(root / "index", {"images": str(root)}) as writer:
-        for i in range(N):
-            name = f"{i % 3}/{i}.{('jpg', 'png')[i % 2]}"
-            (root / name).parent.mkdir(exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(root / name)
-            mask = ""
-            if i % 4 == 1:
-                mask = f"{i}-mask.png"
-                Image.fromarray(np.kron(rng.integers(0, 2, (4, 4)), np.ones((6, 8))).astype(np.uint8) * 255).save(
-                    root / mask
-                )
-            objects = [Object((4, 4, 22, 20), outlines=[outline] if i % 2 else []), Object((0, 0, 16, 12))]
-            writer.add(AnnotatedImage(name, (32, 24), objects, mask))
+    writer = IndexWriter(root / "index", {"images": str(root)})
+    for i in range(N):
+        name = f"{i % 3}/{i}.{('jpg', 'png')[i % 2]}"
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(root / name)
+        mask = ""
+        if i % 4 == 1:
+            mask = f"{i}-mask.png"
+            Image.fromarray(np.kron(rng.integers(0, 2, (4, 4)), np.ones((6, 8))).astype(np.uint8) * 255).save(
+                root / mask
+            )
+        objects = [Object((4, 4, 22, 20), outlines=[outline] if i % 2 else []), Object((0, 0, 16, 12))]
+        writer.add(AnnotatedImage(name, (32, 24), objects, mask))
+    writer.write()
     return root
 
 

@@ -139,6 +139,32 @@ def test_a_damaged_row_costs_itself(damaged: str, tmp_path: Path) -> None:
     assert list(report.skipped.counts.values()) == [1] and "row 2" in str(report.skipped)
 
 
+@pytest.mark.parametrize(
+    ("change", "encoding"), [((",", ";"), "utf-8"), ((",", ", "), "utf-8-sig"), (("", ""), "utf-16")]
+)
+def test_a_csv_of_another_program(change: tuple[str, str], encoding: str, tmp_path: Path) -> None:
+    write_jpeg(tmp_path / "images/validation/a.jpg")
+    csv_path = write_csv(tmp_path / "annotations" / "boxes.csv", [row("a", 0, 0.5, 0, 0.5)])
+    csv_path.write_bytes(csv_path.read_text().replace(*change).encode(encoding))
+    report = read_bbox(csv_path, tmp_path / "images", "validation", tmp_path / "out")
+    assert (report.rows, report.boxes, report.written) == (1, 1, 1)
+
+
+def test_reversed_boxes_are_not_kept_and_pixels_are_told(tmp_path: Path) -> None:
+    write_jpeg(tmp_path / "images/validation/a.jpg")
+    report = convert(tmp_path, [row("a", 0, 0.5, 0, 0.5), row("a", 0.5, 0, 0.5, 0), row("a", 0.5, 0, 0, 0.5)])
+    assert (report.rows, report.boxes) == (3, 1)
+    with pytest.raises(UserError, match="fractions"):
+        convert(tmp_path, [row("a", 10, 40, 10, 40)])
+
+
+def test_damaged_names_of_classes_are_one_clear_line(tmp_path: Path) -> None:
+    write_jpeg(tmp_path / "images/validation/a.jpg")
+    write_csv(tmp_path / "annotations" / "class-descriptions.csv", ["/m/2,Cat,x,y"], header="/m/1,Dog")
+    with pytest.raises(UserError, match=r"class-descriptions\.csv: "):
+        convert(tmp_path, [row("a", 0, 0.5, 0, 0.5)])
+
+
 def test_ids_of_digits_keep_their_zeros(tmp_path: Path) -> None:
     write_jpeg(tmp_path / "images/validation/0012.jpg")
     assert convert(tmp_path, [row("0012", 0, 0.5, 0, 0.5)]).written == 1

@@ -16,7 +16,8 @@ def test_a_sharded_model_trains_and_resumes_as_a_whole_one(
     train_in_two: Callable[..., None], command: list[str], fit: Fit, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     """One epoch; the second by FSDP2 again, and by one process that reads the same checkpoint."""
-    settings, first = ("trainer.gradient_clip_val=1.0", "trainer.limit_train_batches=2"), "trainer.max_epochs=1"
+    limits = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1")
+    settings, first = ("trainer.gradient_clip_val=1.0", *limits), "trainer.max_epochs=1"
     train_in_two(*command, "trainer.strategy=fsdp2", *settings, first, "logging.image_every=2")
     (two,) = tmp_path.glob("*_run")
     one = tmp_path / "one"
