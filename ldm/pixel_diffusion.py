@@ -104,7 +104,7 @@ class PixelDiffusion(nn.Module):
     @property
     def place(self) -> torch.device:
         """The device of the weights."""
-        return self.unet.time_embed[0].weight.device
+        return next(self.unet.parameters()).device
 
     @property
     def ac(self) -> Tensor:
@@ -127,23 +127,25 @@ class PixelDiffusion(nn.Module):
             labels: (B,) in [0, K); -1 means none.
             low_res: (B, C, h, w) in [-1, 1], enlarged here. x_0_pred: (B, C, H, W), earlier prediction; None is zero.
         """
-        scale, x, time = self.config.schedule.sigma_data, x_t, t
-        if self.is_edm:
-            sigma = t.reshape(-1, 1, 1, 1)
-            noisy = x_t * (1 + sigma**2).sqrt()  # x_0 + sigma eps
-            x, time = noisy / (sigma**2 + scale**2).sqrt(), t.log() / 4  # c_in and c_noise: EDM, Table 1
+        run = partial(self._run_unet, labels=labels, low_res=low_res, x_0_pred=x_0_pred)
+        if not self.is_edm:
+            return run(x_t, t)
+        sigma, scale = t.reshape(-1, 1, 1, 1), self.config.schedule.sigma_data
+        noisy, total = x_t * (1 + sigma**2).sqrt(), sigma**2 + scale**2  # x_0 + sigma eps
+        output = run(noisy / total.sqrt(), t.log() / 4)  # F(c_in x, c_noise): EDM, Table 1
+        return scale**2 / total * noisy + sigma * scale / total.sqrt() * output  # c_skip x + c_out F
+
+    def _run_unet(
+        self, x: Tensor, t: Tensor, labels: Tensor | None, low_res: Tensor | None, x_0_pred: Tensor | None
+    ) -> Tensor:
         inputs = [x]
         if "low_res" in self.config.input_channels:
             assert low_res is not None
             inputs.append(F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False))
         if "x_0_pred" in self.config.input_channels:
             inputs.append(torch.zeros_like(x) if x_0_pred is None else x_0_pred)
-        dtype = self.unet.time_embed[0].weight.dtype
-        output = self.unet(torch.cat(inputs, dim=1).to(dtype), time, labels).float()
-        if self.is_edm:  # c_skip x + c_out F
-            total = sigma**2 + scale**2
-            output = scale**2 / total * noisy + sigma * scale / total.sqrt() * output
-        return output
+        dtype = next(self.unet.parameters()).dtype
+        return self.unet(torch.cat(inputs, dim=1).to(dtype), t, labels).float()
 
     def loss(
         self,
@@ -385,11 +387,11 @@ class Classifier(nn.Module):
     @property
     def ac(self) -> Tensor:
         """(T,) alphas_cumprod of the schedule, float64, on the model's device."""
-        return self.schedule.to(self.unet.time_embed[0].weight.device).alphas_cumprod
+        return self.schedule.to(next(self.parameters()).device).alphas_cumprod
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """(B, C, H, W) and (B,) timesteps -> logits (B, K), float32."""
-        return self.unet(x_t.to(self.unet.time_embed[0].weight.dtype), t).float()
+        return self.classifier(x_t.to(next(self.parameters()).dtype), t).float()
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------

@@ -265,13 +265,13 @@ def plms(eps_fn: EpsModel, x: Tensor, ac: Tensor, timesteps: Sequence[int], clip
     for t, *step in ddim_steps(ac, timesteps, eta=0.0):
         history = [eps_fn(x, t).to(x.dtype), *history[:3]]
         if len(history) == 1:
-            x_prev, _ = _ddim_step(x, history[0], *step, clip)
+            x_prev, _ = _ddim_step(x, history[0], *step, clip=clip)
             t_prev = timesteps[:2][-1]
             eps = (history[0] + eps_fn(x_prev, t_prev).to(x.dtype)) / 2
         else:
             weights = ADAMS_BASHFORTH[len(history)]
             eps = torch.stack([w * e for w, e in zip(weights, history, strict=True)]).sum(0)
-        x, x_0 = _ddim_step(x, eps, *step, clip)
+        x, x_0 = _ddim_step(x, eps, *step, clip=clip)
         yield x, x_0
 
 

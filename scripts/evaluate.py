@@ -126,7 +126,7 @@ def evaluate_samples(args: argparse.Namespace) -> None:
         figures = {"bits per dim": bound}
         if args.npz:
             with atomic_write(args.npz) as partial, open(partial, "wb") as file:
-                np.savez(file, **terms)
+                np.savez(file, **terms)  # pyright: ignore[reportArgumentType]
     for name, figure in figures.items():
         interval = "" if figure.low != figure.low else f" [{figure.low:.4f}, {figure.high:.4f}]"
         print(f"{name}: {figure.value:.4f}{interval}, n = {figure.n}{figure.note}")

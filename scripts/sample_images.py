@@ -192,7 +192,7 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     import numpy as np
 
     with atomic_write(path) as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def write_results(args: argparse.Namespace, paths: Sequence[Path]) -> None:

@@ -152,9 +152,10 @@ class UNetEncoder(nn.Module):
         if self.config.context_dim:
             context = cast(Tensor, context)
             return repeat(self.embed(t, context.dtype)), repeat(context)
-        embedding = self.embed(t, self.time_embed[0].weight.dtype)
+        embedding = self.embed(t, next(self.parameters()).dtype)
         if self.config.num_classes:
-            embedding = embedding + self.label_emb(context.clamp(min=0)) * (context >= 0)[:, None]
+            labels = cast(Tensor, context)
+            embedding = embedding + self.label_emb(labels.clamp(min=0)) * (labels >= 0)[:, None]
         return repeat(embedding), iter(())
 
     def prepare(self, timesteps: Sequence[int], context: Tensor) -> Callable[..., Any]:
