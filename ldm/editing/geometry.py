@@ -18,7 +18,8 @@ from ldm.files import UserError
 from ldm.images import Box, pad_box, pil_to_tensor, same_aspect, tensor_to_pil
 
 MAX_ENLARGEMENT = 4  # a scene pixel covers at most this many model pixels per side
-MAX_SIDE = 2**14  # of the square around a hole, pixels; time grows with its area
+MAX_SIDE = 2**16  # of the square around a hole, pixels; time grows with it
+MAX_PADDED = 2**14  # side up to which a square is made whole, strip by strip: time grows with its area
 STRIP = 2**22  # pixels of a square that are in memory at a time
 FEATHER_SHARE = 1 / 50  # default feather, as a share of the hole's longer side
 # Largest correction of `match_boundary_colors` in [-1, 1]. Decoders err by less; a larger difference means that the
@@ -56,6 +57,11 @@ def cut(image: Image.Image, window: Box, size: int, resample: Image.Resampling, 
     Equal to resizing the whole square, of which a strip is in memory at a time: Pillow resamples along rows first.
     """
     box, side, wide = window.clipped(*image.size), window.size[0], []
+    if box.size[0] < side > MAX_PADDED:  # first along the short axis, along which it is continued
+        turned, left, top = image.crop(box).transpose(Image.Transpose.TRANSPOSE), *np.subtract(window[:2], box[:2])
+        return cut(turned, Box(top, left, top + side, left + side), size, resample, mode).transpose(
+            Image.Transpose.TRANSPOSE
+        )
     columns, rows = (
         np.pad(np.arange(box.size[axis]), np.abs(np.subtract(box, window))[axis::2], mode="reflect") for axis in (0, 1)
     )
@@ -71,6 +77,9 @@ def cut(image: Image.Image, window: Box, size: int, resample: Image.Resampling, 
 def enlarge(square: Image.Image, window: Box, box: Box) -> Image.Image:
     """Resize an image (S, S) to the window's size and return its part in `box`, RGB, in strips as `cut`."""
     side, thickness = window.size[0], max(1, STRIP // window.size[0])
+    if side > MAX_PADDED:  # up to rounding
+        left, top, right, bottom = (np.subtract(box, window[:2] * 2) * square.width / side).tolist()
+        return square.resize(box.size, Image.Resampling.BICUBIC, (left, top, right, bottom))
     wide, result = square.resize((side, square.height), Image.Resampling.BICUBIC), Image.new("RGB", box.size)
     for left in range(box.left, box.right, thickness):
         strip = wide.crop((left - window.left, 0, min(left + thickness, box.right) - window.left, wide.height))

@@ -148,7 +148,7 @@ def test_strips_make_the_same_square(
     assert enlarged.tobytes() == large.crop(Box(*moved)).tobytes()
 
 
-@pytest.mark.parametrize("size", [(9000, 7), (5, 6000)])
+@pytest.mark.parametrize("size", [(60000, 3), (3, 20000), (9000, 7), (5, 6000)])
 def test_memory_grows_with_the_hole_and_not_with_the_square_around_it(size: tuple[int, int]) -> None:
     scene, hole = Image.effect_noise(size, 50).convert("RGB"), Image.new("L", size, 255)
     hole.putpixel((0, 0), 0)
@@ -163,6 +163,17 @@ def test_memory_grows_with_the_hole_and_not_with_the_square_around_it(size: tupl
         result.getpixel((0, 0)) == scene.getpixel((0, 0))
         and result.getpixel((size[0] // 2, size[1] // 2)) == (128,) * 3
     )
+
+
+def test_a_long_strip_keeps_its_place() -> None:
+    """Beyond the side up to which both ways are one: the same up to rounding, lying and upright."""
+    lying = Image.fromarray(np.linspace(0, 255, 20000).astype(np.uint8)[None].repeat(3, 0)).convert("RGB")
+    upright = lying.transpose(Image.Transpose.TRANSPOSE)
+    for scene in (lying, upright):
+        window = fit_window(Box(0, 0, *scene.size), scene.size)
+        square = cut(scene, window, 64, Image.Resampling.BICUBIC)
+        back = enlarge(square, window, window.clipped(*scene.size))
+        assert np.abs(np.asarray(back).astype(int) - np.asarray(scene)).max() <= 3
 
 
 def test_a_square_that_is_too_wide() -> None:
