@@ -210,23 +210,19 @@ class PixelDiffusion(nn.Module):
 
         Raises ValueError for a text that says neither.
         """
-        schedule = self.config.schedule
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        T, sigmas = len(self.schedule.betas), self.schedule.sigmas
         if not self.is_edm and sampler in ("ddpm", "ddim"):
-            timesteps = samplers.spaced_timesteps(len(self.schedule.betas), steps)[::-1]
+            timesteps = samplers.spaced_timesteps(T, steps)[::-1]
         elif not steps.isdecimal() or int(steps) < 1:
             raise ValueError(f"timesteps: got {steps!r}, expected a number of steps for {sampler}")
-        elif self.is_edm:
-            sigmas = samplers.karras_sigmas(int(steps), schedule.sigma_min, schedule.sigma_max)[::-1]
-            return Chain(NoiseSchedule.of_sigmas(sigmas), sigmas)
-        elif sampler == "heun":
-            sigmas = self.schedule.sigmas
+        elif self.is_edm or sampler == "heun":
             levels = samplers.karras_sigmas(int(steps), sigmas[0].item(), sigmas[-1].item())[::-1]
-            times = np.interp(np.log(levels), sigmas.log().numpy(), np.arange(len(sigmas)))
-            return Chain(NoiseSchedule.of_sigmas(levels), times.tolist())
+            times = levels if self.is_edm else np.interp(np.log(levels), sigmas.log().numpy(), range(T)).tolist()
+            return Chain(NoiseSchedule.of_sigmas(levels), times)
         else:
-            timesteps = samplers.choose_timesteps(sampler, len(self.schedule.betas), int(steps))[::-1]
+            timesteps = samplers.choose_timesteps(sampler, T, int(steps))[::-1]
         return Chain(self.schedule.spaced(timesteps), timesteps)
 
     @torch.no_grad()
@@ -253,23 +249,21 @@ class PixelDiffusion(nn.Module):
             generator: source of further noise, one for the batch or one per sample.
         """
         chain, noise = self.chain(sampler, steps), partial(draw_noise, x_T.shape, generator, device=x_T.device)
-        steps_taken, ac = len(chain.times), chain.schedule.alphas_cumprod
+        num_steps, ac, x = len(chain.times), chain.schedule.alphas_cumprod, x_T
         denoiser = _Denoiser(self, chain, labels, low_res, guidance, clip)
         if sampler == "heun":
             sigmas = chain.schedule.sigmas.tolist()[::-1]
             results = samplers.heun(denoiser.x_0_at, x_T * sigmas[0], sigmas, noise)
         elif sampler == "ddpm":
-            results = samplers.ancestral(denoiser.reverse, x_T, steps_taken, noise)
+            results = samplers.ancestral(denoiser.reverse, x_T, num_steps, noise)
         else:
             options = {"eta": eta, "noise": noise} if sampler == "ddim" else {}
-            own_clip = guidance.classifier is not None  # then x_0 is clipped before guidance, not after it
-            timesteps = range(steps_taken)[::-1]
-            run = samplers.SAMPLERS[sampler]
-            results = run(denoiser.eps, x_T, ac, timesteps, clip=clip and not own_clip, **options)
-        x = x_T
+            clip = clip and guidance.classifier is None  # else x_0 is clipped before guidance, not after it
+            timesteps = range(num_steps)[::-1]
+            results = samplers.SAMPLERS[sampler](denoiser.eps, x_T, ac, timesteps, clip=clip, **options)
         for step, (x, x_0) in enumerate(results, start=1):
             if on_step:
-                on_step(step, steps_taken, x, x_0)
+                on_step(step, num_steps, x, x_0)
         return x
 
     @torch.no_grad()
