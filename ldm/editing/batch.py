@@ -34,8 +34,7 @@ from ldm.files import Skipped, UserError, check_writable, claimed, composed, rea
 from ldm.images import find_images, save_png
 
 FILES = ("scene", "mask", "reference", "reference_mask")  # columns with files, relative to the table's folder
-OUTLINES = ("box", "polygon")
-KNOWN = {"name", *FILES, *OUTLINES, *COLUMNS}
+KNOWN = {"name", *FILES, "box", "polygon", *COLUMNS}
 LONGEST_NAME = 255 - len(".png")  # bytes, of a result; more than that no usual file system takes
 DEFAULT_SETTINGS = EditSettings()
 
@@ -69,7 +68,7 @@ class Job:
     @property
     def files(self) -> list[str]:
         """The names of the files that are read."""
-        return [file for file in (self.scene, self.mask, self.reference, self.reference_mask) if file]
+        return [file for name in FILES if (file := getattr(self, name))]
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -105,28 +104,22 @@ class Report:
 
     def write(self, path: Path, jobs: Iterable[Job] = ()) -> None:
         """Write a JSON object per job, in no particular order; those of `jobs` without an outcome are `waiting`."""
-        status = dict.fromkeys((job.name for job in jobs), "waiting")
-        status |= dict.fromkeys(self.skipped, "skipped") | dict.fromkeys(self.done, "done")
-        lines = [{"name": name, "status": one} for name, one in status.items() if name not in self.failed]
-        lines += [{"name": name, "status": "failed", "reason": reason} for name, reason in self.failed.items()]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        lines = {job.name: {"status": "waiting"} for job in jobs}
+        lines |= {name: {"status": "skipped"} for name in self.skipped}
+        lines |= {name: {"status": "done"} for name in self.done}
+        lines |= {name: {"status": "failed", "reason": reason} for name, reason in self.failed.items()}
+        write_text(path, "".join(json.dumps({"name": name, **line}) + "\n" for name, line in lines.items()))
 
 
 def read_jobs(
     path: Path, base: EditSettings = DEFAULT_SETTINGS, *, ignore_columns: bool = False, report: Report | None = None
 ) -> list[Job]:
-    """Read a table of jobs.
+    """Read a table of jobs, see `read_table`.
 
-    Args:
-        path: see `read_table`. Columns are the fields of `Job`, and settings in any spelling of the command line.
-            Without `name` a result is called after its row and scene; it may end in .png. Files are relative to the
-            table's folder.
-        base: settings that a row leaves out.
-        ignore_columns: pass over columns of other names.
-        report: gets the rows that are wrong, as failed; without it the first of them is a UserError.
-
-    Raises:
-        UserError: the table is missing, damaged or empty, or has an unknown column.
+    Columns are the fields of `Job`, and settings in any spelling of the command line; those that a row leaves out are
+    `base`'s. Without `name` a result is called after its row and scene; it may end in .png. Files are relative to the
+    table's folder. Rows that are wrong are failed in `report`; without it the first of them is a UserError, as is a
+    table that is damaged or empty, or has an unknown column.
     """
     wrong = report or Report(strict=True)
     rows = read_table(path, report and report.failed)
@@ -162,16 +155,10 @@ def match_folders(
 ) -> list[Job]:
     """Make a job with the settings `base` of every image in `scenes`, with the mask and exemplar of the same stem.
 
-    Args:
-        scenes, masks, references: folders, see `find_images`; a folder inside another one is not searched for that one.
-            Masks and references may be a single file for all. Stems may differ in upper and lower case where no other
-            file has them, and the mask of a.jpg may be a.jpg.png.
-        base: settings of all jobs.
-        apart: more folders that are not searched, such as that of the results.
-        report: gets the scenes without exactly one mask and exemplar, as failed; else the first is a UserError.
-
-    Raises:
-        UserError: a folder holds no images.
+    Folders are searched by `find_images`, without those inside that are another argument or in `apart`, such as that of
+    the results. Masks and references may be a single file for all. Stems may differ in upper and lower case where no
+    other file has them, and the mask of a.jpg may be a.jpg.png. Scenes without exactly one mask and exemplar are failed
+    in `report`; without it the first is a UserError, as is a folder without images.
     """
     wrong, folders = report or Report(strict=True), (scenes, masks, references)
     by_stem: dict[Path, dict[str, list[Path]]] = {}
@@ -212,7 +199,7 @@ def match_folders(
 
 def _job(name: str, row: dict[str, Any], folder: Path, base: EditSettings) -> Job:
     files = {key: str(folder / str(value)) for key in FILES if (value := row.pop(key, None))}
-    box, polygon = (numbers(str(row.pop(key, ""))) for key in OUTLINES)
+    box, polygon = (numbers(str(row.pop(key, ""))) for key in ("box", "polygon"))
     settings = settings_from(row, base)
     if not settings.is_single or settings.per_component:
         raise UserError("several samples, seeds or components are not for tables; give each its row")
@@ -243,12 +230,7 @@ class _Item:
 
 @dataclass
 class EditRun:
-    """Many edits in one go, and their outcome so far.
-
-    Raises:
-        UserError: batch_size or workers is less than 1, or `outdir` cannot be written to.
-        OSError: a result cannot be written.
-    """
+    """Many edits in one go, and their outcome so far; UserError, also where `outdir` cannot be written to."""
 
     editor: Editor | Baseline  # a model's editor, or a function that edits without a model
     outdir: Path  # gets NAME.png, with the job and `metadata` in its metadata
@@ -310,7 +292,6 @@ class EditRun:
                 yield batch
 
     def path(self, job: Job) -> Path:
-        """Return the name of a job's result."""
         return self.outdir / f"{job.name}.png"
 
     def read(self, job: Job) -> _Item | None:
@@ -341,9 +322,9 @@ class EditRun:
             return False
 
     def paint(self, batch: Sequence[_Item], bar: tqdm) -> list[tuple[_Item, Tensor | Image.Image]]:
-        """Return each item with what is painted: (3, S, S) pixels in [-1, 1], or a baseline's whole image.
+        """Return items with (3, S, S) pixels in [-1, 1], or a baseline's whole image.
 
-        A batch that fails is painted again one by one, and items that fail alone are left out.
+        A batch that fails is painted again one by one; items that fail alone are left out.
         """
         start = time.perf_counter()
         try:
@@ -366,13 +347,12 @@ class EditRun:
         settings = [item.job.settings for item in batch]
         fits = [item.fitted for item in batch if item.fitted is not None]
         exemplars = [item.pixel_values for item in batch if item.pixel_values is not None]
-        prompts = [one.prompt for one in settings if one.prompt is not None]
         return self.editor.paint(
             torch.cat([fitted.image for fitted in fits]),
             torch.cat([fitted.keep_mask for fitted in fits]),
             torch.cat(exemplars) if exemplars else None,
             [one.seeds[0] for one in settings],
-            prompts=prompts or None,
+            prompts=[one.prompt for one in settings if one.prompt is not None] or None,
             on_phase=bar.set_description,
             on_step=lambda step, num_steps, *_: bar.set_description(f"step {step} of {num_steps}", refresh=False),
             **settings[0].sampling,
@@ -400,8 +380,7 @@ class EditRun:
                 self.report.skipped.append(job.name)
             else:
                 self.report.fail(job.name, "another run wrote its result meanwhile; give each run its own --outdir")
-        except (ValueError, ArithmeticError, MemoryError) as error:  # withheld, or too small for its watermark
+        except (ValueError, ArithmeticError, MemoryError, OSError) as error:
             self.report.fail(job.name, error)
-        except OSError as error:  # the disk is full: the run ends
-            self.report.fail(job.name, error)
-            raise
+            if isinstance(error, OSError):  # the disk is full: the run ends
+                raise

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from itertools import accumulate, chain, count
+from itertools import chain, count
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.editing.editor import Editor
-    from ldm.editing.request import EditRequest
 
 # Options and settings for a single edit only.
 SINGLE_OPTIONS = ("sort_by_similarity", "box", "polygon", "reference_mask", "control")
@@ -298,10 +297,12 @@ def load_editor(args: argparse.Namespace, prepared: tuple[torch.device, str] | N
 
 def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     """Edit a scene, write the results and return the exit status: 1 if a content filter withheld some."""
+    from ldm.editing.progress import edit_progress
     from ldm.editing.request import make_request
     from ldm.editing.safety import drop_unsafe, load_filter
     from ldm.editing.watermark import add_watermark, check_watermark
     from ldm.images import open_image
+    from ldm.models.controlnet import Control
 
     prepared = device, _ = set_up(args)
     name = args.image.stem if args.image else use_bundled_example(args)
@@ -320,7 +321,22 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
 
         network = load_network(args.sort_by_similarity, device)
 
-    results, record = paint(args, request, prepared)
+    count, rounds = len(settings.seeds), len(request.components())
+    # Seeds that are painted together: all listed ones, or `--n-samples` of them `--n_iter` times.
+    size = count if isinstance(settings.seed, tuple) else args.samples_per_call
+    with ThreadPoolExecutor(1) as hashing:
+        editor = load_editor(args, prepared)
+        # Hashing a large file takes several seconds; meanwhile the device paints.
+        metadata = hashing.submit(model_metadata, args, editor.model.weight_dtype)
+        hints = zip(args.control, args.control_image, args.control_scale, strict=True)
+        controls = [Control(editor.load_controlnet(path), hint, x, args.guess_mode) for path, hint, x in hints]
+        with edit_progress(rounds * ceil(count / size), settings.steps) as progress:
+            results = editor.edit_request(request, controls=controls, batch_size=size, **progress)
+    record = settings.record() | {name: getattr(args, name) for name in RECORDED} | metadata.result()
+    if settings.crop_margin is None:
+        record["crop_margin"] = editor.model.config.crop_margin
+    record |= {"mask": args.mask or "drawn", "reference": args.reference or [], "device": editor.device.type}
+    record |= checkpoint_metadata(args)
     seeds, safe = drop_unsafe(content_filter, settings.seeds, results, request.hole)
     if not safe:
         return 1
@@ -342,32 +358,6 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
         named[f"{name}_{settings.seeds[0]}_grid"] = (sheet, {"seed": [detail["seed"] for detail in details]})
     save_results(args, named, record)
     return 1 if len(safe) < len(results) else 0
-
-
-def paint(
-    args: argparse.Namespace, request: EditRequest, prepared: tuple[torch.device, str]
-) -> tuple[list[Image.Image], dict[str, Any]]:
-    """Load the model and paint all samples, with a progress bar; return results, and metadata of them all."""
-    from ldm.editing.progress import edit_progress
-    from ldm.models.controlnet import Control
-
-    settings, count = request.settings, len(request.settings.seeds)
-    # Seeds that are painted together: all listed ones, or `--n-samples` of them `--n_iter` times.
-    size = count if isinstance(settings.seed, tuple) else args.samples_per_call
-    with ThreadPoolExecutor(1) as hashing:
-        editor = load_editor(args, prepared)
-        # Hashing a large file takes several seconds; meanwhile the device paints.
-        metadata = hashing.submit(model_metadata, args, editor.model.weight_dtype)
-        hints = zip(args.control, args.control_image, args.control_scale, strict=True)
-        controls = [Control(editor.load_controlnet(path), hint, x, args.guess_mode) for path, hint, x in hints]
-        rounds = len(request.components()) * ceil(count / size)
-        with edit_progress(rounds, settings.steps) as progress:
-            results = editor.edit_request(request, controls=controls, batch_size=size, **progress)
-    record = settings.record() | {name: getattr(args, name) for name in RECORDED} | metadata.result()
-    if settings.crop_margin is None:
-        record["crop_margin"] = editor.model.config.crop_margin
-    record |= {"mask": args.mask or "drawn", "reference": args.reference or [], "device": editor.device.type}
-    return results, record | checkpoint_metadata(args)
 
 
 def checkpoint_metadata(args: argparse.Namespace) -> dict[str, Any]:
@@ -424,11 +414,12 @@ def contact_sheet(
 
     tiles = [tile(image) for image in (scene, scene, *exemplars, *results)]
     tiles[1].paste(MID_GREY, mask=hole.resize(tiles[1].size, Image.Resampling.NEAREST))
-    rows = [tiles[i : i + SHEET_COLUMNS] for i in range(0, len(tiles), SHEET_COLUMNS)]
-    width = max(sum(image.width + SHEET_GAP for image in row) for row in rows) - SHEET_GAP
-    sheet = Image.new("RGB", (width, len(rows) * (height + SHEET_GAP) - SHEET_GAP), "white")
-    for number, row in enumerate(rows):
-        lefts = accumulate((image.width + SHEET_GAP for image in row), initial=0)
-        for left, image in zip(lefts, row, strict=False):
-            sheet.paste(image, (left, number * (height + SHEET_GAP)))
+    places: list[tuple[int, int]] = []
+    for k in range(len(tiles)):
+        left = 0 if k % SHEET_COLUMNS == 0 else places[-1][0] + tiles[k - 1].width + SHEET_GAP
+        places.append((left, k // SHEET_COLUMNS * (height + SHEET_GAP)))
+    width = max(left + image.width for (left, _), image in zip(places, tiles, strict=True))
+    sheet = Image.new("RGB", (width, places[-1][1] + height), "white")
+    for place, image in zip(places, tiles, strict=True):
+        sheet.paste(image, place)
     return sheet

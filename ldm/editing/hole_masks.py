@@ -93,8 +93,9 @@ def fit_mask(mask: Image.Image, size: tuple[int, int], what: str) -> Image.Image
 def box_hole(size: tuple[int, int], box: Sequence[float]) -> Image.Image:
     """Draw a rectangle: left, top, right, bottom in pixels, right and bottom exclusive; cut off at the borders."""
     is_inside = len(box) == 4 and all(max(box[i], 0) < min(box[i + 2], size[i]) for i in (0, 1))
-    if not (is_inside and np.isfinite(box).all()):
-        got, expected = ",".join(f"{edge:g}" for edge in box), "four: left,top,right,bottom"
+    is_fraction = any(0 < edge < 1 for edge in box) and max(box) <= 1  # of the scene's sides: would be one pixel
+    if not (is_inside and np.isfinite(box).all()) or is_fraction:
+        got, expected = ",".join(f"{edge:g}" for edge in box), "four in pixels: left,top,right,bottom"
         raise UserError(f"box: got {got}, expected {expected}, with left < right, top < bottom, within {size}")
     return rectangle_hole(size, clip_box(*box, size=size))
 

@@ -114,7 +114,9 @@ def test_boxes_and_outlines() -> None:
     assert triangle[6, 6] and not triangle[24, 24] and 180 < triangle.sum() < 240  # half of 20 x 20 and its outline
 
 
-@pytest.mark.parametrize("box", [(10, 5, 4, 9), (5, 5, 5, 9), (50, 5, 60, 9), (-9, 5, -2, 9), (4, 5, float("inf"), 9)])
+@pytest.mark.parametrize(
+    "box", [(10, 5, 4, 9), (5, 5, 5, 9), (50, 5, 60, 9), (-9, 5, -2, 9), (4, 5, float("inf"), 9), (0.2, 0.3, 0.5, 1)]
+)
 def test_boxes_that_are_none(box: tuple[int, int, int, int]) -> None:
     with pytest.raises(UserError, match=r"^box: got"):
         box_hole(SIZE, box)
