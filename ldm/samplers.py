@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.diffusion import NoiseSchedule, Reverse, posterior_coefficients, q_sample
+from ldm.diffusion import NoiseSchedule, Reverse, p_mean_variance, posterior_coefficients, q_sample
 
 Eps = (
     Tensor | tuple[Tensor, Tensor]
@@ -169,6 +169,11 @@ def ancestral(reverse: ReverseModel, x: Tensor, num_steps: int, noise: Noise) ->
         p = reverse(x, k)
         x = _draw(p, k, noise)
         yield x, p.x_0
+
+
+def reverse_of(eps_fn: EpsModel, schedule: NoiseSchedule, clip: bool = False) -> ReverseModel:
+    """Return p(x_(t - 1) | x_t) with the posterior's variance, for a model that predicts noise alone."""
+    return lambda x, t: p_mean_variance(eps_fn(x, t), x, t, schedule, clip=clip)
 
 
 def _draw(p: Reverse, k: int, noise: Noise) -> Tensor:

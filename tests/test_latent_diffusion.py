@@ -26,7 +26,7 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensor
 from ldm.checkpoint.keys import FIRST_STAGE, INPUT_CONV, POSITION_IDS, SCHEDULE_BUFFERS, to_file_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
 from ldm.latent_diffusion import LatentDiffusion, first_not_finite, load_model, load_weights
-from ldm.samplers import SAMPLERS, choose_timesteps
+from ldm.samplers import SAMPLERS, choose_timesteps, repaint, reverse_of
 from tests.procweights import GOLDEN, read_golden, weight
 
 Close = Callable[[Tensor, Tensor], None]
@@ -676,3 +676,25 @@ def test_a_checkpoint_without_schedule_is_complete(tiny_config: Config, tiny_che
 def test_a_missing_checkpoint(tiny_config: Config, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no\.ckpt"):
         load_model(tiny_config, tmp_path / "no.ckpt")
+
+
+def test_repaint_with_latents(tiny_model: LatentDiffusion) -> None:
+    """Without a condition and with everything to be painted, the model knows nothing of the hole: RePaint fills it."""
+    model, z_0 = tiny_model, torch.randn(1, 4, 8, 8, generator=seeded(0))
+    keep_mask = torch.zeros(1, 1, 8, 8)
+    keep_mask[..., :4] = 1
+    nothing = model.c_concat(torch.zeros_like(z_0), torch.zeros_like(keep_mask))
+    context = model.null_context()
+    timesteps = list(range(99, 1000, 100))
+
+    def eps_fn(x: Tensor, k: int) -> Tensor:
+        return model.unet(torch.cat([x, nothing], dim=1), torch.tensor([timesteps[k]]), context)
+
+    schedule, generator = model.schedule.spaced(timesteps), seeded(1)
+    noise = partial(torch.randn, z_0.shape, generator=generator)
+    with torch.no_grad():
+        steps = [*repaint(reverse_of(eps_fn, schedule), noise(), z_0, keep_mask, schedule, noise, 2, 2)]
+    filled = steps[-1][0]
+    assert len(steps) == 10 + 2 * 4  # each of four jumps takes two steps again
+    assert torch.equal(filled[..., :4], z_0[..., :4]) and filled.isfinite().all()
+    assert not torch.equal(filled[..., 4:], z_0[..., 4:])
