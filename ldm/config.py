@@ -122,6 +122,11 @@ class UNetConfig(Section, prefix="model.unet."):
     dropout: float = setting(0.0, ge=0, lt=1)
     activation_checkpointing: bool = False
 
+    @property
+    def level_channels(self) -> list[int]:
+        """Channels of each level."""
+        return [int(self.model_channels * factor) for factor in self.channel_mult]
+
 
 class ClassifierConfig(Section, prefix="model.classifier."):
     """Classifier of noisy images: the UNet's encoder as `model.unet` describes it, and a pool."""

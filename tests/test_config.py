@@ -79,7 +79,7 @@ def test_values_survive_overrides_and_merging(lr: float, size: int, ch_mult: lis
         ("model: 3\n", "a.yaml: "),
         ("stage: third\n", "stage: got 'third', expected one of diffusion, first_stage"),
         ("model: {parameterization: z}\n", "model.parameterization: got 'z', expected one of eps, v, x0"),
-        ("model: {schedule: {name: sigmoid}}\n", "model.schedule.name: got 'sigmoid', expected one of scaled_linear"),
+        ("model: {schedule: {name: sine}}\n", "model.schedule.name: got 'sine', expected one of scaled_linear"),
         ("model: {input_channels: [x_t, sky]}\n", "model.input_channels: got 'sky', expected one of x_t, z_masked"),
         ("training: {null_drop: never}\n", "training.null_drop: got 'never'"),
         ("data: {kind: zip}\n", "data.kind: got 'zip', expected one of open_images, coco, voc"),

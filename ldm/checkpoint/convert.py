@@ -184,14 +184,14 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
     check_family(components, {})
     unet, stage, text = model.unet, model.first_stage, model.text_encoder
     channels = keys.input_channels(components["unet"])
-    types = ["CrossAttn" * (2**i in unet.attention_resolutions) for i in range(len(unet.channel_mult))]
+    types = ["CrossAttn" * (2**i in unet.attention_resolutions) for i in range(len(unet.level_channels))]
     values = asdict(model)  # what the templates refer to
     values["prediction_type"] = _PREDICTIONS[model.parameterization]
     values["latent_size"] = model.image_size // 2 ** (len(stage.ch_mult) - 1)
     values["pipeline"] = "StableDiffusionInpaintPipeline" if channels == 9 else "StableDiffusionPipeline"
     values["unet"] |= {
         "in_channels": channels,
-        "widths": [unet.model_channels * factor for factor in unet.channel_mult],
+        "widths": unet.level_channels,
         "down_types": [f"{kind}DownBlock2D" for kind in types],
         "up_types": [f"{kind}UpBlock2D" for kind in reversed(types)],
     }

@@ -42,7 +42,7 @@ class ClassifierModel(UNetEncoder):
         norm = nn.GroupNorm(unet.norm_groups, channels)
         if config.pool == "attention":
             heads = channels // unet.head_channels if unet.head_channels else unet.num_heads
-            pool = AttentionPool(channels, image_size >> (len(self.widths) - 1), heads, config.num_classes)
+            pool = AttentionPool(channels, image_size >> (len(unet.level_channels) - 1), heads, config.num_classes)
             self.out = nn.Sequential(norm, nn.SiLU(), pool)
         elif config.pool == "adaptive":
             head = zero_init(nn.Conv2d(channels, config.num_classes, 1))

@@ -89,11 +89,10 @@ class UNetEncoder(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.widths = [int(config.model_channels * multiplier) for multiplier in config.channel_mult]
         heads, name = config.num_heads, "num_heads"
         if config.head_channels:
             heads, name = config.head_channels, "head_channels"
-        for width in [config.model_channels, *self.widths]:
+        for width in [config.model_channels, *config.level_channels]:
             if width % config.norm_groups or width % heads:
                 divisors = f"norm_groups ({config.norm_groups}) and {name} ({heads})"
                 raise ConfigError(f"model.unet: got a width of {width} channels, expected a multiple of {divisors}")
@@ -104,10 +103,10 @@ class UNetEncoder(nn.Module):
         if config.num_classes:
             self.label_emb = nn.Embedding(config.num_classes, embedded)
 
-        channels = config.model_channels if config.context_dim else self.widths[0]
+        channels = config.model_channels if config.context_dim else config.level_channels[0]
         input_blocks = [Stage([nn.Conv2d(config.in_channels, channels, 3, padding=1)])]
         skip_channels = [channels]
-        for level, width in enumerate(self.widths):
+        for level, width in enumerate(config.level_channels):
             for _ in range(config.num_res_blocks):
                 layers: list[nn.Module] = [ResBlock(config, channels, width)]
                 channels = width
@@ -115,7 +114,7 @@ class UNetEncoder(nn.Module):
                     layers.append(self.attention(channels))
                 input_blocks.append(Stage(layers))
                 skip_channels.append(channels)
-            if level < len(self.widths) - 1:
+            if level < len(config.level_channels) - 1:
                 input_blocks.append(Stage([self._down(channels)]))
                 skip_channels.append(channels)
                 factor *= 2
@@ -177,9 +176,9 @@ class UNetModel(UNetEncoder):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         skip_channels = list(self.skip_channels)
-        channels, factor = skip_channels[-1], 2 ** (len(self.widths) - 1)
+        channels, factor = skip_channels[-1], 2 ** (len(config.level_channels) - 1)
         output_blocks = []
-        for level, width in reversed(list(enumerate(self.widths))):
+        for level, width in reversed(list(enumerate(config.level_channels))):
             for i in range(config.num_res_blocks + 1):
                 layers: list[nn.Module] = [ResBlock(config, channels + skip_channels.pop(), width)]
                 channels = width

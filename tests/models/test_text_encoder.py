@@ -66,7 +66,7 @@ def diffusers_pipeline(model: LatentDiffusion, sampler: str) -> Any:
         unet = diffusers.UNet2DConditionModel(
             sample_size=64,
             in_channels=9,
-            block_out_channels=[config.unet.model_channels * m for m in config.unet.channel_mult],
+            block_out_channels=config.unet.level_channels,
             down_block_types=[f"{kind}DownBlock2D" for kind in with_text],
             up_block_types=[f"{kind}UpBlock2D" for kind in reversed(with_text)],
             layers_per_block=config.unet.num_res_blocks,
