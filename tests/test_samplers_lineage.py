@@ -358,7 +358,7 @@ def test_repaint_schedule(T: int, jump: int, resamples: int) -> None:
 
 
 def test_repaint_against_its_algorithm() -> None:
-    """Algorithm 1, line by line; the known pixels come back exactly."""
+    """Algorithm 1 in another order of its lines, on the paper's schedule; the known pixels come back exactly."""
     schedule = schedule_of("cosine", 12)
     generator = torch.Generator().manual_seed(0)
     x_0, x = torch.rand(2, 3, 4, 4, generator=generator), torch.randn(2, 3, 4, 4, generator=generator)

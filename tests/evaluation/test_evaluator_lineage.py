@@ -34,7 +34,7 @@ def test_frechet_distance(expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("key", "k", "column"), [("k3", 3, 0), ("k1_5", 1, 0), ("k1_5", 5, 1)])
 def test_precision_and_recall(expected: dict[str, Any], key: str, k: int, column: int) -> None:
-    """Theirs rounds distances to float16: of 260 and 300 items one more is on the edge for k = 1, none for 3 and 5."""
+    """Theirs computes distances in float16: of 260 and 300 items that lets one more in for k = 1, none for 3 and 5."""
     shares = [covered.mean() for covered in neighbours(*features(), k)]
     theirs = [expected[f"{key}/{figure}"][column] for figure in ("precision", "recall")]
     for share, figure, count in zip(shares, theirs, (260, 300), strict=True):
