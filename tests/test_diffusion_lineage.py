@@ -23,7 +23,7 @@ from ldm.diffusion import (
     vlb_term,
 )
 from ldm.samplers import spaced_timesteps
-from ldm.training.diffusion_module import LossAwareTimesteps
+from ldm.training.denoising import LossAwareTimesteps
 from tests.lineage import lineage, near, relative, schedule_of
 
 SCHEDULES = ("linear", "cosine")
