@@ -50,7 +50,8 @@ def _read_json(name: str) -> dict[str, Any]:
 def their_schedule(name: str, num_timesteps: int = 1000) -> ScheduleConfig:
     """A schedule as the three projects scale it: the bounds of `linear` are those of 1,000 steps."""
     T = num_timesteps
-    return ScheduleConfig(name=name, num_timesteps=T, linear_start=0.1 / T, linear_end=20 / T)
+    ends = {"linear_start": 0.1 / T, "linear_end": 20 / T} if name == "linear" else {}
+    return ScheduleConfig(name=name, num_timesteps=T, **ends)
 
 
 def schedule_of(name: str, num_timesteps: int = 1000) -> NoiseSchedule:
