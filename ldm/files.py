@@ -79,7 +79,7 @@ def read_table(path: str | Path, failed: dict[str, str] | None = None) -> list[t
     left out, and so is Excel's first line "sep=;". `failed` gets the reason why "row N" cannot be read; without it the
     first of them is a UserError, as is a file that is missing, no text, or whose header names a column twice.
     """
-    rows: list[dict[str, Any] | str] = []  # what a row holds, or what is wrong with it
+    rows: list[dict[str, Any] | str | None] = []  # what a row holds, or what is wrong with it; None: nothing
     suffix, lines = Path(path).suffix.lower(), list(io.StringIO(read_text(path), newline=""))
     if suffix in (".json", ".jsonl", ".ndjson"):
         for entry in read_json(path) if suffix == ".json" else filter(str.strip, lines):
@@ -99,14 +99,14 @@ def read_table(path: str | Path, failed: dict[str, str] | None = None) -> list[t
             raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
         for cells in table:
             is_wide, pairs = any(cells[len(header) :]), zip(header, cells, strict=False)
-            reason = "more cells than the header; quote cells that hold a separator"
-            rows.append(reason if is_wide else {name: cell for name, cell in pairs if name and cell})
+            content = {name: cell for name, cell in pairs if name and cell} if any(cells) else None
+            rows.append("more cells than the header; quote cells that hold a separator" if is_wide else content)
     for number, row in enumerate(rows, 1):
         if isinstance(row, str) and failed is None:
             raise UserError(f"{path}, row {number}: {row}")
         if isinstance(row, str) and failed is not None:
             failed[f"row {number}"] = row
-    return [(number, row) for number, row in enumerate(rows, 1) if row and not isinstance(row, str)]
+    return [(number, row) for number, row in enumerate(rows, 1) if isinstance(row, dict)]
 
 
 def composed(name: object) -> str:

@@ -123,11 +123,11 @@ def test_tables_of_spreadsheets_are_read(
 
 def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     write_text(tmp_path / "t.csv", "a,b\n1,2\n1,2,3\n3\n")
-    write_text(tmp_path / "t.jsonl", '{"a": 1}\n{"a": \n[1]\n"text"\n\n{"a": 2}')
+    write_text(tmp_path / "t.jsonl", '{"a": 1}\n{"a": \n[1]\n"text"\n\n{"a": 2}\n{}')
     failed: dict[str, str] = {}
     assert read_table(tmp_path / "t.csv", failed) == [(1, {"a": "1", "b": "2"}), (3, {"a": "3"})]
     assert failed.keys() == {"row 2"}
-    assert read_table(tmp_path / "t.jsonl", failed) == [(1, {"a": 1}), (5, {"a": 2})]
+    assert read_table(tmp_path / "t.jsonl", failed) == [(1, {"a": 1}), (5, {"a": 2}), (6, {})]
     assert failed.keys() == {"row 2", "row 3", "row 4"}
     write_text(tmp_path / "t.json", '[{"a": 1}, 2, {"a": 3}]')
     assert read_table(tmp_path / "t.json", failed) == [(1, {"a": 1}), (3, {"a": 3})]

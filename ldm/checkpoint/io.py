@@ -43,7 +43,8 @@ _WRAPPERS = re.compile(
 )
 # What stands before the names of a whole model, and what may stand before all those of a part alone.
 _OUTER = re.compile(r"((?:\w+\.)*?)(?:model\.diffusion_model|first_stage_model|cond_stage_model)\.")
-_OWNERS = ("model.", "ema_model.", "ema.", "net.", "network.", "state_dict.", "unet.", "vae.", "autoencoder.")
+_OWNERS = ("model.", "ema_model.", "ema.", "net.", "network.", "state_dict.")
+_OWNERS += ("unet.", "vae.", "autoencoder.", "generator.")
 _ZIP = b"PK"
 _ENCODING = "latin1"  # Python 2 wrote bytes, of any value, as text
 _JSON = b"{"  # of a safetensors header, after its length in 8 bytes
@@ -219,16 +220,12 @@ def _load_zip(path: Path, unpickler: Any) -> object:
     with zipfile.ZipFile(path) as archive:
         members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
         size, unpacked = path.stat().st_size, sum(member.file_size for member in members.values())
-        problems = {
-            "a zip archive, but not one that torch.save wrote; pass the checkpoint inside it": "data.pkl"
-            not in members,
-            f"refused: {size:,} bytes that unpack to {unpacked:,}; get the weights elsewhere": (
-                unpacked > _LARGEST_EXPANSION * size
-            ),
-            "a TorchScript program, not weights; save its `state_dict()` instead": "constants.pkl" in members,
-        }
-        if problem := next((problem for problem, there in problems.items() if there), ""):
-            raise CheckpointError(problem)
+        if "data.pkl" not in members:
+            raise CheckpointError("a zip archive, but not one that torch.save wrote; pass the checkpoint inside it")
+        if unpacked > _LARGEST_EXPANSION * size:
+            raise CheckpointError(f"refused: {size:,} bytes that unpack to {unpacked:,}; get the weights elsewhere")
+        if "constants.pkl" in members:
+            raise CheckpointError("a TorchScript program, not weights; save its `state_dict()` instead")
         mapped = {name: member.file_size for name, member in members.items() if name.startswith("data/")}
         mapped = {name: size for name, size in mapped.items() if size and not members[name].compress_type}
         read = {name: archive.read(member) for name, member in members.items() if name not in mapped}

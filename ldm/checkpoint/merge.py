@@ -159,6 +159,7 @@ def _common_names(a: Source, *others: Source) -> list[str]:
     return names
 
 
+_VIT_L_14 = 257, 1024, 24  # positions, width, layers
 _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layernorm.")
 
 
@@ -197,7 +198,7 @@ def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = 
 def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
     """Put the weights of CLIP's image tower where the exemplar encoder expects them; drop the text tower.
 
-    `clip_state` is `CLIPModel` or `CLIPVisionModel` of transformers.
+    `clip_state` is `CLIPModel` or `CLIPVisionModel` of transformers. A UNet of the full size needs ViT-L/14.
     """
     if step := keys.next_step(kind := keys.identify(state)):
         raise CheckpointError(f"an image tower has no place in it: this is {kind}; {step}")
@@ -208,5 +209,9 @@ def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
     if not layers or len(tower) != 7 + 16 * layers:
         what = f"{len(tower)} tensors, {layers} layers, in {keys.identify(clip_state)}"
         raise CheckpointError(f"no complete CLIP image tower: {what}; pass a CLIPModel")
+    size = (*tower["embeddings.position_embedding.weight"].shape, layers)
+    if INPUT_CONV in state and len(state[INPUT_CONV]) == 320 and size != _VIT_L_14:
+        expected = f"those of ViT-L/14: {_VIT_L_14}"
+        raise CheckpointError(f"the CLIP image tower has positions, width and layers {size}, expected {expected}")
     kept = {name: x for name, x in state.items() if not name.startswith((keys.FILE_TOWER, keys.TEXT_TOWER))}
     return kept | keys.to_file_keys({keys.TOWER + name: tensor for name, tensor in tower.items()})

@@ -529,7 +529,7 @@ def prefixed(prefix: str, state: State, only: str = "") -> State:
 
 parts = st.sampled_from(["module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module."])
 places = st.sampled_from(["state_dict", "model_state_dict", "model", "module", "net", "params", "ema", "params_ema"])
-owners = st.sampled_from(["", "model.", "net.", "ema_model.", "state_dict.", "any.thing."])
+owners = st.sampled_from(["", "model.", "net.", "ema_model.", "state_dict.", "generator.", "any.thing."])
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

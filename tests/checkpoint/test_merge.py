@@ -532,6 +532,9 @@ def test_a_new_tower_replaces_the_old_and_the_text_tower(transformers_clip: dict
 
 def test_wrong_towers(transformers_clip: dict[str, dict[str, Tensor]]) -> None:
     clip = transformers_clip["CLIPVisionModel"]
+    full_size = {INPUT_CONV: torch.empty(320, 9, 3, 3, device="meta")}
+    with pytest.raises(CheckpointError, match=r"\(5, 8, 2\).*ViT-L/14"):
+        add_clip_tower(full_size, clip)
     with pytest.raises(CheckpointError, match="image tower"):
         add_clip_tower({}, {name: t for name, t in clip.items() if "layers.0.mlp" not in name})
     text = {n: t for n, t in transformers_clip["CLIPModel"].items() if not n.startswith("vision_model.")}
