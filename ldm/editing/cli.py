@@ -321,16 +321,16 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
 
         network = load_network(args.sort_by_similarity, device)
 
-    count, rounds = len(settings.seeds), len(request.components())
+    num_seeds, rounds = len(settings.seeds), len(request.components())
     # Seeds that are painted together: all listed ones, or `--n-samples` of them `--n_iter` times.
-    size = count if isinstance(settings.seed, tuple) else args.samples_per_call
+    size = num_seeds if isinstance(settings.seed, tuple) else args.samples_per_call
     with ThreadPoolExecutor(1) as hashing:
         editor = load_editor(args, prepared)
         # Hashing a large file takes several seconds; meanwhile the device paints.
         metadata = hashing.submit(model_metadata, args, editor.model.weight_dtype)
         hints = zip(args.control, args.control_image, args.control_scale, strict=True)
         controls = [Control(editor.load_controlnet(path), hint, x, args.guess_mode) for path, hint, x in hints]
-        with edit_progress(rounds * ceil(count / size), settings.steps) as progress:
+        with edit_progress(rounds * ceil(num_seeds / size), settings.steps) as progress:
             results = editor.edit_request(request, controls=controls, batch_size=size, **progress)
     record = settings.record() | {name: getattr(args, name) for name in RECORDED} | metadata.result()
     if settings.crop_margin is None:
