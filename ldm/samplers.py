@@ -131,8 +131,8 @@ def spaced_timesteps(T: int, text: str) -> list[int]:
     """
     if text.startswith("ddim"):
         count = int(text[4:]) if text[4:].isdecimal() else 0
-        strides = (stride for stride in range(1, T) if len(range(0, T, stride)) == count)
-        if (stride := next(strides, None)) is None:
+        stride = -(-T // count) if count else T
+        if stride == T or len(range(0, T, stride)) != count:
             raise ValueError(
                 f"timesteps: got {text!r}, expected ddimN with an N that a whole stride of {T} steps gives"
             )
