@@ -174,3 +174,10 @@ def test_seeds_are_any_64_bits_signed_or_unsigned(seed: int) -> None:
     config = load_config(overrides=[f"seed={seed}"])
     assert 0 <= config.seed < 2**64 and (config.seed - seed) % 2**64 == 0
     assert load_config(OmegaConf.create(dump_config(config))) == config
+
+
+def test_old_names_of_keys_are_read() -> None:
+    config = load_config(
+        OmegaConf.create({"data": {"exact_mask_percent": 0.5}}), overrides=["data.arbitrary_mask_percent=0.25"]
+    )
+    assert (config.data.p_object_mask, config.data.p_arbitrary_mask) == (0.5, 0.25)
