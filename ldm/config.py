@@ -23,6 +23,15 @@ INPUT_CHANNELS = ("x_t", "z_masked", "keep_mask", "hole_mask", *RELIGHTING_CHANN
 VARIANCES = ("posterior", "beta", "learned_range")
 # After the warm-up; at the last step cosine has fallen to 5 % of base_lr, linear to 0.
 LR_SCHEDULES = ("constant", "cosine", "linear")
+RENAMED = {  # keys of earlier versions, in configs beside checkpoints and in run directories => their names now
+    "model": {"context_margin": "crop_margin"},
+    "data": {
+        "arbitrary_mask_percent": "p_arbitrary_mask",
+        "exact_mask_percent": "p_object_mask",
+        "context_margins": "crop_margin_range",
+    },
+    "first_stage_training": {"unknown_percent": "p_no_condition"},
+}
 OVERRIDE = re.compile(r"(stage|seed|\w+(\.\w+)+)=")
 # Whole numbers that Lightning takes unchecked, with their least values; those that begin with `max_` may also be -1.
 TRAINER = {"log_every_n_steps": 0, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1}
@@ -362,7 +371,12 @@ def load_config(*sources: str | Path | DictConfig | Config, overrides: Iterable[
     for name, source in [*named, *((f"override {override!r}", [override]) for override in overrides)]:
         try:
             parsed: Any = OmegaConf.load(source) if isinstance(source, str | Path) else source
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(parsed) if isinstance(parsed, list) else parsed)
+            parsed = OmegaConf.from_dotlist(parsed) if isinstance(parsed, list) else OmegaConf.structured(parsed)
+            for section, names in RENAMED.items():
+                values = parsed.get(section)
+                for old in names.keys() & values.keys() if isinstance(values, DictConfig) else ():
+                    values[names[old]] = values.pop(old)
+            merged = OmegaConf.merge(merged, parsed)
         except Exception as error:  # PyYAML's, OmegaConf's and Python's errors share no base
             key = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) and error.full_key else ""
             reason = " ".join(str(error).split("\n    full_key")[0].split())

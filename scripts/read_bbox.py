@@ -182,7 +182,8 @@ def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator
         if boxes.empty:
             raise ValueError("no boxes")
     except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
-        raise UserError(f"{csv_path}: no readable CSV of boxes ({error}); download it, see dataset/README.md") from None
+        reason = f"no readable CSV of boxes ({str(error).strip()})"  # some of pandas' end with a line break
+        raise UserError(f"{csv_path}: {reason}; download it, see dataset/README.md") from None
     descriptions: dict[str, str] = {}
     for path in sorted(csv_path.parent.glob("*class-descriptions*.csv")):
         try:
@@ -190,7 +191,8 @@ def read_boxes_csv(csv_path: Path, skipped: Skipped) -> tuple[int, int, Iterator
         except pd.errors.EmptyDataError:
             continue
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: no readable CSV of class names ({error}); mend or remove it") from None
+            reason = str(error).strip()
+            raise UserError(f"{path}: no readable CSV of class names ({reason}); mend or remove it") from None
         descriptions |= dict(table.iloc[:, :2].itertuples(index=False)) if table.shape[1] > 1 else {}
     area = (boxes.XMax - boxes.XMin).clip(lower=0) * (boxes.YMax - boxes.YMin)
     boxes["ImageID"] = boxes.ImageID.cat.reorder_categories(boxes.ImageID.cat.categories.sort_values())

@@ -161,7 +161,7 @@ def test_reversed_boxes_are_not_kept_and_pixels_are_told(tmp_path: Path) -> None
 def test_damaged_names_of_classes_are_one_clear_line(tmp_path: Path) -> None:
     write_jpeg(tmp_path / "images/validation/a.jpg")
     write_csv(tmp_path / "annotations" / "class-descriptions.csv", ["/m/2,Cat,x,y"], header="/m/1,Dog")
-    with pytest.raises(UserError, match=r"class-descriptions\.csv: "):
+    with pytest.raises(UserError, match=r"class-descriptions\.csv: .*saw 4\); mend"):
         convert(tmp_path, [row("a", 0, 0.5, 0, 0.5)])
 
 
