@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ldm import samplers
 from ldm.checkpoint.io import read_checkpoint
-from ldm.checkpoint.keys import UNET, check_keys, misfit
+from ldm.checkpoint.keys import UNET, State, check_keys, misfit
 from ldm.checkpoint.openai import examine, is_openai, to_module_layout
 from ldm.config import Config, ConfigError, ModelConfig, load_config
 from ldm.diffusion import (
@@ -412,7 +412,7 @@ def load_pixel_model(
     """
     sources: list[Any] = [] if config is None else [config]
     state = {} if checkpoint is None else read_checkpoint(checkpoint)
-    if theirs := is_openai(state):
+    if is_openai(state):
         found = examine(state)
         logger.info("%s: %s", checkpoint, found.summary)
         if config is None and not found.is_published:
@@ -425,13 +425,22 @@ def load_pixel_model(
     with Uninitialised() if checkpoint else nullcontext():
         model = (Classifier if model_config.kind == "classifier" else PixelDiffusion)(model_config)
     if checkpoint is not None:
-        prefix = "classifier." if model_config.kind == "classifier" else UNET
-        unet = model_config.unet
-        if theirs:
-            state = to_module_layout(state, prefix, model_config.attention_layout, unet.num_heads, unet.head_channels)
+        state = named_as_here(state, model_config, model_config.attention_layout)
         check_keys({name: x.shape for name, x in model.state_dict().items()}, state, source=checkpoint)
         model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval().to(device, dtype)
+
+
+def named_as_here(state: State, config: ModelConfig, attention_layout: str = "") -> State:
+    """Return a file's tensors under this project's names and in its order, whichever of the three wrote it.
+
+    By default the order in a published file is known, that in another one the config's.
+    """
+    if not is_openai(state):
+        return state
+    unet, known = config.unet, examine(state).config["model"].get("attention_layout", config.attention_layout)
+    prefix = "classifier." if config.kind == "classifier" else UNET
+    return to_module_layout(state, prefix, attention_layout or known, unet.num_heads, unet.head_channels)
 
 
 def _check_widths(config: ModelConfig, channels: int) -> None:

@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("input", type=Path, help="checkpoint of a run, such as logs/…/checkpoints/last.ckpt")
     parser.add_argument("output", type=Path, help="file to write, ending in .safetensors")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="type of the weights (default: float16)")
+    parser.add_argument(
+        "--ema-decay", metavar="DECAY", help="take this one of the averages of training.more_ema_decays"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
     if args.output.suffix != ".safetensors":
@@ -53,7 +56,14 @@ def main(argv: list[str] | None = None) -> int:
     for path in filter(None, (args.output, config)):
         if path.exists() and not args.overwrite:
             raise CheckpointError(f"{path}: exists already; pass --overwrite to replace it")
-    state = to_file_keys(read_checkpoint(args.input))
+    state = read_checkpoint(args.input)
+    if args.ema_decay:
+        saved = torch.load(args.input, map_location="cpu", weights_only=True)
+        if (name := f"ema.{float(args.ema_decay)}") not in saved:
+            found = ", ".join(key.removeprefix("ema.") for key in saved if key.startswith("ema.")) or "none"
+            raise CheckpointError(f"{args.input}: got --ema-decay {args.ema_decay}, expected one of its own: {found}")
+        state |= saved[name]["average"]
+    state = to_file_keys(state)
     for name, tensor in state.items():
         if tensor.is_floating_point() and name not in SCHEDULE_BUFFERS:
             state[name] = tensor.to(DTYPES[args.dtype])

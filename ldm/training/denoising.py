@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from ldm.config import Config, ModelConfig, TrainingConfig
 from ldm.diffusion import min_snr_weight
+from ldm.training import fsdp
 from ldm.training.module import TrainingModule, adamw, override_optimizer_hparams
 
 
@@ -74,6 +75,11 @@ class DenoisingTraining(TrainingModule):
         if self.options.offset_noise > 0:  # per channel: Guttenberg 2023 (Diffusion with Offset Noise)
             eps += self.options.offset_noise * torch.randn(shape[0], *[1] * (len(shape) - 1), generator=generator)
         return eps
+
+    def configure_model(self) -> None:
+        """Shard the model if `trainer.strategy` is fsdp2; Lightning calls this once the processes are connected."""
+        if self.device_mesh is not None:
+            fsdp.shard(self, self.device_mesh["data_parallel"])
 
     def parameter_groups(self) -> list[tuple[float, list[Parameter]]]:
         """Return learning rates with the parameters that have them."""

@@ -21,7 +21,6 @@ from ldm.images import exemplar_to_pixels
 from ldm.latent_diffusion import LatentDiffusion, add_imagenet_tower
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.layers import CrossAttention
-from ldm.training import fsdp
 from ldm.training.denoising import DenoisingTraining
 from ldm.training.ema import trained_parameters
 from ldm.training.module import parts_of
@@ -171,11 +170,6 @@ class DiffusionTraining(LatentDiffusion, DenoisingTraining):
         scene, masked, sample = (self.decode_latents(z) for z in (z_0, z_masked, sample))
         exemplars = [exemplar_to_pixels(batch["exemplar"])] if self.reads_exemplars else []
         return [scene, masked, *exemplars, sample]
-
-    def configure_model(self) -> None:
-        """Shard the model if `trainer.strategy` is fsdp2; Lightning calls this once the processes are connected."""
-        if self.device_mesh is not None:
-            fsdp.shard(self, self.device_mesh["data_parallel"])
 
     def parameter_groups(self) -> list[tuple[float, list[Parameter]]]:
         tower = {p for module in self.towers for p in module.parameters()}

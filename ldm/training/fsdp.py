@@ -17,11 +17,11 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from ldm.models.efficientnet import EfficientNetTower
-from ldm.models.layers import SpatialTransformer
+from ldm.models.layers import AttentionBlock, SpatialTransformer
 from ldm.models.unet import ResBlock
 
 if TYPE_CHECKING:
-    from ldm.training.diffusion_module import DiffusionTraining
+    from ldm.training.denoising import DenoisingTraining
 
 WHOLE = whole_states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -33,7 +33,7 @@ class ShardedStrategy(ModelParallelStrategy):
     optimizer's own order, so that any strategy resumes what any other one wrote.
     """
 
-    lightning_module: DiffusionTraining  # pyright: ignore[reportIncompatibleMethodOverride]
+    lightning_module: DenoisingTraining  # pyright: ignore[reportIncompatibleMethodOverride]
     lightning_restore_optimizer = True  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __init__(self, **kwargs: Any) -> None:
@@ -79,15 +79,15 @@ def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
 StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2 over all processes")
 
 
-def shard(module: DiffusionTraining, mesh: DeviceMesh) -> None:
+def shard(module: DenoisingTraining, mesh: DeviceMesh) -> None:
     """Shard the module's parameters among the processes of a mesh, in place.
 
     The blocks of the UNet and the layers of the towers are gathered when they run and dropped again afterwards; the
     remaining parameters are gathered around the methods by which the module is called.
     """
     module.unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    blocks = [m for m in module.unet.modules() if isinstance(m, ResBlock | SpatialTransformer)]
-    for tower in module.towers:
+    blocks = [m for m in module.unet.modules() if isinstance(m, ResBlock | SpatialTransformer | AttentionBlock)]
+    for tower in getattr(module, "towers", ()):
         blocks += [] if isinstance(tower, EfficientNetTower) else tower.encoder.layers
     for block in blocks:
         fully_shard(block, mesh=mesh)

@@ -25,6 +25,7 @@ from ldm.checkpoint.keys import SCHEDULE_BUFFERS, check_keys, to_module_keys
 from ldm.config import Config, ConfigError, dump_config
 from ldm.data.datamodule import DataModule
 from ldm.files import UserError, read_json, write_json, write_text
+from ldm.pixel_diffusion import named_as_here
 from ldm.training.callbacks import MODULES, Interrupted, MetricsFile, SafeCheckpointIO, run_callbacks
 from ldm.training.module import parts_of
 
@@ -63,9 +64,9 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
         pl.seed_everything(config.seed % 2**32, workers=True, verbose=False)
         self.config, self.run_dir = config, run_dir
-        self.data = DataModule(config)
         self.trainer = _trainer(config, run_dir)
         _check_combinations(config, self.trainer.world_size)
+        self.data = DataModule(config)
         self.global_batch = self.trainer.accumulate_grad_batches * self.trainer.world_size * config.data.batch_size
         self.module = MODULES[config.stage, config.model.kind](config)
         if scale_lr:  # in the config, so that a resumed run finds it there
@@ -78,7 +79,8 @@ class Run:
         """
         if not resuming:
             names = self.module.state_dict()
-            state = to_module_keys(read_checkpoint(checkpoint), expected=names) if checkpoint else {}
+            state = named_as_here(read_checkpoint(checkpoint), self.config.model) if checkpoint else {}
+            state = to_module_keys(state, expected=names)
             unused = (*SCHEDULE_BUFFERS, "discriminator.")  # the config's schedule; a random discriminator
             state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
             state, optional = self.module.starting_weights(state, checkpoint, from_scratch)
@@ -144,7 +146,10 @@ class Run:
             lines.append(f"best checkpoint: {best}" + (f" (val/loss {loss:.4g})" if loss is not None else ""))
             checkpoint = best
         file = shlex.quote(str(checkpoint))
-        if self.config.stage == "diffusion":
+        if self.config.model.kind != "latent":
+            classifies = self.config.stage == "classifier"
+            following = "scripts/sample_images.py " + (f"MODEL --classifier {file}" if classifies else file)
+        elif self.config.stage == "diffusion":
             reads = {"exemplar": "--reference REFERENCE", "text": "--prompt PROMPT"}
             inputs = reads.get(self.config.model.condition, " ".join(reads.values()))
             config = shlex.quote(str(self.run_dir / "config.yaml"))
@@ -192,20 +197,43 @@ def _commit() -> str | None:
 
 
 def _check_combinations(config: Config, processes: int) -> None:
-    """Refuse settings of the trainer that this training cannot work with."""
+    """Refuse settings that this training cannot work with."""
     strategy, precision = config.trainer.get("strategy", "auto"), config.trainer.get("precision")
-    first_stage, sharded = config.stage == "first_stage", strategy == "fsdp2"
+    stage, model, options, data = config.stage, config.model, config.training, config.data.kind
+    first_stage, sharded, kind = stage == "first_stage", strategy == "fsdp2", model.kind
+    stages = " or ".join(stage for stage, trained in MODULES if trained == kind)
+    objective, learned, fid = options.objective, model.variance == "learned_range", config.logging.fid_every
+    edm, discrete = model.schedule.name == "edm", options.timesteps != "uniform" or options.min_snr_gamma > 0
+    size, least = model.image_size, 1 if kind == "latent" else 2 ** (len(model.unet.channel_mult) - 1)
     # before adversarial_start the discriminator has no gradients
     unused = first_stage and config.first_stage_training.adversarial_weight > 0 and processes > 1
-    for key, got, expected, refused in (
+    for message, refused in {
+        f"stage: got {stage}, expected {stages} with model.kind {kind}": stage not in stages,
+        f"data.kind: got {data}, expected images with pixel and classifier as model.kind, another with latent": (
+            (data == "images") == (kind == "latent")
+        ),
+        f"model.image_size: got {size}, expected a multiple of {least} for model.unet.channel_mult": size % least,
+        f"training.objective: got {objective}, expected another one: model.variance is {model.variance}": (
+            kind == "pixel" and objective == ("simple" if learned else "hybrid")
+        ),
+        "model.schedule.name: got edm, expected another one for its loss or for weighted timesteps": (
+            kind == "pixel" and edm and (discrete or objective != "simple")
+        ),
+        f"logging.fid_every: got {fid}, expected 0 with model.kind {kind}": fid and kind != "pixel",
         # weights in 16 bits lose the optimizer's small updates
-        ("trainer.precision", precision, "32-true, bf16-mixed or 16-mixed", precision in ("bf16-true", "16-true")),
-        ("trainer.strategy", strategy, "auto or ddp: the first stage is not sharded", first_stage and sharded),
-        ("training.compile", "true", "false with trainer.strategy fsdp2", config.training.compile and sharded),
-        ("trainer.strategy", strategy, "ddp_find_unused_parameters_true", unused and strategy in ("auto", "ddp")),
-    ):
+        f"trainer.precision: got {precision}, expected 32-true, bf16-mixed or 16-mixed": (
+            precision in ("bf16-true", "16-true")
+        ),
+        f"trainer.strategy: got {strategy}, expected auto or ddp: the first stage is not sharded": (
+            first_stage and sharded
+        ),
+        "training.compile: got true, expected false with trainer.strategy fsdp2": options.compile and sharded,
+        f"trainer.strategy: got {strategy}, expected ddp_find_unused_parameters_true": (
+            unused and strategy in ("auto", "ddp")
+        ),
+    }.items():
         if refused:
-            raise ConfigError(f"{key}: got {got}, expected {expected}")
+            raise ConfigError(message)
 
 
 def _trainer(config: Config, run_dir: Path) -> pl.Trainer:

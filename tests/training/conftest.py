@@ -21,6 +21,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
@@ -31,9 +32,12 @@ from ldm.config import Config, load_config
 from ldm.data.datamodule import DataModule
 from ldm.evaluation import cache
 from ldm.training import callbacks, cli
+from ldm.training.callbacks import MODULES
 from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.run import Run
 from scripts import pipeline
+from tests.pixel import CLASSIFIER, write_digits
+from tests.pixel import TINY as PIXEL_TINY
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
@@ -318,3 +322,47 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str
     monkeypatch.setattr(pipeline, "execute", execute)
     monkeypatch.setattr(cache, "DEFAULT_PATH", tmp_path / "features")
     return done
+
+
+# --- In pixel space ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits") / "digits.npz")
+
+
+@pytest.fixture(scope="session")
+def pixel_config(digits: Path) -> MakeConfig:
+    """The tiny config of a diffusion model of digits, or of a classifier, with overrides."""
+
+    def config(*overrides: str, stage: str = "diffusion") -> Config:
+        parts = [PIXEL_TINY, CLASSIFIER] if stage == "classifier" else [PIXEL_TINY]
+        return load_config(*map(OmegaConf.create, parts), overrides=[f"data.root={digits}", *overrides])
+
+    return config
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    weights: Path | None = None,
+    resume: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> tuple[Run, int]:
+    """Run a config in this process, from random weights, a file or a checkpoint; further callbacks act first."""
+    run = Run(config, run_dir)
+    run.trainer.callbacks[:0] = callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    run.initialise(weights and str(weights), from_scratch=True, resuming=resume is not None)
+    return run, run.fit(resume)
+
+
+def filled(config: Config) -> Any:
+    """A module in pixel space whose zero-initialised layers have an effect."""
+    torch.manual_seed(0)
+    module = MODULES[config.stage, config.model.kind](config)
+    for parameter in module.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return module
