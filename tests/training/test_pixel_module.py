@@ -248,9 +248,10 @@ def test_a_nan_stops_the_run(stage: str, pixel_config: MakeConfig, tmp_path: Pat
 @pytest.mark.parametrize("stage", ["diffusion", "classifier"])
 def test_mixed_precision(stage: str, pixel_config: MakeConfig, tmp_path: Path) -> None:
     """The first loss, before any step, is that of float32 to bfloat16's 8 bits; weights stay float32."""
-    losses = []
+    losses, start = [], tmp_path / "start.ckpt"
+    torch.save({"state_dict": filled(pixel_config(stage=stage)).state_dict()}, start)
     for precision in ("32-true", "bf16-mixed"):
-        train(pixel_config(f"trainer.precision={precision}", stage=stage), tmp_path / precision)
+        train(pixel_config(f"trainer.precision={precision}", stage=stage), tmp_path / precision, weights=start)
         losses.append(column(tmp_path / precision, "train/loss")[0])
         assert {tensor.dtype for tensor in last(tmp_path / precision)["state_dict"].values()} == {torch.float32}
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
