@@ -33,12 +33,13 @@ class NoiseSchedule:
 
     betas: Tensor  # (T,) in (0, 1): variance added by step t
     alphas_cumprod: Tensor  # (T,) in (0, 1), decreasing: share of x_0's variance left in x_t
+    times: Sequence[float] = ()  # (T,) what a network is told at each step, where that is not its number
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
         """Return the schedule on a device, the same each time; MPS has no float64, there it is rounded."""
         if (place := str(device)) not in self._copies:
             dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-            copy = NoiseSchedule(self.betas.to(device, dtype), self.alphas_cumprod.to(device, dtype))
+            copy = NoiseSchedule(self.betas.to(device, dtype), self.alphas_cumprod.to(device, dtype), self.times)
             self._copies[place] = self if place == "cpu" else copy
         return self._copies[place]
 
@@ -48,14 +49,17 @@ class NoiseSchedule:
 
     def spaced(self, timesteps: Sequence[int]) -> "NoiseSchedule":
         """Return the shorter chain through some ascending timesteps. Source: iDDPM, Eq. 19."""
-        ac = self.alphas_cumprod[list(timesteps)]
-        return NoiseSchedule(betas=1 - ac / torch.cat([ac.new_ones(1), ac[:-1]]), alphas_cumprod=ac)
+        return NoiseSchedule.of_ac(self.alphas_cumprod[list(timesteps)], timesteps)
 
     @classmethod
-    def of_sigmas(cls, sigmas: Sequence[float] | Tensor) -> "NoiseSchedule":
+    def of_ac(cls, ac: Tensor, times: Sequence[float] = ()) -> "NoiseSchedule":
+        """Return the chain with these alphas_cumprod."""
+        return cls(1 - ac / torch.cat([ac.new_ones(1), ac[:-1]]), ac, times)
+
+    @classmethod
+    def of_sigmas(cls, sigmas: Sequence[float], times: Sequence[float] = ()) -> "NoiseSchedule":
         """Return the chain whose noise relative to x_0 rises through `sigmas`: x_t / alpha_t = x_0 + sigma eps."""
-        ac = 1 / (1 + torch.as_tensor(sigmas, dtype=torch.float64, device="cpu") ** 2)
-        return cls(betas=1 - ac / torch.cat([ac.new_ones(1), ac[:-1]]), alphas_cumprod=ac)
+        return cls.of_ac(1 / (1 + torch.tensor(sigmas, dtype=torch.float64, device="cpu") ** 2), times or sigmas)
 
     @property
     def sigmas(self) -> Tensor:
@@ -112,7 +116,7 @@ def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
     T, start, end = config.num_timesteps, config.linear_start, config.linear_end
     if config.name == "edm":
         low, high = config.sigma_min ** (1 / 7), config.sigma_max ** (1 / 7)
-        return NoiseSchedule.of_sigmas(torch.linspace(low, high, T, dtype=torch.float64, device="cpu") ** 7)
+        return NoiseSchedule.of_sigmas((torch.linspace(low, high, T, dtype=torch.float64, device="cpu") ** 7).tolist())
     # the device is named because models are built under torch.device("meta")
     if config.name == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64, device="cpu") ** 2
@@ -138,8 +142,7 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     """
     alpha = schedule.alphas_cumprod.sqrt()
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])  # shift the end to 0, scale back to alpha_0
-    ac = alpha.square().clamp(min=1e-8)
-    return NoiseSchedule(betas=1 - ac / torch.cat([ac.new_ones(1), ac[:-1]]), alphas_cumprod=ac)
+    return NoiseSchedule.of_ac(alpha.square().clamp(min=1e-8))
 
 
 def posterior_coefficients(beta: Tensor, ac_t: Tensor, ac_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:

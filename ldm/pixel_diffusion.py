@@ -7,7 +7,7 @@ Karras et al. 2022 (EDM, arXiv:2206.00364); Chen et al. 2023 (self-conditioning,
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -70,14 +70,6 @@ class Guidance:
             x = x_t.detach().requires_grad_()
             log_p = self.classifier(x, t).log_softmax(1).gather(1, labels[:, None])
             return self.classifier_scale * torch.autograd.grad(log_p.sum(), x)[0]
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The steps of a sampling run, in rising order of noise."""
-
-    schedule: NoiseSchedule  # of S steps, on the CPU
-    times: Sequence[float]  # (S,) what the network is told: timesteps, with EDM noise levels
 
 
 class PixelDiffusion(nn.Module):
@@ -205,7 +197,7 @@ class PixelDiffusion(nn.Module):
 
     # --- Sampling -----------------------------------------------------------------------------------------------------
 
-    def chain(self, sampler: str, steps: str) -> Chain:
+    def chain(self, sampler: str, steps: str) -> NoiseSchedule:
         """Choose the steps of a sampler: their number, or for `ddpm` and `ddim` any text for `spaced_timesteps`.
 
         Raises ValueError for a text that says neither.
@@ -220,10 +212,10 @@ class PixelDiffusion(nn.Module):
         elif self.is_edm or sampler == "heun":
             levels = samplers.karras_sigmas(int(steps), sigmas[0].item(), sigmas[-1].item())[::-1]
             times = levels if self.is_edm else np.interp(np.log(levels), sigmas.log().numpy(), range(T)).tolist()
-            return Chain(NoiseSchedule.of_sigmas(levels), times)
+            return NoiseSchedule.of_sigmas(levels, times)
         else:
             timesteps = samplers.choose_timesteps(sampler, T, int(steps))[::-1]
-        return Chain(self.schedule.spaced(timesteps), timesteps)
+        return self.schedule.spaced(timesteps)
 
     @torch.no_grad()
     def sample(
@@ -249,10 +241,10 @@ class PixelDiffusion(nn.Module):
             generator: source of further noise, one for the batch or one per sample.
         """
         chain, noise = self.chain(sampler, steps), partial(draw_noise, x_T.shape, generator, device=x_T.device)
-        num_steps, ac, x = len(chain.times), chain.schedule.alphas_cumprod, x_T
+        num_steps, ac, x = len(chain.times), chain.alphas_cumprod, x_T
         denoiser = _Denoiser(self, chain, labels, low_res, guidance, clip)
         if sampler == "heun":
-            sigmas = chain.schedule.sigmas.tolist()[::-1]
+            sigmas = chain.sigmas.tolist()[::-1]
             results = samplers.heun(denoiser.x_0_at, x_T * sigmas[0], sigmas, noise)
         elif sampler == "ddpm":
             results = samplers.ancestral(denoiser.reverse, x_T, num_steps, noise)
@@ -285,19 +277,18 @@ class PixelDiffusion(nn.Module):
         Source: iDDPM, section 2.
         """
         chain, noise = self.chain("ddpm", steps), noise or partial(torch.randn_like, x_0)
-        schedule, denoiser = chain.schedule, _Denoiser(self, chain, labels, low_res, Guidance(), clip)
+        denoiser, tables = _Denoiser(self, chain, labels, low_res, Guidance(), clip), chain.to(x_0.device)
         terms: dict[str, list[Tensor]] = {"vb": [], "mse": [], "x_0_mse": []}
         for k in reversed(range(len(chain.times))):
             eps = noise()
-            x_t = q_sample(x_0, k, eps, schedule.alphas_cumprod)
+            x_t = q_sample(x_0, k, eps, chain.alphas_cumprod)
             p = denoiser.reverse(x_t, k)
-            t = torch.full((len(x_0),), k, device=x_0.device)
-            terms["vb"].append(vlb_term(x_0, x_t, t, p, schedule.to(x_0.device)))
-            eps_pred = to_eps(p.x_0, x_t, k, "x0", schedule.alphas_cumprod)
+            eps_pred = to_eps(p.x_0, x_t, k, "x0", chain.alphas_cumprod)
+            terms["vb"].append(vlb_term(x_0, x_t, torch.full((len(x_0),), k, device=x_0.device), p, tables))
             terms["mse"].append((eps_pred - eps).square().flatten(1).mean(1))
             terms["x_0_mse"].append((p.x_0 - x_0).square().flatten(1).mean(1))
         columns = {name: torch.stack(values[::-1], dim=1) for name, values in terms.items()}
-        prior = prior_bpd(x_0, schedule.to(x_0.device))
+        prior = prior_bpd(x_0, tables)
         return {**columns, "prior": prior, "total": columns["vb"].sum(1) + prior}
 
 
@@ -306,7 +297,7 @@ class _Denoiser:
     """A model with its conditions and guidance, as samplers call it."""
 
     model: PixelDiffusion
-    chain: Chain
+    chain: NoiseSchedule
     labels: Tensor | None
     low_res: Tensor | None
     guidance: Guidance
@@ -340,16 +331,15 @@ class _Denoiser:
 
     def reverse(self, x: Tensor, k: int) -> Reverse:
         """Return p(x_(k - 1) | x_k); a classifier shifts its mean by variance times gradient: ADM, Algorithm 1."""
-        schedule = self.chain.schedule
-        output, _, _ = self.run(x, self.chain.times[k], k, schedule.alphas_cumprod)
-        p = self.model.reverse(output, x, k, schedule, self.clip)
+        output, _, _ = self.run(x, self.chain.times[k], k, self.chain.alphas_cumprod)
+        p = self.model.reverse(output, x, k, self.chain, self.clip)
         if self.guidance.classifier is None:
             return p
         return p._replace(mean=p.mean + p.log_variance.exp() * self._gradient(x, k))
 
     def eps(self, x: Tensor, k: int) -> samplers.Eps:
         """Return the noise in x_k; a classifier changes it as a score: ADM, Algorithm 2."""
-        ac, kind = self.chain.schedule.alphas_cumprod, self.model.parameterization
+        ac, kind = self.chain.alphas_cumprod, self.model.parameterization
         output, x_0, null = self.run(x, self.chain.times[k], k, ac)
         if self.guidance.classifier is not None:  # x_0 is clipped before guidance, not after it
             return to_eps(x_0, x, k, "x0", ac) - math.sqrt(1 - ac[k].item()) * self._gradient(x, k)
@@ -359,7 +349,7 @@ class _Denoiser:
     def x_0_at(self, x: Tensor, sigma: float) -> Tensor:
         """Return x_0 for x_0 + sigma eps, at any noise level."""
         ac = torch.tensor([1 / (1 + sigma**2)], dtype=torch.float64)
-        levels = self.chain.schedule.sigmas.log().numpy()
+        levels = self.chain.sigmas.log().numpy()
         time = sigma if self.model.is_edm else float(np.interp(math.log(sigma), levels, self.chain.times))
         return self.run(x * math.sqrt(ac.item()), time, 0, ac)[1]
 

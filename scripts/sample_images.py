@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Sample a pixel diffusion model: a grid, and a batch in the format of guided-diffusion's evaluation.
 
-    python scripts/sample_images.py                                       # the bundled model
+    python scripts/sample_images.py 256x256_diffusion_uncond.pt --num 16
     python scripts/sample_images.py 64x64_diffusion.pt --classifier 64x64_classifier.pt --num 50000 --npz
     torchrun --nproc-per-node 8 scripts/sample_images.py …                # each process takes its share
 
@@ -28,7 +28,6 @@ from ldm.files import UserError, atomic_write, check_writable, read_json, write_
 if TYPE_CHECKING:
     import numpy as np
 
-BUNDLED = Path(__file__).resolve().parents[1] / "pretrained_models" / "emoji-32"
 GRID = 64  # images of the grid at most
 
 
@@ -36,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, default=BUNDLED / "model.safetensors", help="default: the bundled model")
+    add("checkpoint", type=Path, help="of this project, or of improved-diffusion or guided-diffusion")
     add("--config", type=Path, metavar="YAML", help="of the checkpoint; default: config.yaml beside it, if any")
     add("--outdir", type=Path, default=Path("results/samples"), help="default: %(default)s")
     add("--num", type=int, default=GRID, metavar="N", help="images; default: %(default)s")

@@ -82,7 +82,7 @@ def test_inversion_loop() -> None:
     chain = model.chain("ddim", "ddim10")
     denoiser = _Denoiser(model, chain, golden["y"], None, Guidance(), False)
     with torch.no_grad():
-        results = invert(denoiser.eps, golden["reverse/x_0"], chain.schedule.alphas_cumprod, range(10)[::-1])
+        results = invert(denoiser.eps, golden["reverse/x_0"], chain.alphas_cumprod, range(10)[::-1])
         states = torch.stack([x for x, _ in results])
     near(states[:9], golden["reverse/samples"], TRAJECTORY)
 
@@ -183,7 +183,7 @@ def round_trip(model: PixelDiffusion, x_0: Tensor, steps: str, clip: bool) -> tu
     denoiser = _Denoiser(model, chain, None, None, Guidance(), clip)
     timesteps = range(len(chain.times))[::-1]
     with torch.no_grad():
-        *_, (x_T, _) = invert(denoiser.eps, x_0, chain.schedule.alphas_cumprod, timesteps, clip=clip)
+        *_, (x_T, _) = invert(denoiser.eps, x_0, chain.alphas_cumprod, timesteps, clip=clip)
     return x_T, model.sample(x_T, sampler="ddim", steps=steps, clip=clip)
 
 
@@ -242,7 +242,7 @@ def test_guided_step() -> None:
             near(p.mean, golden["condition_mean/mean"][part], TRAJECTORY, of_largest=True)
             step = p.mean + (0.5 * p.log_variance).exp() * noise[part] * (k > 0)
             near(step, golden["p_sample"][part], TRAJECTORY, of_largest=True)
-            eps, ac = led.eps(x[part], k), chain.schedule.alphas_cumprod[k].item()
+            eps, ac = led.eps(x[part], k), chain.alphas_cumprod[k].item()
             assert isinstance(eps, Tensor)
             x_0 = (x[part] - math.sqrt(1 - ac) * eps) / math.sqrt(ac)
             near(x_0, golden["condition_score/pred_xstart"][part], 2 * TRAJECTORY, of_largest=True)
@@ -440,4 +440,4 @@ def test_the_time_of_a_rescaled_model() -> None:
 def test_all_steps_are_the_schedule_itself() -> None:
     chain = tiny().chain("ddpm", "")
     assert list(chain.times) == list(range(50))
-    relative(chain.schedule.betas, tiny().schedule.betas, 1e-12)
+    relative(chain.betas, tiny().schedule.betas, 1e-12)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.config import ScheduleConfig, UNetConfig
 from ldm.diffusion import NoiseSchedule, Reverse, min_snr_weight, p_mean_variance, q_sample
-from ldm.pixel_diffusion import Chain, Guidance, PixelDiffusion, _Denoiser
+from ldm.pixel_diffusion import Guidance, PixelDiffusion, _Denoiser
 from ldm.samplers import (
     _ddim_step,
     classifier_free,
@@ -214,7 +214,7 @@ def test_self_conditioning_is_a_choice_of_each_sample() -> None:
 
 
 def run(
-    model: PixelDiffusion, key: str, patch: pytest.MonkeyPatch, chain: Chain | None = None, **options: Any
+    model: PixelDiffusion, key: str, patch: pytest.MonkeyPatch, chain: NoiseSchedule | None = None, **options: Any
 ) -> Tensor:
     """Sample from recorded noise; return x_T and x after every step in [0, 1], (B, S + 1, ...)."""
     draws = Draws(lineage("ddp_samples")[f"{key}/draws"], patch)
@@ -225,10 +225,10 @@ def run(
     return (torch.stack(states, dim=1) + 1) / 2
 
 
-def their_ddim(model: PixelDiffusion, steps: int) -> Chain:
+def their_ddim(model: PixelDiffusion, steps: int) -> NoiseSchedule:
     """T - 1 and evenly down to -1, which is x_0."""
     times = torch.linspace(-1, len(model.schedule.betas) - 1, steps + 1).int()[1:].tolist()
-    return Chain(model.schedule.spaced(times), times)
+    return model.schedule.spaced(times)
 
 
 @pytest.mark.parametrize("objective", ["pred_noise", "pred_v"])
@@ -282,7 +282,7 @@ def test_edm_sampler(kind: str) -> None:
     golden, model = lineage("ddp_samples"), edm()
     start, *noises = golden[f"elucidated/{kind}/draws"]
     chain = model.chain("heun", "6")
-    sigmas = chain.schedule.sigmas.tolist()[::-1]
+    sigmas = chain.sigmas.tolist()[::-1]
     denoiser = _Denoiser(model, chain, None, None, Guidance(), "noclamp" not in kind)
     churn = {"churn": 80.0, "churn_range": (0.05, 50.0), "churn_noise": 1.003} if kind != "heun6_nochurn" else {}
     used = iter([z for z, s in zip(noises, sigmas, strict=True) if 0.05 <= s <= 50])

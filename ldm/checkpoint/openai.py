@@ -13,33 +13,40 @@ from einops import rearrange
 from torch import Tensor
 
 State = Mapping[str, Tensor]
-PUBLISHED = {  # parameters => names, image size, schedule (c: cosine, l: linear), T, heads or channels of each, low_res
-    121_063_942: ("imagenet64_uncond_100M_1500K.pt, imagenet64_uncond_vlb_100M_1500K.pt", 64, "c", 4000, (4, None), 0),
-    52_546_438: ("cifar10_uncond_50M_500K.pt, cifar10_uncond_vlb_50M_500K.pt", 32, "c", 4000, (4, None), 0),
-    273_049_350: ("imagenet64_cond_270M_250K.pt", 64, "c", 4000, (4, None), 0),
-    279_792_390: ("upsample_cond_500K.pt", 256, "l", 4000, (4, None), 64),
-    113_676_678: ("lsun_uncond_100M_1200K_bs128.pt, lsun_uncond_100M_2400K_bs64.pt", 256, "l", 1000, (1, None), 0),
-    295_904_454: ("64x64_diffusion.pt", 64, "c", 1000, (4, 64), 0),
-    421_529_606: ("128x128_diffusion.pt", 128, "l", 1000, (4, None), 0),
-    553_838_086: ("256x256_diffusion.pt", 256, "l", 1000, (4, 64), 0),
-    552_814_086: (
-        "256x256_diffusion_uncond.pt, lsun_*.pt",
-        256,
-        "l",
-        1000,
-        (4, 64),
+PUBLISHED = {  # parameters => names, image size, schedule, T, heads or channels of each, size of low_res
+    121_063_942: (
+        "imagenet64_uncond_100M_1500K.pt, imagenet64_uncond_vlb_100M_1500K.pt",
+        64,
+        "cosine",
+        4000,
+        4,
+        None,
         0,
     ),
-    558_997_638: ("512x512_diffusion.pt", 512, "l", 1000, (4, 64), 0),
-    311_795_910: ("64_256_upsampler.pt", 256, "l", 1000, (4, None), 64),
-    308_835_270: ("128_512_upsampler.pt", 512, "l", 1000, (4, 64), 128),
-    65_438_568: ("64x64_classifier.pt", 64, "c", 1000, (4, 64), 0),
-    42_568_040: ("128x128_classifier.pt", 128, "l", 1000, (4, 64), 0),
-    54_096_360: ("256x256_classifier.pt", 256, "l", 1000, (4, 64), 0),
-    54_448_360: ("512x512_classifier.pt", 512, "l", 1000, (4, 64), 0),
+    52_546_438: ("cifar10_uncond_50M_500K.pt, cifar10_uncond_vlb_50M_500K.pt", 32, "cosine", 4000, 4, None, 0),
+    273_049_350: ("imagenet64_cond_270M_250K.pt", 64, "cosine", 4000, 4, None, 0),
+    279_792_390: ("upsample_cond_500K.pt", 256, "linear", 4000, 4, None, 64),
+    113_676_678: ("lsun_uncond_100M_1200K_bs128.pt, lsun_uncond_100M_2400K_bs64.pt", 256, "linear", 1000, 1, None, 0),
+    295_904_454: ("64x64_diffusion.pt", 64, "cosine", 1000, 4, 64, 0),
+    421_529_606: ("128x128_diffusion.pt", 128, "linear", 1000, 4, None, 0),
+    553_838_086: ("256x256_diffusion.pt", 256, "linear", 1000, 4, 64, 0),
+    552_814_086: ("256x256_diffusion_uncond.pt, lsun_*.pt", 256, "linear", 1000, 4, 64, 0),
+    558_997_638: ("512x512_diffusion.pt", 512, "linear", 1000, 4, 64, 0),
+    311_795_910: ("64_256_upsampler.pt", 256, "linear", 1000, 4, None, 64),
+    308_835_270: ("128_512_upsampler.pt", 512, "linear", 1000, 4, 64, 128),
+    65_438_568: ("64x64_classifier.pt", 64, "cosine", 1000, 4, 64, 0),
+    42_568_040: ("128x128_classifier.pt", 128, "linear", 1000, 4, 64, 0),
+    54_096_360: ("256x256_classifier.pt", 256, "linear", 1000, 4, 64, 0),
+    54_448_360: ("512x512_classifier.pt", 512, "linear", 1000, 4, 64, 0),
 }
 RESCALED = (121_063_942, 52_546_438)  # timesteps were multiplied by 1000 / T
 NEW_ORDER = (295_904_454,)  # of attention channels: queries of all heads, then keys, then values
+POOLS = {  # pool => its last weight and that one's axes
+    "attention": ("out.2.c_proj.weight", 3),
+    "adaptive": ("out.3.weight", 4),
+    "spatial_v2": ("out.3.weight", 2),
+    "spatial": ("out.2.weight", 2),
+}
 
 
 @dataclass(frozen=True)
@@ -59,67 +66,52 @@ def is_openai(state: State) -> bool:
 def examine(state: State) -> Found:
     """Read the architecture of a file off its names and shapes."""
     rows = {name: tensor.shape[0] for name, tensor in state.items()}
-    blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("input_blocks."))
-    is_classifier = not any(name.startswith("output_blocks.") for name in state)
-    ops, last = sum(name.endswith("op.weight") for name in state), "in_layers.2.weight"
-    gaps = set(range(blocks)) - {int(name.split(".")[1]) for name in state if name.startswith("input_blocks.")}
-    ups = {name for name in state if re.fullmatch(rf"output_blocks\.\d+\.[12]\.{re.escape(last)}", name)}
-    resample = "conv" if ops else "pool" if gaps else "res_block"
-    levels = (
-        _classifier_levels(state, blocks)
-        if is_classifier and resample == "res_block"
-        else 1 + (ops or len(gaps) or len(ups))
-    )
+    numbers = {int(name.split(".")[1]) for name in state if name.startswith("input_blocks.")}
+    blocks, is_classifier = 1 + max(numbers), not any(name.startswith("output_blocks.") for name in state)
+    strided = sum(name.endswith("op.weight") for name in state)
+    gaps = blocks - len(numbers)  # resampling without weights
+    upward = sum(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", name) is not None for name in state)
+    resample = "conv" if strided else "pool" if gaps else "res_block"
+    levels = 1 + (strided or gaps or upward)
+    if is_classifier and resample == "res_block":
+        levels = _classifier_levels(state, blocks)
     depth = blocks // levels - 1
     firsts = [1 + level * (depth + 1) for level in range(levels)]
-    model_channels = state["time_embed.0.weight"].shape[1]
+    width = state["time_embed.0.weight"].shape[1]
     widths = [rows[f"input_blocks.{i}.0.out_layers.3.weight"] for i in firsts]
-    count = sum(tensor.numel() for tensor in state.values())
-    names, size, schedule, T, (heads, head_channels), small = PUBLISHED.get(count, ("", 0, "", 0, (4, None), 0))
     inputs = state["input_blocks.0.0.weight"].shape[1]
-    channels = inputs if inputs in (1, 3, 4) else inputs // 2
     unet: dict[str, Any] = {
         "in_channels": inputs,
-        "model_channels": model_channels,
-        "channel_mult": [width / model_channels for width in widths],
+        "model_channels": width,
+        "channel_mult": [level / width for level in widths],
         "num_res_blocks": depth,
         "attention_resolutions": [2**i for i, k in enumerate(firsts) if f"input_blocks.{k}.1.qkv.weight" in state],
         "context_dim": 0,
         "scale_shift": rows["input_blocks.1.0.emb_layers.1.weight"] == 2 * widths[0],
         "resample": resample,
-        "norm_groups": 32,
     }
     model: dict[str, Any] = {"kind": "pixel", "unet": unet, "input_channels": ["x_t"]}
     if is_classifier:
-        pools = {"out.2.positional_embedding": "attention", "out.3.weight": "spatial_v2", "out.0.running": ""}
-        pool = next((kind for name, kind in pools.items() if name in state), "spatial")
-        if pool == "spatial_v2" and state["out.3.weight"].ndim == 4:
-            pool = "adaptive"
-        heads_of = {"attention": "out.2.c_proj.weight", "spatial": "out.2.weight"}
-        model |= {
-            "kind": "classifier",
-            "classifier": {"pool": pool, "num_classes": rows[heads_of.get(pool, "out.3.weight")]},
-        }
+        pool, head = next(
+            (pool, name) for pool, (name, axes) in POOLS.items() if name in state and state[name].ndim == axes
+        )
+        model |= {"kind": "classifier", "classifier": {"pool": pool, "num_classes": rows[head]}}
     else:
-        outputs = rows["out.2.weight"]
-        unet |= {"out_channels": outputs, "num_classes": rows.get("label_emb.weight")}
-        model["variance"] = "learned_range" if outputs == 2 * channels else "posterior"
-        if inputs == 2 * channels:
-            model["input_channels"] = ["x_t", "low_res"]
+        channels = inputs if inputs in (1, 3, 4) else inputs // 2
+        unet |= {"out_channels": rows["out.2.weight"], "num_classes": rows.get("label_emb.weight")}
+        model["variance"] = "learned_range" if rows["out.2.weight"] == 2 * channels else "posterior"
+        model["input_channels"] += ["low_res"] * (inputs == 2 * channels)
+    count = sum(tensor.numel() for tensor in state.values())
     what = f"{'classifier' if is_classifier else 'pixel diffusion model'}, {count:,} parameters"
-    if names:
-        unet |= {"num_heads": heads, "head_channels": head_channels}
-        unet["time_scale"] = 1000 / T if count in RESCALED else 1.0
-        ends = {"linear_start": 0.1 / T, "linear_end": 20 / T}
-        name = {"c": "cosine", "l": "linear"}[schedule]
-        model |= {
-            "image_size": size,
-            "schedule": {"name": name, "num_timesteps": T, **ends},
-            "small_size": small or None,
-        }
+    if known := PUBLISHED.get(count):
+        names, size, name, T, heads, head_channels, small = known
+        time_scale = 1000 / T if count in RESCALED else 1.0
+        unet |= {"num_heads": heads, "head_channels": head_channels, "time_scale": time_scale}
+        schedule = {"name": name, "num_timesteps": T, "linear_start": 0.1 / T, "linear_end": 20 / T}
+        model |= {"image_size": size, "schedule": schedule, "small_size": small or None}
         model["attention_layout"] = "qkv_head" if count in NEW_ORDER else "head_qkv"
         what += f", as {names}: {size} px, {name} schedule of {T} steps"
-    return Found({"model": model}, what, bool(names))
+    return Found({"model": model}, what, known is not None)
 
 
 def _classifier_levels(state: State, blocks: int) -> int:
