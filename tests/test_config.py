@@ -137,7 +137,6 @@ def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:
     ("override", "says"),
     [
         ("training.p_uncond=20", "0.2"),
-        ("data.arbitrary_mask_percent=50", "data.p_arbitrary_mask"),
         ("training.ema_decay=1.5", "< 1"),
         ("training.base_lr=4.5", "<= 1"),
         ("training.weight_decay=.inf", "finite"),
