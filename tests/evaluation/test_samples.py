@@ -11,19 +11,23 @@ import pytest
 import torch
 
 from ldm.config import dump_config
+from ldm.evaluation import samples
 from ldm.evaluation.features import WHOLE, FeatureNetwork
 from ldm.evaluation.frechet import frechet_distance, statistics_of
-from ldm.evaluation.inception import LOGITS, POOLED, SPATIAL
 from ldm.evaluation.samples import compare_batches, read_images
 from ldm.files import UserError
 from ldm.pixel_diffusion import PixelDiffusion
 from scripts import evaluate
 from tests.pixel import tiny_config, write_digits
 
+POOLED, SPATIAL, LOGITS = slice(0, 20), slice(20, 36), slice(36, 50)
 
-@pytest.fixture(scope="module")
-def network() -> FeatureNetwork:
-    """In place of Inception, which needs a download: random projections of its sizes."""
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> FeatureNetwork:
+    """In place of Inception, which needs a download and has a hundred times as many features: random projections."""
+    for name, columns in {"POOLED": POOLED, "SPATIAL": SPATIAL, "LOGITS": LOGITS}.items():
+        monkeypatch.setattr(samples, name, columns)
     weights = torch.randn(4 * 4 * 3, LOGITS.stop, generator=torch.Generator().manual_seed(0)) / 7
     modes = {WHOLE: ("as they are", lambda image: torch.from_numpy(np.array(image)).float() / 255)}
     return FeatureNetwork("projection", torch.nn.Linear(1, 1), lambda x: x.flatten(1) @ weights, LOGITS.stop, modes)
@@ -51,27 +55,25 @@ def test_other_files_are_refused(tmp_path: Path, array: np.ndarray | None) -> No
 
 
 def test_figures_of_a_batch(network: FeatureNetwork, tmp_path: Path) -> None:
-    samples, reference = (write_batch(tmp_path / f"{seed}.npz", seed) for seed in (1, 2))
-    figures = compare_batches(samples, reference, network, batch_size=8)
+    ours, reference = (write_batch(tmp_path / f"{seed}.npz", seed) for seed in (1, 2))
+    figures = compare_batches(ours, reference, network, batch_size=8)
     assert list(figures) == ["fid", "sfid", "is", "precision", "recall"]
-    features = [
-        network(torch.from_numpy(np.load(path)["arr_0"]).float() / 255).numpy() for path in (samples, reference)
-    ]
+    features = [network(torch.from_numpy(np.load(path)["arr_0"]).float() / 255).numpy() for path in (ours, reference)]
     for name, columns in (("fid", POOLED), ("sfid", SPATIAL)):
         parts = [statistics_of(x[:, columns].astype(np.float64)) for x in features]
         assert figures[name].value == pytest.approx(frechet_distance(*parts), rel=1e-6)
     p = torch.from_numpy(features[0][:, LOGITS]).double().softmax(1)
     score = (p * (p / p.mean(0)).log()).sum(1).mean().exp()
     assert figures["is"].value == pytest.approx(float(score), rel=1e-6)
-    same = compare_batches(samples, samples, network)
+    same = compare_batches(ours, ours, network)
     assert same["fid"].value == pytest.approx(0, abs=1e-4) and same["precision"].value == same["recall"].value == 1
 
 
 def test_a_references_own_statistics_count(network: FeatureNetwork, tmp_path: Path) -> None:
-    samples = write_batch(tmp_path / "a.npz", 1)
-    identity = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
-    figures = compare_batches(samples, write_batch(tmp_path / "b.npz", 2, **identity), network)
-    plain = compare_batches(samples, write_batch(tmp_path / "c.npz", 2), network)
+    ours = write_batch(tmp_path / "a.npz", 1)
+    far = {"mu": np.full(20, 9.0), "sigma": np.eye(20), "mu_s": np.full(16, 9.0), "sigma_s": np.eye(16)}
+    figures = compare_batches(ours, write_batch(tmp_path / "b.npz", 2, **far), network)
+    plain = compare_batches(ours, write_batch(tmp_path / "c.npz", 2), network)
     assert figures["fid"].value > 1000 > plain["fid"].value and figures["recall"] == plain["recall"]
 
 
