@@ -404,7 +404,7 @@ def load_pixel_model(
     state = {} if checkpoint is None else read_checkpoint(checkpoint)
     if is_openai(state):
         found = examine(state)
-        logger.info("%s: %s", checkpoint, found.summary)
+        logger.warning("%s: %s", checkpoint, found.summary)  # shown unless logging is set up otherwise
         if config is None and not found.is_published:
             keys = "model.schedule, model.image_size and model.unet.num_heads or head_channels"
             raise ConfigError(f"{checkpoint}: {found.summary}, none of the published ones; pass a config with {keys}")

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--npz", action="store_true", help="write one batch of all images, too")
     classes = "labels, or names that classes.json beside the checkpoint holds, in turn; default: drawn at random"
     add("--classes", nargs="+", metavar="CLASS", help=classes)
-    add("--low-res", type=Path, metavar="NPZ", help="images that an upsampler enlarges, `arr_0` of a batch")
+    add("--low-res", type=Path, metavar="NPZ", help="batch that an upsampler enlarges, with its labels")
     add("--sampler", default="ddpm", help="ddpm, ddim, plms, dpm_solver_pp, unipc or heun; default: %(default)s")
     steps = "a number, or for ddpm and ddim as guided-diffusion: ddim25, 10,10,10; default: %(default)s"
     add("--timesteps", default="250", metavar="STEPS", help=steps)
@@ -103,8 +103,8 @@ def sample(args: argparse.Namespace) -> None:
         args.classifier_scale,
     )
     known = classifier.config.classifier.num_classes if classifier else model.config.unet.num_classes
-    labels = choose_labels(args, known)
-    low_res = read_low_res(args, model.config.small_size)
+    low_res, classes = read_low_res(args, model.config.small_size)
+    labels = choose_labels(args, known, classes)
     parts = args.outdir / "parts"
     check_writable(parts)
     keep_settings(args, parts)
@@ -138,14 +138,16 @@ def config_of(checkpoint: Path, config: Path | None) -> Path | None:
     return config or next((path for path in beside if path.is_file()), None)
 
 
-def choose_labels(args: argparse.Namespace, num_classes: int | None) -> list[int]:
-    """Return a label for each image; none for a model without classes."""
+def choose_labels(args: argparse.Namespace, num_classes: int | None, classes: np.ndarray | None) -> list[int]:
+    """Return a label for each image, by default that of its small version; none for a model without classes."""
     import numpy as np
 
     if num_classes is None:
         if args.classes:
             raise UserError("--classes: the model has none, and no --classifier is given")
         return []
+    if not args.classes and classes is not None:
+        return classes[: args.num].tolist()
     if not args.classes:
         return np.random.default_rng(args.seed).integers(num_classes, size=args.num).tolist()
     names = read_json(args.checkpoint.parent / "classes.json", [])
@@ -157,23 +159,25 @@ def choose_labels(args: argparse.Namespace, num_classes: int | None) -> list[int
     return [labels[i % len(labels)] for i in range(args.num)]
 
 
-def read_low_res(args: argparse.Namespace, small_size: int | None) -> np.ndarray | None:
-    """Return the images that an upsampler enlarges, (N, h, w, C) uint8."""
+def read_low_res(
+    args: argparse.Namespace, small_size: int | None
+) -> tuple[np.ndarray, np.ndarray | None] | tuple[None, None]:
+    """Return the images that an upsampler enlarges, (N, h, w, C) uint8, and their labels (N,), if they are there."""
     import numpy as np
 
     if small_size is None:
-        return None
+        return None, None
     if args.low_res is None:
         raise UserError(f"--low-res: the model enlarges images of {small_size} px; pass a batch of them, arr_0 in .npz")
     try:
         with np.load(args.low_res, allow_pickle=False) as arrays:
-            images = arrays["arr_0"]
+            images, labels = arrays["arr_0"], arrays.get("arr_1")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{args.low_res}: no batch of images with arr_0: {error}") from None
     if images.dtype != np.uint8 or images.shape[1:3] != (small_size, small_size) or len(images) < args.num:
         expected = f"at least {args.num} of {small_size} x {small_size} pixels in uint8"
         raise UserError(f"{args.low_res}: got {images.shape} in {images.dtype}, expected {expected}")
-    return images
+    return images, labels
 
 
 def keep_settings(args: argparse.Namespace, parts: Path) -> None:

@@ -135,3 +135,20 @@ def test_a_published_layout_needs_its_config(tmp_path: Path, folder: Path) -> No
     keys = {"image_size": 8, "schedule": {"name": "cosine"}, "unet": {"num_heads": 2, "norm_groups": 8}}
     OmegaConf.save(OmegaConf.create({"model": keys}), tmp_path / "own.yaml")
     assert sample_images.main(words) == 0
+
+
+def test_an_upsampler_enlarges_a_batch_with_its_labels(tmp_path: Path) -> None:
+    overrides = ("model.input_channels=[x_t,low_res]", "model.unet.in_channels=2", "model.small_size=4")
+    config = tiny_config(Path("unused"), *overrides)
+    torch.save({"state_dict": PixelDiffusion(config.model).state_dict()}, tmp_path / "up.ckpt")
+    (tmp_path / "up.yaml").write_text(dump_config(config))
+    small = np.zeros((3, 4, 4, 1), np.uint8)
+    words = [tmp_path / "up.ckpt", "--outdir", tmp_path / "out", "--num", "3", "--timesteps", "2", "--npz"]
+    words = [str(word) for word in words]
+    assert sample_images.main(words) == 2  # what does it enlarge?
+    np.savez(tmp_path / "small.npz", arr_0=small, arr_1=np.array([7, 0, 9]))
+    assert sample_images.main([*words, "--low-res", str(tmp_path / "small.npz")]) == 0
+    images, labels = batch(tmp_path / "out")
+    assert images.shape == (3, 8, 8, 1) and labels.tolist() == [7, 0, 9]
+    np.savez(tmp_path / "small.npz", arr_0=small[:2])
+    assert sample_images.main([*words, "--low-res", str(tmp_path / "small.npz"), "--seed", "1"]) == 2
