@@ -428,9 +428,9 @@ def named_as_here(state: State, config: ModelConfig, attention_layout: str = "")
     """
     if not is_openai(state):
         return state
-    unet, known = config.unet, examine(state).config["model"].get("attention_layout", config.attention_layout)
-    prefix = "classifier." if config.kind == "classifier" else UNET
-    return to_module_layout(state, prefix, attention_layout or known, unet.num_heads, unet.head_channels)
+    unet, prefix = config.unet, "classifier." if config.kind == "classifier" else UNET
+    layout = attention_layout or examine(state).config["model"].get("attention_layout", config.attention_layout)
+    return to_module_layout(state, prefix, layout, unet.num_heads, unet.head_channels)
 
 
 def _check_widths(config: ModelConfig, channels: int) -> None:

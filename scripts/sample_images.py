@@ -16,7 +16,6 @@ import json
 import os
 import sys
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +76,7 @@ def sample(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from ldm.diffusion import draw_noise
     from ldm.editing.editor import pick_device
     from ldm.pixel_diffusion import Classifier, Guidance, PixelDiffusion, load_pixel_model
 
@@ -115,7 +115,7 @@ def sample(args: argparse.Namespace) -> None:
         if path.is_file():
             continue
         generators = [torch.Generator().manual_seed(args.seed * 2**32 + i) for i in range(start, stop)]
-        x_T = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        x_T = draw_noise((stop - start, *shape), generators, device=device)
         y = torch.tensor(labels[start:stop], device=device) if labels else None
         small = None
         if low_res is not None:
@@ -165,15 +165,13 @@ def read_low_res(
     """Return the images that an upsampler enlarges, (N, h, w, C) uint8, and their labels (N,), if they are there."""
     import numpy as np
 
+    from ldm.data.image_folder import read_batch
+
     if small_size is None:
         return None, None
     if args.low_res is None:
         raise UserError(f"--low-res: the model enlarges images of {small_size} px; pass a batch of them, arr_0 in .npz")
-    try:
-        with np.load(args.low_res, allow_pickle=False) as arrays:
-            images, labels = arrays["arr_0"], arrays.get("arr_1")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{args.low_res}: no batch of images with arr_0: {error}") from None
+    images, labels = read_batch(args.low_res)
     if images.dtype != np.uint8 or images.shape[1:3] != (small_size, small_size) or len(images) < args.num:
         expected = f"at least {args.num} of {small_size} x {small_size} pixels in uint8"
         raise UserError(f"{args.low_res}: got {images.shape} in {images.dtype}, expected {expected}")

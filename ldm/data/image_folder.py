@@ -99,7 +99,9 @@ def _open(root: Path, split: str, labels: str) -> tuple[Sequence[Source], list[s
         return images, names, sorted(set(names))
     folder = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
     if root.suffix == ".npz":
-        sources, names = _read_npz(root)
+        images, labelled = read_batch(root)
+        sources = list(images)
+        names = [f"{number:04}" for number in (np.zeros(len(images), int) if labelled is None else labelled).tolist()]
     else:
         place = folder or root
         sources = find_images(place)
@@ -115,15 +117,13 @@ def _open(root: Path, split: str, labels: str) -> tuple[Sequence[Source], list[s
     return [sources[i] for i in chosen], [names[i] for i in chosen], sorted(set(names))
 
 
-def _read_npz(path: Path) -> tuple[Sequence[Source], list[str]]:
-    """Read a batch of samples: `arr_0` (N, H, W, 3) uint8 and, if there is one, `arr_1` (N,) labels."""
+def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read a batch of images: `arr_0` (N, H, W, C) uint8 and, if there is one, `arr_1` (N,) labels."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            images = arrays["arr_0"]
-            numbers = arrays["arr_1"] if "arr_1" in arrays else np.zeros(len(images), dtype=np.int64)
+            return arrays["arr_0"], arrays.get("arr_1")
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{path}: no batch of images with arr_0: {error}") from None
-    return list(images), [f"{number:04}" for number in numbers.tolist()]
 
 
 class _Arrays(pickle.Unpickler):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.config import Config, LoggingConfig
 from ldm.data.image_folder import low_resolution
-from ldm.diffusion import q_sample, send_together
+from ldm.diffusion import draw_noise, q_sample, send_together
 from ldm.pixel_diffusion import Classifier, Guidance, PixelDiffusion
 from ldm.training.denoising import DenoisingTraining
 
@@ -58,7 +58,7 @@ class PixelTraining(PixelDiffusion, DenoisingTraining):
         """Return images and samples with their labels, (B, C, S, S) in [-1, 1]."""
         image = batch["image"]
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
-        noise = torch.stack([torch.randn(image.shape[1:], generator=g) for g in generators]).to(image.device)
+        noise = draw_noise(image.shape, generators, device=image.device)
         labels = batch["label"] if self.config.unet.num_classes else None
         low_res = low_resolution(image, self.config.small_size) if self.config.small_size else None
         guidance = Guidance(scale=options.guidance_scale if self.options.p_uncond > 0 else 1.0)
