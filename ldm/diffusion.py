@@ -115,8 +115,7 @@ def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
     """
     T, start, end = config.num_timesteps, config.linear_start, config.linear_end
     if config.name == "edm":
-        low, high = config.sigma_min ** (1 / 7), config.sigma_max ** (1 / 7)
-        return NoiseSchedule.of_sigmas((torch.linspace(low, high, T, dtype=torch.float64, device="cpu") ** 7).tolist())
+        return NoiseSchedule.of_sigmas(karras_sigmas(T, config.sigma_min, config.sigma_max)[::-1])
     # the device is named because models are built under torch.device("meta")
     if config.name == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64, device="cpu") ** 2
@@ -131,6 +130,12 @@ def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
         betas = (1 - f[1:] / f[:-1]).clamp(0, 0.999)
     schedule = NoiseSchedule(betas=betas, alphas_cumprod=torch.cumprod(1 - betas, dim=0))  # ac_t = prod (1 - beta_s)
     return zero_terminal_snr(schedule) if config.zero_terminal_snr else schedule
+
+
+def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> list[float]:
+    """Return noise levels from sigma_max down to sigma_min, evenly spaced as their rho-th roots. Source: EDM, Eq. 5."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return [(high + i / max(1, num_steps - 1) * (low - high)) ** rho for i in range(num_steps)]
 
 
 def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:

@@ -30,6 +30,7 @@ from ldm.diffusion import (
     NoiseSchedule,
     Reverse,
     draw_noise,
+    karras_sigmas,
     make_schedule,
     p_mean_variance,
     prior_bpd,
@@ -210,7 +211,7 @@ class PixelDiffusion(nn.Module):
         elif not steps.isdecimal() or int(steps) < 1:
             raise ValueError(f"timesteps: got {steps!r}, expected a number of steps for {sampler}")
         elif self.is_edm or sampler == "heun":
-            levels = samplers.karras_sigmas(int(steps), sigmas[0].item(), sigmas[-1].item())[::-1]
+            levels = karras_sigmas(int(steps), sigmas[0].item(), sigmas[-1].item())[::-1]
             times = levels if self.is_edm else np.interp(np.log(levels), sigmas.log().numpy(), range(T)).tolist()
             return NoiseSchedule.of_sigmas(levels, times)
         else:

@@ -357,12 +357,6 @@ def _interpolate(knots: list[_Knot], i: int, x_0s: list[Tensor]) -> Tensor:
 # --- EDM's sampler, in x = x_0 + sigma eps ----------------------------------------------------------------------------
 
 
-def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> list[float]:
-    """Return noise levels from sigma_max down to sigma_min, evenly spaced as their rho-th roots. Source: EDM, Eq. 5."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return [(high + i / max(1, num_steps - 1) * (low - high)) ** rho for i in range(num_steps)]
-
-
 def heun(
     denoise: Callable[[Tensor, float], Tensor],
     x: Tensor,

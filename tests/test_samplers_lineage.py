@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ldm.config import ScheduleConfig, UNetConfig
-from ldm.diffusion import NoiseSchedule, Reverse, min_snr_weight, p_mean_variance, q_sample
+from ldm.diffusion import NoiseSchedule, Reverse, karras_sigmas, min_snr_weight, p_mean_variance, q_sample
 from ldm.pixel_diffusion import Guidance, PixelDiffusion, _Denoiser
 from ldm.samplers import (
     _ddim_step,
@@ -21,7 +21,6 @@ from ldm.samplers import (
     ddim_steps,
     heun,
     invert,
-    karras_sigmas,
     repaint,
     repaint_steps,
     spaced_timesteps,
