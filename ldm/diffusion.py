@@ -19,10 +19,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.config import ScheduleConfig
 
@@ -103,6 +103,31 @@ class NoiseSchedule:
             "posterior_mean_coef2": coef_x_t,
         }
         return {name: buffer.float() for name, buffer in buffers.items()}
+
+
+class DiffusionModel(nn.Module):
+    """A network, under its name in published checkpoints, and its noise schedule; base of the three kinds of model."""
+
+    def __init__(self, network: nn.Module, schedule: ScheduleConfig) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"diffusion_model": network})
+        self.schedule = make_schedule(schedule)
+
+    @property
+    def unet(self) -> Any:
+        """The network."""
+        return self.model["diffusion_model"]
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The type to which inputs are cast before a network reads them."""
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def ac(self) -> Tensor:
+        """(T,) alphas_cumprod of the schedule, float64, on the model's device."""
+        # not a buffer: `module.to(bfloat16)` and `bf16-true` would round it, which makes sigma_t 0 at first timesteps
+        return self.schedule.to(next(self.unet.parameters()).device).alphas_cumprod
 
 
 def make_schedule(config: ScheduleConfig) -> NoiseSchedule:

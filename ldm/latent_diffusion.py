@@ -34,7 +34,7 @@ from ldm.checkpoint.keys import (
     to_module_keys,
 )
 from ldm.config import INPUT_CHANNELS, RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
-from ldm.diffusion import Generators, draw_noise, make_schedule, q_sample, send, target, to_eps
+from ldm.diffusion import DiffusionModel, Generators, draw_noise, q_sample, send, target, to_eps
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.controlnet import Steering
 from ldm.models.efficientnet import EfficientNetTower
@@ -47,25 +47,25 @@ from ldm.pixel_diffusion import load_pixel_model
 DECODED_PIXELS = {"cpu": 512**2, "gpu": 4 * 512**2}  # decoded together: the decoder needs about 3 KB for each
 
 
-class LatentDiffusion(nn.Module):
+class LatentDiffusion(DiffusionModel):
     """UNet, first stage, encoders of the condition and noise schedule, under the published attribute names.
 
-    Only the parts that the config needs are built. Methods stand in the order of their use: encode, condition, train or
-    sample, decode. Raises `ConfigError` if the parts do not fit together.
+    The denoiser is `unet(x (B, C, h, w), t (B,), context (B, L, D))` -> (B, Z, h, w). Only the parts that the config
+    needs are built. Methods stand in the order of their use: encode, condition, train or sample, decode. Raises
+    `ConfigError` if the parts do not fit together.
     """
 
     alphas_cumprod: Tensor
     betas: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
         _check_widths(config)
+        super().__init__(UNetModel(config.unet), config.schedule)
         self.config = config
         self.reads_exemplars, self.reads_text = config.condition != "text", config.condition != "exemplar"
         self.inpaints = not set(config.input_channels) & set(RELIGHTING_CHANNELS)
         # attention to a context of one token needs no queries and keys
         self.single_token = not self.reads_text and config.exemplar_encoder.tokens == "pooled"
-        self.model = nn.ModuleDict({"diffusion_model": UNetModel(config.unet)})  # names as in published checkpoints
         self.first_stage_model = AutoencoderKL(config.first_stage)
         self.downsampling = self.first_stage_model.downsampling  # pixels per latent cell and side
         if self.reads_exemplars:
@@ -74,26 +74,9 @@ class LatentDiffusion(nn.Module):
             self.learnable_vector = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.unet.context_dim)))
         if self.reads_text:
             self.text_encoder = TextEncoder(config.text_encoder)
-        self.schedule = make_schedule(config.schedule)
         for name, values in self.schedule.buffers().items():
             self.register_buffer(name, values)  # for the file format; computations use `ac`
         self._empty_prompt_cache: tuple[Any, Tensor] | None = None
-
-    @property
-    def unet(self) -> UNetModel:
-        """The denoiser: `unet(x (B, C, h, w), t (B,), context (B, L, D))` -> (B, Z, h, w)."""
-        return cast(UNetModel, self.model["diffusion_model"])
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """The type to which inputs are cast before a network reads them."""
-        return next(self.unet.parameters()).dtype
-
-    @property
-    def ac(self) -> Tensor:
-        """(T,) alphas_cumprod of the schedule, float64, on the model's device."""
-        # not the buffer: `module.to(bfloat16)` and `bf16-true` round it, which makes sigma_t 0 at the first timesteps
-        return self.schedule.to(self.betas.device).alphas_cumprod
 
     def encode_image(
         self, x: Tensor, generator: Generators | Tensor = None, index: Sequence[int] | None = None

@@ -12,13 +12,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import samplers
 from ldm.checkpoint.io import read_checkpoint
@@ -26,12 +26,12 @@ from ldm.checkpoint.keys import UNET, State, check_keys, misfit
 from ldm.checkpoint.openai import examine, is_openai, to_module_layout
 from ldm.config import Config, ConfigError, ModelConfig, load_config
 from ldm.diffusion import (
+    DiffusionModel,
     Generators,
     NoiseSchedule,
     Reverse,
     draw_noise,
     karras_sigmas,
-    make_schedule,
     p_mean_variance,
     prior_bpd,
     q_sample,
@@ -73,36 +73,19 @@ class Guidance:
             return self.classifier_scale * torch.autograd.grad(log_p.sum(), x)[0]
 
 
-class PixelDiffusion(nn.Module):
-    """UNet and noise schedule; the UNet's weights have the names of published files behind `model.diffusion_model.`.
+class PixelDiffusion(DiffusionModel):
+    """A model of images, with the UNet `unet(x (B, C_in, H, W), t (B,), labels (B,) or None)` -> (B, C or 2 C, H, W).
 
     Raises `ConfigError` if the parts of the config do not fit together.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config, learned = config, config.variance == "learned_range"
-        self.channels = config.unet.out_channels // (1 + learned)
-        _check_widths(config, self.channels)
+        channels = config.unet.out_channels // (2 if config.variance == "learned_range" else 1)
+        _check_widths(config, channels)
+        super().__init__(UNetModel(config.unet), config.schedule)
+        self.config, self.channels = config, channels
         self.is_edm = config.schedule.name == "edm"
         self.parameterization = "x0" if self.is_edm else config.parameterization
-        self.model = nn.ModuleDict({"diffusion_model": UNetModel(config.unet)})
-        self.schedule = make_schedule(config.schedule)
-
-    @property
-    def unet(self) -> UNetModel:
-        """The denoiser: `unet(x (B, C_in, H, W), t (B,), labels (B,) or None)` -> (B, C or 2 C, H, W)."""
-        return cast(UNetModel, self.model["diffusion_model"])
-
-    @property
-    def place(self) -> torch.device:
-        """The device of the weights."""
-        return next(self.unet.parameters()).device
-
-    @property
-    def ac(self) -> Tensor:
-        """(T,) alphas_cumprod of the schedule, float64, on the model's device."""
-        return self.schedule.to(self.place).alphas_cumprod
 
     def network(
         self,
@@ -120,25 +103,20 @@ class PixelDiffusion(nn.Module):
             labels: (B,) in [0, K); -1 means none.
             low_res: (B, C, h, w) in [-1, 1], enlarged here. x_0_pred: (B, C, H, W), earlier prediction; None is zero.
         """
-        run = partial(self._run_unet, labels=labels, low_res=low_res, x_0_pred=x_0_pred)
-        if not self.is_edm:
-            return run(x_t, t)
-        sigma, scale = t.reshape(-1, 1, 1, 1), self.config.schedule.sigma_data
-        noisy, total = x_t * (1 + sigma**2).sqrt(), sigma**2 + scale**2  # x_0 + sigma eps
-        output = run(noisy / total.sqrt(), t.log() / 4)  # F(c_in x, c_noise): EDM, Table 1
-        return scale**2 / total * noisy + sigma * scale / total.sqrt() * output  # c_skip x + c_out F
-
-    def _run_unet(
-        self, x: Tensor, t: Tensor, labels: Tensor | None, low_res: Tensor | None, x_0_pred: Tensor | None
-    ) -> Tensor:
+        x, time = x_t, t
+        if self.is_edm:
+            sigma, scale = t.reshape(-1, 1, 1, 1), self.config.schedule.sigma_data
+            noisy, total = x_t * (1 + sigma**2).sqrt(), sigma**2 + scale**2  # x_0 + sigma eps
+            x, time = noisy / total.sqrt(), t.log() / 4  # c_in x and c_noise: EDM, Table 1
         inputs = [x]
-        if "low_res" in self.config.input_channels:
-            assert low_res is not None
+        if low_res is not None:
             inputs.append(F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False))
         if "x_0_pred" in self.config.input_channels:
             inputs.append(torch.zeros_like(x) if x_0_pred is None else x_0_pred)
-        dtype = next(self.unet.parameters()).dtype
-        return self.unet(torch.cat(inputs, dim=1).to(dtype), t, labels).float()
+        output = self.unet(torch.cat(inputs, dim=1).to(self.weight_dtype), time, labels).float()
+        if not self.is_edm:
+            return output
+        return scale**2 / total * noisy + sigma * scale / total.sqrt() * output  # c_skip x + c_out F
 
     def loss(
         self,
@@ -162,7 +140,7 @@ class PixelDiffusion(nn.Module):
                 variance is learned: iDDPM, Eq. 16).
             self_condition: (B,) bool, samples that are also shown a first prediction.
         """
-        schedule, index = self.schedule.to(self.place), t
+        schedule, index = self.schedule.to(t.device), t
         if self.is_edm:
             ac = 1 / (1 + t.double() ** 2)
             schedule, index = NoiseSchedule(ac, ac), torch.arange(len(t), device=t.device)
@@ -355,28 +333,16 @@ class _Denoiser:
         return self.run(x * math.sqrt(ac.item()), time, 0, ac)[1]
 
 
-class Classifier(nn.Module):
-    """A classifier of noisy images with the noise schedule that it was trained on."""
+class Classifier(DiffusionModel):
+    """A classifier of noisy images; its `unet` is half of one."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(ClassifierModel(config.unet, config.classifier, config.image_size), config.schedule)
         self.config = config
-        self.classifier = ClassifierModel(config.unet, config.classifier, config.image_size)
-        self.schedule = make_schedule(config.schedule)
-
-    @property
-    def unet(self) -> ClassifierModel:
-        """The network: half a UNet."""
-        return self.classifier
-
-    @property
-    def ac(self) -> Tensor:
-        """(T,) alphas_cumprod of the schedule, float64, on the model's device."""
-        return self.schedule.to(next(self.parameters()).device).alphas_cumprod
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """(B, C, H, W) and (B,) timesteps -> logits (B, K), float32."""
-        return self.classifier(x_t.to(next(self.parameters()).dtype), t).float()
+        return self.unet(x_t.to(self.weight_dtype), t).float()
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
@@ -429,9 +395,8 @@ def named_as_here(state: State, config: ModelConfig, attention_layout: str = "")
     """
     if not is_openai(state):
         return state
-    unet, prefix = config.unet, "classifier." if config.kind == "classifier" else UNET
     layout = attention_layout or examine(state).config["model"].get("attention_layout", config.attention_layout)
-    return to_module_layout(state, prefix, layout, unet.num_heads, unet.head_channels)
+    return to_module_layout(state, UNET, layout, config.unet.num_heads, config.unet.head_channels)
 
 
 def _check_widths(config: ModelConfig, channels: int) -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Sample a pixel diffusion model: a grid, and a batch in the format of guided-diffusion's evaluation.
 
+    python scripts/sample_images.py                                       # the bundled model of 32 px emoji
     python scripts/sample_images.py 256x256_diffusion_uncond.pt --num 16
     python scripts/sample_images.py 64x64_diffusion.pt --classifier 64x64_classifier.pt --num 50000 --npz
     torchrun --nproc-per-node 8 scripts/sample_images.py …                # each process takes its share
@@ -28,13 +29,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 GRID = 64  # images of the grid at most
+BUNDLED = Path(__file__).resolve().parents[1] / "pretrained_models" / "emoji-32" / "model.safetensors"
+BUNDLED_SETTINGS = {"sampler": "dpm_solver_pp", "timesteps": "30", "guidance_scale": 2.0}
 
 
 def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="of this project, or of improved-diffusion or guided-diffusion")
+    checkpoint = "of this project, or of improved-diffusion or guided-diffusion; default: the bundled one"
+    add("checkpoint", type=Path, nargs="?", help=checkpoint)
     add("--config", type=Path, metavar="YAML", help="of the checkpoint; default: config.yaml beside it, if any")
     add("--outdir", type=Path, default=Path("results/samples"), help="default: %(default)s")
     add("--num", type=int, default=GRID, metavar="N", help="images; default: %(default)s")
@@ -62,7 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.checkpoint is None:
+        names = read_json(BUNDLED.parent / "classes.json", [])
+        parser.set_defaults(checkpoint=BUNDLED, classes=names, **BUNDLED_SETTINGS)
+        args = parser.parse_args(argv)
     try:
         sample(args)
     except (ValueError, OSError) as error:  # including UserError

@@ -98,8 +98,8 @@ def bits_per_dim(
     order: Sequence[tuple[int, int]] = [(0, i) for i in range(len(data))]  # pyright: ignore[reportArgumentType]
     generator = torch.Generator().manual_seed(seed)
     for batch in tqdm(DataLoader(data, batch_size, sampler=order), desc="bits per dim", unit="batch", disable=None):  # pyright: ignore[reportArgumentType]
-        x_0 = batch["image"].to(model.place)
-        labels = batch["label"].to(model.place) if model.config.unet.num_classes else None
+        x_0 = batch["image"].to(model.ac.device)
+        labels = batch["label"].to(model.ac.device) if model.config.unet.num_classes else None
         result = model.bits_per_dim(
             x_0, labels, steps=steps, noise=lambda x=x_0: torch.randn(x.shape, generator=generator).to(x.device)
         )
