@@ -103,20 +103,19 @@ class PixelDiffusion(DiffusionModel):
             labels: (B,) in [0, K); -1 means none.
             low_res: (B, C, h, w) in [-1, 1], enlarged here. x_0_pred: (B, C, H, W), earlier prediction; None is zero.
         """
-        x, time = x_t, t
+        x, time, skip, gain = x_t, t, None, 1.0
         if self.is_edm:
             sigma, scale = t.reshape(-1, 1, 1, 1), self.config.schedule.sigma_data
             noisy, total = x_t * (1 + sigma**2).sqrt(), sigma**2 + scale**2  # x_0 + sigma eps
             x, time = noisy / total.sqrt(), t.log() / 4  # c_in x and c_noise: EDM, Table 1
+            skip, gain = scale**2 / total * noisy, sigma * scale / total.sqrt()  # c_skip x and c_out
         inputs = [x]
         if low_res is not None:
             inputs.append(F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False))
         if "x_0_pred" in self.config.input_channels:
             inputs.append(torch.zeros_like(x) if x_0_pred is None else x_0_pred)
         output = self.unet(torch.cat(inputs, dim=1).to(self.weight_dtype), time, labels).float()
-        if not self.is_edm:
-            return output
-        return scale**2 / total * noisy + sigma * scale / total.sqrt() * output  # c_skip x + c_out F
+        return output if skip is None else skip + gain * output
 
     def loss(
         self,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 GRID = 64  # images of the grid at most
 BUNDLED = Path(__file__).resolve().parents[1] / "pretrained_models" / "emoji-32" / "model.safetensors"
-BUNDLED_SETTINGS = {"sampler": "dpm_solver_pp", "timesteps": "30", "guidance_scale": 2.0}
+BUNDLED_SETTINGS = {"sampler": "dpm_solver_pp", "timesteps": "20", "guidance_scale": 3.0}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,8 +14,16 @@ from torch import Tensor
 
 State = Mapping[str, Tensor]
 PUBLISHED = {  # parameters => names, image size, schedule, T, heads or channels of each, size of low_res
-    121_063_942: ("imagenet64_uncond[_vlb]_100M_1500K.pt", 64, "cosine", 4000, 4, None, 0),
-    52_546_438: ("cifar10_uncond[_vlb]_50M_500K.pt", 32, "cosine", 4000, 4, None, 0),
+    121_063_942: (
+        "imagenet64_uncond_100M_1500K.pt, imagenet64_uncond_vlb_100M_1500K.pt",
+        64,
+        "cosine",
+        4000,
+        4,
+        None,
+        0,
+    ),
+    52_546_438: ("cifar10_uncond_50M_500K.pt, cifar10_uncond_vlb_50M_500K.pt", 32, "cosine", 4000, 4, None, 0),
     273_049_350: ("imagenet64_cond_270M_250K.pt", 64, "cosine", 4000, 4, None, 0),
     279_792_390: ("upsample_cond_500K.pt", 256, "linear", 4000, 4, None, 64),
     113_676_678: ("lsun_uncond_100M_1200K_bs128.pt, lsun_uncond_100M_2400K_bs64.pt", 256, "linear", 1000, 1, None, 0),

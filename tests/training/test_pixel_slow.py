@@ -101,7 +101,8 @@ def test_a_compiled_network_trains_alike(
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
     losses = []
     for compiled in ("false", "true"):
-        config = pixel_config(f"training.compile={compiled}", "trainer.limit_val_batches=0", stage=stage)
+        options = (f"training.compile={compiled}", "trainer.limit_val_batches=0", "model.unet.channel_mult=[1]")
+        config = pixel_config(*options, stage=stage)
         train(config, tmp_path / compiled)
         losses.append(column(tmp_path / compiled, "train/loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
