@@ -102,7 +102,7 @@ def test_a_run_starts_from_a_file_of_theirs(stage: str, pixel_config: MakeConfig
     """Bare names, and the channels of attention of one head after the other."""
     config = pixel_config(stage=stage)
     module = filled(config)
-    prefix = "classifier." if stage == "classifier" else "model.diffusion_model."
+    prefix = "model.diffusion_model."
     state = {}
     for name, tensor in module.state_dict().items():
         state[name.removeprefix(prefix)] = by_head(tensor, 2) if ".qkv." in name else tensor
@@ -146,7 +146,7 @@ def test_recipes_build_the_published_architectures(name: str) -> None:
     config = load_config(ROOT / "configs/pixel" / name).model
     with torch.device("meta"):
         model = (Classifier if config.kind == "classifier" else PixelDiffusion)(config)
-    prefix = "classifier." if config.kind == "classifier" else "model.diffusion_model."
+    prefix = "model.diffusion_model."
     assert {n.removeprefix(prefix): x.shape for n, x in model.state_dict().items()} == {
         n: x.shape for n, x in state.items()
     }
