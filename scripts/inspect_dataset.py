@@ -22,7 +22,7 @@ from ldm.config import ConfigError, load_config, split_overrides
 from ldm.data.box_dataset import BoxDataset
 from ldm.data.box_index import BoxIndex
 from ldm.data.datamodule import box_dataset
-from ldm.files import UserError, claim
+from ldm.files import UserError, check_writable, claim
 from ldm.images import exemplar_to_pixels, save_png, tensor_to_pil
 
 SAMPLES = 16  # on the contact sheet
@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(*args.base, overrides=overrides)
         if config.data.kind == "cached":
             raise ConfigError("data.kind: got 'cached', whose boxes are gone; inspect what the cache was made from")
+        if args.sheet and "train" in args.splits:
+            check_writable(args.sheet.parent, args.sheet.name)  # before the index is read and samples are drawn
         for split in args.splits:
             dataset = box_dataset(config, split, rebuild=args.rebuild)
             print("\n".join(description(split, dataset.index)))

@@ -86,6 +86,16 @@ def test_a_sheet_that_exists_stays(coco: list[str], tmp_path: Path, capsys: pyte
     assert Image.open(sheet).format == "PNG" and len(list(sheet.parent.iterdir())) == 3
 
 
+def test_a_sheet_that_cannot_be_written_is_found_before_the_index_is_read(
+    coco: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "instances.json"  # a file, not a folder
+    assert inspect_dataset.main([*coco, "--sheet", str(place / "sheet.png")]) == 2
+    error = capsys.readouterr().err
+    assert f"{place}: cannot write there" in error and error.count("\n") == 1
+    assert not (tmp_path / "index").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
