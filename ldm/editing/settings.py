@@ -5,7 +5,7 @@ Command-line options, columns of job tables, JSON schemas and the call as text a
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
@@ -16,23 +16,13 @@ from ldm.files import UserError, whole
 DEFAULT_STEPS = {"dpm_solver_pp": 20, "plms": 50, "ddim": 50, "unipc": 20, "ddpm": 250}
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 MASK_SHAPES = ("given", "box", "arbitrary")
-# The settings that the web page offers: label; lowest, highest value and step of the slider, 0 for a number field.
-CONTROLS: dict[str, tuple[str, float, float, float]] = {
-    "prompt": ("Prompt", 0, 0, 0),
-    "negative_prompt": ("Negative prompt", 0, 0, 0),
-    "n_samples": ("Candidates", 1, 8, 1),
-    "seed": ("Seed", 0, 0, 0),
-    "sampler": ("Sampler", 0, 0, 0),
-    "num_steps": ("Steps", 1, 250, 1),
-    "guidance_scale": ("Guidance scale", 1, 15, 0.5),
-    "per_component": ("Per component", 0, 0, 0),
-    "crop_margin": ("Crop margin", 0, 4, 0.05),
-    "whole_image": ("Whole image", 0, 0, 0),
-    "feather": ("Feather", -1, 64, 1),
-    "match_colors": ("Match colors", 0, 0, 0),
-    "reference_background": ("Exemplar's background", 0, 0, 0),
-    "reference_fit": ("Exemplar's fit", 0, 0, 0),
-}
+# The settings that the web page offers; its sliders' lowest, highest value and step; labels that differ from the names.
+CONTROLS = ("prompt", "negative_prompt", "n_samples", "seed", "sampler", "num_steps", "guidance_scale", "per_component")
+CONTROLS += ("crop_margin", "whole_image", "feather", "match_colors", "reference_background", "reference_fit")
+SLIDERS: dict[str, tuple[float, float, float]] = {"num_steps": (1, 250, 1), "guidance_scale": (1, 15, 0.5)}
+SLIDERS |= {"crop_margin": (0, 4, 0.05), "feather": (-1, 64, 1)}
+LABELS = {"n_samples": "Candidates", "num_steps": "Steps"}
+LABELS |= {"reference_background": "Exemplar's background", "reference_fit": "Exemplar's fit"}
 _STEPS = ", ".join(f"{sampler} {steps}" for sampler, steps in DEFAULT_STEPS.items())
 _SIDE = 2**20  # pixels, more than any scene is long
 _FADE = "a fiftieth of its longer side"
@@ -178,30 +168,26 @@ KINDS = {f.name: next(k for k in (bool, int, float, str) if k.__name__ in str(f.
 # Names of the settings in job tables: all spellings of the command line, with underscores.
 COLUMNS = {flag.removeprefix("--").replace("-", "_"): name for name in OPTIONS for flag in (name, *OPTIONS[name].flags)}
 # How a word of the command line or of a cell is read.
-PARSERS: dict[type, Callable[[str], Any]] = {int: whole, float: float, str: str}
+PARSERS: dict[type, Any] = {bool: lambda word: BOOLEANS[word.lower()], int: whole, float: float, str: str}
 
 
-def check_setting(name: str, value: Any) -> Any:
-    """Return a setting's value in its own type, or raise UserError."""
+def check_setting(name: str, value: Any, *, is_item: bool = False) -> Any:
+    """Return a setting's value, or one item of it, in its own type, or raise UserError."""
+    option, kind = OPTIONS[name], KINDS[name]
     if value is None and DEFAULTS[name] is None:
         return None
-    if isinstance(value, (list, tuple)) and OPTIONS[name].nargs in ("+", len(value)):
-        return tuple(_check_item(name, item) for item in value)
-    if OPTIONS[name].nargs == 2:
-        raise UserError(f"{name}: got {value!r:.80}, expected two numbers")
-    return _check_item(name, value)
-
-
-def _check_item(name: str, value: Any) -> Any:
-    option, kind = OPTIONS[name], KINDS[name]
+    if isinstance(value, (list, tuple)) and option.nargs in ("+", len(value)) and not is_item:
+        return tuple(check_setting(name, item, is_item=True) for item in value)
     if kind in (bool, str):
-        if isinstance(value, kind) and (not option.choices or value in option.choices):
-            return value
+        is_right = isinstance(value, kind) and (not option.choices or value in option.choices)
         expected = f"one of {', '.join(option.choices)}" if option.choices else f"a {kind.__name__}"
-        raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
-    is_number = issubclass(type(value), Real) and type(value) is not bool
-    if not is_number or not option.low <= value <= option.high or (kind is int and value % 1):  # NaN is in no range
-        expected = f"a {'whole ' * (kind is int)}number from {option.low} to {option.high}"
+    else:
+        is_pair = option.nargs == 2 and not is_item
+        is_number = issubclass(type(value), Real) and type(value) is not bool and not is_pair
+        is_right = is_number and option.low <= value <= option.high and not (kind is int and value % 1)  # not NaN
+        amount = "two numbers" if is_pair else f"a {'whole ' * (kind is int)}number"
+        expected = f"{amount} from {option.low} to {option.high}"
+    if not is_right:
         raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
     return kind(value)
 
@@ -228,17 +214,11 @@ def numbers(text: str) -> tuple[float, ...]:
 def _parsed(name: str, text: str) -> Any:
     """Return a setting's value from a cell; an empty one is the default."""
     kind = KINDS[name]
-    if kind is str:
-        return text
-    if not text.strip():
-        return DEFAULTS[name]
     try:
-        if kind is bool:
-            return BOOLEANS[text.strip().lower()]
-        items = [PARSERS[kind](word) for word in text.replace(",", " ").split()]
+        items = [PARSERS[kind](word) for word in ([text] if kind is str else text.replace(",", " ").split())]
     except (KeyError, ValueError):
         raise UserError(f"{name}: got {text!r:.80}, expected {kind.__name__}") from None
-    return items[0] if len(items) == 1 else items
+    return items[0] if len(items) == 1 else items or DEFAULTS[name]
 
 
 def add_options(parser: Any, *names: str, **helps: str) -> None:
@@ -265,17 +245,14 @@ def add_options(parser: Any, *names: str, **helps: str) -> None:
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that were given on a command line; a single seed is a number."""
-    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    if isinstance(given.get("seed"), list) and len(given["seed"]) == 1:
-        (given["seed"],) = given["seed"]
-    return given
+    given = ((name, value) for name, value in vars(args).items() if name in OPTIONS)
+    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given}
 
 
 def json_schema(name: str) -> dict[str, Any]:
     """Return the JSON schema of a setting; of one item if it may be several."""
     option = OPTIONS[name]
     types = {bool: "boolean", int: "integer", float: "number", str: "string"}
-    bounds = {"minimum": option.low, "maximum": option.high}
     schema = {"type": types[KINDS[name]], "description": option.help}
-    schema |= {key: bound for key, bound in bounds.items() if math.isfinite(bound)}
+    schema |= {"minimum": option.low, "maximum": option.high} if KINDS[name] in (int, float) else {}
     return schema | ({"enum": list(option.choices)} if option.choices else {})

@@ -25,7 +25,7 @@ from ldm.editing.editor import DTYPES, EXAMPLE_PARTS, Editor, explained_out_of_m
 from ldm.editing.hole_masks import as_hole
 from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
-from ldm.editing.settings import CONTROLS, DEFAULTS, OPTIONS, EditSettings, check_setting, json_schema
+from ldm.editing.settings import CONTROLS, DEFAULTS, LABELS, OPTIONS, SLIDERS, EditSettings, check_setting, json_schema
 from ldm.editing.watermark import add_watermark, check_watermark
 from ldm.files import UserError
 from ldm.images import UNREADABLE, open_image, open_upright, same_aspect, save_png, tensor_to_pil
@@ -71,15 +71,15 @@ def offered_settings(model: LatentDiffusion, samples: int) -> dict[str, dict[str
     defaults["crop_margin"] = float(model.config.crop_margin)
     unused = () if model.reads_text else PROMPTS
     unused += () if model.reads_exemplars else ("reference_background", "reference_fit")
-    schemas = {}
+    schemas, sliders = {}, SLIDERS | {"n_samples": (1, samples, 1)}
     for name in [name for name in CONTROLS if name not in unused]:
-        option, (label, low, high, step) = OPTIONS[name], CONTROLS[name]
-        schema = json_schema(name) | {"title": label, "default": defaults[name]}
-        if high:
-            schema |= {"minimum": low, "maximum": samples if name == "n_samples" else high, "step": step}
+        title = LABELS.get(name, name.replace("_", " ").capitalize())
+        schema = json_schema(name) | {"title": title, "default": defaults[name]}
+        schema |= zip(("minimum", "maximum", "step"), sliders.get(name, ()), strict=False)
         if name in PROMPTS:
             schema["maxLength"] = LONGEST_PROMPT
-        if low < option.low and defaults[name] is None:
+        if defaults[name] is None:
+            low, option = schema["minimum"], OPTIONS[name]
             schema |= {"default": low, "description": f"{option.help}; {low:g}: {option.default_text}"}
         schemas[name] = schema
     return schemas
