@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def edit(args: argparse.Namespace) -> int:
-    """Turn the options into a config, edit the benchmark and return the exit status."""
-    from ldm.evaluation.benchmark import METHODS, PROTOCOLS, BenchmarkConfig, BenchmarkRun
+    """Turn the options into a run, edit the benchmark and return the exit status."""
+    from ldm.evaluation.benchmark import METHODS, PROTOCOLS, BenchmarkRun
     from ldm.evaluation.cocoee import Bench
 
     if args.method not in METHODS:
@@ -98,7 +98,9 @@ def edit(args: argparse.Namespace) -> int:
     asked = given_options(args)
     if args.method == "null-token":
         asked.setdefault("guidance_scale", 1.0)  # without a condition guidance changes nothing and costs half the time
-    config = BenchmarkConfig(
+    run = BenchmarkRun(
+        Bench(args.bench),
+        args.outdir,
         method=args.method,
         settings=replace(PROTOCOLS[args.protocol], **asked),
         checkpoint=args.checkpoint,
@@ -106,11 +108,6 @@ def edit(args: argparse.Namespace) -> int:
         decoder=args.decoder,
         precision=set_up(args)[1],
         compile=args.compile,
-    )
-    run = BenchmarkRun(
-        Bench(args.bench),
-        args.outdir,
-        config,
         limit=args.limit,
         batch_size=args.batch_size,
         workers=max(args.workers, 1),

@@ -33,9 +33,11 @@ METHODS = ("model", "null-token", "other-exemplar", *BASELINES)
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
-    """What decides the images of a run."""
+class BenchmarkRun:
+    """Edits of the items that have no result yet; a run that was stopped goes on."""
 
+    bench: Bench
+    outdir: Path  # gets the images; a folder begun with another method, settings or weights is refused
     method: str = "model"  # one of METHODS
     settings: EditSettings = PROTOCOLS["paper"]  # its seed plus k is the seed of item k; baselines ignore it
     checkpoint: Path | None = None  # of the model, see `Editor.from_pretrained`
@@ -43,6 +45,13 @@ class BenchmarkConfig:
     decoder: Path | None = None
     precision: str = "fp32"  # one of DTYPES
     compile: bool = False  # not recorded: it changes the images up to rounding only
+    limit: int | None = None  # only the first so many items
+    batch_size: int = 16  # items per forward pass and process
+    workers: int = 2  # threads that read, and threads that write, of each process
+    device: str = "auto"  # auto | cpu | cuda | mps
+    strict: bool = False  # the first item that fails ends the run with a UserError
+    has_source: bool = True  # write source/ and grid/ too, as the original does
+    prepare: Callable[[], object] | None = None  # called first in every process that is started
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -60,27 +69,16 @@ class BenchmarkConfig:
         options = {"config": self.config, "decoder": self.decoder, "compile": self.compile}
         return Editor.from_pretrained(self.checkpoint, device=device, dtype=DTYPES[self.precision], **options)
 
-
-@dataclass(frozen=True)
-class BenchmarkRun:
-    """Edits of the items that have no result yet; a run that was stopped goes on."""
-
-    bench: Bench
-    outdir: Path  # gets the images; a folder begun with another config is refused
-    config: BenchmarkConfig
-    limit: int | None = None  # only the first so many items
-    batch_size: int = 16  # items per forward pass and process
-    workers: int = 2  # threads that read, and threads that write, of each process
-    device: str = "auto"  # auto | cpu | cuda | mps
-    strict: bool = False  # the first item that fails ends the run with a UserError
-    has_source: bool = True  # write source/ and grid/ too, as the original does
-    prepare: Callable[[], object] | None = None  # called first in every process that is started
-
     def edit(self, devices: int = 1) -> dict[str, str]:
         """Edit all items, in one process per device unless torchrun has started them; return failures by id."""
         if min(devices, 1 if self.limit is None else self.limit) < 1:
             raise UserError(f"got devices={devices}, limit={self.limit}, expected 1 or more")
-        _check_settings(self.outdir / "settings.json", self.config.record)
+        path, record = self.outdir / "settings.json", self.record
+        if not (before := read_json(path, {})):
+            write_json(path, record)
+        elif changed := sorted(key for key in before.keys() | record.keys() if before.get(key) != record.get(key)):
+            got = ", ".join(f"{key}: {before.get(key)} => {record.get(key)}" for key in changed)
+            raise UserError(f"{self.outdir}: holds results of other settings ({got}); choose another --outdir")
         if devices == 1 or "RANK" in os.environ:
             return self.edit_share()
         with tempfile.TemporaryDirectory() as folder:
@@ -93,25 +91,26 @@ class BenchmarkRun:
 
     def jobs(self) -> list[Job]:
         """Return the edit of each item; its seed derives from the item's number, whatever the batches and processes."""
-        jobs, ids, method = [], self.bench.ids, self.config.method
+        jobs, ids = [], self.bench.ids
         for k, id_ in enumerate(ids[: self.limit]):
             scene, mask, exemplar = self.bench.paths(id_)
-            if method == "other-exemplar":
+            if self.method == "other-exemplar":
                 exemplar = self.bench.paths(ids[(k + 1) % len(ids)])[-1]
-            settings = replace(self.config.settings, seed=self.config.settings.seeds[0] + k)
-            jobs.append(Job(id_, str(scene), None if method == "null-token" else str(exemplar), settings, str(mask)))
+            settings = replace(self.settings, seed=self.settings.seeds[0] + k)
+            reference = None if self.method == "null-token" else str(exemplar)
+            jobs.append(Job(id_, str(scene), reference, settings, str(mask)))
         return jobs
 
     def edit_share(self) -> dict[str, str]:
         """Edit this process's share of the items, and return why items failed."""
         (rank, processes), device = process_rank(), pick_device(self.device)
         report = edit_many(
-            self.config.load(device),
+            self.load(device),
             self.jobs()[rank::processes],
             self.outdir / "results",
             batch_size=self.batch_size,
             workers=self.workers,
-            metadata=self.config.record,
+            metadata=self.record,
             report=Report(strict=self.strict),
             on_result=self._write_source if self.has_source else None,
         )
@@ -135,13 +134,3 @@ def _start(rank: int, run: BenchmarkRun, processes: int, folder: str) -> None:
     if run.prepare is not None:
         run.prepare()
     write_json(Path(folder) / f"{rank}.json", run.edit_share())
-
-
-def _check_settings(path: Path, record: dict[str, Any]) -> None:
-    """Write the settings of a run, or compare them with those the folder was begun with."""
-    before = read_json(path, {})
-    if not before:
-        write_json(path, record)
-    elif changed := sorted(key for key in before.keys() | record.keys() if before.get(key) != record.get(key)):
-        got = ", ".join(f"{key}: {before.get(key)} => {record.get(key)}" for key in changed)
-        raise UserError(f"{path.parent}: holds results of other settings ({got}); choose another --outdir")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm import Editor
 from ldm.editing import cli
-from ldm.evaluation.benchmark import PROTOCOLS, BenchmarkConfig, BenchmarkRun
+from ldm.evaluation.benchmark import PROTOCOLS, BenchmarkRun
 from ldm.evaluation.cocoee import Bench
 from ldm.web.service import Edited, EditService, Source
 
@@ -71,8 +71,9 @@ def by_table(model: Path, folder: Path, out: Path) -> Path:
 
 
 def by_benchmark(model: Path, folder: Path, out: Path) -> Path:
-    config = BenchmarkConfig(settings=PROTOCOLS["ours"], checkpoint=model / "model.safetensors")
-    assert BenchmarkRun(Bench(folder), out, config, device="cpu").edit() == {}
+    weights = model / "model.safetensors"
+    run = BenchmarkRun(Bench(folder), out, settings=PROTOCOLS["ours"], checkpoint=weights, device="cpu")
+    assert run.edit() == {}
     return out / "results" / f"{ID}.png"
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.editing.settings import EditSettings
-from ldm.evaluation.benchmark import PROTOCOLS, BenchmarkConfig, BenchmarkRun
+from ldm.evaluation.benchmark import PROTOCOLS, BenchmarkRun
 from ldm.evaluation.cocoee import Bench
 from ldm.files import UserError
 from tests.evaluation.conftest import COLOURS, FAST, IDS, edit
@@ -220,8 +220,8 @@ def test_the_first_failure_ends_a_strict_run(
 @pytest.mark.slow
 def test_several_processes_are_prepared_and_their_items_fail_alone(bench: Path, tmp_path: Path) -> None:
     broken = cut_exemplar(bench, tmp_path / "bench", IDS[0], IDS[3])
-    config, mark = BenchmarkConfig(method="copy-paste"), tmp_path / "prepared"
-    run = BenchmarkRun(Bench(broken), tmp_path / "out", config, device="cpu", prepare=partial(Path.touch, mark))
+    options = {"method": "copy-paste", "device": "cpu", "prepare": partial(Path.touch, mark := tmp_path / "prepared")}
+    run = BenchmarkRun(Bench(broken), tmp_path / "out", **options)
     replace(run, outdir=tmp_path / "alone").edit()
     assert not mark.exists()
     failed = run.edit(2)
@@ -235,4 +235,4 @@ def test_several_processes_are_prepared_and_their_items_fail_alone(bench: Path, 
 def test_a_folder_of_settings_that_cannot_be_read(bench: Path, tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings.json: damaged"):
-        BenchmarkRun(Bench(bench), tmp_path, BenchmarkConfig(method="copy-paste"), device="cpu").edit()
+        BenchmarkRun(Bench(bench), tmp_path, method="copy-paste", device="cpu").edit()
