@@ -20,11 +20,15 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.evaluation.evaluate import Evaluation, Record, Run
+    from ldm.evaluation.evaluate import Evaluation, Run
+
+Record = Mapping[str, Any]  # what --json writes, see `report`
+ARROWS = {"higher": "↑", "lower": "↓"}  # the direction of better values
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -201,12 +205,27 @@ def named_run(text: str) -> Run:
     return Run.read(Path(path), name) if separator and not Path(text).exists() else Run.read(Path(text))
 
 
+def metric_rows(record: Record) -> dict[str, Record]:
+    """Return every metric once, by its key, as the first run that has it describes it."""
+    figures = [run["figures"] for run in record["runs"].values()]
+    return {key: next(each[key] for each in figures if key in each) for run in figures for key in run}
+
+
+def format_value(metric: Record, value: float) -> str:
+    """Format with two digits after the point, or with four if the metric lies within 0 and 1."""
+    return f"{value:.{2 if abs(metric['value']) > 1.5 else 4}f}"
+
+
+def format_interval(metric: Record) -> str:
+    """Return `(low to high)`, or nothing."""
+    low, high = metric["low"], metric["high"]
+    return "" if low is None else f"({format_value(metric, low)} to {format_value(metric, high)})"
+
+
 def print_table(record: Record) -> None:
     """Print a section per metric: its name, how it was measured, and a line per run."""
     from rich.console import Console
     from rich.table import Table
-
-    from ldm.evaluation.evaluate import ARROWS, format_interval, format_value, metric_rows
 
     console = Console(highlight=False)
     for key, first in metric_rows(record).items():
@@ -225,8 +244,6 @@ def print_table(record: Record) -> None:
 
 def markdown_table(record: Record) -> str:
     """Format metrics as rows, runs as columns; below it how each metric was measured."""
-    from ldm.evaluation.evaluate import ARROWS, format_interval, format_value, metric_rows
-
     runs, rows = record["runs"], metric_rows(record)
     lines = [["", *runs, "paper (COCOEE)"], ["---", *["---:"] * (len(runs) + 1)]]
     for key, first in rows.items():

@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, ImageOps
 
-from ldm.evaluation.evaluate import ARROWS, TRUE_IMAGE, Record, format_interval, format_value, metric_rows
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
+
+from ldm.evaluation.evaluate import TRUE_IMAGE
 from ldm.files import UserError, read_json
+from scripts.evaluate import ARROWS, Record, format_interval, format_value, metric_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -388,24 +388,3 @@ def exemplar_labels(root: Path, ids: Sequence[str]) -> list[str] | None:
     if missing := [id_ for id_ in ids if id_ not in cutouts]:
         raise UserError(f"{path}: lists no item {missing[0]}; compose the bench again")
     return [cutouts[id_] for id_ in ids]
-
-
-Record = Mapping[str, Any]
-ARROWS = {"higher": "↑", "lower": "↓"}  # the direction of better values
-
-
-def metric_rows(record: Record) -> dict[str, Record]:
-    """Return every metric once, by its key, as the first run that has it describes it."""
-    figures = [run["figures"] for run in record["runs"].values()]
-    return {key: next(each[key] for each in figures if key in each) for run in figures for key in run}
-
-
-def format_value(metric: Record, value: float) -> str:
-    """Format with two digits after the point, or with four if the metric lies within 0 and 1."""
-    return f"{value:.{2 if abs(metric['value']) > 1.5 else 4}f}"
-
-
-def format_interval(metric: Record) -> str:
-    """Return `(low to high)`, or nothing."""
-    low, high = metric["low"], metric["high"]
-    return "" if low is None else f"({format_value(metric, low)} to {format_value(metric, high)})"
