@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from ldm.files import UserError, atomic_write
@@ -153,37 +154,25 @@ def _cleaned(eigenvalues: np.ndarray) -> np.ndarray:
     return np.where(eigenvalues > noise, eigenvalues, 0.0)
 
 
-def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """Compute the squared maximum mean discrepancy under the kernel (x·y / D + 1)³, unbiased, hence possibly negative.
-
-    Source: Bińkowski et al. 2018, "Demystifying MMD GANs", Eq. 4.
-    """
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    n, m, d = len(x), len(y), x.shape[1]
-
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        linear = a @ b.T / d + 1
-        return linear * linear * linear  # many times faster than ** 3
-
-    xx, xy, yy = kernel(x, x), kernel(x, y), kernel(y, y)
-    within = (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1))
-    return float(within - 2 * xy.mean())
-
-
 def kid(
     x: np.ndarray, y: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Return the kernel distance of (N, D) and (M, D) features and its standard error, often printed x 1000.
 
-    It is the mean of `polynomial_mmd` over random subsets of at most half the smaller set. The standard error is the
-    delete-d jackknife's, spread x sqrt(size / (N - size)) with N of the smaller set.
+    It is the mean, over random subsets of at most half the smaller set, of the squared maximum mean discrepancy under
+    the kernel (x·y / D + 1)³, unbiased, hence possibly negative. The standard error is the delete-d jackknife's,
+    spread x sqrt(size / (N - size)) with N of the smaller set.
+
+    Source: Bińkowski et al. 2018, "Demystifying MMD GANs", Eq. 4.
     """
+    from torchmetrics.image.kid import poly_mmd
+
     if (n := min(len(x), len(y))) < 4:
         raise UserError(f"got {n} images, expected at least 4 for KID")
     size, rng = min(subset_size, n // 2), np.random.default_rng(seed)
     bar = tqdm(range(subsets), desc="KID", unit="subset", delay=3, leave=False)
-    drawn = (tuple(z[rng.choice(len(z), size, replace=False)] for z in (x, y)) for _ in bar)
-    values = np.array([polynomial_mmd(*pair) for pair in drawn])
+    drawn = ((torch.from_numpy(z[rng.choice(len(z), size, replace=False)]).double() for z in (x, y)) for _ in bar)
+    values = np.array([float(poly_mmd(*pair)) for pair in drawn])
     variance = values.var(ddof=1)  # the share 1 / subsets stems from the finite number of subsets
     return float(values.mean()), float(np.sqrt(variance * (size / (n - size) + 1 / subsets)))
 
