@@ -3,7 +3,6 @@
 Dimensions: N images · S side of a sample in pixels · C channels.
 """
 
-import codecs
 import io
 import math
 import pickle
@@ -27,6 +26,7 @@ from ldm.images import find_images, open_image
 
 HELD_OUT = 50  # where a folder has no validation part, about one image of so many is held out
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}  # names of sub-folders
+ARRAY_MAKERS = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode")
 Source = Path | np.ndarray
 
 
@@ -130,13 +130,9 @@ class _Arrays(pickle.Unpickler):
     """Reads CIFAR-10's dictionaries of arrays, and calls nothing but what makes arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy._core", "numpy.core")
-        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
-            return np._core.multiarray._reconstruct  # pyright: ignore[reportAttributeAccessIssue]
-        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # bytes in files of Python 3
-            return codecs.encode
+        module = module.replace("numpy.core", "numpy._core")  # as before NumPy 2
+        if f"{module}.{name}" in ARRAY_MAKERS:
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
 
 

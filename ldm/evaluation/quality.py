@@ -9,6 +9,7 @@ Dimensions: N images · D feature channels · K components.
 import json
 import pickle
 import warnings
+from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -65,10 +66,7 @@ def load_gmm(path: str | Path) -> GaussianMixture:
         if path.is_file() and path.read_bytes()[:1] in (pickle.PROTO, pickle.GLOBAL):  # the latter: protocols 0 and 1
             mixture = _from_pickle(path)
         else:
-            metadata, tensors = read_metadata(path), read_checkpoint(path)
-            arrays = {name: tensors[name].numpy() for name in _ARRAYS}
-            provenance = json.loads(metadata["provenance"])
-            mixture = mixture_of(**arrays, covariance_type=metadata["covariance_type"], provenance=provenance)
+            mixture = _from_safetensors(path)
         fitted = mixture.estimator
         if abs(fitted.weights_.sum() - 1) > 1e-6 or (fitted.weights_ < 0).any():
             raise ValueError("the weights are no shares")
@@ -84,20 +82,19 @@ def load_gmm(path: str | Path) -> GaussianMixture:
     return mixture
 
 
-def mixture_of(
-    weights: np.ndarray, means: np.ndarray, covariances: np.ndarray, covariance_type: str, provenance: Mapping[str, str]
-) -> GaussianMixture:
-    """Make a mixture from weights (K,), means (K, D) and covariances, whose shape depends on their type."""
+def _from_safetensors(path: Path) -> GaussianMixture:
     from sklearn.mixture import GaussianMixture as Estimator
     from sklearn.mixture._gaussian_mixture import _compute_precision_cholesky
 
-    k, d = means.shape
-    if covariances.shape != {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]:
-        raise UserError(f"got {covariance_type} covariances of shape {covariances.shape} for means {means.shape}")
-    estimator: Any = Estimator(k, covariance_type=covariance_type)  # pyright: ignore[reportArgumentType]
+    metadata, tensors = read_metadata(path), read_checkpoint(path)
+    weights, means, covariances = (tensors[name].numpy() for name in _ARRAYS)
+    kind, (k, d) = metadata["covariance_type"], means.shape
+    if covariances.shape != {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[kind]:
+        raise UserError(f"got {kind} covariances of shape {covariances.shape} for means {means.shape}")
+    estimator: Any = Estimator(k, covariance_type=kind)  # pyright: ignore[reportArgumentType]
     estimator.weights_, estimator.means_, estimator.covariances_ = weights, means, covariances
-    estimator.precisions_cholesky_ = _compute_precision_cholesky(covariances, covariance_type)
-    return GaussianMixture(estimator, provenance)
+    estimator.precisions_cholesky_ = _compute_precision_cholesky(covariances, kind)
+    return GaussianMixture(estimator, json.loads(metadata["provenance"]))
 
 
 def _from_pickle(path: Path) -> GaussianMixture:
@@ -120,27 +117,19 @@ class _Ignored:
 # Names in a pickled mixture whose classes and functions are inert: they build objects and run nothing.
 _ALLOWED = """
     sklearn.mixture._gaussian_mixture.GaussianMixture builtins.object copyreg._reconstructor numpy.dtype numpy.ndarray
-    numpy._core.numeric._frombuffer numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar
+    numpy._core.numeric._frombuffer numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar _codecs.encode
 """
-# Modules of numpy before 2, of scikit-learn before 0.22 and of Python 2.
-_RENAMED_MODULES = {
-    "numpy.core.multiarray": "numpy._core.multiarray",
-    "numpy.core.numeric": "numpy._core.numeric",
-    "sklearn.mixture.gaussian_mixture": "sklearn.mixture._gaussian_mixture",
-    "copy_reg": "copyreg",
-    "__builtin__": "builtins",
-}
 
 
 class _MixtureUnpickler(pickle.Unpickler):
     """Builds only what a pickled mixture is made of; a pickle that names anything else is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        module = _RENAMED_MODULES.get(module, module)
+        # of Python 2, of numpy before 2 and of scikit-learn before 0.22
+        module = IMPORT_MAPPING.get(module, module).replace("numpy.core", "numpy._core")
+        module = module.replace("mixture.gaussian", "mixture._gaussian")
         if "." not in name and f"{module}.{name}" in _ALLOWED.split():
             return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):  # bytes, as pickle protocols below 3 write them
-            return lambda text, encoding: text.encode("latin1")
         if module.startswith("numpy.random."):
             return _Ignored
         convert = "if you trust it, rewrite it with `pickle.dump(joblib.load(FILE), open(NEW, 'wb'))`"

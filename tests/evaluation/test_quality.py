@@ -8,6 +8,7 @@ import os
 import pickle
 from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from ldm.evaluation.quality import load_gmm, mixture_of, quality_scores
+from ldm.evaluation.quality import GaussianMixture, load_gmm, quality_scores
 from ldm.files import UserError
 from tests.procweights import read_golden
 
@@ -34,6 +35,16 @@ def fitted(covariance_type: str) -> tuple[Any, np.ndarray]:
     seed = np.random.RandomState(0)
     estimator = mixture.GaussianMixture(3, covariance_type=covariance_type, random_state=seed, max_iter=500)
     return estimator.fit(x), rng.normal(0, 4, (200, 5))
+
+
+def mixture_of(
+    weights: np.ndarray, means: np.ndarray, covariances: np.ndarray, covariance_type: str, provenance: dict[str, str]
+) -> GaussianMixture:
+    """Read a mixture that consists of these arrays."""
+    arrays = {"weights": weights, "means": means, "covariances": np.ascontiguousarray(covariances)}
+    with NamedTemporaryFile(suffix=".safetensors") as file:
+        save_file(arrays, file.name, {"covariance_type": covariance_type, "provenance": json.dumps(provenance)})
+        return load_gmm(file.name)
 
 
 def dump(path: Path, content: object, protocol: int = 4) -> Path:
