@@ -16,7 +16,7 @@ from PIL import Image
 from ldm.editing.hole_masks import fit_mask
 from ldm.evaluation.metrics import hole_box
 from ldm.files import Skipped, UserError, whole
-from ldm.images import MID_GREY, Box, find_images, load_mask, open_image
+from ldm.images import MID_GREY, find_images, load_mask, open_image
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,14 @@ class Bench:
         self.root = Path(root)
         if not self.root.is_dir():
             raise UserError(f"{root}: no such folder; dataset/README.md says where the benchmark comes from")
-        folders = {ending: self._folder(name) for name, ending in ENDINGS.items()}
+        self._parts = list[tuple[Path, str, dict[str, Path]]]()
+        for name, ending in ENDINGS.items():
+            found = sorted(path for path in self.root.glob(f"{name}_*") if path.is_dir())
+            if len(found) != 1:
+                got = ", ".join(path.name for path in found) or "none"
+                raise UserError(f"{root}: expected one folder {name}_…, got {got}; unpack the benchmark there")
+            self._parts.append((found[0], ending, images_by_id(found[0], ending)))
         self.ids = read_ids(self.root / "id_list.npy")
-        self._parts = [(folder, ending, images_by_id(folder, ending)) for ending, folder in folders.items()]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,7 +68,7 @@ class Bench:
         scene, hole_mask = open_image(scene_path), load_mask(mask_path)
         try:
             hole_mask = fit_mask(hole_mask, scene.size, "scene")
-            hole_box(scene, hole_mask)
+            hole_box(hole_mask)
         except UserError as error:
             raise UserError(f"{mask_path}: {error}") from None
         return BenchItem(id_, scene, hole_mask, open_image(exemplar_path))
@@ -72,13 +77,6 @@ class Bench:
         """Return the files of scene, hole mask and exemplar."""
         scene, mask, exemplar = (found.get(id_, folder / f"{id_}{end}.png") for folder, end, found in self._parts)
         return scene, mask, exemplar
-
-    def _folder(self, name: str) -> Path:
-        found = sorted(path for path in self.root.glob(f"{name}_*") if path.is_dir())
-        if len(found) != 1:
-            got = ", ".join(path.name for path in found) or "none"
-            raise UserError(f"{self.root}: expected one folder {name}_…, got {got}; unpack the benchmark there")
-        return found[0]
 
 
 def read_ids(path: Path) -> list[str]:
@@ -125,7 +123,7 @@ def images_by_id(folder: Path, ending: str = "") -> dict[str, Path]:
 
 def copy_paste(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image) -> Image.Image:
     """Squash the exemplar into the hole's bounding box: it is shown plainly, and fits the scene badly."""
-    box, pasted = Box(*hole_box(scene, hole_mask)), scene.copy()
+    box, pasted = hole_box(hole_mask), scene.copy()
     pasted.paste(exemplar.resize(box.size, Image.Resampling.BICUBIC), box[:2])
     return pasted
 
@@ -139,7 +137,7 @@ def seamless_clone(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.I
     """
     import cv2
 
-    left, top, right, bottom = hole_box(scene, hole_mask)
+    left, top, right, bottom = hole_box(hole_mask)
     pasted = np.asarray(copy_paste(scene, hole_mask, exemplar))
     hole = (np.asarray(hole_mask) >= 128).astype(np.uint8) * 255
     if hole.all():

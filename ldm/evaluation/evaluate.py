@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from ldm.evaluation import frechet, metrics
 from ldm.evaluation.cocoee import Bench, images_by_id
-from ldm.evaluation.features import PAPER_REGION, SQUASH, WHOLE, Box, FeatureNetwork, View, extract, iter_features
+from ldm.evaluation.features import PAPER_REGION, SQUASH, WHOLE, FeatureNetwork, View, extract, iter_features
 from ldm.evaluation.inception import LOGITS, POOLED, SPATIAL, inception_score
 from ldm.evaluation.metrics import Estimate, cosine_scores
 from ldm.evaluation.quality import GaussianMixture, quality_scores
 from ldm.files import Skipped, UserError, read_json, read_table, whole
-from ldm.images import find_images, open_image
+from ldm.images import Box, find_images, open_image
 
 TRUE_IMAGES = "the bench's true pictures"
 TRUE_IMAGE = "true picture"  # the run that consists of the benchmark's own scenes; a key of metrics.json
@@ -154,7 +154,7 @@ class Evaluation:
                     raise UserError(f"{path} with {got} instead of {expected}: of another size")
                 with Image.open(path) as image:
                     lossy += [path] * (image.format == "JPEG")
-            return metrics.hole_box(item.scene, item.hole_mask), metrics.paper_box(item.hole_mask), lossy
+            return metrics.hole_box(item.hole_mask), metrics.paper_box(item.hole_mask), lossy
         except UserError as error:
             return error
 

@@ -24,10 +24,8 @@ from tqdm import tqdm
 from ldm.checkpoint.io import sha256_file
 from ldm.evaluation.cache import FeatureCache
 from ldm.files import UserError
-from ldm.images import CLIP_MEAN, CLIP_STD, normalise, open_image
+from ldm.images import CLIP_MEAN, CLIP_STD, Box, normalise, open_image
 from ldm.models.efficientnet import LITE_MEAN, LITE_STD, load_feature_network
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom (exclusive), pixels
 
 # How an image, or a box of it, is resized for the network.
 WHOLE = "whole"  # as the network's authors do it
@@ -92,10 +90,8 @@ class FeatureNetwork(nn.Module):
 
     def preprocess(self, image: Image.Image, resize_mode: str, box: Box | None = None) -> Tensor:
         """Convert an image, or a box of it, to the network's input, (3, S, S) float32 for most networks."""
-        if resize_mode not in self._modes:
-            raise UserError(f"got the resize mode {resize_mode!r}, expected one of {', '.join(map(repr, self._modes))}")
-        left, top, right, bottom = box = box or (0, 0, *image.size)
-        if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        box = box or Box(0, 0, *image.size)
+        if box.clipped(*image.size) != box or min(box.size) < 1:
             raise UserError(f"got the box {box}, expected one within the image's {image.width}x{image.height} pixels")
         return self._modes[resize_mode][1](image.convert("RGB").crop(box))
 
@@ -170,7 +166,7 @@ def _read(
     key = ""
     try:
         if cache:
-            identity = repr((sha256_file(view.path), network.key, view.resize_mode, view.box))
+            identity = repr((sha256_file(view.path), network.key, view.resize_mode, view.box and tuple(view.box)))
             key = hashlib.sha256(identity.encode()).hexdigest()
             if (feature := cache.get(key)) is not None:
                 return key, feature

@@ -14,20 +14,20 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
-from ldm.evaluation.features import SQUASH, Box, FeatureNetwork, finite_features
+from ldm.editing.hole_masks import TO_BINARY
+from ldm.evaluation.features import SQUASH, FeatureNetwork, finite_features
 from ldm.evaluation.frechet import Estimate
 from ldm.files import UserError
+from ldm.images import Box
 
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # pixels: a Gaussian window of 11 x 11
 CORNER_CELLS = 8  # a corner is an eighth of the width by an eighth of the height
 
 
-def hole_box(image: Image.Image, hole_mask: Image.Image) -> Box:
-    """Return the bounding box of the hole: grey levels of 128 and more of a mask in mode L, of the image's size."""
-    if image.size != hole_mask.size:
-        raise UserError(f"got an image of {image.size} and a mask of {hole_mask.size} pixels, expected equal sizes")
-    if box := hole_mask.point([0] * 128 + [255] * 128).getbbox():
-        return box
+def hole_box(hole_mask: Image.Image) -> Box:
+    """Return the bounding box of the hole: grey levels of 128 and more of a mask in mode L."""
+    if box := hole_mask.point(TO_BINARY).getbbox():
+        return Box(*box)
     raise UserError("got an empty mask, expected a hole (white, 255)")
 
 
@@ -40,7 +40,7 @@ def paper_box(hole_mask: Image.Image) -> Box | None:
     rows, columns = np.nonzero(np.asarray(hole_mask.convert("L")) == 255)
     if not len(rows) or columns[-1] <= columns[0] or rows[-1] <= rows[0]:
         return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
+    return Box(int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1]))
 
 
 def cosine_scores(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -64,7 +64,7 @@ def region_similarities(
     network: FeatureNetwork, images: Sequence[Image.Image], hole: Image.Image, exemplars: Sequence[Image.Image]
 ) -> list[float]:
     """Return, per image, 100 times the cosine between its hole box and the exemplar, averaged over exemplars."""
-    box = hole_box(images[0], hole)
+    box = hole_box(hole)
     views = [network.preprocess(image, SQUASH, box) for image in images]
     views += [network.preprocess(exemplar, SQUASH) for exemplar in exemplars]
     names = [f"result {k}" for k in range(1, len(images) + 1)] + ["exemplar"] * len(exemplars)

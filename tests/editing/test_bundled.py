@@ -101,7 +101,7 @@ def test_figures_do_not_drift(tmp_path: Path) -> None:
     regions, exemplars = [], []
     for item in islice(bench, count):
         result = tmp_path / "out" / "results" / f"{item.id}.png"
-        regions.append(View(result, SQUASH, hole_box(item.scene, item.hole_mask)))
+        regions.append(View(result, SQUASH, hole_box(item.hole_mask)))
         exemplars.append(View(bench.paths(item.id)[-1], SQUASH))
     edited, asked = extract(network, regions), extract(network, exemplars)
     measured = {

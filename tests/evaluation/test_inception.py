@@ -76,8 +76,6 @@ def test_three_kinds_of_features_of_pictures_of_any_size(tmp_path: Path, weights
     # The same operations, in a batch of one.
     np.testing.assert_allclose(features[:, SPATIAL][2], spatial, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(features[:, LOGITS], features[:, POOLED] @ tower.fc.weight.numpy().T, atol=1e-2)
-    with pytest.raises(ValueError, match="'paper region'"):
-        extract(network, [View(tmp_path / "0.png", "paper region")])
 
 
 def test_weights_that_cannot_be_used_are_named(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
