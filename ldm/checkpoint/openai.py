@@ -13,32 +13,25 @@ from einops import rearrange
 from torch import Tensor
 
 State = Mapping[str, Tensor]
-PUBLISHED = {  # parameters => names, image size, schedule, T, heads or channels of each, size of low_res
-    121_063_942: (
-        "imagenet64_uncond_100M_1500K.pt, imagenet64_uncond_vlb_100M_1500K.pt",
-        64,
-        "cosine",
-        4000,
-        4,
-        None,
-        0,
-    ),
-    52_546_438: ("cifar10_uncond_50M_500K.pt, cifar10_uncond_vlb_50M_500K.pt", 32, "cosine", 4000, 4, None, 0),
-    273_049_350: ("imagenet64_cond_270M_250K.pt", 64, "cosine", 4000, 4, None, 0),
-    279_792_390: ("upsample_cond_500K.pt", 256, "linear", 4000, 4, None, 64),
-    113_676_678: ("lsun_uncond_100M_1200K_bs128.pt, lsun_uncond_100M_2400K_bs64.pt", 256, "linear", 1000, 1, None, 0),
-    295_904_454: ("64x64_diffusion.pt", 64, "cosine", 1000, 4, 64, 0),
-    421_529_606: ("128x128_diffusion.pt", 128, "linear", 1000, 4, None, 0),
-    553_838_086: ("256x256_diffusion.pt", 256, "linear", 1000, 4, 64, 0),
-    552_814_086: ("256x256_diffusion_uncond.pt, lsun_*.pt", 256, "linear", 1000, 4, 64, 0),
-    558_997_638: ("512x512_diffusion.pt", 512, "linear", 1000, 4, 64, 0),
-    311_795_910: ("64_256_upsampler.pt", 256, "linear", 1000, 4, None, 64),
-    308_835_270: ("128_512_upsampler.pt", 512, "linear", 1000, 4, 64, 128),
-    65_438_568: ("64x64_classifier.pt", 64, "cosine", 1000, 4, 64, 0),
-    42_568_040: ("128x128_classifier.pt", 128, "linear", 1000, 4, 64, 0),
-    54_096_360: ("256x256_classifier.pt", 256, "linear", 1000, 4, 64, 0),
-    54_448_360: ("512x512_classifier.pt", 512, "linear", 1000, 4, 64, 0),
+PUBLISHED = {  # parameters => names, image size, schedule, T, heads or channels of each
+    121_063_942: ("imagenet64_uncond_100M_1500K.pt, imagenet64_uncond_vlb_100M_1500K.pt", 64, "cosine", 4000, 4, None),
+    52_546_438: ("cifar10_uncond_50M_500K.pt, cifar10_uncond_vlb_50M_500K.pt", 32, "cosine", 4000, 4, None),
+    273_049_350: ("imagenet64_cond_270M_250K.pt", 64, "cosine", 4000, 4, None),
+    279_792_390: ("upsample_cond_500K.pt", 256, "linear", 4000, 4, None),
+    113_676_678: ("lsun_uncond_100M_1200K_bs128.pt, lsun_uncond_100M_2400K_bs64.pt", 256, "linear", 1000, 1, None),
+    295_904_454: ("64x64_diffusion.pt", 64, "cosine", 1000, 4, 64),
+    421_529_606: ("128x128_diffusion.pt", 128, "linear", 1000, 4, None),
+    553_838_086: ("256x256_diffusion.pt", 256, "linear", 1000, 4, 64),
+    552_814_086: ("256x256_diffusion_uncond.pt, lsun_*.pt", 256, "linear", 1000, 4, 64),
+    558_997_638: ("512x512_diffusion.pt", 512, "linear", 1000, 4, 64),
+    311_795_910: ("64_256_upsampler.pt", 256, "linear", 1000, 4, None),
+    308_835_270: ("128_512_upsampler.pt", 512, "linear", 1000, 4, 64),
+    65_438_568: ("64x64_classifier.pt", 64, "cosine", 1000, 4, 64),
+    42_568_040: ("128x128_classifier.pt", 128, "linear", 1000, 4, 64),
+    54_096_360: ("256x256_classifier.pt", 256, "linear", 1000, 4, 64),
+    54_448_360: ("512x512_classifier.pt", 512, "linear", 1000, 4, 64),
 }
+SMALL_SIZES = {279_792_390: 64, 311_795_910: 64, 308_835_270: 128}  # of upsamplers' low_res
 RESCALED = (121_063_942, 52_546_438)  # timesteps were multiplied by 1000 / T
 NEW_ORDER = (295_904_454,)  # of attention channels: queries of all heads, then keys, then values
 POOLS = {  # pool => its last weight and that one's axes
@@ -104,11 +97,11 @@ def examine(state: State) -> Found:
     count = sum(tensor.numel() for tensor in state.values())
     what = f"{'classifier' if is_classifier else 'pixel diffusion model'}, {count:,} parameters"
     if known := PUBLISHED.get(count):
-        names, size, name, T, heads, head_channels, small = known
+        names, size, name, T, heads, head_channels = known
         time_scale = 1000 / T if count in RESCALED else 1.0
         unet |= {"num_heads": heads, "head_channels": head_channels, "time_scale": time_scale}
         schedule = {"name": name, "num_timesteps": T, "linear_start": 0.1 / T, "linear_end": 20 / T}
-        model |= {"image_size": size, "schedule": schedule, "small_size": small or None}
+        model |= {"image_size": size, "schedule": schedule, "small_size": SMALL_SIZES.get(count)}
         model["attention_layout"] = "qkv_head" if count in NEW_ORDER else "head_qkv"
         what += f", as {names}: {size} px, {name} schedule of {T} steps"
     return Found({"model": model}, what, known is not None)
