@@ -16,7 +16,6 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.config import Config
@@ -158,8 +157,3 @@ def _read_cifar(path: Path, split: str) -> tuple[Sequence[Source], list[str]]:
     if not images:
         raise UserError(f"{path}: holds no {begins}*; pass cifar-10-python.tar.gz or cifar-10-binary.tar.gz")
     return images, [f"{number:04}" for number in labels]
-
-
-def low_resolution(image: Tensor, small_size: int) -> Tensor:
-    """Reduce images (B, C, S, S) to (B, C, s, s) by averaging, as the input of an upsampler in training."""
-    return torch.nn.functional.interpolate(image, (small_size, small_size), mode="area")

@@ -11,7 +11,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ldm.config import Config, LoggingConfig
-from ldm.data.image_folder import low_resolution
 from ldm.diffusion import draw_noise, q_sample, send_together
 from ldm.pixel_diffusion import Classifier, Guidance, PixelDiffusion
 from ldm.training.denoising import DenoisingTraining
@@ -34,14 +33,13 @@ class PixelTraining(PixelDiffusion, DenoisingTraining):
             cost = torch.cdist(x_0.flatten(1), eps.flatten(1)).cpu()
             eps = eps[torch.from_numpy(linear_sum_assignment(cost)[1]).to(eps.device)]
         labels = torch.where(u[:, 0] < options.p_uncond, -1, batch["label"]) if self.config.unet.num_classes else None
-        small = self.config.small_size
         conditioned = u[:, 1] < options.self_condition_rate if "x_0_pred" in self.config.input_channels else None
         losses = self.loss(
             x_0,
             t,
             eps,
             labels,
-            low_resolution(x_0, small) if small else None,
+            self._low_res(x_0),
             objective=options.objective,
             vlb_weight=options.vlb_weight,
             self_condition=conditioned,
@@ -54,17 +52,20 @@ class PixelTraining(PixelDiffusion, DenoisingTraining):
             t = (self.config.schedule.p_mean + self.config.schedule.p_std * torch.randn((), generator=generator)).exp()
         return t, self.draw_eps(shape, generator), torch.rand(2, generator=generator)
 
+    def _low_res(self, image: Tensor) -> Tensor | None:
+        """Reduce images (B, C, S, S) by averaging to an upsampler's input (B, C, s, s)."""
+        size = self.config.small_size
+        return F.interpolate(image, (size, size), mode="area") if size else None
+
     def preview(self, batch: dict[str, Any], options: LoggingConfig) -> list[Tensor]:
         """Return images and samples with their labels, (B, C, S, S) in [-1, 1]."""
         image = batch["image"]
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         noise = draw_noise(image.shape, generators, device=image.device)
         labels = batch["label"] if self.config.unet.num_classes else None
-        low_res = low_resolution(image, self.config.small_size) if self.config.small_size else None
         guidance = Guidance(scale=options.guidance_scale if self.options.p_uncond > 0 else 1.0)
-        sample = self.sample(
-            noise, labels, low_res, sampler="dpm_solver_pp", steps=str(options.sampler_steps), guidance=guidance
-        )
+        settings: dict[str, Any] = {"sampler": "dpm_solver_pp", "steps": str(options.sampler_steps)}
+        sample = self.sample(noise, labels, self._low_res(image), guidance=guidance, **settings)
         return [image.expand(-1, 3, -1, -1), sample.expand(-1, 3, -1, -1)]
 
 

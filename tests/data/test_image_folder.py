@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.data.image_folder import ImageDataset, crop, low_resolution
+from ldm.data.image_folder import ImageDataset, crop
 from ldm.files import UserError
 from tests.pixel import tiny_config, write_digits
 
@@ -129,8 +129,3 @@ def test_crops_have_the_size(size: tuple[int, int], side: int, random: object) -
     image = Image.new("RGB", size)
     assert crop(image, side).shape == (side, side, 3)
     assert crop(image, side, random.randrange).shape == (side, side, 3)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_small_versions_are_means() -> None:
-    image = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert low_resolution(image, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
