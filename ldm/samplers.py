@@ -35,11 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.diffusion import NoiseSchedule, Reverse, p_mean_variance, posterior_coefficients, q_sample
+from ldm.diffusion import NoiseSchedule, Reverse, posterior_coefficients, q_sample
 
-Eps = (
-    Tensor | tuple[Tensor, Tensor]
-)  # noise prediction; of a pair, the second one leads from x_0 on (CFG++, DDIM alone)
+# noise prediction; of a pair, the second one leads from x_0 on (CFG++, DDIM alone)
+Eps = Tensor | tuple[Tensor, Tensor]
 EpsModel = Callable[[Tensor, int], Tensor]  # (x_t, t) => eps_pred, in the shape of x_t
 ReverseModel = Callable[[Tensor, int], Reverse]  # (x_t, t) => p(x_(t - 1) | x_t)
 Noise = Callable[[], Tensor]  # draws a fresh standard normal tensor in the shape of x
@@ -60,17 +59,12 @@ def sample(
     clip: bool = False,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Run a sampler from x_T to x_0, (B, ...) both.
+    """Run a sampler of `SAMPLERS` from standard normal x_T to x_0, (B, ...) both.
 
     Args:
-        sampler: a name in `SAMPLERS`.
-        eps_fn: the noise prediction, with guidance where wanted; called with t in [0, T).
-        x_T: standard normal.
-        ac: (T,) alphas_cumprod on the CPU.
-        num_steps: from 1 to T.
         eta: share of DDPM's noise that `ddim` adds along the way, in [0, 1].
         noise: source of the noise that `ddpm` and `ddim` add; None takes torch's global generator.
-        timesteps: replace the sampler's own choice of `num_steps`; the noisiest first.
+        timesteps: replace the sampler's own choice of `num_steps` from 1 to T; the noisiest first.
         on_step: called after every step.
 
     Raises:
@@ -169,11 +163,6 @@ def ancestral(reverse: ReverseModel, x: Tensor, num_steps: int, noise: Noise) ->
         p = reverse(x, k)
         x = _draw(p, k, noise)
         yield x, p.x_0
-
-
-def reverse_of(eps_fn: EpsModel, schedule: NoiseSchedule, clip: bool = False) -> ReverseModel:
-    """Return p(x_(t - 1) | x_t) with the posterior's variance, for a model that predicts noise alone."""
-    return lambda x, t: p_mean_variance(eps_fn(x, t), x, t, schedule, clip=clip)
 
 
 def _draw(p: Reverse, k: int, noise: Noise) -> Tensor:

@@ -25,8 +25,9 @@ from ldm import Editor
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import FIRST_STAGE, INPUT_CONV, POSITION_IDS, SCHEDULE_BUFFERS, to_file_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
+from ldm.diffusion import Reverse, p_mean_variance
 from ldm.latent_diffusion import LatentDiffusion, first_not_finite, load_model, load_weights
-from ldm.samplers import SAMPLERS, choose_timesteps, repaint, reverse_of
+from ldm.samplers import SAMPLERS, choose_timesteps, repaint
 from tests.procweights import GOLDEN, read_golden, weight
 
 Close = Callable[[Tensor, Tensor], None]
@@ -687,13 +688,14 @@ def test_repaint_with_latents(tiny_model: LatentDiffusion) -> None:
     context = model.null_context()
     timesteps = list(range(99, 1000, 100))
 
-    def eps_fn(x: Tensor, k: int) -> Tensor:
-        return model.unet(torch.cat([x, nothing], dim=1), torch.tensor([timesteps[k]]), context)
+    def reverse(x: Tensor, k: int) -> Reverse:
+        eps = model.unet(torch.cat([x, nothing], dim=1), torch.tensor([timesteps[k]]), context)
+        return p_mean_variance(eps, x, k, schedule)
 
     schedule, generator = model.schedule.spaced(timesteps), seeded(1)
     noise = partial(torch.randn, z_0.shape, generator=generator)
     with torch.no_grad():
-        steps = [*repaint(reverse_of(eps_fn, schedule), noise(), z_0, keep_mask, schedule, noise, 2, 2)]
+        steps = [*repaint(reverse, noise(), z_0, keep_mask, schedule, noise, 2, 2)]
     filled = steps[-1][0]
     assert len(steps) == 10 + 2 * 4  # each of four jumps takes two steps again
     assert torch.equal(filled[..., :4], z_0[..., :4]) and filled.isfinite().all()
