@@ -16,7 +16,7 @@ Karras et al. 2022 (EDM, arXiv:2206.00364).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.config import ScheduleConfig
+from ldm.config import ConfigError, ModelConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ class NoiseSchedule:
 class DiffusionModel(nn.Module):
     """A network, under its name in published checkpoints, and its noise schedule; base of the three kinds of model."""
 
-    def __init__(self, network: nn.Module, schedule: ScheduleConfig) -> None:
+    def __init__(self, network: nn.Module, config: ModelConfig) -> None:
         super().__init__()
+        self.config, self.schedule = config, make_schedule(config.schedule)
         self.model = nn.ModuleDict({"diffusion_model": network})
-        self.schedule = make_schedule(schedule)
 
     @property
     def unet(self) -> Any:
@@ -128,6 +128,18 @@ class DiffusionModel(nn.Module):
         """(T,) alphas_cumprod of the schedule, float64, on the model's device."""
         # not a buffer: `module.to(bfloat16)` and `bf16-true` would round it, which makes sigma_t 0 at first timesteps
         return self.schedule.to(next(self.unet.parameters()).device).alphas_cumprod
+
+
+def check_input_width(config: ModelConfig, widths: Mapping[str, int]) -> None:
+    """Refuse a UNet whose inputs are not among those of `widths`, name => channels, or that has other channels."""
+    names, channels = config.input_channels, config.unet.in_channels
+    if unknown := [name for name in names if name not in widths]:
+        expected = f"{', '.join(widths)} with model.kind {config.kind}"
+        raise ConfigError(f"model.input_channels: got {', '.join(unknown)}, expected some of {expected}")
+    if (total := sum(widths[name] for name in names)) != channels:
+        parts = " + ".join(f"{name} {widths[name]}" for name in names)
+        expected = f"{total} ({parts}, see model.input_channels)"
+        raise ConfigError(f"model.unet.in_channels: got {channels}, expected {expected}")
 
 
 def make_schedule(config: ScheduleConfig) -> NoiseSchedule:

@@ -33,8 +33,8 @@ from ldm.checkpoint.keys import (
     to_file_keys,
     to_module_keys,
 )
-from ldm.config import INPUT_CHANNELS, RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
-from ldm.diffusion import DiffusionModel, Generators, draw_noise, q_sample, send, target, to_eps
+from ldm.config import RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
+from ldm.diffusion import DiffusionModel, Generators, check_input_width, draw_noise, q_sample, send, target, to_eps
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.controlnet import Steering
 from ldm.models.efficientnet import EfficientNetTower
@@ -60,8 +60,7 @@ class LatentDiffusion(DiffusionModel):
 
     def __init__(self, config: ModelConfig) -> None:
         _check_widths(config)
-        super().__init__(UNetModel(config.unet), config.schedule)
-        self.config = config
+        super().__init__(UNetModel(config.unet), config)
         self.reads_exemplars, self.reads_text = config.condition != "text", config.condition != "exemplar"
         self.inpaints = not set(config.input_channels) & set(RELIGHTING_CHANNELS)
         # attention to a context of one token needs no queries and keys
@@ -273,12 +272,9 @@ def latent_hole(keep_mask: Tensor, z: Tensor) -> Tensor:
 
 
 def _check_widths(config: ModelConfig) -> None:
-    Z, C, D = config.first_stage.embed_dim, config.unet.in_channels, config.unet.context_dim
-    widths = dict.fromkeys(INPUT_CHANNELS, Z) | {"x_t": config.unet.out_channels, "keep_mask": 1, "hole_mask": 1}
-    total = sum(widths[name] for name in config.input_channels)
-    if total != C:
-        parts = " + ".join(f"{name} {widths[name]}" for name in config.input_channels)
-        raise ConfigError(f"model.unet.in_channels: got {C}, expected {total} ({parts}, see model.input_channels)")
+    Z, D = config.first_stage.embed_dim, config.unet.context_dim
+    widths = {"x_t": config.unet.out_channels, "z_masked": Z, "keep_mask": 1, "hole_mask": 1}
+    check_input_width(config, widths | dict.fromkeys(RELIGHTING_CHANNELS, Z))
     if config.condition != "exemplar" and (text := config.text_encoder.hidden_size) != D:
         raise ConfigError(f"model.text_encoder.hidden_size: got {text}, expected model.unet.context_dim, {D}")
 

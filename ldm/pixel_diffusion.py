@@ -30,6 +30,7 @@ from ldm.diffusion import (
     Generators,
     NoiseSchedule,
     Reverse,
+    check_input_width,
     draw_noise,
     karras_sigmas,
     p_mean_variance,
@@ -81,9 +82,11 @@ class PixelDiffusion(DiffusionModel):
 
     def __init__(self, config: ModelConfig) -> None:
         channels = config.unet.out_channels // (2 if config.variance == "learned_range" else 1)
-        _check_widths(config, channels)
-        super().__init__(UNetModel(config.unet), config.schedule)
-        self.config, self.channels = config, channels
+        check_input_width(config, dict.fromkeys(("x_t", "low_res", "x_0_pred"), channels))
+        if config.unet.context_dim:
+            raise ConfigError(f"model.unet.context_dim: got {config.unet.context_dim}, expected 0 for model.kind pixel")
+        super().__init__(UNetModel(config.unet), config)
+        self.channels = channels
         self.is_edm = config.schedule.name == "edm"
         self.parameterization = "x0" if self.is_edm else config.parameterization
 
@@ -336,8 +339,7 @@ class Classifier(DiffusionModel):
     """A classifier of noisy images; its `unet` is half of one."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(ClassifierModel(config.unet, config.classifier, config.image_size), config.schedule)
-        self.config = config
+        super().__init__(ClassifierModel(config.unet, config.classifier, config.image_size), config)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """(B, C, H, W) and (B,) timesteps -> logits (B, K), float32."""
@@ -396,16 +398,3 @@ def named_as_here(state: State, config: ModelConfig, attention_layout: str = "")
         return state
     layout = attention_layout or examine(state).config["model"].get("attention_layout", config.attention_layout)
     return to_module_layout(state, UNET, layout, config.unet.num_heads, config.unet.head_channels)
-
-
-def _check_widths(config: ModelConfig, channels: int) -> None:
-    unet, names = config.unet, config.input_channels
-    if unknown := set(names) - {"x_t", "low_res", "x_0_pred"}:
-        raise ConfigError(
-            f"model.input_channels: got {', '.join(unknown)}, expected x_t, low_res or x_0_pred in pixels"
-        )
-    if unet.context_dim:
-        raise ConfigError(f"model.unet.context_dim: got {unet.context_dim}, expected 0 for model.kind pixel")
-    if (expected := channels * len(names)) != unet.in_channels:
-        parts = f"{channels} for each of {', '.join(names)}"
-        raise ConfigError(f"model.unet.in_channels: got {unet.in_channels}, expected {expected} ({parts})")
