@@ -11,7 +11,7 @@ import unicodedata
 import uuid
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ class UserError(ValueError):
 class Skipped:
     """Records left out: counts and first places by reason; as text "2 without a box (row 3, row 8), 1 damaged (a.png)".
 
-    With `strict` the first one raises a UserError.
+    With `strict` the first one raises a UserError, but for the reasons in `allowed`.
     """
 
-    def __init__(self, *, strict: bool = False) -> None:
-        self.counts, self.places, self._strict = Counter[str](), defaultdict[str, list[str]](list), strict
+    def __init__(self, *, strict: bool = False, allowed: Collection[str] = ()) -> None:
+        self.counts, self.places = Counter[str](), defaultdict[str, list[str]](list)
+        self._strict, self._allowed = strict, allowed
 
     def add(self, reason: str, place: object) -> None:
         """Count a record by its reason, a few words; `place` names its file, row or number."""
-        if self._strict:
+        if self._strict and reason not in self._allowed:
             raise UserError(f"{place}: {reason}")
         self.counts[reason] += 1
         if self.counts[reason] <= 4:

@@ -99,7 +99,7 @@ def write_index(path: Path, data: DataConfig, split: str, *, state: str = "") ->
     exif, fits, undecided = data.exif if data.kind != "open_images" else "ignore", Counter(), []
     for item in tqdm(items, desc=f"{split}: {data.kind}", unit=" images"):
         for reason, place in item.problems:
-            writer.leave_out(reason, place)
+            writer.left_out.add(reason, place)
         if (item.objects or not item.problems) and not _add(writer, images, item, exif, fits):
             undecided.append(item)
     for item in undecided:
@@ -117,7 +117,7 @@ def _add(writer: IndexWriter, images: Path, item: AnnotatedImage, exif: str, fit
     try:
         size, orientation = image_header(images / item.name, ignore_exif=exif == "ignore")
         if orientation != 1 and exif == "skip":
-            writer.leave_out(box_index.SKIPPED_EXIF, item.name)
+            writer.left_out.add(box_index.SKIPPED_EXIF, item.name)
             return True
         if orientation != 1 and exif == "auto":
             if item.size is None or item.size == size == box_index.turned_size(size, orientation):
@@ -131,7 +131,7 @@ def _add(writer: IndexWriter, images: Path, item: AnnotatedImage, exif: str, fit
         item.size, item.orientation = size, orientation
         writer.add(item)
     except Unusable as error:
-        writer.leave_out(f"images {error}", item.name)
+        writer.left_out.add(f"images {error}", item.name)
     return True
 
 
@@ -209,7 +209,7 @@ def read_coco(data: DataConfig, split: str, writer: IndexWriter) -> Split:
         if (image_id := _id(annotation.get("image_id"))) in found:
             found[image_id].append((place, annotation))
         else:
-            writer.leave_out("annotations of images that are not listed", place)
+            writer.left_out.add("annotations of images that are not listed", place)
     folders = ("train2017", "train") if split == "train" else ("val2017", "val", "valid")
     find = image_finder(root, Path(path).parent, *(root / folder for folder in folders))
 
@@ -337,7 +337,7 @@ def read_yolo(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     images, texts = Path(data.root, "images"), Path(data.annotations or Path(data.root, "labels"))
     folders = {"train": ("train",), "validation": ("val", "valid", "validation")}[split]
     folder = next((name for name in folders if (images / name).is_dir()), "")
-    names = [path.relative_to(images) for path in find_images(images / folder, writer.faults)]
+    names = [path.relative_to(images) for path in find_images(images / folder, writer.left_out)]
     if not texts.is_dir():
         raise UserError(f"{texts}: no such folder; check data.root and data.annotations")
 
@@ -365,7 +365,7 @@ def _yolo_object(words: list[str], place: str) -> Object:
 def read_masks(data: DataConfig, split: str, writer: IndexWriter) -> Split:
     """Read images and their masks (white = object), matched by name: a box per connected white component."""
     images, folder = Path(data.root, "images"), Path(data.annotations or Path(data.root, "masks"))
-    found = find_images(folder, writer.faults)
+    found = find_images(folder, writer.left_out)
     masks = {composed(path.relative_to(folder).with_suffix("")): path for path in found}
 
     def describe(image: AnnotatedImage, mask: Path) -> Iterable[tuple[str, Object]]:
@@ -379,7 +379,7 @@ def read_masks(data: DataConfig, split: str, writer: IndexWriter) -> Split:
         boxes = found[1:].tolist()  # the first one is the background
         return [("", Object((x, y, x + w, y + h))) for x, y, w, h, area in boxes if area >= _MIN_COMPONENT]
 
-    names = (path.relative_to(images) for path in find_images(images, writer.faults))
+    names = (path.relative_to(images) for path in find_images(images, writer.left_out))
     others = ((name, masks.get(composed(name), folder / name)) for name in names)  # the mask of a.jpg may be a.jpg.png
     named = ((name.as_posix(), masks.get(composed(name.with_suffix("")), other)) for name, other in others)
     return images, _parsed(named, describe, lambda found, _: found), False

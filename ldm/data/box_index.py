@@ -138,28 +138,24 @@ class IndexWriter:
     def __init__(self, path: str | Path, source: Mapping[str, str] | None = None, *, strict: bool = False) -> None:
         """With `strict` the first fault of the data is a UserError, not left out."""
         self.path, self.source = Path(path), dict(source or {})  # origin of the annotations, for `BoxIndex.metadata`
-        self.faults, self.unwanted = Skipped(strict=strict), Skipped()  # boxes and images left out
+        self.left_out = Skipped(strict=strict, allowed=_BY_CHOICE)  # boxes and images
         self.images = self.boxes = 0  # kept so far
         self._columns = {name: array(typecode) for name, (typecode, *_) in _COLUMNS.items()}
         self._classes: dict[str, int] = {}
-
-    def leave_out(self, reason: str, place: object) -> None:
-        """Count a box or an image that is not in the index; UserError if it is a fault and the writer is strict."""
-        (self.unwanted if reason in _BY_CHOICE else self.faults).add(reason, place)
 
     def add(self, image: AnnotatedImage) -> None:
         """Add an image of known size with those of its objects whose boxes cover 2 % to 80 % of it, if any."""
         assert image.size is not None
         name, size = image.name, image.size
         if max(size) > _MAX_SIDE:
-            self.leave_out(f"images of more than {_MAX_SIDE} pixels a side", name)
+            self.left_out.add(f"images of more than {_MAX_SIDE} pixels a side", name)
             return
         before, columns, scale = self.boxes, self._columns, size if image.relative else (1, 1)
         for box, label, outlines, place in image.objects:
             # 0.29 of 100 pixels: 28.999999999999996
             x_min, y_min, x_max, y_max = [round(edge * k, 3) for edge, k in zip(box, scale * 2, strict=True)]
             if reason := _unusable(x_min, y_min, x_max, y_max, size):
-                self.leave_out(reason, place or name)
+                self.left_out.add(reason, place or name)
                 continue
             self.boxes += 1
             columns["boxes"].extend(clip_box(x_min, y_min, x_max, y_max, size))
@@ -169,7 +165,7 @@ class IndexWriter:
             columns["shape_ends"].append(len(columns["polygon_ends"]))
             columns["box_classes"].append(self._classes.setdefault(label, len(self._classes)))
         if self.boxes == before:
-            self.leave_out(NO_BOX, name)
+            self.left_out.add(NO_BOX, name)
             return
         self.images += 1
         columns["sizes"].extend(size)
@@ -185,7 +181,7 @@ class IndexWriter:
     def write(self) -> None:
         """Write the index; UserError if there is not one usable box."""
         if not self.images:
-            reasons = ", ".join(str(some) for some in (self.faults, self.unwanted) if some) or "no images found"
+            reasons = self.left_out or "no images found"
             raise UserError(f"{self.path}: not one usable box ({reasons}); check the paths and the annotations")
         for name in self._classes:
             self._append_text("classes", "class_ends", name)
@@ -194,11 +190,8 @@ class IndexWriter:
             for name, (_, shape, needed) in _COLUMNS.items()
             if self._columns[needed]
         }
-        dropped = {
-            f"{reason} ({', '.join(some.places[reason])})": count
-            for some in (self.faults, self.unwanted)
-            for reason, count in some.counts.items()
-        }
+        places, counts = self.left_out.places, self.left_out.counts
+        dropped = {f"{reason} ({', '.join(places[reason])})": count for reason, count in counts.items()}
         metadata = {"version": _VERSION, "dropped": json.dumps(dropped), **self.source}
         with atomic_write(self.path) as partial:
             save_file(arrays, partial, metadata=metadata)

@@ -48,12 +48,10 @@ class ImageDataset(Dataset[Sample]):
         if unknown := set(names) - set(self.classes):
             raise UserError(f"{self.data.root}: {split} has a class that training has not: {min(unknown)}")
         self.labels = [self.classes.index(name) for name in names]
-        is_classifier = model.kind == "classifier"
-        wanted = model.classifier.num_classes if is_classifier else model.unet.num_classes
-        if wanted is not None and len(self.classes) != wanted:
-            listed = ", ".join(self.classes[:5])
-            key = "model.classifier.num_classes" if is_classifier else "model.unet.num_classes"
-            raise UserError(f"{self.data.root}: {len(self.classes)} classes ({listed} …), but {key} is {wanted}")
+        part = "classifier" if model.kind == "classifier" else "unet"
+        if (wanted := getattr(model, part).num_classes) not in (None, len(self.classes)):
+            found = f"{len(self.classes)} classes ({', '.join(self.classes[:5])} …)"
+            raise UserError(f"{self.data.root}: {found}, but model.{part}.num_classes is {wanted}")
         self.length = min(len(self.sources), max_samples or len(self.sources))
 
     def __len__(self) -> int:

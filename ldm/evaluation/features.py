@@ -48,9 +48,7 @@ class View(NamedTuple):
 Modes = Mapping[str, tuple[str, Callable[[Image.Image], Tensor]]]
 
 
-def normalised_square(
-    size: int, mean: Sequence[float], std: Sequence[float], *, short_side: int | None = None
-) -> Modes:
+def normalised_square(size: int, mean: Sequence[float], std: Sequence[float], short_side: int = 0) -> Modes:
     """Make the preprocessing to a square of normalised RGB values; `CLIPImageProcessor` would need torchvision.
 
     With `short_side`, `WHOLE` scales the short side to this length and cuts out the centre; otherwise it squashes.
@@ -60,7 +58,6 @@ def normalised_square(
         return normalise(image.resize((size, size), Image.Resampling.BICUBIC), mean, std)
 
     def centre(image: Image.Image) -> Tensor:
-        assert short_side is not None
         # Rounds as torchvision does: the long side down, half a pixel of the margin to the even number.
         width, height = (max(short_side, short_side * side // min(image.size)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)

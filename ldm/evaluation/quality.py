@@ -101,9 +101,8 @@ def _from_pickle(path: Path) -> GaussianMixture:
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn warns of files from other versions of itself
         estimator = _MixtureUnpickler(file, encoding="latin1").load()  # latin1: bytes from Python 2
-    origin = {"class": type(estimator).__name__, "file": path.name, "sha256": sha256_file(path)}
     version = str(getattr(estimator, "_sklearn_version", "unknown"))
-    return GaussianMixture(estimator, {**origin, "scikit-learn": version})
+    return GaussianMixture(estimator, {"file": path.name, "sha256": sha256_file(path), "scikit-learn": version})
 
 
 class _Ignored:

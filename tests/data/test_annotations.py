@@ -251,10 +251,11 @@ def test_what_cannot_be_read_is_counted_and_named(tmp_path: Path) -> None:
     Image.new("RGB", SIZE).save(folder / "e.jpg", exif=exif)
     writer = write_index(tmp_path / "i.safetensors", source, "train")
     assert writer.images == 2
-    assert writer.unwanted.counts == {SKIPPED_EXIF: 1, "boxes of less than 2% of their image": 1}
-    faults = {"no images": ["d.jpg"], "images truncated": ["train/c.jpg"]}
-    assert writer.faults.places == {
-        **faults,
+    assert writer.left_out.places == {
+        "no images": ["d.jpg"],
+        "images truncated": ["train/c.jpg"],
+        SKIPPED_EXIF: ["train/e.jpg"],
+        "boxes of less than 2% of their image": [f"{labels / 'a.txt'}:2"],
         "annotations that cannot be read": [f"{labels / 'f.txt'}:1: could not convert string to float: 'nonsense'"],
     }
     left_out = BoxIndex(tmp_path / "i.safetensors").left_out
