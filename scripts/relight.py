@@ -18,7 +18,6 @@ from ldm.editing.cli import (
     add_model_options,
     add_output_options,
     add_safety_options,
-    checkpoint_metadata,
     load_editor,
     model_metadata,
     run_command,
@@ -105,7 +104,7 @@ def relight(args: argparse.Namespace, sampling: dict[str, Any], settings: EditSe
     record = metadata.result() | {"mode": "relight", "device": editor.device.type}
     record |= {"guidance_scale": None} | sampling  # None: the model's
     record |= {"sampler": settings.sampler, "num_steps": settings.steps}
-    record |= {name: getattr(args, name) for name in RECORDED} | checkpoint_metadata(args)
+    record |= {name: getattr(args, name) for name in RECORDED}
     seeds, safe = drop_unsafe(content_filter, settings.seeds, results, Image.new("L", results[0].size, 255))
     marked = [add_watermark(result, args.watermark) for result in safe]
     named = {f"{args.image.stem}_relit_{k}": (result, {"seed": k}) for k, result in zip(seeds, marked, strict=True)}

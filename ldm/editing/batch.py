@@ -104,9 +104,8 @@ class Report:
 
     def write(self, path: Path, jobs: Iterable[Job] = ()) -> None:
         """Write a JSON object per job, in no particular order; those of `jobs` without an outcome are `waiting`."""
-        lines = {job.name: {"status": "waiting"} for job in jobs}
-        lines |= {name: {"status": "skipped"} for name in self.skipped}
-        lines |= {name: {"status": "done"} for name in self.done}
+        states = (("waiting", [job.name for job in jobs]), ("skipped", self.skipped), ("done", self.done))
+        lines = {name: {"status": status} for status, names in states for name in names}
         lines |= {name: {"status": "failed", "reason": reason} for name, reason in self.failed.items()}
         write_text(path, "".join(json.dumps({"name": name, **line}) + "\n" for name, line in lines.items()))
 
@@ -138,7 +137,14 @@ def read_jobs(
             wrong.fail(f"row {number}", f"the name {name!r:.80} is there twice; give each row its own")
             continue
         try:
-            jobs[name] = _job(name, row, path.parent, base)
+            files = {key: str(path.parent / str(value)) for key in FILES if (value := row.pop(key, None))}
+            box, polygon = (numbers(str(row.pop(key, ""))) for key in ("box", "polygon"))
+            settings = settings_from(row, base)
+            if not settings.is_single or settings.per_component:
+                raise UserError("several samples, seeds or components are not for tables; give each its row")
+            if "scene" not in files or ("reference" not in files and settings.prompt is None):
+                raise UserError(f"lacks {'reference or prompt' if 'scene' in files else 'scene'}")
+            jobs[name] = Job(name=name, settings=settings, box=box, polygon=polygon, **files)
         except ValueError as error:
             wrong.fail(name, f"row {number}: {error}")
     return list(jobs.values())
@@ -195,17 +201,6 @@ def match_folders(
         if alone:
             warnings.warn(f"{folder}: passed over {alone}", stacklevel=2)
     return jobs
-
-
-def _job(name: str, row: dict[str, Any], folder: Path, base: EditSettings) -> Job:
-    files = {key: str(folder / str(value)) for key in FILES if (value := row.pop(key, None))}
-    box, polygon = (numbers(str(row.pop(key, ""))) for key in ("box", "polygon"))
-    settings = settings_from(row, base)
-    if not settings.is_single or settings.per_component:
-        raise UserError("several samples, seeds or components are not for tables; give each its row")
-    if "scene" not in files or ("reference" not in files and settings.prompt is None):
-        raise UserError(f"lacks {'reference or prompt' if 'scene' in files else 'scene'}")
-    return Job(name=name, settings=settings, box=box, polygon=polygon, **files)
 
 
 def process_rank() -> tuple[int, int]:

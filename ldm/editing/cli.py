@@ -336,7 +336,6 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     if settings.crop_margin is None:
         record["crop_margin"] = editor.model.config.crop_margin
     record |= {"mask": args.mask or "drawn", "reference": args.reference or [], "device": editor.device.type}
-    record |= checkpoint_metadata(args)
     seeds, safe = drop_unsafe(content_filter, settings.seeds, results, request.hole)
     if not safe:
         return 1
@@ -360,11 +359,6 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     return 1 if len(safe) < len(results) else 0
 
 
-def checkpoint_metadata(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the names of the files with the weights and their config."""
-    return {"checkpoint": args.checkpoint or "bundled", "config": args.config or "beside the checkpoint"}
-
-
 def use_bundled_example(args: argparse.Namespace) -> str:
     """Set scene, mask and exemplar to those of the first bundled example; return its name."""
     from ldm.editing.editor import BUNDLED_MODEL, EXAMPLE_PARTS, bundled_examples
@@ -380,10 +374,12 @@ def save_results(
 ) -> None:
     """Write images, by stem and each with its metadata, as PNGs; number all if a name is taken, without `--overwrite`.
 
-    `args` has outdir and overwrite; `record` is the metadata of all images, JSON values and paths.
+    `args` has outdir and overwrite, and the checkpoint and config that go into the metadata of all images, beside
+    `record`, JSON values and paths.
     """
     from ldm.images import save_png
 
+    record = {**record, "checkpoint": args.checkpoint or "bundled", "config": args.config or "beside the checkpoint"}
     for suffix in chain([""], (f"_v{version}" for version in count(2))):
         paths = [args.outdir / f"{stem}{suffix}.png" for stem in images]
         with suppress(FileExistsError), ExitStack() as stack:
@@ -414,12 +410,10 @@ def contact_sheet(
 
     tiles = [tile(image) for image in (scene, scene, *exemplars, *results)]
     tiles[1].paste(MID_GREY, mask=hole.resize(tiles[1].size, Image.Resampling.NEAREST))
-    places: list[tuple[int, int]] = []
-    for k in range(len(tiles)):
-        left = 0 if k % SHEET_COLUMNS == 0 else places[-1][0] + tiles[k - 1].width + SHEET_GAP
-        places.append((left, k // SHEET_COLUMNS * (height + SHEET_GAP)))
-    width = max(left + image.width for (left, _), image in zip(places, tiles, strict=True))
-    sheet = Image.new("RGB", (width, places[-1][1] + height), "white")
-    for place, image in zip(places, tiles, strict=True):
+    lefts = [sum(left.width + SHEET_GAP for left in tiles[k - k % SHEET_COLUMNS : k]) for k in range(len(tiles))]
+    tops = [k // SHEET_COLUMNS * (height + SHEET_GAP) for k in range(len(tiles))]
+    width = max(left + image.width for left, image in zip(lefts, tiles, strict=True))
+    sheet = Image.new("RGB", (width, tops[-1] + height), "white")
+    for image, *place in zip(tiles, lefts, tops, strict=True):
         sheet.paste(image, place)
     return sheet

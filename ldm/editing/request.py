@@ -50,9 +50,7 @@ def make_request(
         mask, boxes, polygons: the hole, see `make_hole`.
         reference_mask: white where the object of the exemplar is, see `prepare_exemplar`.
 
-    Raises:
-        UserError: the hole or an exemplar is empty, or a mask has the wrong size.
-        OSError, ValueError: a file cannot be read.
+    UserError if a file cannot be read, the hole or an exemplar is empty, or a mask has the wrong size.
     """
     settings = settings or EditSettings()
     upright_scene = open_upright(scene, "the scene")

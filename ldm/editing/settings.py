@@ -48,12 +48,9 @@ def _set(default: Any, flags: str, help: str, **option: Any) -> Any:
 
 @dataclass(frozen=True)
 class EditSettings:
-    """Every setting of an edit, checked.
+    """Every setting of an edit, checked; lists become tuples, numpy's numbers Python's own.
 
-    Values are normalised: lists become tuples, numpy's numbers Python's own.
-
-    Raises:
-        UserError: a value has another type, is out of bounds, or does not go with another one.
+    UserError if a value has another type, is out of bounds, or does not go with another one.
     """
 
     prompt: str | None = _set(None, "--prompt", "what to paint, in words")
@@ -171,22 +168,23 @@ COLUMNS = {flag.removeprefix("--").replace("-", "_"): name for name in OPTIONS f
 PARSERS: dict[type, Any] = {bool: lambda word: BOOLEANS[word.lower()], int: whole, float: float, str: str}
 
 
-def check_setting(name: str, value: Any, *, is_item: bool = False) -> Any:
-    """Return a setting's value, or one item of it, in its own type, or raise UserError."""
+def check_setting(name: str, value: Any, bounds: tuple[float, float] | None = None) -> Any:
+    """Return a setting's value in its own type, or raise UserError; with `bounds` it is one number, within these."""
     option, kind = OPTIONS[name], KINDS[name]
     if value is None and DEFAULTS[name] is None:
         return None
-    if isinstance(value, (list, tuple)) and option.nargs in ("+", len(value)) and not is_item:
-        return tuple(check_setting(name, item, is_item=True) for item in value)
+    if isinstance(value, (list, tuple)) and option.nargs in ("+", len(value)) and not bounds:
+        return tuple(check_setting(name, item, (option.low, option.high)) for item in value)
     if kind in (bool, str):
         is_right = isinstance(value, kind) and (not option.choices or value in option.choices)
         expected = f"one of {', '.join(option.choices)}" if option.choices else f"a {kind.__name__}"
     else:
-        is_pair = option.nargs == 2 and not is_item
+        is_pair, (low, high) = option.nargs == 2 and not bounds, bounds or (option.low, option.high)
         is_number = issubclass(type(value), Real) and type(value) is not bool and not is_pair
-        is_right = is_number and option.low <= value <= option.high and not (kind is int and value % 1)  # not NaN
-        amount = "two numbers" if is_pair else f"a {'whole ' * (kind is int)}number"
-        expected = f"{amount} from {option.low} to {option.high}"
+        is_right = is_number and low <= value <= high and not (kind is int and value % 1)  # NaN is in no range
+        expected = (
+            f"{'two numbers' if is_pair else 'a whole number' if kind is int else 'a number'} from {low} to {high}"
+        )
     if not is_right:
         raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
     return kind(value)
@@ -222,13 +220,9 @@ def _parsed(name: str, text: str) -> Any:
 
 
 def add_options(parser: Any, *names: str, **helps: str) -> None:
-    """Add the options of settings to an argparse parser or group.
+    """Add the options of settings to an argparse parser or group, in the order of the help; `helps` replace help texts.
 
     The namespace has an attribute for each setting that was given, and none for the others: see `given_options`.
-
-    Args:
-        names: the settings, in the order of the help.
-        helps: other help texts, by setting.
     """
     for name in names:
         option, kind, default = OPTIONS[name], KINDS[name], DEFAULTS[name]

@@ -29,7 +29,7 @@ def add_watermark(image: Image.Image, text: str | None = WATERMARK) -> Image.Ima
         return image
     check_watermark(image.size, text)
     bits = np.unpackbits(np.frombuffer(text.encode(), np.uint8))
-    pixels = np.asarray(image.convert("RGB"), np.float32)
+    pixels = np.array(image.convert("RGB"), np.float32)
     blocks, place = _blocks(pixels)
     bit = np.resize(bits, len(blocks)).astype(np.float32)
     rows = np.arange(len(blocks))
@@ -41,10 +41,8 @@ def add_watermark(image: Image.Image, text: str | None = WATERMARK) -> Image.Ima
     change[rows, place] = level - largest
     height, width = (side // 8 * 8 for side in pixels.shape[:2])
     grid = change.reshape(height // 8, width // 8, 4, 4).swapaxes(1, 2).reshape(height // 2, width // 2)
-    of_pixels = np.repeat(np.repeat(grid / 2, 2, axis=0), 2, axis=1)
-    marked = pixels.copy()
-    marked[:height, :width] += of_pixels[..., None] * _FROM_U
-    return Image.fromarray(np.clip(np.rint(marked), 0, 255).astype(np.uint8))
+    pixels[:height, :width] += np.kron(grid / 2, np.ones((2, 2), np.float32))[..., None] * _FROM_U
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
 
 
 def read_watermark(image: Image.Image, length: int = len(WATERMARK)) -> bytes:

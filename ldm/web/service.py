@@ -90,12 +90,9 @@ def check(name: str, value: Any, schema: Mapping[str, Any]) -> Any:
     low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
     if value == low < OPTIONS[name].low:
         return None
-    checked = check_setting(name, value)
-    if isinstance(checked, str) and len(checked) > schema.get("maxLength", math.inf):
-        raise UserError(f"{name}: got {len(checked)} characters, expected at most {LONGEST_PROMPT}")
-    if isinstance(checked, tuple) or (isinstance(checked, (int, float)) and not low <= checked <= high):
-        raise UserError(f"{name}: got {value!r:.80}, expected a number from {low:g} to {high:g}")
-    return checked
+    if isinstance(value, str) and len(value) > schema.get("maxLength", math.inf):
+        raise UserError(f"{name}: got {len(value)} characters, expected at most {LONGEST_PROMPT}")
+    return check_setting(name, value, (low, high))
 
 
 class Progress(NamedTuple):
