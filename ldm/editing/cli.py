@@ -410,10 +410,10 @@ def contact_sheet(
 
     tiles = [tile(image) for image in (scene, scene, *exemplars, *results)]
     tiles[1].paste(MID_GREY, mask=hole.resize(tiles[1].size, Image.Resampling.NEAREST))
-    lefts = [sum(left.width + SHEET_GAP for left in tiles[k - k % SHEET_COLUMNS : k]) for k in range(len(tiles))]
+    lefts = [sum(image.width + SHEET_GAP for image in tiles[k - k % SHEET_COLUMNS : k]) for k in range(len(tiles))]
     tops = [k // SHEET_COLUMNS * (height + SHEET_GAP) for k in range(len(tiles))]
     width = max(left + image.width for left, image in zip(lefts, tiles, strict=True))
     sheet = Image.new("RGB", (width, tops[-1] + height), "white")
-    for image, *place in zip(tiles, lefts, tops, strict=True):
-        sheet.paste(image, place)
+    for image, left, top in zip(tiles, lefts, tops, strict=True):
+        sheet.paste(image, (left, top))
     return sheet

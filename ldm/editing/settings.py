@@ -6,7 +6,7 @@ Command-line options, columns of job tables, JSON schemas and the call as text a
 import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
@@ -33,8 +33,8 @@ _MARGIN = "surroundings shown on each side, as a share of the hole's longer side
 class Option:
     """How a setting is spelled, bounded and explained."""
 
-    flags: tuple[str, ...]  # on the command line, the preferred one first; then those of the original and of old
     help: str  # one phrase, without the default
+    flags: tuple[str, ...]  # on the command line, the preferred one first; then those of the original and of old
     choices: tuple[str, ...] = ()  # the allowed words of a string
     low: float = -math.inf  # inclusive, as `high`; numbers have both everywhere, tables and the page included
     high: float = math.inf
@@ -42,8 +42,9 @@ class Option:
     default_text: str = ""  # the default in words, where it is computed
 
 
-def _set(default: Any, flags: str, help: str, **option: Any) -> Any:
-    return field(default=default, metadata={"option": Option(tuple(flags.split()), help, **option)})
+def _set(default: Any, help: str, flags: str = "", **option: Any) -> Any:
+    """Make a field; the flag that its name makes comes first, unless it is among `flags`."""
+    return field(default=default, metadata={"option": Option(help, tuple(flags.split()), **option)})
 
 
 @dataclass(frozen=True)
@@ -53,49 +54,37 @@ class EditSettings:
     UserError if a value has another type, is out of bounds, or does not go with another one.
     """
 
-    prompt: str | None = _set(None, "--prompt", "what to paint, in words")
-    negative_prompt: str | None = _set(None, "--negative-prompt", "what to avoid, in words")
-    n_samples: int = _set(1, "--n-samples --n_samples", "results to make", low=1, high=10_000)
+    prompt: str | None = _set(None, "what to paint, in words")
+    negative_prompt: str | None = _set(None, "what to avoid, in words")
+    n_samples: int = _set(1, "results to make", "--n_samples", low=1, high=10_000)
     seed: int | tuple[int, ...] = _set(
-        0, "--seed", "sample i uses SEED + i, or the i-th of several seeds", nargs="+", low=-(2**63), high=2**64 - 1
+        0, "sample i uses SEED + i, or the i-th of several seeds", nargs="+", low=-(2**63), high=2**64 - 1
     )
-    sampler: str = _set("dpm_solver_pp", "--sampler", "solver", choices=tuple(DEFAULT_STEPS))
+    sampler: str = _set("dpm_solver_pp", "solver", choices=tuple(DEFAULT_STEPS))
     num_steps: int | None = _set(
-        None, "--steps --num-steps", "more is slower and finer", low=1, high=10_000, default_text=_STEPS
+        None, "more is slower and finer", "--steps --num-steps", low=1, high=10_000, default_text=_STEPS
     )
     guidance_scale: float = _set(
-        5.0, "--guidance-scale --scale", "1 is without; the paper uses 5, the original's script 1", low=-1000, high=1000
+        5.0, "1 is without; the paper uses 5, the original's script 1", "--scale", low=-1000, high=1000
     )
     guidance_interval: tuple[float, float] = _set(
-        (0.0, 1.0), "--guidance-interval", "noise levels with guidance, 0, data, to 1, noise", nargs=2, low=0, high=1
+        (0.0, 1.0), "noise levels with guidance, 0, data, to 1, noise", nargs=2, low=0, high=1
     )
-    eta: float = _set(0.0, "--eta --ddim_eta", "stochasticity of the sampler ddim", low=0, high=1)
-    dilate: int = _set(0, "--dilate --grow", "pixels to widen the hole by", low=0, high=_SIDE)
+    eta: float = _set(0.0, "stochasticity of the sampler ddim", "--ddim_eta", low=0, high=1)
+    dilate: int = _set(0, "pixels to widen the hole by", "--grow", low=0, high=_SIDE)
     mask_shape: str = _set(
-        "given", "--mask-shape --shape", "paint the hole's components, their boxes or other shapes", choices=MASK_SHAPES
+        "given", "paint the hole's components, their boxes or other shapes", "--shape", choices=MASK_SHAPES
     )
     per_component: bool = _set(
-        False, "--per-component --separate", "edit the hole's connected components one by one, each with its own crop"
+        False, "edit the hole's connected components one by one, each with its own crop", "--separate"
     )
-    crop_margin: float | None = _set(
-        None, "--crop-margin --context-margin", _MARGIN, low=0, high=1000, default_text="the model's"
-    )
-    whole_image: bool = _set(False, "--whole-image", "show the whole scene, as the paper does")
-    feather: int | None = _set(
-        None, "--feather", "pixels in which the hole's edge fades", low=0, high=_SIDE, default_text=_FADE
-    )
-    match_colors: bool = _set(
-        True, "--match-colors --colour-agreement", "correct the decoder's colour error along the hole's edge"
-    )
-    paste_back: bool = _set(
-        True, "--paste-back", "keep the scene's own pixels outside the hole, not the decoder's rendering of them"
-    )
-    reference_background: str = _set(
-        "keep", "--reference-background", "background of the exemplar's object", choices=("keep", "grey")
-    )
-    reference_fit: str = _set(
-        "squash", "--reference-fit", "to the encoder's square; the paper squashes", choices=("squash", "pad")
-    )
+    crop_margin: float | None = _set(None, _MARGIN, "--context-margin", low=0, high=1000, default_text="the model's")
+    whole_image: bool = _set(False, "show the whole scene, as the paper does")
+    feather: int | None = _set(None, "pixels in which the hole's edge fades", low=0, high=_SIDE, default_text=_FADE)
+    match_colors: bool = _set(True, "correct the decoder's colour error along the hole's edge", "--colour-agreement")
+    paste_back: bool = _set(True, "keep the scene's own pixels outside the hole, not the decoder's rendering of them")
+    reference_background: str = _set("keep", "background of the exemplar's object", choices=("keep", "grey"))
+    reference_fit: str = _set("squash", "to the encoder's square; the paper squashes", choices=("squash", "pad"))
 
     def __post_init__(self) -> None:
         for name in OPTIONS:
@@ -158,7 +147,10 @@ class EditSettings:
         return words
 
 
-OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(EditSettings)}
+OPTIONS: dict[str, Option] = {}
+for f in fields(EditSettings):
+    option, flag = f.metadata["option"], "--" + f.name.replace("_", "-")
+    OPTIONS[f.name] = option if flag in option.flags else replace(option, flags=(flag, *option.flags))
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(EditSettings)}
 # The type of each setting, or of its items.
 KINDS = {f.name: next(k for k in (bool, int, float, str) if k.__name__ in str(f.type)) for f in fields(EditSettings)}
@@ -169,7 +161,7 @@ PARSERS: dict[type, Any] = {bool: lambda word: BOOLEANS[word.lower()], int: whol
 
 
 def check_setting(name: str, value: Any, bounds: tuple[float, float] | None = None) -> Any:
-    """Return a setting's value in its own type, or raise UserError; with `bounds` it is one number, within these."""
+    """Return a setting's value in its own type, or raise UserError; with `bounds` it is no list, and within these."""
     option, kind = OPTIONS[name], KINDS[name]
     if value is None and DEFAULTS[name] is None:
         return None
@@ -182,9 +174,8 @@ def check_setting(name: str, value: Any, bounds: tuple[float, float] | None = No
         is_pair, (low, high) = option.nargs == 2 and not bounds, bounds or (option.low, option.high)
         is_number = issubclass(type(value), Real) and type(value) is not bool and not is_pair
         is_right = is_number and low <= value <= high and not (kind is int and value % 1)  # NaN is in no range
-        expected = (
-            f"{'two numbers' if is_pair else 'a whole number' if kind is int else 'a number'} from {low} to {high}"
-        )
+        expected = "two numbers" if is_pair else f"a {'whole ' * (kind is int)}number"
+        expected += f" from {low} to {high}"
     if not is_right:
         raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
     return kind(value)
