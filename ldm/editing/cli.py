@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
     from ldm.editing.editor import Editor
 
-# Options and settings for a single edit only.
+# Options for a single edit only.
 SINGLE_OPTIONS = ("sort_by_similarity", "box", "polygon", "reference_mask", "control")
-SINGLE_SETTINGS = ("n_samples", "per_component")
 # Options that go into the metadata of a single edit; paths become text.
 RECORDED = ("image", "box", "polygon", "reference_mask", "decoder", "control", "control_image", "control_scale")
 RECORDED += ("guess_mode", "safety", "watermark")
@@ -154,7 +153,7 @@ def _mistakes(args: argparse.Namespace, settings: EditSettings) -> list[tuple[An
     is_conditioned = bool(references) or (settings.prompt is not None and not args.jobs)
     is_partial = bool(args.image) != is_conditioned or ((args.mask or outlines) and not args.image)
     single = [name for name in SINGLE_OPTIONS if getattr(args, name)]
-    single += [name for name in SINGLE_SETTINGS if name in settings.changed()]
+    single += [name for name in ("n_samples", "per_component") if name in settings.changed()]
     single += ["seed"] if isinstance(settings.seed, tuple) else []
     singles = ", ".join("--" + name.replace("_", "-") for name in single)
     is_triple = len(args.control) == len(args.control_image) == len(args.control_scale)
@@ -374,8 +373,7 @@ def save_results(
 ) -> None:
     """Write images, by stem and each with its metadata, as PNGs; number all if a name is taken, without `--overwrite`.
 
-    `args` has outdir and overwrite, and the checkpoint and config that go into the metadata of all images, beside
-    `record`, JSON values and paths.
+    `args` has outdir, overwrite, and the names of checkpoint and config, which join the `record` of all images.
     """
     from ldm.images import save_png
 

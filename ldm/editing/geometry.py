@@ -58,10 +58,9 @@ def cut(image: Image.Image, window: Box, size: int, resample: Image.Resampling, 
     """
     box, side, wide = window.clipped(*image.size), window.size[0], []
     if box.size[0] < side > MAX_PADDED:  # first along the short axis, along which it is continued
-        turned, left, top = image.crop(box).transpose(Image.Transpose.TRANSPOSE), *np.subtract(window[:2], box[:2])
-        return cut(turned, Box(top, left, top + side, left + side), size, resample, mode).transpose(
-            Image.Transpose.TRANSPOSE
-        )
+        turn, (left, top) = Image.Transpose.TRANSPOSE, np.subtract(window[:2], box[:2])
+        turned = Box(top, left, top + side, left + side)
+        return cut(image.crop(box).transpose(turn), turned, size, resample, mode).transpose(turn)
     columns, rows = (
         np.pad(np.arange(box.size[axis]), np.abs(np.subtract(box, window))[axis::2], mode="reflect") for axis in (0, 1)
     )

@@ -1,7 +1,4 @@
-"""The settings of an edit: the one list behind Python, command lines, job tables, web page, benchmark and metadata.
-
-Command-line options, columns of job tables, JSON schemas and the call as text are generated from `EditSettings`.
-"""
+"""The settings of an edit: the one list behind Python, command lines, job tables, web page, benchmark and metadata."""
 
 import argparse
 import math

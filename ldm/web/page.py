@@ -2,7 +2,6 @@
 
 import base64
 import inspect
-import io
 import logging
 import os
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 from gradio.components.api_component import Api
+from gradio.processing_utils import encode_pil_to_bytes
 from gradio.themes import Default
 from gradio_client.utils import is_file_obj_with_meta
 from PIL import Image, ImageOps
@@ -270,9 +270,7 @@ def display_copy(image: Image.Image) -> Image.Image:
 
 def data_url(image: Image.Image, form: str = "png") -> str:
     """Encode an image in the size that the browser shows as data URL."""
-    content = io.BytesIO()
-    display_copy(image).save(content, form)
-    return f"data:image/{form};base64," + base64.b64encode(content.getvalue()).decode()
+    return f"data:image/{form};base64," + base64.b64encode(encode_pil_to_bytes(display_copy(image), form)).decode()
 
 
 def example_tile(folder: Path) -> Image.Image:
