@@ -159,23 +159,23 @@ PARSERS: dict[type, Any] = {bool: lambda word: BOOLEANS[word.lower()], int: whol
 
 def check_setting(name: str, value: Any, bounds: tuple[float, float] | None = None) -> Any:
     """Return a setting's value in its own type, or raise UserError; with `bounds` it is no list, and within these."""
-    option, kind = OPTIONS[name], KINDS[name]
+    option, kind, item = OPTIONS[name], KINDS[name], value
     if value is None and DEFAULTS[name] is None:
         return None
     if isinstance(value, (list, tuple)) and option.nargs in ("+", len(value)) and not bounds:
-        return tuple(check_setting(name, item, (option.low, option.high)) for item in value)
+        return tuple(check_setting(name, one, (option.low, option.high)) for one in value)
     if kind in (bool, str):
-        is_right = isinstance(value, kind) and (not option.choices or value in option.choices)
+        is_right = isinstance(item, kind) and (not option.choices or item in option.choices)
         expected = f"one of {', '.join(option.choices)}" if option.choices else f"a {kind.__name__}"
     else:
         is_pair, (low, high) = option.nargs == 2 and not bounds, bounds or (option.low, option.high)
-        is_number = issubclass(type(value), Real) and type(value) is not bool and not is_pair
-        is_right = is_number and low <= value <= high and not (kind is int and value % 1)  # NaN is in no range
+        is_number = issubclass(type(item), Real) and type(item) is not bool and not is_pair
+        is_right = is_number and low <= item <= high and not (kind is int and item % 1)  # NaN is in no range
         expected = "two numbers" if is_pair else f"a {'whole ' * (kind is int)}number"
         expected += f" from {low} to {high}"
     if not is_right:
         raise UserError(f"{name}: got {value!r:.80}, expected {expected}")
-    return kind(value)
+    return kind(item)
 
 
 def settings_from(values: Mapping[str, Any], base: EditSettings | None = None) -> EditSettings:
