@@ -19,7 +19,6 @@ from ldm.editing.cli import (
     add_output_options,
     add_safety_options,
     load_editor,
-    model_metadata,
     run_command,
     save_results,
     set_up,
@@ -80,6 +79,7 @@ def relight(args: argparse.Namespace, sampling: dict[str, Any], settings: EditSe
     """Relight a foreground, write the results and return the exit status: 1 if a filter withheld some of them."""
     from PIL import Image
 
+    from ldm.editing.editor import model_metadata
     from ldm.editing.progress import edit_progress
     from ldm.editing.relight import Relighter, on_grey
     from ldm.editing.safety import drop_unsafe, load_filter

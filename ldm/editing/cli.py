@@ -141,14 +141,6 @@ def parse(argv: list[str] | None, description: str) -> tuple[argparse.Namespace,
         settings = EditSettings(**given)
     except UserError as error:
         parser.error(str(error))
-    for is_wrong, message in _mistakes(args, settings):
-        if is_wrong:
-            parser.error(message)
-    return args, settings
-
-
-def _mistakes(args: argparse.Namespace, settings: EditSettings) -> list[tuple[Any, str]]:
-    """Return what may be wrong with a command line: a condition, and the message if it is true."""
     references, outlines = args.reference or [], args.box or args.polygon
     is_conditioned = bool(references) or (settings.prompt is not None and not args.jobs)
     is_partial = bool(args.image) != is_conditioned or ((args.mask or outlines) and not args.image)
@@ -164,7 +156,7 @@ def _mistakes(args: argparse.Namespace, settings: EditSettings) -> list[tuple[An
         (single, f"{singles}: not for many edits at once; give rows of --jobs what they need"),
         (min(args.batch_size, args.workers) < 1, "--batch-size and --workers: expected 1 or more"),
     ]
-    return [
+    mistakes = [
         (args.mode == "relight", "--mode relight: relighting has a command of its own, scripts/relight.py"),
         *(bulk if args.is_bulk else []),
         (is_partial, "give all three of --image, --mask and --reference (or --prompt), or none for the example"),
@@ -175,6 +167,10 @@ def _mistakes(args: argparse.Namespace, settings: EditSettings) -> list[tuple[An
         (not is_triple, "--control: give a --control-image, and a --control-scale or none, for each"),
         (args.guess_mode and not args.control, "--guess-mode: goes with --control"),
     ]
+    for is_wrong, message in mistakes:
+        if is_wrong:
+            parser.error(message)
+    return args, settings
 
 
 def main(argv: list[str] | None = None, description: str = "Replace the hole of a scene by an exemplar.") -> int:
@@ -215,6 +211,7 @@ def run_command(command: Callable[[], int], remedy: str = "fewer --n-samples", h
 def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
     """Edit this process's share of a table's rows, or of folders, and return the exit status: 1 if rows failed."""
     from ldm.editing.batch import Report, edit_many, match_folders, process_rank, read_jobs
+    from ldm.editing.editor import model_metadata
     from ldm.editing.safety import load_filter
 
     report, (rank, processes) = Report(), process_rank()
@@ -246,15 +243,6 @@ def edit_bulk(args: argparse.Namespace, settings: EditSettings) -> int:
         print(f"{number} failed: {kind}", file=sys.stderr)
     print(f"{len(report.done)} done, {len(report.skipped)} there already, {len(report.failed)} failed; {path}")
     return 1 if report.failed else 0
-
-
-def model_metadata(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what decides images besides job and settings: version, weights, precision."""
-    from ldm import __version__
-    from ldm.editing.editor import weight_hashes
-
-    precision = str(dtype).removeprefix("torch.")
-    return {"version": __version__, "precision": precision, **weight_hashes(args.checkpoint, args.decoder)}
 
 
 def keep_freed_memory() -> bool:
@@ -296,6 +284,7 @@ def load_editor(args: argparse.Namespace, prepared: tuple[torch.device, str] | N
 
 def edit(args: argparse.Namespace, settings: EditSettings) -> int:
     """Edit a scene, write the results and return the exit status: 1 if a content filter withheld some."""
+    from ldm.editing.editor import model_metadata
     from ldm.editing.progress import edit_progress
     from ldm.editing.request import make_request
     from ldm.editing.safety import drop_unsafe, load_filter

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from ldm import __version__
 from ldm.checkpoint.io import sha256_file
 from ldm.checkpoint.keys import is_finite
 from ldm.config import Config
@@ -244,6 +245,12 @@ def weight_hashes(checkpoint: str | Path | None, decoder: str | Path | None = No
     """Return the SHA-256 of a model's files, which tell its results apart."""
     hashes = {"checkpoint_sha256": sha256_file(checkpoint_file(checkpoint))}
     return hashes | ({"decoder_sha256": sha256_file(decoder_file(decoder))} if decoder else {})
+
+
+def model_metadata(files: Any, dtype: torch.dtype) -> dict[str, str]:
+    """Return what decides images besides settings: version, precision, hashes of `files.checkpoint` and `.decoder`."""
+    names = {"version": __version__, "precision": str(dtype).removeprefix("torch.")}
+    return names | weight_hashes(files.checkpoint, files.decoder)
 
 
 def bundled_examples() -> list[Path]:

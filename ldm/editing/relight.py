@@ -43,8 +43,7 @@ class Relighter:
         channels = model.config.input_channels[1:]
         if not model.reads_text or channels not in (list(RELIGHTING_CHANNELS), list(RELIGHTING_CHANNELS[:1])):
             raise UserError(f"got a model that reads {channels}, expected one for relighting: configs/iclight-fc.yaml")
-        self.model = model
-        self.reads_background = len(channels) == 2
+        self.model, self.reads_background = model, len(channels) == 2
 
     @torch.inference_mode()
     def relight(

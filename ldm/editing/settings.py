@@ -185,7 +185,13 @@ def settings_from(values: Mapping[str, Any], base: EditSettings | None = None) -
     known = {COLUMNS[name]: value for name, value in values.items()}
     if len(known) < len(values):
         raise UserError(f"got {', '.join(values)}, expected one name of each setting")
-    known = {name: _parsed(name, value) if isinstance(value, str) else value for name, value in known.items()}
+    for name, value in known.items():
+        if isinstance(value, str) and KINDS[name] is not str:
+            try:
+                items = [PARSERS[KINDS[name]](word) for word in value.replace(",", " ").split()]
+            except (KeyError, ValueError):
+                raise UserError(f"{name}: got {value!r:.80}, expected {KINDS[name].__name__}") from None
+            known[name] = items[0] if len(items) == 1 else items or DEFAULTS[name]  # an empty cell is the default
     return EditSettings(**(vars(base) if base else {}) | known)
 
 
@@ -195,16 +201,6 @@ def numbers(text: str) -> tuple[float, ...]:
         return tuple(float(word) for word in text.translate(str.maketrans(",[]", "   ")).split())
     except ValueError:
         raise UserError(f"got {text!r}, expected numbers with commas or spaces between them") from None
-
-
-def _parsed(name: str, text: str) -> Any:
-    """Return a setting's value from a cell; an empty one is the default."""
-    kind = KINDS[name]
-    try:
-        items = [PARSERS[kind](word) for word in ([text] if kind is str else text.replace(",", " ").split())]
-    except (KeyError, ValueError):
-        raise UserError(f"{name}: got {text!r:.80}, expected {kind.__name__}") from None
-    return items[0] if len(items) == 1 else items or DEFAULTS[name]
 
 
 def add_options(parser: Any, *names: str, **helps: str) -> None:

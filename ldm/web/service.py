@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm import __version__
-from ldm.editing.editor import DTYPES, EXAMPLE_PARTS, Editor, explained_out_of_memory, weight_hashes
+from ldm.editing.editor import DTYPES, EXAMPLE_PARTS, Editor, explained_out_of_memory, model_metadata
 from ldm.editing.hole_masks import as_hole
 from ldm.editing.request import EditRequest, make_request
 from ldm.editing.safety import ContentFilter, unsafe_reasons
@@ -132,7 +131,7 @@ class EditService:
         # one worker: a cancelled edit ends its step before the next one begins
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
         beside = ThreadPoolExecutor(1)  # the first edit paints while a large file is hashed
-        self._hashes = beside.submit(weight_hashes, self.source.checkpoint, self.source.decoder)
+        self._metadata = beside.submit(model_metadata, self.source, self.editor.model.weight_dtype)
         beside.shutdown(wait=False)
 
     def close(self) -> None:
@@ -242,10 +241,9 @@ class EditService:
         if not made:
             raise UserError(f"withheld: {reasons[0]}; another seed or exemplar may pass")
         folder, names = Path(tempfile.mkdtemp(dir=self.folder)), call_names(*files)
-        record = settings.record() | {"reference": None, "version": __version__} | names | vars(source)
+        record = settings.record() | {"reference": None} | names | vars(source) | self._metadata.result()
         record |= {"checkpoint": source.checkpoint or "bundled", "config": source.config or "beside the checkpoint"}
-        precision = str(self.editor.model.weight_dtype).removeprefix("torch.")
-        record |= {"precision": precision, "device": self.editor.device.type, **self._hashes.result()}
+        record |= {"device": self.editor.device.type}
         written = [folder / f"{Path(names['image']).stem}_{seed}.png" for seed in made]
         for path, (seed, result) in zip(written, made.items(), strict=True):
             save_png(result, path, {"parameters": json.dumps(record | {"seed": seed})})
