@@ -46,7 +46,6 @@ def make_request(
         scene: a picture as for `open_image`, of any size, aspect and mode. A colour profile stays with the result.
         exemplar: likewise; None uses the null token. A list edits each connected component of the hole by itself: one
             exemplar for each, from top to bottom, or one for all.
-        settings: None takes the defaults.
         mask, boxes, polygons: the hole, see `make_hole`.
         reference_mask: white where the object of the exemplar is, see `prepare_exemplar`.
 

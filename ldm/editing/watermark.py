@@ -31,10 +31,9 @@ def add_watermark(image: Image.Image, text: str | None = WATERMARK) -> Image.Ima
     bits = np.unpackbits(np.frombuffer(text.encode(), np.uint8))
     pixels = np.array(image.convert("RGB"), np.float32)
     blocks, place = _blocks(pixels)
-    bit = np.resize(bits, len(blocks)).astype(np.float32)
     rows = np.arange(len(blocks))
     largest, second = blocks[rows, place], np.sort(blocks[:, 1:], axis=1)[:, -2]
-    offset = _LEVEL * (0.25 + 0.5 * bit)
+    offset = _LEVEL * (0.25 + 0.5 * np.resize(bits, len(blocks)).astype(np.float32))
     level = np.rint((largest - offset) / _LEVEL) * _LEVEL + offset
     level += _LEVEL * (level <= second)  # it must stay the largest, or readers find another one
     change = np.zeros_like(blocks)
@@ -50,8 +49,7 @@ def read_watermark(image: Image.Image, length: int = len(WATERMARK)) -> bytes:
     check_watermark(image.size, "?" * length)
     blocks, place = _blocks(np.asarray(image.convert("RGB"), np.float32))
     votes = blocks[np.arange(len(blocks)), place] % _LEVEL > _LEVEL / 2
-    count = 8 * length
-    bits = [votes[i::count].mean() > 0.5 for i in range(count)]
+    bits = [votes[i :: 8 * length].mean() > 0.5 for i in range(8 * length)]
     return np.packbits(bits).tobytes()
 
 
