@@ -92,12 +92,7 @@ class SafetyChecker:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> Reasons:
-        pixel_values = torch.stack([exemplar_to_tensor(image, self.image_size) for image in images])
-        found = [flags.nonzero()[:, 0].tolist() for flags in self.find_concepts(pixel_values)]
-        return [f"the safety checker finds concept {', '.join(map(str, ks))} in it" if ks else None for ks in found]
-
-    def find_concepts(self, pixel_values: Tensor) -> Tensor:
-        """Find the concepts in images: (B, 3, S, S), normalised as for CLIP, to (B, K) bool."""
+        pixel_values = torch.stack([exemplar_to_tensor(image, self.image_size) for image in images])  # (B, 3, S, S)
         embedding = F.normalize(self.tower(pixel_values=pixel_values.to(self.tower.device)).image_embeds)  # (B, D)
 
         def above(name: str) -> Tensor:
@@ -105,7 +100,9 @@ class SafetyChecker:
             return embedding @ F.normalize(self.concepts[name]).T - self.concepts[f"{name}_weights"]
 
         care = (above("special_care_embeds").round(decimals=3) > 0).any(1, keepdim=True)
-        return (above("concept_embeds") + CARE * care).round(decimals=3) > 0
+        found = (above("concept_embeds") + CARE * care).round(decimals=3) > 0  # (B, K)
+        numbers = [", ".join(map(str, flags.nonzero()[:, 0].tolist())) for flags in found]
+        return [f"the safety checker finds concept {concepts} in it" if concepts else None for concepts in numbers]
 
 
 def unsafe_reasons(content_filter: ContentFilter | None, results: Sequence[Image.Image], hole: Image.Image) -> Reasons:
