@@ -1,4 +1,4 @@
-"""Edit every item of a benchmark: a table of jobs under a protocol, for `ldm.editing.batch`.
+"""Edit every item of a benchmark: a table of jobs under a protocol, for `ldm.editing.batch`; edits without a model.
 
 OUTDIR/results/ID.png · source/ID_{GT,inpaint,mask,ref}.png · grid/grid-ID.png · settings.json · timing.json
 """
@@ -18,8 +18,10 @@ from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from ldm.editing.batch import Baseline, Job, Report, edit_many, process_rank
 from ldm.editing.editor import DTYPES, Editor, pick_device, weight_hashes
+from ldm.editing.hole_masks import hole_box
+from ldm.editing.request import EditRequest
 from ldm.editing.settings import EditSettings
-from ldm.evaluation.cocoee import Bench, copy_paste, opencv_inpaint, seamless_clone
+from ldm.evaluation.cocoee import Bench
 from ldm.files import UserError, read_json, write_json
 from ldm.images import open_image, save_png
 
@@ -28,8 +30,7 @@ PROTOCOLS = {
     "paper": EditSettings(sampler="plms", num_steps=50, guidance_scale=5.0, whole_image=True, paste_back=False),
     "ours": EditSettings(),
 }
-BASELINES = {edit.__name__.replace("_", "-"): edit for edit in (copy_paste, seamless_clone, opencv_inpaint)}
-METHODS = ("model", "null-token", "other-exemplar", *BASELINES)
+INPAINT_RADIUS = 3  # pixels, as in OpenCV's examples
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ class BenchmarkRun:
     def load(self, device: torch.device) -> Editor | Baseline:
         """Load the model, or return the baseline."""
         if self.method in BASELINES:
-            baseline: Callable[..., Image.Image] = BASELINES[self.method]
-            return lambda request: baseline(request.scene, request.hole, *request.exemplars)
+            return BASELINES[self.method]
         options = {"config": self.config, "decoder": self.decoder, "compile": self.compile}
         return Editor.from_pretrained(self.checkpoint, device=device, dtype=DTYPES[self.precision], **options)
 
@@ -134,3 +134,44 @@ def _start(rank: int, run: BenchmarkRun, processes: int, folder: str) -> None:
     if run.prepare is not None:
         run.prepare()
     write_json(Path(folder) / f"{rank}.json", run.edit_share())
+
+
+def copy_paste(request: EditRequest) -> Image.Image:
+    """Squash the exemplar into the hole's bounding box: it is shown plainly, and fits the scene badly."""
+    box, pasted, (exemplar,) = hole_box(request.hole), request.scene.copy(), request.exemplars
+    assert exemplar is not None
+    pasted.paste(exemplar.resize(box.size, Image.Resampling.BICUBIC), box[:2])
+    return pasted
+
+
+def seamless_clone(request: EditRequest) -> Image.Image:
+    """Copy-paste with its seam removed: the exemplar's gradients with the surroundings' values at the hole's edge.
+
+    OpenCV reads the target inside the hole, up to three pixels deep, and would find the true image there; so the
+    hole is filled from its surroundings first. A hole as large as the scene has none: there it is copy-paste.
+    Source: Perez et al. 2003 (Poisson image editing), as in OpenCV.
+    """
+    import cv2
+
+    pasted, hole, (left, top, right, bottom) = copy_paste(request), np.asarray(request.hole), hole_box(request.hole)
+    if hole.all():
+        return pasted
+    margin = 2  # pixels: holes at the scene's border get an edge too
+    images = opencv_inpaint(request), pasted
+    wide_scene, wide_pasted = (np.pad(x, [(margin,) * 2, (margin,) * 2, (0, 0)], mode="edge") for x in images)
+    centre = (left + margin + (right - left) // 2, top + margin + (bottom - top) // 2)
+    cloned = cv2.seamlessClone(wide_pasted, wide_scene, np.pad(hole, margin), centre, cv2.NORMAL_CLONE)
+    inside = Image.fromarray(cloned[margin:-margin, margin:-margin])
+    return Image.composite(inside, request.scene, request.hole)
+
+
+def opencv_inpaint(request: EditRequest) -> Image.Image:
+    """Fill the hole from its surroundings, without the exemplar. Source: Telea 2004 (fast marching), as in OpenCV."""
+    import cv2
+
+    scene, hole = np.asarray(request.scene), np.asarray(request.hole)
+    return Image.fromarray(cv2.inpaint(scene, hole, INPAINT_RADIUS, cv2.INPAINT_TELEA))
+
+
+BASELINES = {edit.__name__.replace("_", "-"): edit for edit in (copy_paste, seamless_clone, opencv_inpaint)}
+METHODS = ("model", "null-token", "other-exemplar", *BASELINES)

@@ -1,4 +1,4 @@
-"""Reader of a benchmark folder in the layout of COCOEE (scenes, holes and exemplars), and edits without a model.
+"""Reader of a benchmark folder in the layout of COCOEE: scenes, holes and exemplars.
 
 ROOT/GT_*/000000000007_GT.png · ROOT/Ref_*/000000000007_ref.png · ROOT/Mask_bbox_*/000000000007_mask.png (white = hole)
 · ROOT/id_list.npy. Neither the digits in the folders' names (their number of images) nor formats nor zeros matter.
@@ -20,7 +20,6 @@ from ldm.images import MID_GREY, find_images, load_mask, open_image
 
 log = logging.getLogger(__name__)
 
-INPAINT_RADIUS = 3  # pixels, as in OpenCV's examples
 ENDINGS = {"GT": "_GT", "Mask_bbox": "_mask", "Ref": "_ref"}  # of the names, by folder: scene, hole mask, exemplar
 
 
@@ -119,41 +118,3 @@ def images_by_id(folder: Path, ending: str = "") -> dict[str, Path]:
     if repeated:
         log.warning("%s: %s", folder, repeated)
     return found
-
-
-def copy_paste(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image) -> Image.Image:
-    """Squash the exemplar into the hole's bounding box: it is shown plainly, and fits the scene badly."""
-    box, pasted = hole_box(hole_mask), scene.copy()
-    pasted.paste(exemplar.resize(box.size, Image.Resampling.BICUBIC), box[:2])
-    return pasted
-
-
-def seamless_clone(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image) -> Image.Image:
-    """Copy-paste with its seam removed: the exemplar's gradients with the surroundings' values at the hole's edge.
-
-    OpenCV reads the target inside the hole, up to three pixels deep, and would find the true image there; so the
-    hole is filled from its surroundings first. A hole as large as the scene has none: there it is copy-paste.
-    Source: Perez et al. 2003 (Poisson image editing), as in OpenCV.
-    """
-    import cv2
-
-    left, top, right, bottom = hole_box(hole_mask)
-    pasted = np.asarray(copy_paste(scene, hole_mask, exemplar))
-    hole = (np.asarray(hole_mask) >= 128).astype(np.uint8) * 255
-    if hole.all():
-        return Image.fromarray(pasted)
-    margin = 2  # pixels: holes at the scene's border get an edge too
-    filled = np.asarray(opencv_inpaint(scene, hole_mask))
-    wide_scene, wide_pasted = (np.pad(x, [(margin,) * 2, (margin,) * 2, (0, 0)], mode="edge") for x in (filled, pasted))
-    centre = (left + margin + (right - left) // 2, top + margin + (bottom - top) // 2)
-    cloned = cv2.seamlessClone(wide_pasted, wide_scene, np.pad(hole, margin), centre, cv2.NORMAL_CLONE)
-    inside = cloned[margin:-margin, margin:-margin]
-    return Image.fromarray(np.where(hole[..., None] > 0, inside, np.asarray(scene)))
-
-
-def opencv_inpaint(scene: Image.Image, hole_mask: Image.Image, exemplar: Image.Image | None = None) -> Image.Image:
-    """Fill the hole from its surroundings, without the exemplar. Source: Telea 2004 (fast marching), as in OpenCV."""
-    import cv2
-
-    hole = (np.asarray(hole_mask) >= 128).astype(np.uint8)
-    return Image.fromarray(cv2.inpaint(np.asarray(scene), hole, INPAINT_RADIUS, cv2.INPAINT_TELEA))

@@ -21,6 +21,7 @@ from ldm.files import UserError
 from ldm.images import Box
 
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # pixels: a Gaussian window of 11 x 11
+Groups = Sequence[Hashable] | None  # a label per item, equal for items that belong together
 CORNER_CELLS = 8  # a corner is an eighth of the width by an eighth of the height
 
 
@@ -73,12 +74,7 @@ def region_similarities(
 
 
 def identification(
-    regions: np.ndarray,
-    exemplars: np.ndarray,
-    exemplar_ids: Sequence[Hashable] | None = None,
-    *,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    regions: np.ndarray, exemplars: np.ndarray, groups: Groups = None, *, num_resamples: int = 1000, seed: int = 0
 ) -> tuple[Estimate, np.ndarray]:
     """Compute the share of pairs in which a region is closer (cosine) to its own exemplar than to another one.
 
@@ -88,7 +84,7 @@ def identification(
 
     Returns the share of all ordered pairs, and (N,), the share of the pairs of each region.
     """
-    labels = _numbers([row.tobytes() for row in exemplars] if exemplar_ids is None else exemplar_ids)
+    labels = _numbers([row.tobytes() for row in exemplars] if groups is None else groups)
     comparable = labels[:, None] != labels[None, :]  # (N, N): whether pair (i, j) counts
     if not comparable.any():
         raise UserError(f"got {len(labels)} item(s) with the same exemplar, expected at least two different exemplars")
@@ -113,9 +109,7 @@ def _numbers(labels: Iterable[Hashable]) -> np.ndarray:
     return np.array([index.setdefault(label, len(index)) for label in labels])
 
 
-def mean_interval(
-    values: ArrayLike, *, groups: Sequence[Hashable] | None = None, num_resamples: int = 1000, seed: int = 0
-) -> Estimate:
+def mean_interval(values: ArrayLike, *, groups: Groups = None, num_resamples: int = 1000, seed: int = 0) -> Estimate:
     """Return the mean of N finite values with the percentile interval of a bootstrap; nan for a single group.
 
     Items with equal labels in `groups` (several edits with one exemplar) are not independent and resampled together.

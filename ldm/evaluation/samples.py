@@ -42,10 +42,10 @@ def read_images(path: str | Path, batch_size: int) -> Iterator[np.ndarray]:
         raise UserError(f"{path}: no batch of images, arr_0 in .npz: {error}") from None
 
 
-def batch_features(network: FeatureNetwork, path: str | Path, batch_size: int = 64) -> np.ndarray:
+def batch_features(network: FeatureNetwork, path: Path, batch_size: int = 64) -> np.ndarray:
     """Compute the features (N, D) float32 of a batch's images."""
     rows, done = [], 0
-    for images in tqdm(read_images(path, batch_size), desc=Path(path).name, unit="batch", disable=None, leave=False):
+    for images in tqdm(read_images(path, batch_size), desc=path.name, unit="batch", disable=None, leave=False):
         views = [network.preprocess(Image.fromarray(image.squeeze()), WHOLE) for image in images]
         names = [f"{path}: image {done + i}" for i in range(len(images))]
         rows.append(finite_features(network, torch.stack(views), names))
@@ -53,9 +53,7 @@ def batch_features(network: FeatureNetwork, path: str | Path, batch_size: int = 
     return np.concatenate(rows)
 
 
-def compare_batches(
-    samples: str | Path, reference: str | Path, network: FeatureNetwork, batch_size: int = 64
-) -> Figures:
+def compare_batches(samples: Path, reference: Path, network: FeatureNetwork, batch_size: int = 64) -> Figures:
     """Compare a batch of samples with a reference batch, as guided-diffusion's evaluator does.
 
     With the Inception network of 2015: `fid` and `sfid` (to the reference's own statistics, where it holds them), `is`,
@@ -93,8 +91,7 @@ def bits_per_dim(
     Returns the mean bound and, as the published script saves them, the means over images of `vb`, `mse` and `x_0_mse`,
     (S,) in rising order of the steps, with the bounds `total` (N,).
     """
-    totals: list[np.ndarray] = []
-    terms: dict[str, list[np.ndarray]] = {"vb": [], "mse": [], "x_0_mse": []}
+    terms: dict[str, list[np.ndarray]] = {"total": [], "vb": [], "mse": [], "x_0_mse": []}
     order: Sequence[tuple[int, int]] = [(0, i) for i in range(len(data))]  # pyright: ignore[reportArgumentType]
     generator = torch.Generator().manual_seed(seed)
     for batch in tqdm(DataLoader(data, batch_size, sampler=order), desc="bits per dim", unit="batch", disable=None):  # pyright: ignore[reportArgumentType]
@@ -103,9 +100,8 @@ def bits_per_dim(
         result = model.bits_per_dim(
             x_0, labels, steps=steps, noise=lambda x=x_0: torch.randn(x.shape, generator=generator).to(x.device)
         )
-        totals.append(result["total"].cpu().numpy())
         for name, values in terms.items():
             values.append(result[name].cpu().numpy())
-    total = np.concatenate(totals)
+    total = np.concatenate(terms.pop("total"))
     means = {name: np.concatenate(values).mean(0) for name, values in terms.items()}
     return mean_interval(total, seed=seed), {**means, "total": total}
