@@ -11,16 +11,25 @@ Needs the extra `demo`. docs/web.md describes the page, its limits and its API.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import signal
 import sys
+import tempfile
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ldm.editing.cli import add_model_options, add_safety_options, load_editor
 
+if TYPE_CHECKING:
+    from ldm.web.service import EditService
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SWEEP_SECONDS = 60.0  # time between two searches for old files
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,7 +97,6 @@ def main(argv: list[str] | None = None) -> int:
 def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     """Load the model and serve the page until Ctrl-C or SIGTERM."""
     from ldm.editing.safety import load_filter
-    from ldm.web.page import serving
     from ldm.web.service import EditService, Limits, Source
 
     limits = Limits(
@@ -111,6 +119,40 @@ def serve(args: argparse.Namespace, auth: tuple[str, str] | None) -> None:
     with serving(make_service, args.host, args.port, auth) as url:
         print(f"the page is at {url} (Ctrl-C stops it)", flush=True)
         threading.Event().wait()
+
+
+@contextmanager
+def serving(
+    make_service: Callable[[Path], EditService], host: str, port: int | None, auth: tuple[str, str] | None = None
+) -> Iterator[str]:
+    """Serve the page inside the block and yield its address; its temporary files are removed afterwards.
+
+    The service gets a folder for its files. A port of None is the first free one from 7860 on.
+    """
+    from ldm.web.page import LAUNCH, Page
+
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also for Gradio's parts that do not know the page's setting
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio looks for new versions of itself at each start
+    with ExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(prefix="paint-by-example-", ignore_cleanup_errors=True)
+        folder = os.environ["GRADIO_TEMP_DIR"] = stack.enter_context(temporary)
+        service = stack.enter_context(closing(make_service(Path(folder))))
+        page = Page(service).blocks.queue(max_size=service.limits.waiting, api_open=False)
+        address: dict[str, Any] = {"server_name": host, "server_port": port, "auth": auth}
+        try:
+            _, url, _ = page.launch(max_file_size=service.limits.megabytes * 2**20, **address, **LAUNCH)
+        except OSError:
+            raise OSError(f"{host}:{port or '7860 to 7959'}: taken or not this machine's; see --port") from None
+        stack.callback(page.close, verbose=False)
+        spared, stopped = set(service.folder.rglob("*")), threading.Event()  # the page's own images stay
+        stack.callback(stopped.set)
+
+        def sweep() -> None:
+            while not stopped.wait(SWEEP_SECONDS):
+                service.sweep(spared)
+
+        threading.Thread(target=sweep, daemon=True).start()
+        yield url
 
 
 if __name__ == "__main__":

@@ -2,12 +2,8 @@
 
 import base64
 import inspect
-import logging
-import os
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +25,6 @@ INTRODUCTION = """# Paint by Example
 Paint over a part of the scene, {condition} what is to be there instead, and run. Nothing outside the hole changes."""
 DISPLAY_SIDE = 1280  # longest side of the copies that the browser shows, pixels
 PAINT = (255, 61, 127)  # colour of a hole
-SWEEP_SECONDS = 60.0  # time between two searches for old files
 PRIVATE: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
 AT_ONCE: dict[str, Any] = dict(queue=False, **PRIVATE)
 ON_MODEL: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
@@ -37,42 +32,9 @@ THUMBNAILS: dict[str, Any] = dict(height="auto", allow_preview=False, interactiv
 # What Gradio calls the keys of a JSON schema.
 GRADIO_NAMES = dict(default="value", title="label", description="info", enum="choices", maxLength="max_length")
 CODE: dict[str, Any] = dict(interactive=False, wrap_lines=True, show_line_numbers=False)
-LAUNCH: dict[str, Any] = dict(footer_links=["api"], prevent_thread_lock=True, quiet=True)
+LAUNCH: dict[str, Any] = dict(css_paths=HERE / "page.css", footer_links=["api"], prevent_thread_lock=True, quiet=True)
 LAUNCH |= dict.fromkeys(("share", "ssr_mode", "mcp_server", "run_history", "enable_monitoring"), False)
 LAUNCH["theme"] = Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
-
-
-@contextmanager
-def serving(
-    make_service: Callable[[Path], EditService], host: str, port: int | None, auth: tuple[str, str] | None = None
-) -> Iterator[str]:
-    """Serve the page inside the block and yield its address; its temporary files are removed afterwards.
-
-    The service gets a folder for its files. A port of None is the first free one from 7860 on.
-    """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also for Gradio's parts that do not know the page's setting
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio looks for new versions of itself at each start
-    with ExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(prefix="paint-by-example-", ignore_cleanup_errors=True)
-        folder = os.environ["GRADIO_TEMP_DIR"] = stack.enter_context(temporary)
-        service = stack.enter_context(closing(make_service(Path(folder))))
-        page = Page(service).blocks.queue(max_size=service.limits.waiting, api_open=False)
-        css, size = (HERE / "page.css").read_text(encoding="utf-8"), service.limits.megabytes * 2**20
-        address: dict[str, Any] = dict(server_name=host, server_port=port, auth=auth)
-        try:
-            _, url, _ = page.launch(css=css, max_file_size=size, **address, **LAUNCH)
-        except OSError:
-            raise OSError(f"{host}:{port or '7860 to 7959'}: taken or not this machine's; see --port") from None
-        stack.callback(page.close, verbose=False)
-        spared, stopped = set(service.folder.rglob("*")), threading.Event()  # the page's own images stay
-        stack.callback(stopped.set)
-
-        def sweep() -> None:
-            while not stopped.wait(SWEEP_SECONDS):
-                service.sweep(spared)
-
-        threading.Thread(target=sweep, daemon=True).start()
-        yield url
 
 
 class Page:

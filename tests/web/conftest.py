@@ -79,7 +79,7 @@ class SlowEditor(Editor):
 def running(editor: Editor, checkpoint: Path, limits: Limits = LIMITS, **options: Any) -> Iterator[str]:
     """Serve the page of an editor and give its address."""
     pytest.importorskip("gradio", reason="the extra demo is not installed")
-    from ldm.web.page import serving
+    from scripts.web_demo import serving
 
     with pytest.MonkeyPatch.context() as patch:
         for variable in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):

@@ -141,7 +141,7 @@ def test_password_and_temporary_files(
     editor: Editor, tiny_folder: Path, tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gradio", reason="the extra demo is not installed")
-    monkeypatch.setattr("ldm.web.page.SWEEP_SECONDS", 0.2)
+    monkeypatch.setattr("scripts.web_demo.SWEEP_SECONDS", 0.2)
     with running(editor, tiny_folder, Limits(keep_seconds=2), auth=("ada", "secret")) as address:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         at_first = set(folder.rglob("*"))
