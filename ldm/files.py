@@ -1,11 +1,10 @@
-"""Text, tables and JSON from any program; files and folders written whole or not at all; the errors of bad input."""
+"""Text, tables and JSON from any program; files written whole or not at all; the errors of bad input."""
 
 import codecs
 import csv
 import io
 import json
 import os
-import shutil
 import tempfile
 import unicodedata
 import uuid
@@ -195,29 +194,6 @@ def atomic_write(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error  # the disk is full
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder, which takes the place of `path`, or its link's target, if the block succeeds.
-
-    Raises OSError, like `atomic_write`; an existing folder at `path` then stays as it was.
-    """
-    path = Path(path).resolve()
-    partial, before = (path.with_name(f".{uuid.uuid4().hex[:12]}.{what}") for what in ("partial", "before"))
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if path.exists():
-            os.replace(path, before)
-        os.replace(partial, path)
-    except shutil.Error as error:  # of copytree: a list of (source, target, reason)
-        raise OSError(f"{path}: could not be written, nothing was changed: {error.args[0][0][-1]}") from error
-    finally:
-        if before.exists() and not path.exists():
-            os.replace(before, path)
-        for leftover in (before, partial):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def verify_zip(path: str | Path) -> str:

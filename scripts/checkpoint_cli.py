@@ -1,11 +1,14 @@
-"""Shared by the command lines over checkpoints: checks of the output, errors, provenance."""
+"""Shared by the command lines over checkpoints: checks of the output, folders written whole, errors, provenance."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
+import shutil
 import sys
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -88,6 +91,29 @@ def prefix_errors(path: Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder, which takes the place of `path`, or its link's target, if the block succeeds.
+
+    Raises OSError, like `atomic_write`; an existing folder at `path` then stays as it was.
+    """
+    path = Path(path).resolve()
+    partial, before = (path.with_name(f".{uuid.uuid4().hex[:12]}.{what}") for what in ("partial", "before"))
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            os.replace(path, before)
+        os.replace(partial, path)
+    except shutil.Error as error:  # of copytree: a list of (source, target, reason)
+        raise OSError(f"{path}: could not be written, nothing was changed: {error.args[0][0][-1]}") from error
+    finally:
+        if before.exists() and not path.exists():
+            os.replace(before, path)
+        for leftover in (before, partial):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def provenance(script: str, argv: Sequence[str] | None, inputs: Mapping[str, Path]) -> dict[str, str]:

@@ -37,8 +37,8 @@ from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensor
 from ldm.checkpoint.keys import EMA, check_prediction, check_schedule, misfit, swap_in_ema
 from ldm.config import Config, dump_config, load_config
 from ldm.diffusion import make_schedule
-from ldm.files import atomic_directory, read_json, write_text
-from scripts.checkpoint_cli import check_output, one_line_errors, prefix_errors, provenance
+from ldm.files import read_json, write_text
+from scripts.checkpoint_cli import atomic_directory, check_output, one_line_errors, prefix_errors, provenance
 
 
 def read_folder(folder: Path) -> tuple[Components, dict[str, Json]]:

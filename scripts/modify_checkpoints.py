@@ -22,14 +22,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
+from ldm.checkpoint import keys
 from ldm.checkpoint.convert import STEMS, read_component, weight_files
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
-from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, drop_ema, swap_in_ema
-from ldm.checkpoint.merge import add_clip_tower, inflate_input_conv, input_conv
-from ldm.files import atomic_directory, read_json, write_text
-from scripts.checkpoint_cli import check_output, one_line_errors, prefix_errors, provenance
+from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, TEXT_TOWER, State, drop_ema, swap_in_ema
+from ldm.checkpoint.merge import inflate_input_conv, input_conv
+from ldm.files import read_json, write_text
+from scripts.checkpoint_cli import atomic_directory, check_output, one_line_errors, prefix_errors, provenance
 
 _CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
+_VIT_L_14 = 257, 1024, 24  # positions, width, layers
+_TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layernorm.")
 
 
 def clip_file(source: str) -> Path:
@@ -82,6 +85,28 @@ def modified(args: argparse.Namespace, clip: Path | None) -> dict[str, Tensor]:
     elif key == INPUT_CONV:
         print("no --clip: the result holds no image tower (training Paint by Example needs CLIP's: docs/training.md)")
     return state
+
+
+def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
+    """Put the weights of CLIP's image tower where the exemplar encoder expects them; drop the text tower.
+
+    `clip_state` is `CLIPModel` or `CLIPVisionModel` of transformers. A UNet of the full size needs ViT-L/14.
+    """
+    if step := keys.next_step(kind := keys.identify(state)):
+        raise CheckpointError(f"an image tower has no place in it: this is {kind}; {step}")
+    level = "vision_model." if keys.holds(clip_state, "vision_model.") else ""
+    bare = {name.removeprefix(level): tensor for name, tensor in clip_state.items() if name.startswith(level)}
+    tower = {name: bare[name] for name in bare if name.startswith(_TOWER_PARTS) and not name.endswith("position_ids")}
+    layers = len({name.split(".")[2] for name in tower if name.startswith("encoder.layers.")})
+    if not layers or len(tower) != 7 + 16 * layers:
+        what = f"{len(tower)} tensors, {layers} layers, in {keys.identify(clip_state)}"
+        raise CheckpointError(f"no complete CLIP image tower: {what}; pass a CLIPModel")
+    size = (*tower["embeddings.position_embedding.weight"].shape, layers)
+    if INPUT_CONV in state and len(state[INPUT_CONV]) == 320 and size != _VIT_L_14:
+        expected = f"those of ViT-L/14: {_VIT_L_14}"
+        raise CheckpointError(f"the CLIP image tower has positions, width and layers {size}, expected {expected}")
+    kept = {name: x for name, x in state.items() if not name.startswith((FILE_TOWER, TEXT_TOWER))}
+    return kept | keys.to_file_keys({keys.TOWER + name: tensor for name, tensor in tower.items()})
 
 
 def unet_folder(folder: Path) -> Path:

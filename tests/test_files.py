@@ -1,4 +1,4 @@
-"""Text and tables of any program are read; files and folders are written whole or not at all."""
+"""Text and tables of any program are read; files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from ldm.files import (
     Skipped,
     UserError,
-    atomic_directory,
     atomic_write,
     check_writable,
     claim,
@@ -36,19 +35,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         partial.write_text("half")
         raise ZeroDivisionError
     assert [path.read_text() for path in (tmp_path / "new").iterdir()] == ["before"]
-
-
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    with atomic_directory(folder) as partial:
-        (partial / "a").touch()
-    with pytest.raises(ZeroDivisionError), atomic_directory(folder) as partial:
-        (partial / "b").touch()
-        raise ZeroDivisionError
-    assert [path.name for path in folder.iterdir()] == ["a"]
-    with atomic_directory(folder) as partial:
-        (partial / "c").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "c"]
 
 
 def test_damaged_zip_files(tmp_path: Path) -> None:
@@ -182,9 +168,7 @@ def test_writing_is_tried_first(tmp_path: Path) -> None:
 
 def test_names_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
     write_text(tmp_path / ("n" * 255), "text")
-    with atomic_directory(tmp_path / ("d" * 255)) as partial:
-        (partial / "a").touch()
-    assert len(list(tmp_path.rglob("*"))) == 3
+    assert len(list(tmp_path.rglob("*"))) == 1
 
 
 def test_names_are_claimed_while_a_file_is_written(tmp_path: Path) -> None:

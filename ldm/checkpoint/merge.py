@@ -159,10 +159,6 @@ def _common_names(a: Source, *others: Source) -> list[str]:
     return names
 
 
-_VIT_L_14 = 257, 1024, 24  # positions, width, layers
-_TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.layers.", "post_layernorm.")
-
-
 def input_conv(state: State) -> str:
     """Return the name of the UNet's first convolution (D, C, 3, 3), in the published layout or diffusers'."""
     if keys.identify(state).startswith("ControlNet"):
@@ -193,25 +189,3 @@ def inflate_input_conv(state: State, in_channels: int = 9, init: State | None = 
         inflated[:, old:] = source[:, old:]
     inflated[:, :old] = weight
     return {**state, key: inflated}
-
-
-def add_clip_tower(state: State, clip_state: State) -> dict[str, Tensor]:
-    """Put the weights of CLIP's image tower where the exemplar encoder expects them; drop the text tower.
-
-    `clip_state` is `CLIPModel` or `CLIPVisionModel` of transformers. A UNet of the full size needs ViT-L/14.
-    """
-    if step := keys.next_step(kind := keys.identify(state)):
-        raise CheckpointError(f"an image tower has no place in it: this is {kind}; {step}")
-    level = "vision_model." if keys.holds(clip_state, "vision_model.") else ""
-    bare = {name.removeprefix(level): tensor for name, tensor in clip_state.items() if name.startswith(level)}
-    tower = {name: bare[name] for name in bare if name.startswith(_TOWER_PARTS) and not name.endswith("position_ids")}
-    layers = len({name.split(".")[2] for name in tower if name.startswith("encoder.layers.")})
-    if not layers or len(tower) != 7 + 16 * layers:
-        what = f"{len(tower)} tensors, {layers} layers, in {keys.identify(clip_state)}"
-        raise CheckpointError(f"no complete CLIP image tower: {what}; pass a CLIPModel")
-    size = (*tower["embeddings.position_embedding.weight"].shape, layers)
-    if INPUT_CONV in state and len(state[INPUT_CONV]) == 320 and size != _VIT_L_14:
-        expected = f"those of ViT-L/14: {_VIT_L_14}"
-        raise CheckpointError(f"the CLIP image tower has positions, width and layers {size}, expected {expected}")
-    kept = {name: x for name, x in state.items() if not name.startswith((keys.FILE_TOWER, keys.TEXT_TOWER))}
-    return kept | keys.to_file_keys({keys.TOWER + name: tensor for name, tensor in tower.items()})

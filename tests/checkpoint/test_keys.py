@@ -22,7 +22,7 @@ from ldm.checkpoint.keys import (
     to_file_keys,
     to_module_keys,
 )
-from ldm.checkpoint.merge import add_clip_tower
+from scripts.modify_checkpoints import add_clip_tower
 
 
 def layout(state: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

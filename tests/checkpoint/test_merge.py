@@ -18,7 +18,6 @@ from ldm.checkpoint.keys import EMA, FILE_TOWER, INPUT_CONV, NEW_PARTS, POSITION
 from ldm.checkpoint.merge import (
     Merge,
     Source,
-    add_clip_tower,
     add_difference,
     inflate_input_conv,
     merged,
@@ -26,6 +25,7 @@ from ldm.checkpoint.merge import (
     weighted_sum,
 )
 from scripts.merge_checkpoints import block_norms, main, multipliers_of
+from scripts.modify_checkpoints import add_clip_tower
 
 RESNET = UNET + "input_blocks.1.0.in_layers.2.weight"
 ATTENTION = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"

@@ -16,6 +16,7 @@ import ldm
 from ldm.checkpoint.io import read_checkpoint, read_metadata, sha256_file, write_safetensors
 from ldm.checkpoint.keys import FILE_TOWER, INPUT_CONV, TEXT_TOWER
 from scripts import modify_checkpoints
+from scripts.checkpoint_cli import atomic_directory
 from scripts.modify_checkpoints import main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -214,3 +215,19 @@ def test_runs_from_a_checkout(sd: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "4 -> 9 input channels" in done.stdout
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with atomic_directory(folder) as partial:
+        (partial / "a").touch()
+    with pytest.raises(ZeroDivisionError), atomic_directory(folder) as partial:
+        (partial / "b").touch()
+        raise ZeroDivisionError
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    with atomic_directory(folder) as partial:
+        (partial / "c").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "c"]
+    with atomic_directory(tmp_path / ("d" * 255)) as partial:  # as long as the file system allows
+        (partial / "a").touch()
+    assert len(list(tmp_path.rglob("*"))) == 4
