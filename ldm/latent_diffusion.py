@@ -376,7 +376,7 @@ def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> Autoencoder
 
     Raises CheckpointError if the file is missing, holds no such decoder, does not fit, or is for another encoder.
     """
-    file = decoder_file(path)
+    file = weight_files(Path(path))[0]
     state = read_checkpoint(file)
     try:
         state = autoencoder_keys(state)
@@ -399,8 +399,3 @@ def replace_decoder(first_stage: AutoencoderKL, path: str | Path) -> Autoencoder
             raise CheckpointError(f"{file}: trained for another encoder ({name} differs); use this model's own decoder")
     result.load_state_dict({name: x.to(dtype) for name, x in state.items()} | encoder, assign=True)
     return result
-
-
-def decoder_file(path: str | Path) -> Path:
-    """Return the file of a decoder: a checkpoint of any kind, or the weights in a `diffusers` component's folder."""
-    return weight_files(Path(path))[0] if Path(path).is_dir() else Path(path)

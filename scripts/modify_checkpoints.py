@@ -59,7 +59,7 @@ def clip_file(source: str) -> Path:
 
 def modified(args: argparse.Namespace, clip: Path | None) -> dict[str, Tensor]:
     """Return the input's tensors with what the command line asks for; print each step."""
-    state = read_component(unet_folder(args.input)) if args.input.is_dir() else read_checkpoint(args.input)
+    state = read_component(unet_folder(args.input))
     print(f"read {args.input}: {len(state)} tensors")
 
     num_ema = sum(name.startswith(EMA) for name in state)

@@ -132,11 +132,13 @@ STEMS = {"unet": _STEM, "vae": _STEM, "image_encoder": "model", "text_encoder": 
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Find the files with a component's weights: one, or the shards that its index names.
+    """Find the files with a component's weights: one, or the shards that its index names; or a file itself.
 
     Full precision comes before half, as in diffusers, and weights from before averaging last; of each variant
     safetensors come before pickles, and one file before shards.
     """
+    if not folder.is_dir():
+        return [folder]
     stems = ("diffusion_pytorch_model", "model", "pytorch_model")
     for variant, kind, stem in product(("", ".fp16", ".non_ema"), ("safetensors", "bin"), stems):
         if (path := folder / f"{stem}{variant}.{kind}").is_file():
@@ -150,7 +152,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_component(folder: Path) -> dict[str, Tensor]:
-    """Read the named tensors of a component, memory-mapped."""
+    """Read the named tensors of a component, a folder or its file, memory-mapped."""
     return {name: tensor for path in weight_files(folder) for name, tensor in read_checkpoint(path).items()}
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import __version__
+from ldm.checkpoint.convert import weight_files
 from ldm.checkpoint.io import sha256_file
 from ldm.checkpoint.keys import is_finite
 from ldm.config import Config
@@ -26,7 +27,7 @@ from ldm.editing.request import EditRequest, make_request
 from ldm.editing.settings import EditSettings, settings_from
 from ldm.files import UserError
 from ldm.images import Picture, exemplar_to_tensor, open_image
-from ldm.latent_diffusion import LatentDiffusion, decoder_file, first_not_finite, load_model
+from ldm.latent_diffusion import LatentDiffusion, first_not_finite, load_model
 from ldm.models.controlnet import HINT_DOWNSAMPLING, Control, ControlNet, Steering, load_controlnet
 from ldm.samplers import OnStep
 
@@ -244,7 +245,7 @@ def checkpoint_file(path: str | Path | None) -> Path:
 def weight_hashes(checkpoint: str | Path | None, decoder: str | Path | None = None) -> dict[str, str]:
     """Return the SHA-256 of a model's files, which tell its results apart."""
     hashes = {"checkpoint_sha256": sha256_file(checkpoint_file(checkpoint))}
-    return hashes | ({"decoder_sha256": sha256_file(decoder_file(decoder))} if decoder else {})
+    return hashes | ({"decoder_sha256": sha256_file(weight_files(Path(decoder))[0])} if decoder else {})
 
 
 def model_metadata(files: Any, dtype: torch.dtype) -> dict[str, str]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.checkpoint.convert import read_component, to_original
-from ldm.checkpoint.io import CheckpointError, read_checkpoint
+from ldm.checkpoint.io import CheckpointError
 from ldm.checkpoint.keys import UNET, check_keys, holds
 from ldm.config import UNetConfig
 from ldm.models.layers import Uninitialised, zero_init
@@ -124,8 +124,7 @@ def load_controlnet(
     `path` is a file in the published layout (`control_model.*`, alone or with the model that it steers) or in that of
     diffusers, or a folder of diffusers; other files and networks for another UNet are refused.
     """
-    state = read_component(Path(path)) if Path(path).is_dir() else read_checkpoint(path)
-    state = control_state(state, str(path))
+    state = control_state(read_component(Path(path)), str(path))
     with Uninitialised():
         network = ControlNet(config)
     check_keys({name: tensor.shape for name, tensor in network.state_dict().items()}, state, source=path)

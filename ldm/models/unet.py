@@ -89,9 +89,8 @@ class UNetEncoder(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        heads, name = config.num_heads, "num_heads"
-        if config.head_channels:
-            heads, name = config.head_channels, "head_channels"
+        name = "head_channels" if config.head_channels else "num_heads"
+        heads = getattr(config, name)
         for width in [config.model_channels, *config.level_channels]:
             if width % config.norm_groups or width % heads:
                 divisors = f"norm_groups ({config.norm_groups}) and {name} ({heads})"

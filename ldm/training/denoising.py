@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn import Parameter
 
 from ldm.config import Config, ModelConfig, TrainingConfig
 from ldm.diffusion import min_snr_weight
 from ldm.training import fsdp
-from ldm.training.module import TrainingModule, adamw, override_optimizer_hparams
+from ldm.training.module import TrainingModule, adamw
 
 
 class DenoisingTraining(TrainingModule):
@@ -81,13 +80,8 @@ class DenoisingTraining(TrainingModule):
         if self.device_mesh is not None:
             fsdp.shard(self, self.device_mesh["data_parallel"])
 
-    def parameter_groups(self) -> list[tuple[float, list[Parameter]]]:
-        """Return learning rates with the parameters that have them."""
-        return [(self.options.base_lr, [p for p in self.parameters() if p.requires_grad])]
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        groups = [{"params": part, "lr": lr} for lr, part in self.parameter_groups()]
-        return self.with_lr_schedule(adamw(self.options.optimizer)(groups, weight_decay=self.options.weight_decay))
+        return self.with_lr_schedule(adamw(self.options.optimizer), weight_decay=self.options.weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.timesteps is not None:
@@ -97,8 +91,6 @@ class DenoisingTraining(TrainingModule):
         super().on_load_checkpoint(checkpoint)
         if self.timesteps is not None and "timesteps" in checkpoint:
             self.timesteps.load_state_dict(checkpoint["timesteps"])
-        lrs = [lr for lr, _ in self.parameter_groups()]
-        override_optimizer_hparams(checkpoint, lrs, weight_decay=self.options.weight_decay)
 
 
 class LossAwareTimesteps:

@@ -21,7 +21,7 @@ from ldm.diffusion import send
 from ldm.images import mask_to_tensor
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.efficientnet import efficientnet_stages, load_feature_network
-from ldm.training.module import TrainingModule, override_optimizer_hparams
+from ldm.training.module import TrainingModule
 
 Weights = dict[str, Tensor]
 
@@ -132,12 +132,7 @@ class FirstStageTraining(TrainingModule):
         return [image, model.decode(z), *([model.decode(z, image, keep_mask)] if self.frozen_encoder else [])]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return self.with_lr_schedule(torch.optim.Adam(trained, lr=self.options.base_lr, betas=(0.5, 0.9)))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        override_optimizer_hparams(checkpoint, [self.options.base_lr])
+        return self.with_lr_schedule(torch.optim.Adam, betas=(0.5, 0.9))
 
 
 class PatchDiscriminator(nn.Sequential):

@@ -1,7 +1,7 @@
 """What the training modules of both stages share: batches, the check of the loss, optimizers and learning rates."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn import Parameter
 
 from ldm.checkpoint.keys import check_keys
 from ldm.config import ConfigError
@@ -47,9 +48,19 @@ class TrainingModule(pl.LightningModule):
         return {**super().transfer_batch_to_device(tensors, device, dataloader_idx), "key": batch["key"]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a state of another model, such as that of a run whose config was changed, before any is restored."""
+        """Refuse a state of another model, such as that of a run whose config was changed, before any is restored.
+
+        Replace learning rates and weight decay of its parameter groups, which may be fewer, by the config's.
+        """
         expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
         check_keys(expected, checkpoint["state_dict"], source=self.trainer.ckpt_path)
+        lrs, decay = [lr for lr, _ in self.parameter_groups()], getattr(self.options, "weight_decay", 0.0)
+        for optimizer, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
+            factors = [lr / base for lr, base in zip(lrs, scheduler["base_lrs"], strict=False)]
+            scheduler["base_lrs"] = lrs[: len(factors)]
+            scheduler["_last_lr"] = [f * last for f, last in zip(factors, scheduler["_last_lr"], strict=True)]
+            for group, lr, factor in zip(optimizer["param_groups"], lrs, factors, strict=False):
+                group.update(initial_lr=lr, lr=factor * group["lr"], weight_decay=decay)
 
     def record(self, name: str, values: Tensor, chosen: Tensor | None = None) -> None:
         """Add values, or the `chosen` ones, to a curve. They stay on the device: reading one would wait for it."""
@@ -70,14 +81,19 @@ class TrainingModule(pl.LightningModule):
             process = "" if not math.isfinite(loss) else " here, NaN or infinite in another process,"
             raise NonFiniteError(f"loss is {loss}{process} at step {self.global_step - 1} or before, batch {batch_idx}")
 
-    def with_lr_schedule(self, optimizer: torch.optim.Optimizer) -> OptimizerLRScheduler:
-        """Add the config's learning-rate schedule to an optimizer; a cosine needs a run with a last step."""
+    def parameter_groups(self) -> list[tuple[float, list[Parameter]]]:
+        """Return learning rates with the trained parameters that have them."""
+        return [(self.options.base_lr, [p for p in self.parameters() if p.requires_grad])]
+
+    def with_lr_schedule(self, make: Callable[..., torch.optim.Optimizer], **settings: Any) -> OptimizerLRScheduler:
+        """Make an optimizer with the config's learning-rate schedule, which may need a run with a last step."""
         total_steps = self.trainer.estimated_stepping_batches  # inf for trainer.max_epochs: -1
         if (schedule := self.options.lr_schedule) != "constant" and math.isinf(total_steps):
             raise ConfigError(
                 f"lr_schedule: got {schedule} for an endless run, expected trainer.max_epochs or max_steps"
             )
         factor = lr_factor(self.options.warmup_steps, self.options.lr_schedule, total_steps)
+        optimizer = make([{"params": part, "lr": lr} for lr, part in self.parameter_groups()], **settings)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -117,19 +133,6 @@ def adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
     except ImportError:
         raise ConfigError("training.optimizer: got adamw_8bit without its package; pip install bitsandbytes") from None
     return AdamW8bit
-
-
-def override_optimizer_hparams(checkpoint: dict[str, Any], lrs: Sequence[float], **settings: float) -> None:
-    """Replace, in place, learning rates and other settings of a checkpoint's parameter groups by the config's.
-
-    Otherwise the checkpoint's would win on resume. It may have fewer groups than there are rates.
-    """
-    for optimizer, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
-        factors = [lr / base for lr, base in zip(lrs, scheduler["base_lrs"], strict=False)]
-        scheduler["base_lrs"] = list(lrs[: len(factors)])
-        scheduler["_last_lr"] = [f * last for f, last in zip(factors, scheduler["_last_lr"], strict=True)]
-        for group, lr, factor in zip(optimizer["param_groups"], lrs, factors, strict=False):
-            group.update(settings, initial_lr=lr, lr=factor * group["lr"])
 
 
 def parts_of(names: Iterable[str]) -> str:
