@@ -296,8 +296,6 @@ def load_model(
     A config of `model.kind: pixel` or `classifier`, or instead of one the file of improved-diffusion or
     guided-diffusion, gives what `load_pixel_model` does.
 
-    The modules take the checkpoint's tensors: there is one copy of the weights.
-
     Args:
         checkpoint: `.ckpt` or `.safetensors` in the published layout; None leaves the weights random.
         decoder: a mask-conditioned decoder for the first stage, a file or folder for `replace_decoder`.

@@ -20,11 +20,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
+from ldm.checkpoint import keys
 from ldm.checkpoint.convert import (
+    EXEMPLAR_INPUTS,
     STEMS,
+    TEXT_INPUTS,
     Components,
     Json,
-    check_counterpart,
     check_family,
     diffusers_configs,
     model_config,
@@ -35,7 +37,7 @@ from ldm.checkpoint.convert import (
 )
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors, write_torch
 from ldm.checkpoint.keys import EMA, check_prediction, check_schedule, misfit, swap_in_ema
-from ldm.config import Config, dump_config, load_config
+from ldm.config import Config, ModelConfig, dump_config, load_config
 from ldm.diffusion import make_schedule
 from ldm.files import read_json, write_text
 from scripts.checkpoint_cli import atomic_directory, check_output, one_line_errors, prefix_errors, provenance
@@ -57,6 +59,32 @@ def write_folder(folder: Path, components: Components, files: Mapping[str, Json]
         write_text(folder / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
     for name, part in components.items():
         write_safetensors(folder / name / f"{STEMS[name]}.safetensors", part, metadata)
+
+
+def check_counterpart(model: ModelConfig, state: keys.State) -> None:
+    """Refuse a model that diffusers cannot build, or whose pipelines would feed it something else."""
+    encoder, stage, inputs = model.exemplar_encoder, model.first_stage, model.input_channels
+    exemplar, text = keys.holds(state, *keys.NEW_PARTS), model.condition == "text"
+    pipeline, fed = ("text", TEXT_INPUTS[9]) if text else ("exemplars", EXEMPLAR_INPUTS)
+    both = model.condition == "both" or (exemplar and keys.holds(state, keys.TEXT_TOWER, keys.TEXT_MODULE))
+    asymmetric = stage.decoder == "asymmetric" or keys.holds(state, keys.FIRST_STAGE + keys.CONDITION_ENCODER)
+    lacking = {
+        "condition both": both,
+        f"input_channels {', '.join(inputs)} (its pipeline with {pipeline} feeds {', '.join(fed)})": (
+            (exemplar and inputs != EXEMPLAR_INPUTS) or (text and inputs not in TEXT_INPUTS.values())
+        ),
+        f"exemplar_encoder.tower {encoder.tower}": exemplar and encoder.tower != "clip",
+        f"exemplar_encoder.tokens {encoder.tokens}": exemplar and encoder.tokens != "pooled",
+        f"exemplar_encoder.mapper_layers {encoder.mapper_layers}": exemplar
+        and encoder.mapper_layers != (encoder.num_layers + 1) // 5,
+        "first_stage.decoder asymmetric in a pipeline": asymmetric,
+        f"first_stage.patch_size {stage.patch_size}": stage.patch_size != 1,
+        "a first stage without norms": stage.norm_groups == 0,
+        "first_stage.embed_dim other than z_channels": stage.embed_dim != stage.z_channels,
+        "schedule.name cosine as published (its own cosine differs)": model.schedule.name == "cosine",
+    }
+    if what := next((what for what, absent in lacking.items() if absent), ""):
+        raise CheckpointError(f"diffusers has no counterpart of {what}; this model runs here alone")
 
 
 def to_folder(args: argparse.Namespace, argv: list[str] | None) -> None:

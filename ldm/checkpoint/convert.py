@@ -166,8 +166,8 @@ _SCHEDULERS = {  # what we have of a scheduler's settings, first the default
 _OMITTED = {"norm_num_groups": 32, "transformer_layers_per_block": 1, "rescale_betas_zero_snr": False}
 _OMITTED |= {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 # What pipelines feed the UNet, in this order: Paint by Example's, and those with text by the UNet's input channels.
-_EXEMPLAR_INPUTS = ["x_t", "z_masked", "keep_mask"]
-_TEXT_INPUTS = {
+EXEMPLAR_INPUTS = ["x_t", "z_masked", "keep_mask"]
+TEXT_INPUTS = {
     4: ["x_t"],
     9: ["x_t", "hole_mask", "z_masked"],
     8: ["x_t", "z_foreground"],  # IC-Light's are of a StableDiffusionPipeline whose calls are intercepted
@@ -219,32 +219,6 @@ def diffusers_configs(components: Components, model: ModelConfig) -> dict[str, J
     return {path: files[path] for path in wanted} | {"model_index.json": index}
 
 
-def check_counterpart(model: ModelConfig, state: State) -> None:
-    """Refuse a model that diffusers cannot build, or whose pipelines would feed it something else."""
-    encoder, stage, inputs = model.exemplar_encoder, model.first_stage, model.input_channels
-    exemplar, text = keys.holds(state, *keys.NEW_PARTS), model.condition == "text"
-    pipeline, fed = ("text", _TEXT_INPUTS[9]) if text else ("exemplars", _EXEMPLAR_INPUTS)
-    both = model.condition == "both" or (exemplar and keys.holds(state, keys.TEXT_TOWER, keys.TEXT_MODULE))
-    asymmetric = stage.decoder == "asymmetric" or keys.holds(state, FIRST_STAGE + keys.CONDITION_ENCODER)
-    lacking = {
-        "condition both": both,
-        f"input_channels {', '.join(inputs)} (its pipeline with {pipeline} feeds {', '.join(fed)})": (
-            (exemplar and inputs != _EXEMPLAR_INPUTS) or (text and inputs not in _TEXT_INPUTS.values())
-        ),
-        f"exemplar_encoder.tower {encoder.tower}": exemplar and encoder.tower != "clip",
-        f"exemplar_encoder.tokens {encoder.tokens}": exemplar and encoder.tokens != "pooled",
-        f"exemplar_encoder.mapper_layers {encoder.mapper_layers}": exemplar
-        and encoder.mapper_layers != (encoder.num_layers + 1) // 5,
-        "first_stage.decoder asymmetric in a pipeline": asymmetric,
-        f"first_stage.patch_size {stage.patch_size}": stage.patch_size != 1,
-        "a first stage without norms": stage.norm_groups == 0,
-        "first_stage.embed_dim other than z_channels": stage.embed_dim != stage.z_channels,
-        "schedule.name cosine as published (its own cosine differs)": model.schedule.name == "cosine",
-    }
-    if what := next((what for what, absent in lacking.items() if absent), ""):
-        raise CheckpointError(f"diffusers has no counterpart of {what}; this model runs here alone")
-
-
 def check_family(components: Components, configs: Mapping[str, Json]) -> None:
     """Refuse components that are incomplete or of another family than Stable Diffusion 1: their tensors mean others."""
     for name, tensor in _NEEDED.items():
@@ -272,7 +246,7 @@ def model_config(components: Components, configs: Mapping[str, Json]) -> ModelCo
     channels = keys.input_channels(components["unet"])
     pipeline = configs.get("pipeline", {}).get("_class_name")
     known = channels in (4, 9) or pipeline == "StableDiffusionPipeline"  # InstructPix2Pix has 8, of something else
-    inputs = _EXEMPLAR_INPUTS if "image_encoder" in components else _TEXT_INPUTS.get(channels) if known else None
+    inputs = EXEMPLAR_INPUTS if "image_encoder" in components else TEXT_INPUTS.get(channels) if known else None
     if inputs is None or "vae" not in components or not components.keys() & {"image_encoder", "text_encoder"}:
         return None
     prediction = configs["scheduler"].get("prediction_type", "epsilon")
