@@ -85,12 +85,11 @@ class NoiseSchedule:
     def buffers(self) -> dict[str, Tensor]:
         """Compute the 12 schedule buffers of a checkpoint, (T,) float32 each, by their names in the file."""
         ac = self.alphas_cumprod
-        ac_prev = torch.cat([ac.new_ones(1), ac[:-1]])
         coef_x_0, coef_x_t, variance = self.posterior
         buffers = {
             "betas": self.betas,
             "alphas_cumprod": ac,
-            "alphas_cumprod_prev": ac_prev,
+            "alphas_cumprod_prev": torch.cat([ac.new_ones(1), ac[:-1]]),
             "sqrt_alphas_cumprod": ac.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - ac).sqrt(),
             "log_one_minus_alphas_cumprod": (1 - ac).log(),

@@ -59,7 +59,11 @@ class LatentDiffusion(DiffusionModel):
     betas: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        _check_widths(config)
+        Z, D, text = config.first_stage.embed_dim, config.unet.context_dim, config.text_encoder.hidden_size
+        widths = {"x_t": config.unet.out_channels, "z_masked": Z, "keep_mask": 1, "hole_mask": 1}
+        check_input_width(config, widths | dict.fromkeys(RELIGHTING_CHANNELS, Z))
+        if config.condition != "exemplar" and text != D:
+            raise ConfigError(f"model.text_encoder.hidden_size: got {text}, expected model.unet.context_dim, {D}")
         super().__init__(UNetModel(config.unet), config)
         self.reads_exemplars, self.reads_text = config.condition != "text", config.condition != "exemplar"
         self.inpaints = not set(config.input_channels) & set(RELIGHTING_CHANNELS)
@@ -269,14 +273,6 @@ def latent_hole(keep_mask: Tensor, z: Tensor) -> Tensor:
     """Turn a keep mask (B, 1, H, W) into a hole mask, 1 = paint, likewise: nearest, as Stable Diffusion inpainting."""
     hole = (keep_mask <= 0.5).to(z.dtype)  # each cell takes its upper left pixel
     return hole if hole.shape[2:] == z.shape[2:] else F.interpolate(hole, size=z.shape[2:], mode="nearest")
-
-
-def _check_widths(config: ModelConfig) -> None:
-    Z, D = config.first_stage.embed_dim, config.unet.context_dim
-    widths = {"x_t": config.unet.out_channels, "z_masked": Z, "keep_mask": 1, "hole_mask": 1}
-    check_input_width(config, widths | dict.fromkeys(RELIGHTING_CHANNELS, Z))
-    if config.condition != "exemplar" and (text := config.text_encoder.hidden_size) != D:
-        raise ConfigError(f"model.text_encoder.hidden_size: got {text}, expected model.unet.context_dim, {D}")
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------

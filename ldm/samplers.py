@@ -4,7 +4,7 @@ Notation: B batch · T diffusion steps · x (B, ...), float32, or float64 if x_T
 alpha = sqrt(ac) · sigma = sqrt(1 - ac) · lambda = log(alpha / sigma). Coefficients are Python floats (float64) from the
 CPU, so nothing waits for the device.
 
-Two choices of timesteps:
+Two choices of timesteps; `spaced_timesteps` makes a third one:
 
 - `ddim` and `plms` follow the paper's code: every (T // num_steps)-th timestep, beginning with 1. The last step leads
   to timestep 0, whose small noise stays in the result.
@@ -13,8 +13,6 @@ Two choices of timesteps:
   fastest there. With 20 steps of DPM-Solver++ on Stable Diffusion's schedule, detail with a standard deviation of 0.1
   keeps 98 % of it; uniform timesteps keep 85 %, and diffusers' "linspace" and "trailing", which go to x_0 from about
   T / num_steps, 41 %.
-
-`spaced_timesteps` makes a third choice, that of improved-diffusion and guided-diffusion.
 
 Every sampler takes `eps_fn`, x (B, ...) at the first timestep, ac (T,) on the CPU, and its timesteps, the noisiest
 first. It is a generator: each step yields its result x and the x_0 that was predicted. `sample` runs it to the end.
