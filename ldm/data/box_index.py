@@ -139,7 +139,6 @@ class IndexWriter:
         """With `strict` the first fault of the data is a UserError, not left out."""
         self.path, self.source = Path(path), dict(source or {})  # origin of the annotations, for `BoxIndex.metadata`
         self.left_out = Skipped(strict=strict, allowed=_BY_CHOICE)  # boxes and images
-        self.images = self.boxes = 0  # kept so far
         self._columns = {name: array(typecode) for name, (typecode, *_) in _COLUMNS.items()}
         self._classes: dict[str, int] = {}
 
@@ -150,27 +149,26 @@ class IndexWriter:
         if max(size) > _MAX_SIDE:
             self.left_out.add(f"images of more than {_MAX_SIDE} pixels a side", name)
             return
-        before, columns, scale = self.boxes, self._columns, size if image.relative else (1, 1)
+        columns, scale = self._columns, size if image.relative else (1, 1)
+        before = len(columns["shape_ends"])
         for box, label, outlines, place in image.objects:
             # 0.29 of 100 pixels: 28.999999999999996
             x_min, y_min, x_max, y_max = [round(edge * k, 3) for edge, k in zip(box, scale * 2, strict=True)]
             if reason := _unusable(x_min, y_min, x_max, y_max, size):
                 self.left_out.add(reason, place or name)
                 continue
-            self.boxes += 1
             columns["boxes"].extend(clip_box(x_min, y_min, x_max, y_max, size))
             for outline in outlines:
                 columns["points"].extend(np.ravel(outline * scale).tolist())
                 columns["polygon_ends"].append(len(columns["points"]) // 2)
             columns["shape_ends"].append(len(columns["polygon_ends"]))
             columns["box_classes"].append(self._classes.setdefault(label, len(self._classes)))
-        if self.boxes == before:
+        if len(columns["shape_ends"]) == before:
             self.left_out.add(NO_BOX, name)
             return
-        self.images += 1
         columns["sizes"].extend(size)
         columns["orientations"].append(image.orientation)
-        columns["box_ends"].append(self.boxes)
+        columns["box_ends"].append(len(columns["shape_ends"]))
         self._append_text("names", "name_ends", name)
         self._append_text("masks", "mask_ends", image.mask)
 
@@ -180,7 +178,7 @@ class IndexWriter:
 
     def write(self) -> None:
         """Write the index; UserError if there is not one usable box."""
-        if not self.images:
+        if not self._columns["names"]:
             reasons = self.left_out or "no images found"
             raise UserError(f"{self.path}: not one usable box ({reasons}); check the paths and the annotations")
         for name in self._classes:

@@ -154,14 +154,12 @@ def _cleaned(eigenvalues: np.ndarray) -> np.ndarray:
     return np.where(eigenvalues > noise, eigenvalues, 0.0)
 
 
-def kid(
-    x: np.ndarray, y: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the kernel distance of (N, D) and (M, D) features and its standard error, often printed x 1000.
+def kid(x: np.ndarray, y: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Estimate:
+    """Compute the kernel distance x 1000 of features (N, D) from others (M, D).
 
     It is the mean, over random subsets of at most half the smaller set, of the squared maximum mean discrepancy under
-    the kernel (x·y / D + 1)³, unbiased, hence possibly negative. The standard error is the delete-d jackknife's,
-    spread x sqrt(size / (N - size)) with N of the smaller set.
+    the kernel (x·y / D + 1)³, unbiased, hence possibly negative. The interval extends over 1.96 standard errors of the
+    delete-d jackknife on both sides, each the spread x sqrt(size / (N - size)) with N of the smaller set.
 
     Source: Bińkowski et al. 2018, "Demystifying MMD GANs", Eq. 4.
     """
@@ -172,9 +170,10 @@ def kid(
     size, rng = min(subset_size, n // 2), np.random.default_rng(seed)
     bar = tqdm(range(subsets), desc="KID", unit="subset", delay=3, leave=False)
     drawn = ((torch.from_numpy(z[rng.choice(len(z), size, replace=False)]).double() for z in (x, y)) for _ in bar)
-    values = np.array([float(poly_mmd(*pair)) for pair in drawn])
+    values = 1000 * np.array([float(poly_mmd(*pair)) for pair in drawn])
     variance = values.var(ddof=1)  # the share 1 / subsets stems from the finite number of subsets
-    return float(values.mean()), float(np.sqrt(variance * (size / (n - size) + 1 / subsets)))
+    value, margin = float(values.mean()), 1.96 * float(np.sqrt(variance * (size / (n - size) + 1 / subsets)))
+    return Estimate(value, value - margin, value + margin, len(y))
 
 
 def neighbours(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:

@@ -60,7 +60,6 @@ def _norms(features: np.ndarray) -> np.ndarray:
     return norms
 
 
-@torch.inference_mode()
 def region_similarities(
     network: FeatureNetwork, images: Sequence[Image.Image], hole: Image.Image, exemplars: Sequence[Image.Image]
 ) -> list[float]:
@@ -167,13 +166,11 @@ def background(result: Image.Image, scene: Image.Image, hole_mask: Image.Image) 
 
 
 def _ssim(x: Tensor, y: Tensor, hole: Tensor) -> float:
-    """Return the mean SSIM of (3, H, W) images over the windows inside the image and outside the hole (H, W)."""
+    """Return the mean SSIM of (3, H, W) images over the windows inside the image and outside the hole (H, W), or nan."""
     radius = SSIM_RADIUS
     if min(hole.shape) <= 2 * radius:
         return math.nan
     touched = F.max_pool2d(hole[None].float(), 2 * radius + 1, stride=1)[0] > 0  # per window within the image
-    if touched.all():
-        return math.nan
     # This import takes half a second, and only this function needs it.
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.checkpoint.io import CheckpointError, read_checkpoint, read_metadata, sha256_file, write_safetensors
+from ldm.checkpoint.io import read_checkpoint, read_metadata, sha256_file, write_safetensors
 from ldm.files import UserError
 
 QS_FULL_MARKS = 300.0  # log density that scores 100 %
@@ -63,19 +63,15 @@ def load_gmm(path: str | Path) -> GaussianMixture:
     if not find_spec("sklearn"):
         raise UserError('QS needs scikit-learn; do pip install -e ".[eval]"')
     try:
-        if path.is_file() and path.read_bytes()[:1] in (pickle.PROTO, pickle.GLOBAL):  # the latter: protocols 0 and 1
-            mixture = _from_pickle(path)
-        else:
-            mixture = _from_safetensors(path)
+        is_pickle = path.is_file() and path.read_bytes()[:1] in (pickle.PROTO, pickle.GLOBAL)  # GLOBAL: protocols 0, 1
+        mixture = (_from_pickle if is_pickle else _from_safetensors)(path)
         fitted = mixture.estimator
         if abs(fitted.weights_.sum() - 1) > 1e-6 or (fitted.weights_ < 0).any():
             raise ValueError("the weights are no shares")
         if not np.isfinite(mixture.log_density(fitted.means_)).all():
             raise ValueError("means or covariances are nan or infinite")
-    except CheckpointError:
-        raise  # names the file already
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: no GaussianMixture ({reason}); fit one with scripts/fit_quality_gmm.py") from error
