@@ -166,7 +166,7 @@ def background(result: Image.Image, scene: Image.Image, hole_mask: Image.Image) 
 
 
 def _ssim(x: Tensor, y: Tensor, hole: Tensor) -> float:
-    """Return the mean SSIM of (3, H, W) images over the windows inside the image and outside the hole (H, W), or nan."""
+    """Return the mean SSIM of (3, H, W) images over the windows in the image and outside the hole (H, W), or nan."""
     radius = SSIM_RADIUS
     if min(hole.shape) <= 2 * radius:
         return math.nan
