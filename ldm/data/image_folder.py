@@ -33,7 +33,8 @@ class ImageDataset(Dataset[Sample]):
     """Images of a config's `data.root`, by (epoch, index): `image` (C, S, S) in [-1, 1], `label` () int64, `key`.
 
     Validation is never flipped or cropped at random. `classes` are the names of the labels, in alphabetical order,
-    those of the training part. UserError if there is no image, a file is damaged, or the model has other classes.
+    those of the training part. UserError if there is no image, if one is damaged, or if the model has another number
+    of classes.
     """
 
     def __init__(self, config: Config, split: str, max_samples: int | None = None) -> None:

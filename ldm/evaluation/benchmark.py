@@ -157,7 +157,7 @@ def seamless_clone(request: EditRequest) -> Image.Image:
     if hole.all():
         return pasted
     margin = 2  # pixels: holes at the scene's border get an edge too
-    images = opencv_inpaint(request), pasted
+    images = map(np.asarray, (opencv_inpaint(request), pasted))
     wide_scene, wide_pasted = (np.pad(x, [(margin,) * 2, (margin,) * 2, (0, 0)], mode="edge") for x in images)
     centre = (left + margin + (right - left) // 2, top + margin + (bottom - top) // 2)
     cloned = cv2.seamlessClone(wide_pasted, wide_scene, np.pad(hole, margin), centre, cv2.NORMAL_CLONE)

@@ -170,7 +170,7 @@ def kid(x: np.ndarray, y: np.ndarray, *, subsets: int = 100, subset_size: int = 
     size, rng = min(subset_size, n // 2), np.random.default_rng(seed)
     bar = tqdm(range(subsets), desc="KID", unit="subset", delay=3, leave=False)
     drawn = ((torch.from_numpy(z[rng.choice(len(z), size, replace=False)]).double() for z in (x, y)) for _ in bar)
-    values = 1000 * np.array([float(poly_mmd(*pair)) for pair in drawn])
+    values = 1000 * np.array([float(poly_mmd(a, b)) for a, b in drawn])
     variance = values.var(ddof=1)  # the share 1 / subsets stems from the finite number of subsets
     value, margin = float(values.mean()), 1.96 * float(np.sqrt(variance * (size / (n - size) + 1 / subsets)))
     return Estimate(value, value - margin, value + margin, len(y))
