@@ -126,10 +126,11 @@ class FirstStageTraining(TrainingModule):
         return send(masks, batch["image"].device).to(batch["image"].dtype)
 
     def preview(self, batch: dict[str, Tensor], options: LoggingConfig) -> list[Tensor]:
-        """Return scenes and reconstructions, an asymmetric decoder's without and with pixels; (B, 3, H, W)."""
-        model, image, keep_mask = self.first_stage_model, batch["image"], batch["keep_mask"]
+        """Return images and reconstructions, those of an asymmetric decoder without and with pixels; (B, 3, H, W)."""
+        model, image = self.first_stage_model, batch["image"]
         z = model.encode(image).mean
-        return [image, model.decode(z), *([model.decode(z, image, keep_mask)] if self.frozen_encoder else [])]
+        known = [batch["keep_mask"]] if self.frozen_encoder and "keep_mask" in batch else []  # plain images have none
+        return [image, model.decode(z), *(model.decode(z, image, keep_mask) for keep_mask in known)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.with_lr_schedule(torch.optim.Adam, betas=(0.5, 0.9))

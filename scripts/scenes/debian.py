@@ -1,7 +1,8 @@
 """Photographic material from Debian packages: cut-outs with soft alpha and photographs, without root.
 
 `fetch_material` downloads the packages with `apt-get download` into private folders, unpacks them with
-`dpkg-deb`, copies what is photographic and writes a list of licences and authors beside it.
+`dpkg-deb`, copies what is photographic and writes a list of licences and authors beside it. Extras for training are
+drawings and emoji of the same packages, and the shaded objects of `scripts/scenes/emoji.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from ldm.files import UserError
 from scripts.scenes.compose import group_alike, look, write_file
+from scripts.scenes.emoji import read_emoji
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ CUTOUT_PACKAGE = "tuxpaint-stamps-default"
 CUTOUT_FOLDER = "usr/share/tuxpaint/stamps"
 CUTOUT_NAMES = "photo_cutouts.txt"  # beside this file: the stamps that are photographs, not drawings
 EMOJI_PACKAGE = "fonts-noto-color-emoji"
+SHADED_PACKAGE = "@lobehub/fluent-emoji-3d"  # of the npm registry
 EMOJI_FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
 # Paths of photographs by package; `!` excludes. The packages hold drawings, paintings and renderings
@@ -210,7 +213,7 @@ def licence_of(path: str, stanzas: list[CopyrightStanza]) -> CopyrightStanza | N
 def fetch_material(root: Path) -> None:
     """Fetch the packages and fill `root/cutouts`, `root/extras`, `root/backgrounds` and `root/LICENSES.md`.
 
-    Cut-outs are photographic; the extras are drawn stamps and emoji, for more kinds of objects in training.
+    Cut-outs are photographic; the extras are drawn stamps, flat and shaded emoji: more kinds of objects for training.
 
     Packages that are already in `root/packages` are not fetched again. A package that this release
     does not have is skipped with a warning.
@@ -242,13 +245,15 @@ def fetch_material(root: Path) -> None:
         else:
             used = _copy_photographs(name, folder, root / "backgrounds" / name)
         licences += _licence_section(name, folder, used)
+    licences += _copy_shaded(root / "extras" / "shaded")
     for kind in ("cutouts", "backgrounds"):
         if not any(path.is_file() for path in (root / kind).rglob("*")):
             raise UserError(f"{root / kind}: the packages hold no {kind}; see the warnings above")
     write_file(root / "LICENSES.md", ("\n".join(licences) + "\n").encode())
 
 
-_LICENCES_INTRODUCTION = """Images taken from Debian packages by `scripts/scenes/compose.py --from-debian`.
+_LICENCES_INTRODUCTION = """Images taken from Debian packages, and one of the npm registry, by
+`scripts/scenes/compose.py --from-debian`.
 Scenes composed of them are derived from them: who passes them on keeps this list beside them and to these licences.
 """
 
@@ -348,6 +353,24 @@ def _copy_emoji(package: Path, target: Path) -> list[tuple[str, str]]:
             write_file(target / name, glyphs[index], sync=False)
             used.append((f"extras/{name}", f"fonts/{font.name}"))  # where the source package has it
     return used
+
+
+def _copy_shaded(target: Path) -> list[str]:
+    """Copy the shaded emoji without people, who differ in details only; return their section of LICENSES.md."""
+    used = [emoji for emoji in read_emoji() if not emoji.group.startswith("People")]
+    for emoji in used:
+        write_file(target / f"{emoji.code}.webp", emoji.content, sync=False)
+    return [
+        f"## {SHADED_PACKAGE}",
+        "",
+        f"Source: <https://www.npmjs.com/package/{SHADED_PACKAGE}>, Microsoft's Fluent emoji in 3D. "
+        f"{len(used)} images used.",
+        "",
+        "| images | licence | copyright | note |",
+        "|---|---|---|---|",
+        f"| {len(used)} images in extras/shaded | MIT | Microsoft Corporation | |",
+        "",
+    ]
 
 
 def _copy_photographs(package: str, folder: Path, target: Path) -> list[tuple[str, str]]:

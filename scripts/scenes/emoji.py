@@ -14,8 +14,9 @@ import sys
 import tarfile
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -41,6 +42,15 @@ DIRECTION, VARIATION = 0x27A1, 0xFE0F  # facing right; the selector of the colou
 HELD_OUT = 12  # one thing of so many is for validation
 
 
+class Emoji(NamedTuple):
+    """One picture of the package."""
+
+    code: str  # code points in hexadecimal, joined by hyphens
+    group: str  # of Unicode: "Food & Drink"
+    thing: int  # the first code point, which variants of one thing share
+    content: bytes  # WebP, 256 px, with alpha
+
+
 def fetch(path: str, checksum: str) -> tarfile.TarFile:
     """Download a package; UserError if that fails or it is not the one that is meant."""
     try:
@@ -53,28 +63,38 @@ def fetch(path: str, checksum: str) -> tarfile.TarFile:
     return tarfile.open(fileobj=io.BytesIO(content))
 
 
-def write_emoji(folder: Path, size: int) -> Counter[str]:
-    """Write the pictures and return the number of each class."""
+def read_emoji() -> Iterator[Emoji]:
+    """Download the packages and yield their emoji, each once, without flags, skin tones and mirrored variants."""
     pictures, names = (fetch(*package) for package in PACKAGES)
     described = json.loads(names.extractfile("package/data-by-emoji.json").read())  # pyright: ignore[reportOptionalMemberAccess]
     groups = {_code(map(ord, emoji)): entry["group"] for emoji, entry in described.items()}
+    # some are there with and without the selector of the coloured form
+    members = {_code(_points(m.name)): m for m in pictures.getmembers() if m.name.endswith(".webp")}
+    for code, member in tqdm(members.items(), desc="emoji", unit=" pictures"):
+        points, group = _points(member.name), groups.get(code, "Flags")
+        if group != "Flags" and DIRECTION not in points and not any(point in SKIN_TONES for point in points):
+            yield Emoji(code, group, points[0], pictures.extractfile(member).read())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def write_emoji(folder: Path, size: int) -> Counter[str]:
+    """Write the pictures on white, in splits and classes, and return the number of each class."""
     counts: Counter[str] = Counter()
-    for member in tqdm([m for m in pictures.getmembers() if m.name.endswith(".webp")], desc="emoji", unit=" pictures"):
-        points = [int(part, 16) for part in Path(member.name).stem.split("-")]
-        group = groups.get(code := _code(points))
-        if group in (None, "Flags") or DIRECTION in points or any(point in SKIN_TONES for point in points):
-            continue
-        digest = hashlib.sha256(f"{points[0]:x}".encode()).digest()[0]
+    for emoji in read_emoji():
+        digest = hashlib.sha256(f"{emoji.thing:x}".encode()).digest()[0]
         split = "validation" if digest % HELD_OUT == 0 else "train"
-        picture = Image.open(io.BytesIO(pictures.extractfile(member).read())).convert("RGBA")  # pyright: ignore[reportOptionalMemberAccess]
+        picture = Image.open(io.BytesIO(emoji.content)).convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         small = Image.alpha_composite(white, picture).convert("RGB").resize((size, size), Image.Resampling.BOX)
-        name = group.split(" & ")[0].lower()
-        target = folder / split / name / f"{code}.png"
+        name = emoji.group.split(" & ")[0].lower()
+        target = folder / split / name / f"{emoji.code}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         save_png(small, target)
         counts[name] += 1
     return counts
+
+
+def _points(name: str) -> list[int]:
+    return [int(part, 16) for part in Path(name).stem.split("-")]
 
 
 def _code(points: Sequence[int] | map) -> str:

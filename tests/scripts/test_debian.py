@@ -16,6 +16,7 @@ from PIL import Image
 from ldm.files import UserError
 from scripts.scenes import debian
 from scripts.scenes.debian import fetch_material, licence_of, read_copyright, read_rcc
+from scripts.scenes.emoji import Emoji
 
 Tree = dict[str, "bytes | Tree"]
 
@@ -178,6 +179,8 @@ def test_material_is_copied_from_unpacked_packages(
     monkeypatch.setattr(debian.shutil, "which", lambda tool: tool)
     monkeypatch.setattr(debian, "_apt_options", lambda state: [])
     monkeypatch.setattr(debian, "_run", refuse)
+    shaded = [Emoji("1f34e", "Food & Drink", 0x1F34E, picture((8, 8), "WEBP")), Emoji("1f44b", "People & Body", 0, b"")]
+    monkeypatch.setattr(debian, "read_emoji", lambda: shaded)
 
     fetch_material(tmp_path)
 
@@ -189,7 +192,9 @@ def test_material_is_copied_from_unpacked_packages(
     extras = {path.relative_to(tmp_path / "extras").as_posix() for path in (tmp_path / "extras").rglob("*.png")}
     assert extras == {"drawings/animals/drawn.png", "emoji/0000.png", "emoji/0001.png", "emoji/0003.png"}
     assert (tmp_path / "extras/emoji/0003.png").read_bytes() == glyphs[3]
+    assert [path.name for path in (tmp_path / "extras/shaded").iterdir()] == ["1f34e.webp"]  # no people
     licences = (tmp_path / "LICENSES.md").read_text()
+    assert debian.SHADED_PACKAGE in licences
     assert "erase-bee.jpg" in licences
     assert "3 images in fonts/NotoColorEmoji.ttf" in licences
     assert "mate-backgrounds: left out" in caplog.text  # a package that this release does not have

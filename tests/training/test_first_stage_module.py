@@ -116,6 +116,13 @@ def test_the_perceptual_term_waits_for_its_step(make_config: MakeConfig, picture
     assert module.losses(picture_batch)[0] > early
 
 
+@pytest.mark.parametrize("decoder", ["plain", "asymmetric"])
+def test_plain_images_are_previewed(make_config: MakeConfig, batch: Batch, decoder: str) -> None:
+    config = make_config("stage=first_stage", f"model.first_stage.decoder={decoder}")
+    shown = FirstStageTraining(config).preview({"image": batch["image"]}, config.logging)
+    assert [x.shape for x in shown] == 2 * [batch["image"].shape]
+
+
 def test_cached_latents_have_no_pixels_to_train_on(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"data\.kind"):
         DataModule(make_config("stage=first_stage", "data.kind=cached"))
