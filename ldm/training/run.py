@@ -210,7 +210,7 @@ def _check_combinations(config: Config, processes: int) -> None:
     for message, refused in {
         f"stage: got {stage}, expected {stages} with model.kind {kind}": stage not in stages,
         f"data.kind: got {data}, expected images with pixel and classifier as model.kind, another with latent": (
-            (data == "images") == (kind == "latent")
+            (data == "images") == (kind == "latent") and not first_stage
         ),
         f"model.image_size: got {size}, expected a multiple of {least} for model.unet.channel_mult": size % least,
         f"training.objective: got {objective}, expected another one: model.variance is {model.variance}": (
