@@ -80,6 +80,7 @@ def check_counterpart(model: ModelConfig, state: keys.State) -> None:
         "first_stage.decoder asymmetric in a pipeline": asymmetric,
         f"first_stage.patch_size {stage.patch_size}": stage.patch_size != 1,
         "a first stage without norms": stage.norm_groups == 0,
+        "first_stage.linear_path": stage.linear_path,
         "first_stage.embed_dim other than z_channels": stage.embed_dim != stage.z_channels,
         "schedule.name cosine as published (its own cosine differs)": model.schedule.name == "cosine",
     }

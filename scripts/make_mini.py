@@ -108,7 +108,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
     """
     out, device = args.out, cli_args(device=args.device)
     scenes, cache, bench = out / "scenes", out / "cache", out / "scenes" / "bench"
-    load_config(*args.first_stage, overrides=args.set_first_stage)
+    plain = load_config(*args.first_stage, overrides=args.set_first_stage).data.kind == "images"
     config = load_config(*args.base, overrides=args.set)
     size = config.model.image_size
 
@@ -138,7 +138,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
             (
                 *(train, "--base", *args.first_stage),
                 *cli_args(logdir=out / "first-stage", name="first-stage"),
-                *(*args.set_first_stage, f"data.root={scenes}"),
+                *(*args.set_first_stage, f"data.root={scenes / 'images' if plain else scenes}"),
             ),
             out / "first-stage",
         ),

@@ -39,7 +39,8 @@ class FirstStageTraining(TrainingModule):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.options: FirstStageTrainingConfig = config.first_stage_training
-        self.first_stage_model = model = AutoencoderKL(config.model.first_stage)
+        model = AutoencoderKL(config.model.first_stage)
+        self.first_stage_model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.frozen_encoder = config.model.first_stage.decoder == "asymmetric"
         if self.frozen_encoder:
             for part in (model.encoder, model.quant_conv, model.post_quant_conv):
@@ -133,7 +134,8 @@ class FirstStageTraining(TrainingModule):
         return [image, model.decode(z), *(model.decode(z, image, keep_mask) for keep_mask in known)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        return self.with_lr_schedule(torch.optim.Adam, betas=(0.5, 0.9))
+        # The published momenta are for the game; without it so short a memory of squares makes wide networks diverge.
+        return self.with_lr_schedule(torch.optim.Adam, betas=(0.5, 0.9) if self.discriminator else (0.9, 0.99))
 
 
 class PatchDiscriminator(nn.Sequential):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL as Peer
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -17,7 +20,7 @@ from ldm.checkpoint.convert import autoencoder_keys
 from ldm.checkpoint.io import CheckpointError, write_safetensors, write_torch
 from ldm.config import AutoencoderConfig, ConfigError
 from ldm.latent_diffusion import LatentDiffusion, replace_decoder
-from ldm.models.autoencoder import AutoencoderKL, Decoder, DiagonalGaussian, MaskConditionedDecoder
+from ldm.models.autoencoder import AutoencoderKL, Decoder, DiagonalGaussian, MaskConditionedDecoder, cosine_patches
 
 Close = Callable[[Tensor, Tensor], None]
 
@@ -43,6 +46,34 @@ def test_sample(golden: dict[str, Tensor], tiny_model: LatentDiffusion, close: C
 def test_decode(golden: dict[str, Tensor], tiny_model: LatentDiffusion, close: Close) -> None:
     close(tiny_model.first_stage_model.decode(golden["vae/z"]), golden["vae/decoded"])
     close(tiny_model.decode_latents(golden["vae/z"]), golden["vae/decode_first_stage"])
+
+
+TWO_LEVELS = AutoencoderConfig(ch=8, ch_mult=[1, 1], num_res_blocks=1, patch_size=1, norm_groups=0)
+
+
+@given(st.sampled_from([2, 4, 8]), st.data())
+def test_patterns_are_orthonormal_and_the_largest_come_first(side: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 3 * side**2))
+    patterns, sizes = cosine_patches(side, count)
+    torch.testing.assert_close(patterns @ patterns.T, torch.eye(count), rtol=0, atol=1e-5)  # float32
+    assert (sizes.diff() <= 0).all() and sizes[0] == cosine_patches(side, 1)[1]
+    flat = torch.full((3 * side**2,), 0.5)
+    torch.testing.assert_close(patterns[:1].T @ (patterns[:1] @ flat), flat)  # the first one is the mean
+
+
+def test_a_linear_path_starts_as_a_transform() -> None:
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    model = AutoencoderKL(replace(TWO_LEVELS, z_channels=12, embed_dim=12, linear_path=True))
+    z = model.encode(image).mean
+    assert z.shape == (2, 12, 8, 8)
+    torch.testing.assert_close(model.decode(z), image, rtol=0, atol=1e-5)  # as many coefficients as pixels
+    smooth = torch.linspace(-1, 1, 16).expand(1, 3, 16, 16)
+    model = AutoencoderKL(replace(TWO_LEVELS, z_channels=3, embed_dim=3, linear_path=True))
+    assert (model.decode(model.encode(smooth).mean) - smooth).abs().mean() < 0.02
+    model = AutoencoderKL(replace(model.config, decoder="asymmetric"))
+    assert model.decode(z[:, :3], image, torch.ones(2, 1, 16, 16)).shape == image.shape
+    with pytest.raises(ConfigError, match="linear_path"):
+        replace(TWO_LEVELS, z_channels=13, embed_dim=13, linear_path=True)
 
 
 def test_posterior_is_a_clamped_gaussian() -> None:
