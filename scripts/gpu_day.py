@@ -56,7 +56,7 @@ MOST_SCENES = 40_000
 BASELINES = ("sample-copy-paste", "sample-seamless-clone", "sample-opencv-inpaint")  # need no GPU
 EDITS = ("sample-mini-ours", "sample-mini", "sample-bundled", "sample-null-token")
 TINY = (
-    "model.image_size=32 model.first_stage.ch=8 model.first_stage.ch_mult=[1,1,1] model.first_stage.norm_groups=0 "
+    "model.image_size=32 model.first_stage.ch=8 model.first_stage.ch_mult=[1,1] model.first_stage.norm_groups=0 "
     "model.unet.model_channels=16 model.unet.num_heads=1 model.unet.context_dim=32 "
     "model.exemplar_encoder.image_size=32 model.exemplar_encoder.hidden_size=32 data.batch_size=4 "
     "data.val_batch_size=4 data.num_workers=0 data.max_val_samples=4 logging.num_images=2 logging.image_every=10 "
