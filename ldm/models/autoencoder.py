@@ -149,11 +149,11 @@ class Encoder(nn.Module):
         self.linear = nn.Conv2d(pixels, 2 * config.z_channels, 1) if config.linear_path else None
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = self.linear(F.pixel_unshuffle(x, self.cell)) if self.linear else 0.0
-        x = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
+        hidden = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x)))) + linear
+            hidden = level(hidden)
+        moments = self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+        return moments + self.linear(F.pixel_unshuffle(x, self.cell)) if self.linear else moments
 
 
 class Decoder(nn.Module):
