@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ldm.files import UserError
 from scripts.scenes.compose import group_alike, look, write_file
-from scripts.scenes.emoji import read_emoji
+from scripts.scenes.emoji import SHADED_PACKAGE, read_emoji
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ CUTOUT_PACKAGE = "tuxpaint-stamps-default"
 CUTOUT_FOLDER = "usr/share/tuxpaint/stamps"
 CUTOUT_NAMES = "photo_cutouts.txt"  # beside this file: the stamps that are photographs, not drawings
 EMOJI_PACKAGE = "fonts-noto-color-emoji"
-SHADED_PACKAGE = "@lobehub/fluent-emoji-3d"  # of the npm registry
 EMOJI_FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
 # Paths of photographs by package; `!` excludes. The packages hold drawings, paintings and renderings
@@ -245,7 +244,7 @@ def fetch_material(root: Path) -> None:
         else:
             used = _copy_photographs(name, folder, root / "backgrounds" / name)
         licences += _licence_section(name, folder, used)
-    licences += _copy_shaded(root / "extras" / "shaded")
+    licences += _copy_shaded(root / "packages", root / "extras" / "shaded")
     for kind in ("cutouts", "backgrounds"):
         if not any(path.is_file() for path in (root / kind).rglob("*")):
             raise UserError(f"{root / kind}: the packages hold no {kind}; see the warnings above")
@@ -355,9 +354,9 @@ def _copy_emoji(package: Path, target: Path) -> list[tuple[str, str]]:
     return used
 
 
-def _copy_shaded(target: Path) -> list[str]:
+def _copy_shaded(packages: Path, target: Path) -> list[str]:
     """Copy the shaded emoji without people, who differ in details only; return their section of LICENSES.md."""
-    used = [emoji for emoji in read_emoji() if not emoji.group.startswith("People")]
+    used = [emoji for emoji in read_emoji(packages) if not emoji.group.startswith("People")]
     for emoji in used:
         write_file(target / f"{emoji.code}.webp", emoji.content, sync=False)
     return [

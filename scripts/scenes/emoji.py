@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a checkout without installing it
 
-from ldm.files import UserError
+from ldm.files import UserError, atomic_write
 from ldm.images import save_png
 
+SHADED_PACKAGE = "@lobehub/fluent-emoji-3d"
 PACKAGES = (  # addresses and their SHA-256
     (
-        "@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz",
+        f"{SHADED_PACKAGE}/-/fluent-emoji-3d-1.1.0.tgz",
         "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     ),
     (
@@ -51,21 +52,30 @@ class Emoji(NamedTuple):
     content: bytes  # WebP, 256 px, with alpha
 
 
-def fetch(path: str, checksum: str) -> tarfile.TarFile:
-    """Download a package; UserError if that fails or it is not the one that is meant."""
-    try:
-        with urllib.request.urlopen(REGISTRY + path, timeout=60) as answer:
-            content = answer.read()
-    except OSError as error:
-        raise UserError(f"{REGISTRY}{path}: {error}; check the connection and run again") from None
+def fetch(path: str, checksum: str, kept: Path | None = None) -> tarfile.TarFile:
+    """Download a package, or take it from the folder `kept`, where it stays for the next time.
+
+    UserError if the download fails or it is not the package that is meant.
+    """
+    file = kept and kept / Path(path).name
+    content = file.read_bytes() if file and file.is_file() else b""
     if hashlib.sha256(content).hexdigest() != checksum:
-        raise UserError(f"{REGISTRY}{path}: another file than the one this script was written for; try again")
+        try:
+            with urllib.request.urlopen(REGISTRY + path, timeout=60) as answer:
+                content = answer.read()
+        except OSError as error:
+            raise UserError(f"{REGISTRY}{path}: {error}; check the connection and run again") from None
+        if hashlib.sha256(content).hexdigest() != checksum:
+            raise UserError(f"{REGISTRY}{path}: another file than the one this script was written for; try again")
+        if file:
+            with atomic_write(file) as temporary:
+                temporary.write_bytes(content)
     return tarfile.open(fileobj=io.BytesIO(content))
 
 
-def read_emoji() -> Iterator[Emoji]:
-    """Download the packages and yield their emoji, each once, without flags, skin tones and mirrored variants."""
-    pictures, names = (fetch(*package) for package in PACKAGES)
+def read_emoji(kept: Path | None = None) -> Iterator[Emoji]:
+    """Fetch the packages and yield their emoji, each once, without flags, skin tones and mirrored variants."""
+    pictures, names = (fetch(*package, kept) for package in PACKAGES)
     described = json.loads(names.extractfile("package/data-by-emoji.json").read())  # pyright: ignore[reportOptionalMemberAccess]
     groups = {_code(map(ord, emoji)): entry["group"] for emoji, entry in described.items()}
     # some are there with and without the selector of the coloured form

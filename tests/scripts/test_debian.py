@@ -180,7 +180,7 @@ def test_material_is_copied_from_unpacked_packages(
     monkeypatch.setattr(debian, "_apt_options", lambda state: [])
     monkeypatch.setattr(debian, "_run", refuse)
     shaded = [Emoji("1f34e", "Food & Drink", 0x1F34E, picture((8, 8), "WEBP")), Emoji("1f44b", "People & Body", 0, b"")]
-    monkeypatch.setattr(debian, "read_emoji", lambda: shaded)
+    monkeypatch.setattr(debian, "read_emoji", lambda packages: shaded)
 
     fetch_material(tmp_path)
 

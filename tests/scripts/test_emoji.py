@@ -60,3 +60,18 @@ def test_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="another file"):
         emoji.write_emoji(tmp_path, 16)
     assert emoji.main([str(tmp_path)]) == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("registry")
+def test_what_was_fetched_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(emoji.read_emoji(tmp_path))
+    assert [each.code for each in found] == ["1f408", "1f44b"]
+
+    def offline(url: str, timeout: float) -> io.BytesIO:
+        raise OSError("no network")
+
+    monkeypatch.setattr(emoji.urllib.request, "urlopen", offline)
+    assert list(emoji.read_emoji(tmp_path)) == found
+    (tmp_path / "p0").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no network"):
+        next(emoji.read_emoji(tmp_path))
