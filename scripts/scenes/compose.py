@@ -582,7 +582,7 @@ def _write_scene(plan: _Plan, split: str, index: int) -> Iterator[tuple[object, 
         hue_jitter_share=settings.hue_jitter_share,
     )
     image_id = hashlib.sha256(f"{plan.digest}/{split}/{index}".encode()).hexdigest()[:16]
-    _save(scene.image, plan.out / "images" / split / f"{image_id}.jpg", quality=95, subsampling=0)
+    save_picture(scene.image, plan.out / "images" / split / f"{image_id}.jpg", quality=95, subsampling=0)
     for shown in scene.objects:
         x_min, y_min, x_max, y_max = (f"{edge / settings.size:.6f}" for edge in shown.box)
         yield image_id, "composed", _label(shown.name), 1, x_min, x_max, y_min, y_max, int(shown.occluded), 0, 0, 0, 0
@@ -616,9 +616,9 @@ def _write_bench_item(plan: _Plan, index: int) -> Iterator[tuple[object, ...]]:
     hole_mask.paste(255, hole)
     exemplar = other_view.image.crop(_grow(other_view.objects[0].box, round(0.04 * size), 2 * size))
     count, item = plan.settings.bench, f"{index + 1:012d}"
-    _save(scene.image, plan.out / "bench" / f"GT_{count}" / f"{item}_GT.png")
-    _save(exemplar, plan.out / "bench" / f"Ref_{count}" / f"{item}_ref.png")
-    _save(hole_mask, plan.out / "bench" / f"Mask_bbox_{count}" / f"{item}_mask.png")
+    save_picture(scene.image, plan.out / "bench" / f"GT_{count}" / f"{item}_GT.png")
+    save_picture(exemplar, plan.out / "bench" / f"Ref_{count}" / f"{item}_ref.png")
+    save_picture(hole_mask, plan.out / "bench" / f"Mask_bbox_{count}" / f"{item}_mask.png")
     yield index + 1, main, *box, *hole
 
 
@@ -668,9 +668,7 @@ def _join_parts(plan: _Plan, part: str, starts: range) -> None:
     header = "ID,Cutout,XMin,YMin,XMax,YMax,HoleXMin,HoleYMin,HoleXMax,HoleYMax" if part == "bench" else BOX_HEADER
     rows = "".join(plan.part_file(part, start).read_text(encoding="utf-8") for start in starts)
     if part == "bench":
-        ids = BytesIO()
-        np.save(ids, np.arange(1, plan.settings.bench + 1))
-        write_file(plan.out / "bench" / "id_list.npy", ids.getvalue())
+        write_ids(plan.out / "bench", plan.settings.bench)
     write_file(_result_file(plan, part), f"{header}\n{rows}".encode())
 
 
@@ -717,10 +715,18 @@ def _write_licences(out: Path, folders: tuple[Path, ...]) -> None:
     write_file(out / "LICENSES.md", "\n".join(texts).encode())
 
 
-def _save(image: Image.Image, path: Path, **options: int) -> None:
+def save_picture(image: Image.Image, path: Path, **options: int) -> None:
+    """Write a picture as JPEG or PNG, by its suffix, whole or not at all; `options` are Pillow's."""
     content = BytesIO()
     image.save(content, "JPEG" if path.suffix == ".jpg" else "PNG", **options)
     write_file(path, content.getvalue(), sync=False)  # the rows of the chunk are synced
+
+
+def write_ids(bench: Path, count: int) -> None:
+    """Write the id list of a benchmark whose items are numbered from 1."""
+    ids = BytesIO()
+    np.save(ids, np.arange(1, count + 1))
+    write_file(bench / "id_list.npy", ids.getvalue())
 
 
 def write_file(path: Path, content: bytes, *, sync: bool = True) -> None:

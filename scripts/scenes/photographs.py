@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a checkout without installing it
 
-from ldm.editing.hole_masks import draw_polygon
+from ldm.editing.hole_masks import TO_BINARY, draw_polygon
 from ldm.files import UserError, write_text
-from ldm.images import open_image, save_png
-from scripts.scenes.compose import write_file
+from ldm.images import open_image
+from scripts.scenes.compose import save_picture, write_ids
 from scripts.scenes.emoji import fetch
 
 HOLES = Path(__file__).with_suffix(".txt")
@@ -163,20 +163,15 @@ def write_bench(folder: Path, photographs: dict[str, Image.Image]) -> int:
         points = np.array([pair.split(",") for pair in corners.split()], float) / 100 * scene.size
         # Rounded, as a brush leaves it.
         hole = draw_polygon(scene.size, points.ravel().tolist()).filter(ImageFilter.GaussianBlur(LONG_SIDE / 60))
-        hole = hole.point([255 * (level >= 128) for level in range(256)])
+        hole = hole.point(TO_BINARY)
         exemplar = source.crop(tuple(np.round(np.array(box.split(","), float) / 100 * (2 * source.size)).astype(int)))
         exemplar.thumbnail((EXEMPLAR_SIDE, EXEMPLAR_SIDE), Image.Resampling.LANCZOS)
-        for kind, ending, image in (("GT", "GT", scene), ("Ref", "ref", exemplar)):
-            content = io.BytesIO()
-            image.save(content, "JPEG", quality=QUALITY)
-            write_file(folder / f"{kind}_{len(items)}" / f"{number:012d}_{ending}.jpg", content.getvalue(), sync=False)
-        path = folder / f"Mask_bbox_{len(items)}" / f"{number:012d}_mask.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(hole, path)
+        count, item = len(items), f"{number:012d}"
+        save_picture(scene, folder / f"GT_{count}" / f"{item}_GT.jpg", quality=QUALITY)
+        save_picture(exemplar, folder / f"Ref_{count}" / f"{item}_ref.jpg", quality=QUALITY)
+        save_picture(hole, folder / f"Mask_bbox_{count}" / f"{item}_mask.png")
         rows.append(f"{number},{name},{exemplar_name}")
-    ids = io.BytesIO()
-    np.save(ids, np.arange(1, len(items) + 1))
-    write_file(folder / "id_list.npy", ids.getvalue())
+    write_ids(folder, len(items))
     write_text(folder / "items.csv", "\n".join(rows) + "\n")
     write_text(folder / "LICENSES.md", LICENCES)
     return len(items)
