@@ -261,6 +261,7 @@ class DataConfig(Section, prefix="data."):
     augmentation_strength: float = setting(1.0, ge=0)  # multiplies the augmentation's angles and lengths
     augmentation: dict[str, Any] | None = None  # replaces all of that: what `albumentations.to_dict` gives
     grey_background: bool = False  # show the exemplar over mid-grey, where its shape is known
+    p_new_background: float = setting(0.0, ge=0, le=1)  # probability of showing it over random colours instead
     crop_margin_range: list[float] = setting([], gt=0)  # [low, high]: crop as editing does; []: as the paper
     labels: str = setting("folder", choices=("folder", "prefix"))  # images: class = sub-folder, or name before "_"
     crop: str = setting("center", choices=("center", "random"))  # images
@@ -315,6 +316,7 @@ class FirstStageTrainingConfig(Section, prefix="first_stage_training."):
     base_lr: float = setting(4.5e-6, gt=0, le=1)
     lr_schedule: str = setting("constant", choices=LR_SCHEDULES)
     warmup_steps: int = setting(0, ge=0)
+    trainable: str = setting("all", choices=("all", "decoder"))  # decoder: latents stay; always so if asymmetric
     kl_weight: float = setting(1e-6, ge=0)  # sum over the latent against mean over pixels: 2e5 times LDM's at 256 px
     colour_weight: float = setting(0.0, ge=0)  # of the squared error between images averaged over each latent cell
     perceptual_weight: float = setting(0.0, ge=0)

@@ -111,9 +111,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--workers", type=int, default=2)
     add("--seed", type=int, default=23)
     add("--device", default="cpu")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="override config keys, for example data.kind=coco")
     args = parser.parse_args(argv)
     try:
-        config = load_config(*args.config)
+        config = load_config(*args.config, overrides=args.overrides)
         first_stage, exemplar_encoder = load_encoders(config, args.checkpoint, args.device)
         config.data.kind = "open_images" if config.data.kind == "cached" else config.data.kind
         config.data.root, config.seed = str(args.root), args.seed

@@ -156,7 +156,7 @@ def spend(day: Day, args: argparse.Namespace, work: Path) -> None:
     day.run(Step("environment", ("-m", "torch.utils.collect_env")), day.now + MOST["environment"] * day.total)
     steps = {} if "train" in args.skip else plan(args, work)
     with ThreadPoolExecutor(1) as cores:
-        composed = [cores.submit(day.run, steps[n], COMPOSED_BY * day.total) for n in ("compose", "boxes") if steps]
+        composed = cores.submit(day.run, steps["compose"], COMPOSED_BY * day.total) if steps else None
         for name in BASELINES if steps else ():
             cores.submit(day.run, steps[name], PACKED_FROM * day.total)
         if "tests" not in args.skip:
@@ -167,7 +167,7 @@ def spend(day: Day, args: argparse.Namespace, work: Path) -> None:
             words = (str(ROOT / "benchmarks" / "gpu.py"), *cli_args(out=work / "speed", seconds=seconds))
             words += ("--tiny", *cli_args(device=args.device)) if args.tiny else ()
             day.run(Step("speed", words), day.now + MOST["speed"] * day.total)
-        if steps and all(part.result() for part in composed):
+        if composed and composed.result():
             make_model(day, steps, TINY_STEPS if args.tiny else None)
     if steps:
         evaluate(day, steps, work)

@@ -128,11 +128,12 @@ def plan(args: argparse.Namespace) -> list[Step]:
     )
     encoder, model = (in_newest_run(out / run, "checkpoints/last.ckpt") for run in ("first-stage", "train"))
     train, weights = str(ROOT / "main.py"), out / "model" / "model.safetensors"
-    caching = cli_args(checkpoint=encoder, root=scenes, out=cache, draws=args.draws, workers=args.workers)
+    caching = cli_args(checkpoint=encoder, root=scenes / "images", out=cache, draws=args.draws, workers=args.workers)
+    splits = {"annotations": "train", "val_annotations": "validation"}  # with the objects' outlines
+    shapes = ["data.kind=coco", *(f"data.{key}={scenes / 'annotations' / name}.json" for key, name in splits.items())]
     start = cli_args(pretrained_model=encoder, logdir=out / "train", name="mini")
     steps = [
         Step("compose", (script_path("scenes/compose"), *composing)),
-        Step("boxes", (script_path("read_bbox"), *cli_args(root=scenes))),
         Step(
             "first-stage",
             (
@@ -142,7 +143,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
             ),
             out / "first-stage",
         ),
-        Step("cache", (script_path("cache_latents"), "--config", *args.base, *caching, *device)),
+        Step("cache", (script_path("cache_latents"), "--config", *args.base, *caching, *device, *shapes)),
         Step(
             "train",
             (

@@ -72,7 +72,7 @@ class SampleRecipe:
             margins = data.crop_margin_range
             window = masks.crop_around_box(size, box, margins, self.image_size, rng) if margins else None
             grown = masks.grow_box(box, (window or Box(0, 0, *size)).clipped(*size), rng)
-            wants_shape = data.p_object_mask > 0 or data.grey_background
+            wants_shape = data.p_object_mask > 0 or data.grey_background or data.p_new_background > 0
             shape = object_shape(entry, chosen, open_file) if wants_shape else None
             hole = self._draw_hole(size, box, grown, shape, rng)
             window = window or masks.crop_window(size, grown, rng)
@@ -86,9 +86,9 @@ class SampleRecipe:
         if self.hard_edges:
             keep_mask = (keep_mask > 0.5).float()
         exemplar = decoded.crop(Box(*(round(edge / reduction) for edge in padded)))
-        if data.grey_background and shape is not None:
+        if shape is not None and (background := self._draw_background(exemplar.size, rng)):
             alpha = shape.crop(padded).resize(exemplar.size, Image.Resampling.BILINEAR)
-            exemplar = Image.composite(exemplar, Image.new("RGB", exemplar.size, images.MID_GREY), alpha)
+            exemplar = Image.composite(exemplar, background, alpha)
         params = params if data.augment_exemplar else PaperParams()  # all other draws stay the same
         exemplar = images.normalise(augment(self.pipeline, np.asarray(exemplar), params, seed=seed))
         sample = {"image": image, "masked_image": image * keep_mask, "keep_mask": keep_mask, "exemplar": exemplar}
@@ -115,6 +115,19 @@ class SampleRecipe:
         if u < self.data.p_arbitrary_mask:
             return masks.polygon_hole(size, masks.arbitrary_polygon(box, grown, rng, jitter))
         return masks.rectangle_hole(size, grown)
+
+    def _draw_background(self, size: tuple[int, int], rng: np.random.Generator) -> Image.Image | None:
+        """Draw what replaces an exemplar's background, if anything: mid-grey, else one colour or a blend of four.
+
+        In a photograph the exemplar's surroundings are those of the hole. Who edits brings an exemplar with others.
+        """
+        if self.data.grey_background:
+            return Image.new("RGB", size, images.MID_GREY)
+        if self.data.p_new_background == 0 or rng.random() >= self.data.p_new_background:
+            return None
+        side = int(rng.integers(1, 3))
+        corners = Image.fromarray(rng.integers(256, size=(side, side, 3), dtype=np.uint8))
+        return corners.resize(size, Image.Resampling.BILINEAR)
 
     def _decode(self, file: Image.Image, window: Box, padded: Box, orientation: int = 1) -> tuple[Image.Image, int]:
         """Decode the photograph as RGB, upright, reduced by 1, 2, 4 or 8: as far as image and exemplar allow."""

@@ -5,6 +5,7 @@ Dimensions: B batch · C channels · H, W grid · N = H·W positions · L contex
 
 import math
 from collections import OrderedDict
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +33,13 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, is_causal: bool = False) -> Tensor:
     """Multi-head scaled dot-product attention: (B, N, C), (B, L, C), (B, L, C) -> (B, N, C)."""
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=num_heads) for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal), "b h n d -> b n (h d)")
+    attend = partial(F.scaled_dot_product_attention, is_causal=is_causal)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
+        with torch.autocast("cpu", enabled=False):  # the backward pass is many times slower in bfloat16
+            mixed = attend(q.float(), k.float(), v.float()).to(q.dtype)
+    else:
+        mixed = attend(q, k, v)
+    return rearrange(mixed, "b h n d -> b n (h d)")
 
 
 class CrossAttention(nn.Module):

@@ -30,8 +30,9 @@ class FirstStageTraining(TrainingModule):
     """The autoencoder with its training step: L1 + perceptual + KL, and a patch discriminator if asked for.
 
     One optimizer serves both sides of the adversarial game; neither side's gradient reaches the other. The adversarial
-    weight is fixed, not balanced by gradient norms. An asymmetric decoder is trained alone, with a frozen encoder and
-    no KL. It reads either all pixels outside an irregular hole or none, so that it works with and without them.
+    weight is fixed, not balanced by gradient norms. An asymmetric decoder, or with `trainable: decoder` a plain one, is
+    trained alone, with a frozen encoder and no KL: latents stay, and diffusion models of them. The asymmetric one reads
+    either all pixels outside an irregular hole or none, so that it works with and without them.
 
     Source: Rombach et al. 2022, appendix G; Esser et al. 2021, Eq. 6 (hinge game); Zhu et al. 2023, section 3.
     """
@@ -41,7 +42,8 @@ class FirstStageTraining(TrainingModule):
         self.options: FirstStageTrainingConfig = config.first_stage_training
         model = AutoencoderKL(config.model.first_stage)
         self.first_stage_model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.frozen_encoder = config.model.first_stage.decoder == "asymmetric"
+        self.asymmetric = config.model.first_stage.decoder == "asymmetric"
+        self.frozen_encoder = self.asymmetric or self.options.trainable == "decoder"
         if self.frozen_encoder:
             for part in (model.encoder, model.quant_conv, model.post_quant_conv):
                 part.requires_grad_(False)
@@ -57,11 +59,11 @@ class FirstStageTraining(TrainingModule):
         An asymmetric decoder needs an encoder; wider or deeper than the checkpoint's it starts at random itself.
         """
         if source is None and self.frozen_encoder:
-            raise CheckpointError("no checkpoint given: pass the model of an asymmetric decoder as --pretrained-model")
+            raise CheckpointError("no checkpoint given: pass the model of the decoder as --pretrained-model")
         if source is None:
             return {}, [FIRST_STAGE]
         state = {FIRST_STAGE + name: tensor for name, tensor in autoencoder_keys(state).items()}
-        if not self.frozen_encoder:
+        if not self.asymmetric:
             return state, []
         decoder, branch = FIRST_STAGE + "decoder.", FIRST_STAGE + CONDITION_ENCODER
         plain = {n: x for n, x in self.state_dict().items() if n.startswith(decoder) and not n.startswith(branch)}
@@ -88,7 +90,7 @@ class FirstStageTraining(TrainingModule):
         image, options = batch["image"], self.options
         generators = [torch.Generator().manual_seed(key) for key in batch["key"].tolist()]
         posterior = self.first_stage_model.encode(image)  # pixels [-1, 1] => q(z | x)
-        known = (image, self.keep_masks(batch)) if self.frozen_encoder else ()
+        known = (image, self.keep_masks(batch)) if self.asymmetric else ()
         reconstruction = self.first_stage_model.decode(posterior.sample(generators), *known).float()  # => pixels
         terms = {"l1": F.l1_loss(reconstruction, image)}
         loss = terms["l1"]
@@ -130,7 +132,7 @@ class FirstStageTraining(TrainingModule):
         """Return images and reconstructions, those of an asymmetric decoder without and with pixels; (B, 3, H, W)."""
         model, image = self.first_stage_model, batch["image"]
         z = model.encode(image).mean
-        known = [batch["keep_mask"]] if self.frozen_encoder and "keep_mask" in batch else []  # plain images have none
+        known = [batch["keep_mask"]] if self.asymmetric and "keep_mask" in batch else []  # plain images have none
         return [image, model.decode(z), *(model.decode(z, image, keep_mask) for keep_mask in known)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

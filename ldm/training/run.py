@@ -61,7 +61,8 @@ class Run:
         for package in ("pytorch_lightning", "lightning_fabric"):
             logger = logging.getLogger(f"{package}.utilities.rank_zero")
             logger.addFilter(lambda record: not record.getMessage().startswith(NOISE))
-        torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+        if torch.cuda.is_available():  # on a CPU attention's backward pass would take twice as long
+            torch.set_float32_matmul_precision("high")  # TF32
         pl.seed_everything(config.seed % 2**32, workers=True, verbose=False)
         self.config, self.run_dir = config, run_dir
         self.trainer = _trainer(config, run_dir)
@@ -223,6 +224,9 @@ def _check_combinations(config: Config, processes: int) -> None:
         # weights in 16 bits lose the optimizer's small updates
         f"trainer.precision: got {precision}, expected 32-true, bf16-mixed or 16-mixed": (
             precision in ("bf16-true", "16-true")
+        ),
+        f"training.optimizer: got adamw_fused, expected adamw to clip gradients in {precision}": (
+            options.optimizer == "adamw_fused" and "mixed" in str(precision) and config.trainer.get("gradient_clip_val")
         ),
         f"trainer.strategy: got {strategy}, expected auto or ddp: the first stage is not sharded": (
             first_stage and sharded

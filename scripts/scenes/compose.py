@@ -2,7 +2,7 @@
 
 The recipe is self-supervised: it needs only images with boxes, and images of one's own products serve as well as Open
 Images. `compose_scene` pastes one scene; `compose_dataset` writes `images/{train,validation,test}`, annotations in
-OIDv6's format and a benchmark in COCOEE's layout.
+OIDv6's format, the same with outlines in COCO's, and a benchmark in COCOEE's layout.
 
 Cut-outs and photographs are held out by file: train and validation never show what test and benchmark show.
 """
@@ -27,6 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
@@ -101,6 +102,7 @@ class PastedObject:
     name: str
     box: Box
     occluded: bool
+    outlines: tuple[tuple[int, ...], ...]  # polygons around its parts: x, y, x, y, … of pixels on their edges
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def compose_scene(
             visible = ImageChops.multiply(visible, ImageChops.invert(later))
         whole, seen = (np.asarray(_shrink(mask, size)) >= _VISIBLE for mask in (alpha, visible))
         if box := _extent(seen):
-            objects.append(PastedObject(name, box, occluded=bool(seen.sum() < 0.97 * whole.sum())))
+            objects.append(PastedObject(name, box, bool(seen.sum() < 0.97 * whole.sum()), _outlines(seen)))
     return Scene(_shrink(canvas, size), objects)
 
 
@@ -303,6 +305,12 @@ def _extent(mask: np.ndarray) -> Box | None:
     if len(columns) < 2 or len(rows) < 2:
         return None
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _outlines(mask: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Return polygons around the connected parts of the true pixels, holes included; specks have none."""
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return tuple(tuple(map(int, contour.ravel())) for contour in contours if len(contour) >= 3)
 
 
 # --- the images ----------------------------------------------------------------------------------------
@@ -467,7 +475,7 @@ class _Plan:
         return _load_background(self.backgrounds.root / name, 2 * size * _oversampling(size))
 
     def part_file(self, part: str, start: int) -> Path:
-        return self.out / ".parts" / f"{part}-{start:08d}.csv"
+        return self.out / ".parts" / f"{part}-{start:08d}.jsonl"
 
 
 _PARTS = (*SPLITS, "bench")
@@ -486,8 +494,8 @@ def compose_dataset(
 ) -> None:
     """Write a whole dataset. An interrupted one is continued, a finished one left alone.
 
-    `out/images/SPLIT/ID.jpg`, `out/annotations/*.csv` (OIDv6 columns), `out/bench/` (COCOEE layout, plus
-    `items.csv`: which item shows which cut-out), `out/settings.json`, `out/LICENSES.md`.
+    `out/images/SPLIT/ID.jpg`, `out/annotations/*.csv` (OIDv6 columns) and `SPLIT.json` (COCO instances), `out/bench/`
+    (COCOEE layout, plus `items.csv`: which item shows which cut-out), `out/settings.json`, `out/LICENSES.md`.
 
     Args:
         extras_dir: more cut-outs, of any style, that train alone shows; needed where `settings.extra_share` is not 0.
@@ -559,16 +567,16 @@ def _worker_pool(workers: int) -> ProcessPoolExecutor:
 def _compose_chunk(plan: _Plan, job: tuple[str, int, int]) -> int:
     """Write the scenes of a chunk, then their rows: a chunk whose rows exist is complete."""
     part, start, stop = job
-    rows = StringIO()
-    writer = csv.writer(rows, lineterminator="\n")
+    rows: list[str] = []
     for index in range(start, stop):
-        writer.writerows(_write_bench_item(plan, index) if part == "bench" else _write_scene(plan, part, index))
-    write_file(plan.part_file(part, start), rows.getvalue().encode())
+        written = _write_bench_item(plan, index) if part == "bench" else _write_scene(plan, part, index)
+        rows += (json.dumps(row) for row in written)
+    write_file(plan.part_file(part, start), "".join(f"{row}\n" for row in rows).encode())
     return stop - start
 
 
 def _write_scene(plan: _Plan, split: str, index: int) -> Iterator[tuple[object, ...]]:
-    """Compose and save one scene; yield its annotation rows."""
+    """Compose and save one scene; yield its annotation rows, with the outlines last."""
     settings, rng = plan.settings, plan.generator(split, index)
     names = _draw_names(rng, plan.cutouts.of(split), int(rng.integers(1, 4)))
     (background,) = _draw_names(rng, plan.backgrounds.of(split), 1)
@@ -585,7 +593,8 @@ def _write_scene(plan: _Plan, split: str, index: int) -> Iterator[tuple[object, 
     save_picture(scene.image, plan.out / "images" / split / f"{image_id}.jpg", quality=95, subsampling=0)
     for shown in scene.objects:
         x_min, y_min, x_max, y_max = (f"{edge / settings.size:.6f}" for edge in shown.box)
-        yield image_id, "composed", _label(shown.name), 1, x_min, x_max, y_min, y_max, int(shown.occluded), 0, 0, 0, 0
+        edges, flags = (x_min, x_max, y_min, y_max), (int(shown.occluded), 0, 0, 0, 0)
+        yield image_id, "composed", _label(shown.name), 1, *edges, *flags, shown.outlines
 
 
 def _write_bench_item(plan: _Plan, index: int) -> Iterator[tuple[object, ...]]:
@@ -666,10 +675,34 @@ def _result_file(plan: _Plan, part: str) -> Path:
 
 def _join_parts(plan: _Plan, part: str, starts: range) -> None:
     header = "ID,Cutout,XMin,YMin,XMax,YMax,HoleXMin,HoleYMin,HoleXMax,HoleYMax" if part == "bench" else BOX_HEADER
-    rows = "".join(plan.part_file(part, start).read_text(encoding="utf-8") for start in starts)
+    parts = (plan.part_file(part, start).read_text(encoding="utf-8") for start in starts)
+    rows = [json.loads(line) for part in parts for line in part.splitlines()]
     if part == "bench":
         write_ids(plan.out / "bench", plan.settings.bench)
-    write_file(_result_file(plan, part), f"{header}\n{rows}".encode())
+    else:
+        outlines = [row.pop() for row in rows]
+        instances = coco_instances(rows, outlines, f"{part}/{{}}.jpg", plan.settings.size)
+        write_file(plan.out / "annotations" / f"{part}.json", json.dumps(instances, separators=(",", ":")).encode())
+    table = StringIO()
+    csv.writer(table, lineterminator="\n").writerows(rows)
+    write_file(_result_file(plan, part), f"{header}\n{table.getvalue()}".encode())
+
+
+def coco_instances(rows: list[list[Any]], outlines: list[list[list[int]]], file: str, size: int) -> dict[str, Any]:
+    """Return rows of Open Images, in relative coordinates, and the objects' outlines as COCO's instances.
+
+    `file` makes the name of an image of its id; `size` is the side of the images.
+    """
+    ids = {image_id: number for number, image_id in enumerate(dict.fromkeys(row[0] for row in rows), 1)}
+    labels = {label: number for number, label in enumerate(sorted({row[2] for row in rows}), 1)}
+    annotations = []
+    for number, (row, polygons) in enumerate(zip(rows, outlines, strict=True), 1):
+        x_min, x_max, y_min, y_max = (round(float(edge) * size) for edge in row[4:8])
+        objects = {"id": number, "image_id": ids[row[0]], "category_id": labels[row[2]], "iscrowd": 0}
+        annotations.append(objects | {"bbox": [x_min, y_min, x_max - x_min, y_max - y_min], "segmentation": polygons})
+    images = [{"id": n, "file_name": file.format(name), "width": size, "height": size} for name, n in ids.items()]
+    categories = [{"id": number, "name": label.removeprefix("/c/")} for label, number in labels.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _fingerprint(pictures: Pictures) -> str:

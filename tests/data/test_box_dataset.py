@@ -271,6 +271,23 @@ def test_holes_of_the_object_s_own_shape(shaped: Callable[[str], BinaryIO], know
         assert exemplar[0, 32, 32] > 0.99
 
 
+def test_exemplars_get_new_backgrounds_as_often_as_asked(shaped: Callable[[str], BinaryIO]) -> None:
+    box = Box(40, 30, 101, 91)
+    known = Entry("disc.png", (160, 120), [box], [[OUTLINE]], "")
+    recipe = SampleRecipe(64, 64, DataConfig(p_new_background=0.7, augment_exemplar=False))
+
+    def corners(entry: Entry, seed: int) -> torch.Tensor:
+        sample = recipe(entry, shaped, np.random.default_rng(seed))
+        exemplar = images.exemplar_to_pixels(sample["exemplar"])
+        assert exemplar[0, 32, 32] > 0.99, "the object itself stays"
+        return exemplar[:, :: exemplar.shape[1] - 1, :: exemplar.shape[2] - 1]
+
+    own = corners(known._replace(shapes=[[]]), 0)
+    replaced = sum(bool((corners(known, seed) - own).abs().max() > 0.02) for seed in range(200))
+    assert abs(replaced / 200 - 0.7) < 4 * (0.3 * 0.7 / 200) ** 0.5  # four standard deviations
+    assert bool((corners(known._replace(shapes=[[]]), 5) == own).all())
+
+
 def test_shapes_are_used_as_often_as_asked(shaped: Callable[[str], BinaryIO]) -> None:
     known = Entry("disc.png", (160, 120), [Box(40, 30, 101, 91)], [[OUTLINE]], "")
     unknown = known._replace(shapes=[[]])

@@ -186,6 +186,23 @@ def test_layout_is_that_of_open_images(dataset: Path) -> None:
     assert not list(dataset.rglob(".*"))  # no temporary files, no parts
 
 
+def test_coco_instances_have_the_same_boxes_and_outlines_within_them(dataset: Path) -> None:
+    for split in ("train", "validation", "test"):
+        content, rows = json.loads((dataset / f"annotations/{split}.json").read_bytes()), rows_of(dataset, split)
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        labels = {category["id"]: category["name"] for category in content["categories"]}
+        assert len(content["annotations"]) == len(rows)
+        for row, annotation in zip(rows, content["annotations"], strict=True):
+            assert names[annotation["image_id"]] == f"{split}/{row['ImageID']}.jpg"
+            assert f"/c/{labels[annotation['category_id']]}" == row["LabelName"]
+            x, y, width, height = annotation["bbox"]
+            edges = [float(row[name]) * SIZE for name in ("XMin", "YMin", "XMax", "YMax")]
+            assert [x, y, x + width, y + height] == pytest.approx(edges, abs=1e-3)
+            corners = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in annotation["segmentation"]])
+            assert (corners.min(0) == (x, y)).all()
+            assert (corners.max(0) == (x + width - 1, y + height - 1)).all()
+
+
 def test_chosen_objects_are_shown_alone(material: Path, tmp_path: Path) -> None:
     out = compose(material, tmp_path / "out", objects=("a/object2.png",))
     for split in ("train", "validation", "test"):

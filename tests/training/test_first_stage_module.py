@@ -146,9 +146,9 @@ def test_masks_depend_on_keys_and_half_are_blind(make_config: MakeConfig) -> Non
         assert ((module.keep_masks(batch) == 0).flatten(1).all(1).float().mean() > 0.5) == (share == 1)
 
 
-def test_an_asymmetric_decoder_is_trained_alone(make_config: MakeConfig, picture_batch: Batch) -> None:
-    adversarial = [word for word in ADVERSARIAL if word != "stage=first_stage"]
-    config = make_config(*ASYMMETRIC, *adversarial, "first_stage_training.adversarial_start=0")
+@pytest.mark.parametrize("alone", ["model.first_stage.decoder=asymmetric", "first_stage_training.trainable=decoder"])
+def test_a_decoder_is_trained_alone(make_config: MakeConfig, picture_batch: Batch, alone: str) -> None:
+    config = make_config(*ADVERSARIAL, alone, "first_stage_training.adversarial_start=0")
     module = FirstStageTraining(config)
     loss, terms = module.losses(picture_batch)
     loss.backward()

@@ -332,6 +332,10 @@ def test_the_command_suits_the_model(overrides: tuple[str, ...], options: set[st
     ("overrides", "key"),
     [
         (("trainer.precision=bf16-true",), "trainer.precision: got bf16-true"),
+        (
+            ("training.optimizer=adamw_fused", "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0"),
+            "training.optimizer: got adamw_fused",
+        ),
         (("trainer.strategy=fsdp2", "training.compile=true"), "training.compile: got true"),
         (("trainer.strategy=fsdp2", "stage=first_stage"), "trainer.strategy: got fsdp2"),
         (
