@@ -210,8 +210,11 @@ class ModelConfig(Section, prefix="model."):
     kind: str = setting("latent", choices=("latent", "pixel", "classifier"))
     image_size: int = setting(512, ge=1)  # pixels, side of the square that the model edits
     scale_factor: float = setting(0.18215, gt=0)  # latent = scale_factor * posterior sample
+    # standard deviations of the scaled latents' channels, for preconditioning; []: none, as if all were 1
+    latent_std: list[float] = setting([], gt=0)
     crop_margin: float = setting(0.5, ge=0)  # context around a hole when editing, relative to the hole's longer side
     parameterization: str = setting("eps", choices=("eps", "v", "x0"))  # the UNet's prediction
+    last_level: float = setting(0.0, ge=0, lt=1)  # noise level t / T at which sampling takes the predicted x_0
     variance: str = setting("posterior", choices=VARIANCES)  # pixel: of a step back; learned_range doubles out_channels
     small_size: int | None = setting(None, ge=1)  # pixel: side of low_res images
     # pixel: order of queries, keys and values in a file of improved-diffusion or guided-diffusion that is loaded
@@ -233,6 +236,8 @@ class ModelConfig(Section, prefix="model."):
             raise self.exemplar_encoder.error("tokens", "pooled for model.condition both")
         if self.input_channels[:1] != ["x_t"] or len(set(self.input_channels)) < len(self.input_channels):
             raise self.error("input_channels", "x_t first and no name twice")
+        if self.latent_std and (len(self.latent_std) != self.unet.out_channels or self.parameterization != "v"):
+            raise self.error("latent_std", f"{self.unet.out_channels} numbers and model.parameterization v, or []")
         if self.schedule.zero_terminal_snr and self.parameterization == "eps":  # pure noise does not determine x_0
             raise self.schedule.error("zero_terminal_snr", "false for model.parameterization eps, or v or x0 there")
 

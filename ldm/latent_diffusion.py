@@ -57,6 +57,7 @@ class LatentDiffusion(DiffusionModel):
 
     alphas_cumprod: Tensor
     betas: Tensor
+    latent_std: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         Z, D, text = config.first_stage.embed_dim, config.unet.context_dim, config.text_encoder.hidden_size
@@ -77,6 +78,8 @@ class LatentDiffusion(DiffusionModel):
             self.learnable_vector = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.unet.context_dim)))
         if self.reads_text:
             self.text_encoder = TextEncoder(config.text_encoder)
+        std = torch.tensor(config.latent_std)[:, None, None] if config.latent_std else None
+        self.register_buffer("latent_std", std, persistent=False)
         for name, values in self.schedule.buffers().items():
             self.register_buffer(name, values)  # for the file format; computations use `ac`
         self._empty_prompt_cache: tuple[Any, Tensor] | None = None
@@ -147,13 +150,31 @@ class LatentDiffusion(DiffusionModel):
     def c_concat(self, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
         """Concatenate the UNet's channels behind x_t (B, C - Z, h, w), the same at every step, in the config's order.
 
+        With `latent_std` the channels of z_masked are divided by it.
+
         Args:
             z_masked: (B, Z, h, w) scaled latent of the image with a mid-grey hole.
             keep_mask: (B, 1, H, W) or (B, 1, h, w) in [0, 1], 1 = keep; resized as in the checkpoint's training.
         """
-        channels = {"z_masked": z_masked, "keep_mask": latent_mask(keep_mask, z_masked)}
+        scaled = z_masked if self.latent_std is None else z_masked / self.latent_std
+        channels = {"z_masked": scaled, "keep_mask": latent_mask(keep_mask, z_masked)}
         channels["hole_mask"] = latent_hole(keep_mask, z_masked)
         return torch.cat([z_masked[:, :0], *(channels[name] for name in self.config.input_channels[1:])], dim=1)
+
+    def preconditioning(self, ac_t: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """Return c_in, c_skip, c_out at ac_t, () or (B, 1, 1, 1): the prediction is c_skip x_t + c_out UNet(c_in x_t).
+
+        They keep the UNet's input and target at unit variance where `latent_std` is not 1, and leave to it what no
+        multiple of x_t explains. Errors of small channels, details, count as little as they do in pixels.
+
+        Source: Karras et al. 2022 (EDM), Eq. 7 and appendix B.6, here for v and for each channel.
+        """
+        if self.latent_std is None:
+            return 1.0, 0.0, 1.0
+        ac_t, std = ac_t.float(), self.latent_std
+        variance = ac_t * std**2 + 1 - ac_t  # of x_t
+        # v = alpha eps - sigma x_0: c_skip = E[v x_t] / E[x_t^2], c_out^2 = the variance that is left
+        return variance.rsqrt(), (ac_t * (1 - ac_t)).sqrt() * (1 - std**2) / variance, std * variance.rsqrt()
 
     def unet_input(self, x_t: Tensor, z_masked: Tensor, keep_mask: Tensor) -> Tensor:
         """Concatenate the UNet's channels (B, C, h, w): x_t (B, Z, h, w), then `c_concat`."""
@@ -170,10 +191,11 @@ class LatentDiffusion(DiffusionModel):
         Source: Yang et al. 2023, Eq. 4 (with Ho et al. 2020, Eq. 14; v: Salimans & Ho 2022).
         """
         x_t = q_sample(z_0, t, eps, self.ac)  # alpha_t z_0 + sigma_t eps
-        x = self.unet_input(x_t, z_masked, keep_mask).to(self.weight_dtype)  # => input channels (B, C, h, w)
-        prediction = self.unet(x, t, context)
+        c_in, c_skip, c_out = self.preconditioning(self.ac[t].reshape(-1, 1, 1, 1))
+        x = self.unet_input(c_in * x_t, z_masked, keep_mask).to(self.weight_dtype)  # => input channels (B, C, h, w)
+        prediction = c_skip * x_t + c_out * self.unet(x, t, context).float()
         expected = target(z_0, eps, t, self.config.parameterization, self.ac)  # eps, v or z_0
-        return F.mse_loss(prediction.float(), expected, reduction="none").flatten(1).mean(1)  # || ... ||^2 / (Z h w)
+        return F.mse_loss(prediction, expected, reduction="none").flatten(1).mean(1)  # || ... ||^2 / (Z h w)
 
     @torch.no_grad()
     def sample(
@@ -213,7 +235,8 @@ class LatentDiffusion(DiffusionModel):
         if not 0 < share <= 1:
             raise ValueError(f"strength: got {strength:g}, expected more than 0, at most 1")
         ac = ac[: max(1, round(share * len(ac)))]  # the first part of a schedule is a schedule
-        timesteps = samplers.choose_timesteps(sampler, len(ac), num_steps)
+        last = int(self.config.last_level * len(ac))
+        timesteps = [last + t for t in samplers.choose_timesteps(sampler, len(ac) - last, num_steps)]
         if z_0 is not None:
             x = q_sample(z_0.to(device, torch.float32), timesteps[0], x, self.ac)
         tokens = context.to(self.weight_dtype)
@@ -222,7 +245,9 @@ class LatentDiffusion(DiffusionModel):
         unet, steer = self.unet.prepare(timesteps, tokens), steering and steering.prepare(timesteps, tokens)
         eps_fn = self._guided(c_concat, unet, steer, guidance_scale, guidance_interval)
         # noise x_T => scaled latents x_0
-        return samplers.sample(sampler, eps_fn, x, ac, num_steps, eta=eta, noise=noise, on_step=on_step)
+        return samplers.sample(
+            sampler, eps_fn, x, ac, num_steps, eta=eta, noise=noise, timesteps=timesteps, on_step=on_step
+        )
 
     def _guided(
         self, c: Tensor, unet: Callable[..., Any], steer: Any, scale: float, levels: Sequence[float]
@@ -236,11 +261,12 @@ class LatentDiffusion(DiffusionModel):
         def eps_fn(x_t: Tensor, t: int) -> Tensor:
             guided = scale != 1.0 and levels[0] <= t / t_last <= levels[1]  # Kynkäänniemi et al. 2024, Eq. 5
             branches = inputs if guided else inputs[-1:]
-            branches[:, :, :Z] = x_t
+            c_in, c_skip, c_out = self.preconditioning(self.schedule.alphas_cumprod[t])
+            branches[:, :, :Z] = c_in * x_t
             x = branches.flatten(0, 1)
             prediction = unet(x, t, steer and steer(x[:, :Z], t, guided))
             # a copy: the next step of a CUDA graph overwrites its output
-            prediction = prediction.to(torch.float32, copy=True).unflatten(0, (-1, B))
+            prediction = c_skip * x_t + c_out * prediction.to(torch.float32, copy=True).unflatten(0, (-1, B))
             # eps, v or x_0 => eps
             eps = to_eps(prediction, x_t, t, self.config.parameterization, self.schedule.alphas_cumprod)
             if not guided:

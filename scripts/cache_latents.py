@@ -128,8 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, ConfigError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    scale = latent_scale(args.out / "validation.safetensors")
-    write_text(args.out / LATENTS_CONFIG, f"# measured on this cache\nmodel:\n  scale_factor: {scale:.4f}\n")
+    scale, std = latent_scale(args.out / "validation.safetensors")
+    sizes = f"  latent_std: {std}\n" if config.model.parameterization == "v" else ""
+    write_text(args.out / LATENTS_CONFIG, f"# measured on this cache\nmodel:\n  scale_factor: {scale:.4f}\n{sizes}")
     print(
         f"{args.out}: done. Latents have unit variance with model.scale_factor={scale:.4f}; set it in the config, "
         f"or merge {args.out / LATENTS_CONFIG} after it"
@@ -137,12 +138,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def latent_scale(path: Path) -> float:
-    """Return 1 / standard deviation of the cached image latents: the scale factor of the diffusion model."""
+def latent_scale(path: Path) -> tuple[float, list[float]]:
+    """Return 1 / standard deviation of the cached image latents, the scale factor of the diffusion model.
+
+    And, so scaled, the standard deviation of each channel.
+    """
     from safetensors.numpy import load_file
 
     mean, logvar = np.split(load_file(path)["image_moments"].astype(np.float64), 2, axis=1)
-    return float(1.0 / np.sqrt(mean.var() + np.exp(logvar).mean()))
+    scale = float(1.0 / np.sqrt(mean.var() + np.exp(logvar).mean()))
+    std = scale * np.sqrt(mean.var((0, 2, 3)) + np.exp(logvar).mean((0, 2, 3)))
+    return scale, std.round(4).tolist()
 
 
 if __name__ == "__main__":

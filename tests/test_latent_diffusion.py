@@ -25,7 +25,7 @@ from ldm import Editor
 from ldm.checkpoint.io import CheckpointError, read_checkpoint, write_safetensors
 from ldm.checkpoint.keys import FIRST_STAGE, INPUT_CONV, POSITION_IDS, SCHEDULE_BUFFERS, to_file_keys, to_module_keys
 from ldm.config import Config, ConfigError, load_config
-from ldm.diffusion import Reverse, p_mean_variance
+from ldm.diffusion import Reverse, p_mean_variance, q_sample, target
 from ldm.latent_diffusion import LatentDiffusion, first_not_finite, load_model, load_weights
 from ldm.samplers import SAMPLERS, choose_timesteps, repaint
 from tests.procweights import GOLDEN, read_golden, weight
@@ -372,6 +372,56 @@ def test_guidance_acts_within_its_interval(
     tolerance = 1e-5 * never.abs().max().item()
     torch.testing.assert_close(sample(4.0, 0.02, 0.03), never, rtol=0, atol=tolerance)
     assert min((within - always).abs().max(), (within - never).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("sampler", ["dpm_solver_pp", "ddim"])
+def test_sampling_ends_at_the_last_level(golden: dict[str, Tensor], tiny_config: Config, sampler: str) -> None:
+    model = LatentDiffusion(load_config(tiny_config, overrides=["model.last_level=0.4"]).model)
+    steps: list[tuple[int, Tensor]] = []
+    timesteps: list[int] = []
+    prepare = model.unet.prepare
+    model.unet.prepare = lambda times, context: timesteps.extend(times) or prepare(times, context)
+    options: dict[str, Any] = {"sampler": sampler, "num_steps": 6, "x_T": golden["sample/x_T"]}
+    sample = model.sample(**scene(golden, 2), **options, on_step=lambda step, _, x, x_0: steps.append((step, x_0)))
+    assert 400 <= min(timesteps) < 420 and max(timesteps) > 900 and len(set(timesteps)) == len(timesteps) == 6
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6]
+    if sampler == "dpm_solver_pp":
+        torch.testing.assert_close(sample, steps[-1][1])  # x_0 itself, no step closer to it
+
+
+STD = [3.0, 1.0, 0.4, 0.1]
+
+
+def test_preconditioned_inputs_and_targets_have_unit_variance(tiny_config: Config) -> None:
+    config = load_config(tiny_config, overrides=["model.parameterization=v", f"model.latent_std={STD}"]).model
+    model = LatentDiffusion(config)
+    z_0, eps = torch.randn(2, 20_000, 4, 1, 1, generator=seeded(0))
+    z_0 = z_0 * torch.tensor(STD)[:, None, None]
+    for step in (50, 500, 950):
+        t = torch.full((len(z_0),), step)
+        x_t, v = q_sample(z_0, t, eps, model.ac), target(z_0, eps, t, "v", model.ac)
+        c_in, c_skip, c_out = model.preconditioning(model.ac[step])
+        wanted = (v - c_skip * x_t) / c_out  # of the UNet
+        for x in (c_in * x_t, wanted):  # the standard error of a variance is 1 %, of a correlation 0.7 %
+            torch.testing.assert_close(x.var(0).flatten(), torch.ones(4), rtol=0.05, atol=0)
+        assert (wanted * x_t * c_in).mean(0).abs().max() < 0.04
+
+
+def test_channels_of_unit_variance_need_no_preconditioning(golden: dict[str, Tensor], tiny_config: Config) -> None:
+    plain, scaled = (
+        LatentDiffusion(load_config(tiny_config, overrides=["model.parameterization=v", override]).model)
+        for override in ("model.latent_std=[]", "model.latent_std=[1.0,1.0,1.0,1.0]")
+    )
+    scaled.load_state_dict(plain.state_dict())
+    options: dict[str, Any] = {**scene(golden, 2), "num_steps": 3, "x_T": golden["sample/x_T"]}
+    torch.testing.assert_close(scaled.sample(**options), plain.sample(**options))
+
+
+@pytest.mark.parametrize("override", ["model.latent_std=[1.0,1.0]", "model.parameterization=eps"])
+def test_preconditioning_needs_v_and_every_channel(tiny_config: Config, override: str) -> None:
+    given = ["model.parameterization=v", f"model.latent_std={STD}", override]
+    with pytest.raises(ConfigError, match=r"model\.latent_std"):
+        load_config(tiny_config, overrides=given)
 
 
 @pytest.mark.parametrize(

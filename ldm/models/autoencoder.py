@@ -113,11 +113,11 @@ def _middle(config: AutoencoderConfig, channels: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(block_1=block_1, attn_1=attention, block_2=block_2))
 
 
-def cosine_patches(side: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` orthonormal patterns (count, 3 · side²) that matter most in photographs, and their sizes.
+def cosine_patches(side: int, count: int) -> Tensor:
+    """Return the `count` orthonormal patterns (count, 3 · side²) that matter most in photographs.
 
-    The patterns are products of cosines in luminance and two colour differences of squares of RGB pixels, channels
-    first; the sizes (count,) are rough standard deviations of their coefficients for pixels in [-1, 1], by 1 / f noise.
+    They are products of cosines in luminance and two colour differences of squares of RGB pixels, channels first,
+    ordered by rough standard deviations of their coefficients for pixels in [-1, 1], by 1 / f noise.
 
     Source: Ahmed, Natarajan and Rao 1974 (the discrete cosine transform).
     """
@@ -127,7 +127,7 @@ def cosine_patches(side: int, count: int) -> tuple[Tensor, Tensor]:
     sizes = side * np.multiply.outer([0.6, 0.25, 0.15], (1.0 + n[:, None] + n) ** -1.7)
     patterns = np.einsum("kc,ui,vj->kuvcij", colours, waves, waves).reshape(sizes.size, -1)
     chosen = np.argsort(-sizes, axis=None, kind="stable")[:count]
-    return torch.from_numpy(patterns[chosen]).float(), torch.from_numpy(sizes.ravel()[chosen]).float()
+    return torch.from_numpy(patterns[chosen]).float()
 
 
 class Encoder(nn.Module):
@@ -252,17 +252,16 @@ class AutoencoderKL(nn.Module):
             self.start_linear()
 
     def start_linear(self) -> None:
-        """Start as a cosine transform that keeps the largest coefficients; the networks add nothing yet.
+        """Start as an orthonormal cosine transform that keeps the largest coefficients; the networks add nothing yet.
 
-        A coefficient is divided by the root of its usual size: latents span fewer orders of magnitude than pixels.
+        The channels of its latents differ in size as they matter in pixels: `model.latent_std`.
         """
         encode, decode = self.encoder.linear, self.decoder.linear
         assert encode is not None and decode is not None
-        patterns, sizes = cosine_patches(self.downsampling, self.config.z_channels)
-        scale = sizes.sqrt()[:, None]
+        patterns = cosine_patches(self.downsampling, self.config.z_channels)
         with torch.no_grad():
-            encode.weight.copy_(torch.cat([patterns / scale, torch.zeros_like(patterns)])[:, :, None, None])
-            decode.weight.copy_((patterns * scale).T[:, :, None, None])
+            encode.weight.copy_(torch.cat([patterns, torch.zeros_like(patterns)])[:, :, None, None])
+            decode.weight.copy_(patterns.T[:, :, None, None])
         for conv in (self.quant_conv, self.post_quant_conv):
             nn.init.dirac_(conv.weight)
         for conv in (self.encoder.conv_out, self.decoder.conv_out):
