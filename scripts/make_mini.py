@@ -139,7 +139,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
             (
                 *(train, "--base", *args.first_stage),
                 *cli_args(logdir=out / "first-stage", name="first-stage"),
-                *(*args.set_first_stage, f"data.root={scenes / 'images' if plain else scenes}"),
+                *(*args.set_first_stage, f"data.root={scenes / 'images'}", *([] if plain else shapes)),
             ),
             out / "first-stage",
         ),

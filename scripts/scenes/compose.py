@@ -27,7 +27,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
@@ -309,6 +308,8 @@ def _extent(mask: np.ndarray) -> Box | None:
 
 def _outlines(mask: np.ndarray) -> tuple[tuple[int, ...], ...]:
     """Return polygons around the connected parts of the true pixels, holes included; specks have none."""
+    import cv2
+
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     return tuple(tuple(map(int, contour.ravel())) for contour in contours if len(contour) >= 3)
 

@@ -46,8 +46,8 @@ def test_from_material_to_figures(arguments: list[str], in_process: list[list[st
     out = tmp_path / "out"
     assert make_mini.main(arguments) == 0
     done = [Path(command[0]).stem for command in in_process]
-    assert done[:6] == ["compose", "read_bbox", "main", "cache_latents", "main", "export_checkpoint"]
-    assert done[6:] == ["inference_test_bench"] * 6 + ["evaluate", "report"]
+    assert done[:5] == ["compose", "main", "cache_latents", "main", "export_checkpoint"]
+    assert done[5:] == ["inference_test_bench"] * 6 + ["evaluate", "report"]
     record = json.loads((out / "metrics.json").read_text())
     assert set(record["runs"]) == {*make_mini.PROTOCOLS, *make_mini.BASELINES, "true picture"}
     assert (out / "report" / "report.html").is_file()
@@ -76,7 +76,7 @@ def test_what_cannot_be_used_is_told_before_anything_is_done(
 def test_dry_run_prints_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert make_mini.main([*arguments, "--device", "cpu", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("\n# ") + printed.startswith("# ") == 14
+    assert printed.count("\n# ") + printed.startswith("# ") == 13
     assert not (tmp_path / "out").exists()
 
 
