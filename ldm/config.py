@@ -159,6 +159,7 @@ class AutoencoderConfig(Section, prefix="model.first_stage."):
     norm_groups: int = setting(32, ge=0)  # as in the UNet; 0: no norms
     dropout: float = setting(0.0, ge=0, lt=1)
     linear_path: bool = False  # a linear map of each cell beside encoder and decoder; it starts as a cosine transform
+    encoder: str = setting("network", choices=("network", "linear"))  # linear: the linear path alone, never trained
     decoder: str = setting("plain", choices=("plain", "asymmetric"))  # asymmetric: also reads the pixels to keep
     decoder_width: float = setting(1.0, gt=0)  # asymmetric: channels relative to the encoder; published: 1, 1.5, 2
     decoder_res_blocks: int | None = setting(None, ge=1)  # asymmetric; default: num_res_blocks; published: 2, 3, 5
@@ -172,6 +173,8 @@ class AutoencoderConfig(Section, prefix="model.first_stage."):
         most = 3 * self.downsampling**2
         if self.linear_path and not (self.in_channels == 3 and self.z_channels == self.embed_dim <= most):
             raise self.error("linear_path", f"false, or 3 in_channels and z_channels = embed_dim <= {most}")
+        if self.encoder == "linear" and not self.linear_path:
+            raise self.error("encoder", "network, or linear_path: true")
         if self.decoder_width * self.ch % 1:
             raise self.error("decoder_width", f"a whole number of channels when multiplied by ch ({self.ch})")
 

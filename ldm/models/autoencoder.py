@@ -156,6 +156,18 @@ class Encoder(nn.Module):
         return moments + self.linear(F.pixel_unshuffle(x, self.cell)) if self.linear else moments
 
 
+class LinearEncoder(nn.Module):
+    """Encode pixels as posterior moments by a linear map of each cell's pixels alone."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.cell, pixels = config.downsampling, config.in_channels * config.downsampling**2
+        self.linear = nn.Conv2d(pixels, 2 * config.z_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.pixel_unshuffle(x, self.cell))
+
+
 class Decoder(nn.Module):
     """Decode latents to pixels, after `post_quant_conv`; one block more per level than the encoder."""
 
@@ -244,7 +256,7 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = (LinearEncoder if config.encoder == "linear" else Encoder)(config)
         self.decoder = (MaskConditionedDecoder if config.decoder == "asymmetric" else Decoder)(config)
         self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
@@ -254,7 +266,8 @@ class AutoencoderKL(nn.Module):
     def start_linear(self) -> None:
         """Start as an orthonormal cosine transform that keeps the largest coefficients; the networks add nothing yet.
 
-        The channels of its latents differ in size as they matter in pixels: `model.latent_std`.
+        The channels of its latents differ in size as they matter in pixels: `model.latent_std`. The posterior is
+        narrower than what 8 bits per colour resolve.
         """
         encode, decode = self.encoder.linear, self.decoder.linear
         assert encode is not None and decode is not None
@@ -264,11 +277,13 @@ class AutoencoderKL(nn.Module):
             decode.weight.copy_(patterns.T[:, :, None, None])
         for conv in (self.quant_conv, self.post_quant_conv):
             nn.init.dirac_(conv.weight)
-        for conv in (self.encoder.conv_out, self.decoder.conv_out):
+        outputs = [net.conv_out for net in (self.encoder, self.decoder) if not isinstance(net, LinearEncoder)]
+        for conv in outputs:
             nn.init.zeros_(conv.weight)
-        parts = (encode, decode, self.quant_conv, self.post_quant_conv, self.encoder.conv_out, self.decoder.conv_out)
-        for bias in (conv.bias for conv in parts if conv.bias is not None):
+        for bias in (conv.bias for conv in (encode, decode, self.quant_conv, self.post_quant_conv, *outputs)):
+            assert bias is not None
             nn.init.zeros_(bias)
+        encode.bias.detach().chunk(2)[1].fill_(-12.0)  # pyright: ignore[reportOptionalMemberAccess]
 
     @property
     def downsampling(self) -> int:

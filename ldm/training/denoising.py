@@ -60,13 +60,14 @@ class DenoisingTraining(TrainingModule):
         self.log("val/loss", losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
 
     def draw_timestep(self, generator: torch.Generator) -> Tensor:
-        """Draw a timestep, () int64 in [0, T), as the config says."""
+        """Draw a timestep, () int64 in [last_level T, T), as the config says: sampling takes none below."""
         T = self.config.schedule.num_timesteps
+        last = int(self.config.last_level * T)
         if self.timesteps is not None and self.training:
             return self.timesteps.draw(generator)
         if self.options.timesteps == "logit_normal":  # Esser et al. 2024, Eq. 19 with location 0 and scale 1
-            return (T * torch.randn((), generator=generator).sigmoid()).long().clamp(max=T - 1)
-        return torch.randint(T, (), generator=generator)
+            return (last + (T - last) * torch.randn((), generator=generator).sigmoid()).long().clamp(max=T - 1)
+        return torch.randint(last, T, (), generator=generator)
 
     def draw_eps(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Draw the noise of a sample, shape (C, ...)."""

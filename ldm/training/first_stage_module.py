@@ -30,8 +30,9 @@ class FirstStageTraining(TrainingModule):
     """The autoencoder with its training step: L1 + perceptual + KL, and a patch discriminator if asked for.
 
     One optimizer serves both sides of the adversarial game; neither side's gradient reaches the other. The adversarial
-    weight is fixed, not balanced by gradient norms. An asymmetric decoder, or with `trainable: decoder` a plain one, is
-    trained alone, with a frozen encoder and no KL: latents stay, and diffusion models of them. The asymmetric one reads
+    weight is fixed, not balanced by gradient norms. An asymmetric decoder, the decoder of a linear encoder, or with
+    `trainable: decoder` any other is trained alone, with a frozen encoder and no KL: latents stay, and diffusion models
+    of them. The asymmetric one reads
     either all pixels outside an irregular hole or none, so that it works with and without them.
 
     Source: Rombach et al. 2022, appendix G; Esser et al. 2021, Eq. 6 (hinge game); Zhu et al. 2023, section 3.
@@ -43,22 +44,24 @@ class FirstStageTraining(TrainingModule):
         model = AutoencoderKL(config.model.first_stage)
         self.first_stage_model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.asymmetric = config.model.first_stage.decoder == "asymmetric"
-        self.frozen_encoder = self.asymmetric or self.options.trainable == "decoder"
+        self.linear_encoder = config.model.first_stage.encoder == "linear"
+        self.frozen_encoder = self.asymmetric or self.linear_encoder or self.options.trainable == "decoder"
         if self.frozen_encoder:
             for part in (model.encoder, model.quant_conv, model.post_quant_conv):
                 part.requires_grad_(False)
-        # A posterior that starts as wide as the prior drowns colour in noise for the first thousands of steps.
-        assert model.quant_conv.bias is not None
-        model.quant_conv.bias.detach().chunk(2)[1].fill_(-6.0)
+        else:  # a posterior that starts as wide as the prior drowns colour in noise for the first thousands of steps
+            assert model.quant_conv.bias is not None
+            model.quant_conv.bias.detach().chunk(2)[1].fill_(-6.0)
         self.discriminator = PatchDiscriminator() if self.options.adversarial_weight > 0 else None
         self.perceptual = PerceptualDistance() if self.options.perceptual_weight > 0 else None
 
     def starting_weights(self, state: Weights, source: str | None, from_scratch: bool) -> tuple[Weights, list[str]]:
         """Do as `DiffusionTraining.starting_weights`; without a checkpoint the autoencoder starts at random.
 
-        An asymmetric decoder needs an encoder; wider or deeper than the checkpoint's it starts at random itself.
+        A decoder that is trained alone needs its encoder, unless that is linear. An asymmetric one that is wider or
+        deeper than the checkpoint's starts at random.
         """
-        if source is None and self.frozen_encoder:
+        if source is None and self.frozen_encoder and not self.linear_encoder:
             raise CheckpointError("no checkpoint given: pass the model of the decoder as --pretrained-model")
         if source is None:
             return {}, [FIRST_STAGE]

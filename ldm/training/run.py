@@ -220,6 +220,9 @@ def _check_combinations(config: Config, processes: int) -> None:
         "model.schedule.name: got edm, expected another one for its loss or for weighted timesteps": (
             kind == "pixel" and edm and (discrete or objective != "simple")
         ),
+        f"training.timesteps: got loss_aware, expected another one with model.last_level {model.last_level:g}": (
+            options.timesteps == "loss_aware" and model.last_level > 0
+        ),
         f"logging.fid_every: got {fid}, expected 0 with model.kind {kind}": fid and kind != "pixel",
         # weights in 16 bits lose the optimizer's small updates
         f"trainer.precision: got {precision}, expected 32-true, bf16-mixed or 16-mixed": (

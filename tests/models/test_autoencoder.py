@@ -76,6 +76,17 @@ def test_a_linear_path_starts_as_a_transform() -> None:
         replace(TWO_LEVELS, z_channels=13, embed_dim=13, linear_path=True)
 
 
+def test_a_linear_encoder_is_the_linear_path_alone() -> None:
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    both = AutoencoderKL(replace(TWO_LEVELS, z_channels=12, embed_dim=12, linear_path=True))
+    linear = AutoencoderKL(replace(both.config, encoder="linear"))
+    torch.testing.assert_close(linear.encode(image).mean, both.encode(image).mean, rtol=0, atol=1e-6)  # as it starts
+    assert set(dict(linear.encoder.named_parameters())) == {"linear.weight", "linear.bias"}
+    assert (0.5 * linear.encode(image).logvar).exp().max() < 2 / 255  # draws differ by less than a grey level
+    with pytest.raises(ConfigError, match="encoder"):
+        replace(TWO_LEVELS, encoder="linear")
+
+
 def test_posterior_is_a_clamped_gaussian() -> None:
     logvar = torch.tensor([-100.0, -2.0, 0.0, 100.0])
     moments = torch.stack([torch.full_like(logvar, 0.5), logvar])[None, :, None]  # (1, 2, 1, 4)

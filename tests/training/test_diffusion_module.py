@@ -155,6 +155,15 @@ def test_logit_normal_timesteps(make_module: Callable[..., DiffusionTraining]) -
     assert abs(t.double().mean() - 499.5) < 4 * 288.7 / 4000**0.5
 
 
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
+def test_timesteps_that_sampling_never_takes_are_not_trained(
+    make_module: Callable[..., DiffusionTraining], timesteps: str
+) -> None:
+    t, _, _ = draw(make_module("model.last_level=0.4", f"training.timesteps={timesteps}"), range(4000))
+    assert 400 <= t.min() < 420 and 980 < t.max() <= 999
+    assert abs(t.double().mean() - 699.5) < 4 * 173.2 / 4000**0.5  # both are symmetric; uniform is the wider one
+
+
 def test_offset_noise_is_one_constant_per_channel(make_module: Callable[..., DiffusionTraining]) -> None:
     _, plain, _ = draw(make_module(), range(2000))
     _, offset, _ = draw(make_module("training.offset_noise=0.1"), range(2000))

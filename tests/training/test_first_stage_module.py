@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from ldm.checkpoint.io import CheckpointError
 from ldm.config import Config, ConfigError
 from ldm.data.datamodule import DataModule
 from ldm.training.first_stage_module import FirstStageTraining, PerceptualDistance
@@ -156,6 +157,19 @@ def test_a_decoder_is_trained_alone(make_config: MakeConfig, picture_batch: Batc
     assert {"decoder"} == trained - {name.split(".")[0] for name, _ in module.discriminator.named_parameters()}  # pyright: ignore[reportOptionalMemberAccess]
     assert "kl" not in terms and "discriminator" in terms
     assert not any(p.requires_grad for p in module.first_stage_model.encoder.parameters())
+
+
+def test_the_decoder_of_a_linear_encoder_needs_no_checkpoint(make_config: MakeConfig, picture_batch: Batch) -> None:
+    linear = ("model.first_stage.linear_path=true", "model.first_stage.encoder=linear")
+    module = FirstStageTraining(make_config("stage=first_stage", "model.image_size=32", *linear))
+    assert module.starting_weights({}, None, from_scratch=False) == ({}, ["first_stage_model."])
+    loss, terms = module.losses(picture_batch)
+    loss.backward()
+    assert "kl" not in terms
+    trained = {name.split(".")[1] for name, p in module.named_parameters() if p.grad is not None}
+    assert trained == {"decoder"}
+    with pytest.raises(CheckpointError):
+        FirstStageTraining(make_config(*ASYMMETRIC)).starting_weights({}, None, from_scratch=False)
 
 
 @pytest.mark.parametrize("unknown", [0.0, 1.0])
