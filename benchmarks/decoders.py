@@ -1,6 +1,6 @@
 """Compare decoders by encoding and decoding real images, without sampling; all pixels but the hole's are known.
 
-    python benchmarks/decoders.py --decoder pretrained_models/mini/decoder.safetensors
+    python benchmarks/decoders.py --decoder results/decoder/decoder.safetensors
 
 Each item of the benchmark is cropped and encoded as for editing (the posterior is sampled) and decoded by the model's
 own decoder, and by the other one without and with the known pixels. Errors are grey levels, 0 to 255, at the model's

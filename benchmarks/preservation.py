@@ -1,7 +1,7 @@
 """Measure how editing changes the rest of a scene, and how visible the hole's edge is.
 
     python benchmarks/preservation.py                                         the bundled benchmark and examples
-    python benchmarks/preservation.py --decoder pretrained_models/mini/decoder.safetensors    a mask-conditioned decoder
+    python benchmarks/preservation.py --decoder results/decoder/decoder.safetensors    a mask-conditioned decoder
     python benchmarks/preservation.py --config configs/v1.yaml --checkpoint model.ckpt --bench test_bench --limit 500
 
 Every scene is painted once (20 steps of DPM-Solver++, guidance scale 5) and finished in several ways: the whole decoded

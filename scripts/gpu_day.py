@@ -202,12 +202,10 @@ def plan(args: argparse.Namespace, work: Path) -> dict[str, Step]:
         numbers = {"count": 40, "draws": 1, "bench": 4}
     out, overlay = work / "mini", work / "day.yaml"
     write_text(overlay, OmegaConf.to_yaml(OmegaConf.from_dotlist(settings)))
-    base, first_stage = (
-        [ROOT / f"configs/mini{size}{kind}.yaml" for size in ("", "-128")] for kind in ("", "-autoencoder")
-    )
+    base, larger, first_stage = (str(ROOT / f"configs/mini{kind}.yaml") for kind in ("", "-gpu", "-autoencoder"))
     words = [
         *cli_args(out=out, material=args.material, workers=spare, device=args.device, **numbers),
-        *("--base", *map(str, (*base, overlay)), "--first-stage", *map(str, (*first_stage, overlay))),
+        *("--base", base, larger, str(overlay), "--first-stage", first_stage, str(overlay)),
     ]
     steps = {step.name: step for step in make_mini.plan(make_mini.build_parser().parse_args(words))}
     bundled = cli_args(outdir=out / "results" / "bundled", protocol="ours", device=args.device)

@@ -3,8 +3,7 @@
 
     python scripts/make_mini.py --out results/mini
     python scripts/make_mini.py --out results/mini --dry-run
-    python scripts/make_mini.py --out results/mini-128 --base configs/mini.yaml configs/mini-128.yaml \\
-        --first-stage configs/mini-autoencoder.yaml configs/mini-128-autoencoder.yaml \\
+    python scripts/make_mini.py --out results/mini-gpu --base configs/mini.yaml configs/mini-gpu.yaml \\
         --count 40000 --draws 3 --workers 14 --device cuda
 
 Without options, this command makes the bundled model on a CPU (docs/mini.md). It can be interrupted: started again, it
@@ -75,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="YAML",
         help="configs of the diffusion model, merged likewise (default: configs/mini.yaml)",
     )
-    training("--draws", type=int, default=2, help="cached variants of every scene (default: %(default)s)")
+    training("--draws", type=int, default=4, help="cached variants of every scene (default: %(default)s)")
     training(
         "--set-first-stage", nargs="+", default=[], metavar="KEY=VALUE", help="further overrides for the first stage"
     )

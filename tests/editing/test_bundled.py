@@ -8,17 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ldm import Editor
 from ldm.checkpoint.io import sha256_file
 from ldm.config import load_config
-from ldm.editing.geometry import fit_scene
 from ldm.evaluation.cocoee import Bench
 from ldm.evaluation.features import SQUASH, View, extract, load_network
 from ldm.evaluation.metrics import cosine_scores, hole_box, identification
-from ldm.latent_diffusion import replace_decoder
 from scripts import inference_test_bench
 
 ROOT = Path(__file__).parents[2]
@@ -37,21 +34,6 @@ def test_config_is_the_one_it_was_trained_with() -> None:
 
 def test_weights_are_small() -> None:
     assert (MINI / "model.safetensors").stat().st_size <= 40e6
-
-
-@torch.inference_mode()
-def test_the_asymmetric_decoder_keeps_what_it_is_told(editor: Editor) -> None:
-    """On eight true scenes of the bench: 2.4 times nearer where pixels are kept, as near as before where none are."""
-    model, config = editor.model, editor.model.config
-    told = replace_decoder(model.first_stage_model, MINI / "decoder.safetensors")
-    scenes = [fit_scene(item.scene, item.hole_mask, 64, crop_margin=0.25) for item in islice(Bench(MINI / "bench"), 8)]
-    image, keep_mask = torch.cat([s.image for s in scenes]), torch.cat([s.keep_mask for s in scenes])
-    z = model.encode_image(image, torch.Generator().manual_seed(0)) / config.scale_factor
-    known = {"own": (), "nothing": (), "kept": (image, keep_mask)}
-    ways = {way: (model.first_stage_model if way == "own" else told).decode(z, *known[way]) for way in known}
-    error = {way: ((pixels - image).abs() * keep_mask).mean().item() for way, pixels in ways.items()}
-    assert error["kept"] < 0.6 * error["own"]
-    assert error["nothing"] < 1.15 * error["own"]
 
 
 def test_published_figure_beats_the_null_token() -> None:
@@ -84,9 +66,9 @@ def test_edit_keeps_the_scene_and_takes_the_exemplars_colour(editor: Editor, exa
 
 
 # What the guard below measured when the weights were shipped. Over the seeds 0, 100, …, 500 identification varies by
-# 0.0092 and similarity by 0.48, one standard deviation each.
-GUARDED = {"identification": 0.861, "similarity": 48.9}
-TOLERANCE = {"identification": 0.028, "similarity": 1.45}  # three of them
+# 0.011 and similarity by 0.34, one standard deviation each.
+GUARDED = {"identification": 0.847, "similarity": 39.7}
+TOLERANCE = {"identification": 0.034, "similarity": 1.05}  # three of them
 
 
 @pytest.mark.slow
