@@ -208,6 +208,7 @@ class LatentDiffusion(DiffusionModel):
         num_steps: int = 20,
         guidance_scale: float = 5.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
         eta: float = 0.0,
         x_T: Tensor | None = None,
         z_0: Tensor | None = None,
@@ -243,14 +244,14 @@ class LatentDiffusion(DiffusionModel):
         if guidance_scale != 1.0:  # both branches are one batch: first "no condition", then the condition
             tokens = torch.cat([null.to(tokens).expand_as(tokens), tokens])
         unet, steer = self.unet.prepare(timesteps, tokens), steering and steering.prepare(timesteps, tokens)
-        eps_fn = self._guided(c_concat, unet, steer, guidance_scale, guidance_interval)
+        eps_fn = self._guided(c_concat, unet, steer, guidance_scale, guidance_interval, guidance_rescale)
         # noise x_T => scaled latents x_0
         return samplers.sample(
             sampler, eps_fn, x, ac, num_steps, eta=eta, noise=noise, timesteps=timesteps, on_step=on_step
         )
 
     def _guided(
-        self, c: Tensor, unet: Callable[..., Any], steer: Any, scale: float, levels: Sequence[float]
+        self, c: Tensor, unet: Callable[..., Any], steer: Any, scale: float, levels: Sequence[float], rescale: float
     ) -> samplers.EpsModel:
         """Return the noise prediction, with guidance where the noise level t / T is in [levels[0], levels[1]]."""
         B, Z, t_last = len(c), self.config.unet.out_channels, max(1, len(self.ac) - 1)
@@ -267,11 +268,10 @@ class LatentDiffusion(DiffusionModel):
             prediction = unet(x, t, steer and steer(x[:, :Z], t, guided))
             # a copy: the next step of a CUDA graph overwrites its output
             prediction = c_skip * x_t + c_out * prediction.to(torch.float32, copy=True).unflatten(0, (-1, B))
+            null, conditional = prediction[0], prediction[-1]
+            prediction = samplers.classifier_free(conditional, null, scale, rescale) if guided else conditional
             # eps, v or x_0 => eps
-            eps = to_eps(prediction, x_t, t, self.config.parameterization, self.schedule.alphas_cumprod)
-            if not guided:
-                return eps[0]
-            return eps[0] + scale * (eps[1] - eps[0])  # Ho & Salimans 2022, Eq. 6
+            return to_eps(prediction, x_t, t, self.config.parameterization, self.schedule.alphas_cumprod)
 
         return eps_fn
 

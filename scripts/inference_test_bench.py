@@ -29,6 +29,7 @@ SETTINGS = (
     "num_steps",
     "guidance_scale",
     "guidance_interval",
+    "guidance_rescale",
     "eta",
     "crop_margin",
     "whole_image",

@@ -374,6 +374,25 @@ def test_guidance_acts_within_its_interval(
     assert min((within - always).abs().max(), (within - never).abs().max()) > 1e-2
 
 
+def test_rescaled_guidance_has_the_contrast_of_no_guidance(
+    golden: dict[str, Tensor], tiny_model: LatentDiffusion
+) -> None:
+    """One step to x_0 with eta = 0 shows the predicted noise."""
+
+    def predicted(scale: float, rescale: float) -> Tensor:
+        seen: list[Tensor] = []
+        options: dict[str, Any] = {"sampler": "ddim", "num_steps": 1, "x_T": golden["sample/x_T"]}
+        options |= {"guidance_scale": scale, "guidance_rescale": rescale}
+        tiny_model.sample(**scene(golden, 2), **options, on_step=lambda _step, _n, _x, x_0: seen.append(x_0))
+        t = choose_timesteps("ddim", 1000, 1)[0]
+        alpha = tiny_model.ac[t].sqrt()
+        return (golden["sample/x_T"] - alpha * seen[0]) / (1 - tiny_model.ac[t]).sqrt()
+
+    plain, guided, rescaled = (predicted(*pair).std((1, 2, 3)) for pair in ((1, 0), (6, 0), (6, 1)))
+    assert (guided - plain).abs().min() > 0.01
+    torch.testing.assert_close(rescaled, plain, rtol=1e-3, atol=0)  # float32, divided by a small alpha
+
+
 @pytest.mark.parametrize("sampler", ["dpm_solver_pp", "ddim"])
 def test_sampling_ends_at_the_last_level(golden: dict[str, Tensor], tiny_config: Config, sampler: str) -> None:
     model = LatentDiffusion(load_config(tiny_config, overrides=["model.last_level=0.4"]).model)

@@ -67,6 +67,9 @@ class EditSettings:
     guidance_interval: tuple[float, float] = _set(
         (0.0, 1.0), "noise levels with guidance, 0, data, to 1, noise", nargs=2, low=0, high=1
     )
+    guidance_rescale: float = _set(
+        0.0, "share of the guided prediction that gets the contrast of the unguided one", low=0, high=1
+    )
     eta: float = _set(0.0, "stochasticity of the sampler ddim", "--ddim_eta", low=0, high=1)
     dilate: int = _set(0, "pixels to widen the hole by", "--grow", low=0, high=_SIDE)
     mask_shape: str = _set(
@@ -113,7 +116,7 @@ class EditSettings:
     @property
     def sampling(self) -> dict[str, Any]:
         """The keywords of `Editor.paint` that the samples of a batch share."""
-        names = ("negative_prompt", "sampler", "guidance_scale", "guidance_interval", "eta")
+        names = ("negative_prompt", "sampler", "guidance_scale", "guidance_interval", "guidance_rescale", "eta")
         return {name: getattr(self, name) for name in names} | {"num_steps": self.steps}
 
     @property

@@ -37,6 +37,7 @@ OTHER: dict[str, Any] = {
     "num_steps": 7,
     "guidance_scale": 3.5,
     "guidance_interval": (0.25, 0.75),
+    "guidance_rescale": 0.7,
     "eta": 0.5,
     "dilate": 2,
     "mask_shape": "box",
@@ -136,6 +137,7 @@ def test_columns_of_tables(column: str, text: str, name: str, value: Any) -> Non
         ("guidance_interval", (0.5, 1.2)),
         ("guidance_interval", (0.5,)),
         ("guidance_interval", 0.5),
+        ("guidance_rescale", 1.5),
         ("eta", 0.5),  # the default sampler has none
         ("dilate", -1),
         ("mask_shape", "round"),
