@@ -241,6 +241,8 @@ class ModelConfig(Section, prefix="model."):
             raise self.error("input_channels", "x_t first and no name twice")
         if self.latent_std and (len(self.latent_std) != self.unet.out_channels or self.parameterization != "v"):
             raise self.error("latent_std", f"{self.unet.out_channels} numbers and model.parameterization v, or []")
+        if self.last_level and self.kind != "latent":  # samplers in pixel space go to the end
+            raise self.error("last_level", "0, or model.kind latent")
         if self.schedule.zero_terminal_snr and self.parameterization == "eps":  # pure noise does not determine x_0
             raise self.schedule.error("zero_terminal_snr", "false for model.parameterization eps, or v or x0 there")
 

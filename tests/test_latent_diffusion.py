@@ -408,6 +408,11 @@ def test_sampling_ends_at_the_last_level(golden: dict[str, Tensor], tiny_config:
         torch.testing.assert_close(sample, steps[-1][1])  # x_0 itself, no step closer to it
 
 
+def test_only_latent_models_end_at_a_level(tiny_config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"model\.last_level"):
+        load_config(tiny_config, overrides=["model.kind=pixel", "model.last_level=0.4"])
+
+
 STD = [3.0, 1.0, 0.4, 0.1]
 
 

@@ -61,10 +61,10 @@ class DenoisingTraining(TrainingModule):
 
     def draw_timestep(self, generator: torch.Generator) -> Tensor:
         """Draw a timestep, () int64 in [last_level T, T), as the config says: sampling takes none below."""
-        T = self.config.schedule.num_timesteps
-        last = int(self.config.last_level * T)
         if self.timesteps is not None and self.training:
             return self.timesteps.draw(generator)
+        T = self.config.schedule.num_timesteps
+        last = int(self.config.last_level * T)
         if self.options.timesteps == "logit_normal":  # Esser et al. 2024, Eq. 19 with location 0 and scale 1
             return (last + (T - last) * torch.randn((), generator=generator).sigmoid()).long().clamp(max=T - 1)
         return torch.randint(last, T, (), generator=generator)
