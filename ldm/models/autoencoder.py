@@ -283,7 +283,12 @@ class AutoencoderKL(nn.Module):
         for bias in (conv.bias for conv in (encode, decode, self.quant_conv, self.post_quant_conv, *outputs)):
             assert bias is not None
             nn.init.zeros_(bias)
-        encode.bias.detach().chunk(2)[1].fill_(-12.0)  # pyright: ignore[reportOptionalMemberAccess]
+        self.start_posterior(-12.0)
+
+    def start_posterior(self, logvar: float) -> None:
+        """Start the posterior's log variances at `logvar`, to which an untrained encoder adds little."""
+        assert self.quant_conv.bias is not None
+        self.quant_conv.bias.detach().chunk(2)[1].fill_(logvar)
 
     @property
     def downsampling(self) -> int:

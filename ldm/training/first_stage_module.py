@@ -32,8 +32,8 @@ class FirstStageTraining(TrainingModule):
     One optimizer serves both sides of the adversarial game; neither side's gradient reaches the other. The adversarial
     weight is fixed, not balanced by gradient norms. An asymmetric decoder, the decoder of a linear encoder, or with
     `trainable: decoder` any other is trained alone, with a frozen encoder and no KL: latents stay, and diffusion models
-    of them. The asymmetric one reads
-    either all pixels outside an irregular hole or none, so that it works with and without them.
+    of them. The asymmetric one reads either all pixels outside an irregular hole or none, so that it works with and
+    without them.
 
     Source: Rombach et al. 2022, appendix G; Esser et al. 2021, Eq. 6 (hinge game); Zhu et al. 2023, section 3.
     """
@@ -50,8 +50,7 @@ class FirstStageTraining(TrainingModule):
             for part in (model.encoder, model.quant_conv, model.post_quant_conv):
                 part.requires_grad_(False)
         else:  # a posterior that starts as wide as the prior drowns colour in noise for the first thousands of steps
-            assert model.quant_conv.bias is not None
-            model.quant_conv.bias.detach().chunk(2)[1].fill_(-6.0)
+            model.start_posterior(-6.0)
         self.discriminator = PatchDiscriminator() if self.options.adversarial_weight > 0 else None
         self.perceptual = PerceptualDistance() if self.options.perceptual_weight > 0 else None
 

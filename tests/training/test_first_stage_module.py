@@ -159,6 +159,15 @@ def test_a_decoder_is_trained_alone(make_config: MakeConfig, picture_batch: Batc
     assert not any(p.requires_grad for p in module.first_stage_model.encoder.parameters())
 
 
+@pytest.mark.parametrize("linear_path", ["false", "true"])
+def test_a_trained_posterior_starts_at_the_same_width(
+    make_config: MakeConfig, picture_batch: Batch, linear_path: str
+) -> None:
+    options = ("stage=first_stage", "model.image_size=32", f"model.first_stage.linear_path={linear_path}")
+    logvar = FirstStageTraining(make_config(*options)).first_stage_model.encode(picture_batch["image"]).logvar
+    assert abs(logvar.mean() + 6) < 0.5
+
+
 def test_the_decoder_of_a_linear_encoder_needs_no_checkpoint(make_config: MakeConfig, picture_batch: Batch) -> None:
     linear = ("model.first_stage.linear_path=true", "model.first_stage.encoder=linear")
     module = FirstStageTraining(make_config("stage=first_stage", "model.image_size=32", *linear))
