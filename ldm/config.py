@@ -300,6 +300,8 @@ class TrainingConfig(Section, prefix="training."):
     timesteps: str = setting("uniform", choices=("uniform", "logit_normal", "loss_aware"))
     offset_noise: float = setting(0.0, ge=0)  # standard deviation of a constant added to each channel's noise
     min_snr_gamma: float = setting(0.0, ge=0)  # weight x_0 errors by min(SNR, gamma); 0: no weights, as the paper
+    # adds to the error the distance of an ImageNet classifier's features between predicted and true x_0
+    perceptual_weight: float = setting(0.0, ge=0)
     ema_decay: float = setting(0.0, ge=0, lt=1)  # 0: no EMA; the paper trains with 0.9999
     more_ema_decays: list[float] = setting([], gt=0, lt=1)  # further averages that checkpoints hold beside it
     train_tower: bool = False  # train the image or text tower too (for models without a pretrained one)
@@ -367,6 +369,10 @@ class Config(Section):
 
     def check_together(self) -> None:
         self.seed %= 2**64  # signed and unsigned spellings of 64 bits are one seed
+        fits = self.model.kind == "latent" and self.model.first_stage.linear_path and self.model.image_size % 32 == 0
+        if self.training.perceptual_weight and not fits:
+            expected = "0, or a latent model of a multiple of 32 px with model.first_stage.linear_path"
+            raise self.training.error("perceptual_weight", expected)
         for key, value in self.trainer.items():
             if key in TRAINER and value is not None:
                 with suppress(TypeError, ValueError):

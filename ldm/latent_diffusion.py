@@ -34,7 +34,17 @@ from ldm.checkpoint.keys import (
     to_module_keys,
 )
 from ldm.config import RELIGHTING_CHANNELS, Config, ConfigError, ModelConfig, load_config
-from ldm.diffusion import DiffusionModel, Generators, check_input_width, draw_noise, q_sample, send, target, to_eps
+from ldm.diffusion import (
+    DiffusionModel,
+    Generators,
+    check_input_width,
+    draw_noise,
+    q_sample,
+    send,
+    target,
+    to_eps,
+    to_x_0,
+)
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.controlnet import Steering
 from ldm.models.efficientnet import EfficientNetTower
@@ -180,13 +190,23 @@ class LatentDiffusion(DiffusionModel):
         """Concatenate the UNet's channels (B, C, h, w): x_t (B, Z, h, w), then `c_concat`."""
         return torch.cat([x_t, self.c_concat(z_masked, keep_mask)], dim=1)
 
-    def loss(self, z_0: Tensor, z_masked: Tensor, keep_mask: Tensor, context: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def loss(
+        self,
+        z_0: Tensor,
+        z_masked: Tensor,
+        keep_mask: Tensor,
+        context: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Compute the denoising objective of each sample: (B,) mean squared errors over the latent.
 
         Args:
             z_0: (B, Z, h, w) scaled latent of the image. z_masked, keep_mask: as for `c_concat`.
             context: (B, L, D), with null tokens in place of dropped conditions.
             t: (B,) timesteps. eps: (B, Z, h, w) standard normal noise.
+            distance: of the predicted z_0 and the true one, (B,), added to the error.
 
         Source: Yang et al. 2023, Eq. 4 (with Ho et al. 2020, Eq. 14; v: Salimans & Ho 2022).
         """
@@ -195,7 +215,10 @@ class LatentDiffusion(DiffusionModel):
         x = self.unet_input(c_in * x_t, z_masked, keep_mask).to(self.weight_dtype)  # => input channels (B, C, h, w)
         prediction = c_skip * x_t + c_out * self.unet(x, t, context).float()
         expected = target(z_0, eps, t, self.config.parameterization, self.ac)  # eps, v or z_0
-        return F.mse_loss(prediction, expected, reduction="none").flatten(1).mean(1)  # || ... ||^2 / (Z h w)
+        loss = F.mse_loss(prediction, expected, reduction="none").flatten(1).mean(1)  # || ... ||^2 / (Z h w)
+        if distance is not None:
+            loss = loss + distance(to_x_0(prediction, x_t, t, self.config.parameterization, self.ac), z_0)
+        return loss
 
     @torch.no_grad()
     def sample(

@@ -473,6 +473,26 @@ def test_a_schedule_of_one_timestep(golden: dict[str, Tensor], tiny_config: Conf
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
+def test_the_loss_adds_a_distance_of_what_is_predicted(tiny_config: Config, parameterization: str) -> None:
+    config = copy.deepcopy(tiny_config.model)
+    config.parameterization = parameterization
+    model = LatentDiffusion(config)
+    z_0, eps, z_masked = torch.randn(3, 3, 4, 8, 8, generator=seeded(0))
+    t, others = torch.tensor([0, 500, 900]), (z_masked, torch.ones(3, 1, 8, 8), torch.zeros(3, 1, 768))
+    right = target(z_0, eps, t, parameterization, model.ac)
+    model.unet.forward = lambda *_: right
+    seen: list[Tensor] = []
+
+    def distance(z_pred: Tensor, true: Tensor) -> Tensor:
+        seen.extend((z_pred, true))
+        return torch.tensor([0.0, 1.0, 2.0])
+
+    torch.testing.assert_close(model.loss(z_0, *others, t, eps, distance), torch.tensor([0.0, 1.0, 2.0]))
+    # eps: float32 errors of x_t are divided by alpha_t, 0.08 at t = 900
+    torch.testing.assert_close(seen, [z_0, z_0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
 def test_the_schedule_stays_exact_when_the_module_is_cast(tiny_config: Config, parameterization: str) -> None:
     """Precision plugins cast buffers, too; sigma_t would be 0 at t <= 1 and 24 % off at t = 2 in bfloat16.
 

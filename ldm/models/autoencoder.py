@@ -196,7 +196,12 @@ class Decoder(nn.Module):
     def pixels(self, x: Tensor, z: Tensor) -> Tensor:
         """Turn the features at full resolution into pixels; add the linear map of the latent, if there is one."""
         pixels = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
-        return pixels + F.pixel_shuffle(self.linear(z), self.cell) if self.linear else pixels
+        return pixels + self.linear_pixels(z) if self.linear else pixels
+
+    def linear_pixels(self, z: Tensor) -> Tensor:
+        """Compute the linear path's share of the pixels (B, 3, H, W)."""
+        assert self.linear is not None
+        return F.pixel_shuffle(self.linear(z), self.cell)
 
 
 class ConditionEncoder(nn.Module):
@@ -306,3 +311,7 @@ class AutoencoderKL(nn.Module):
         0.5; it returns known pixels about, not exactly, as they were. Without either no pixels are known.
         """
         return self.decoder(self.post_quant_conv(z), image, keep_mask)
+
+    def decode_linear(self, z: Tensor) -> Tensor:
+        """Decode (B, Z, h, w) unscaled latents to (B, 3, H, W) pixels by the linear path alone, fast and less sharp."""
+        return self.decoder.linear_pixels(self.post_quant_conv(z))

@@ -23,6 +23,7 @@ from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.layers import CrossAttention
 from ldm.training.denoising import DenoisingTraining
 from ldm.training.ema import trained_parameters
+from ldm.training.first_stage_module import PerceptualDistance
 from ldm.training.module import parts_of
 
 Weights = dict[str, Tensor]
@@ -38,6 +39,7 @@ class DiffusionTraining(LatentDiffusion, DenoisingTraining):
     def __init__(self, config: Config) -> None:
         super().__init__(config.model)
         self.set_up(config)
+        self.perceptual = PerceptualDistance()
         self.train()
         self.first_stage_model.requires_grad_(False)
         for tower in self.towers:
@@ -121,7 +123,16 @@ class DiffusionTraining(LatentDiffusion, DenoisingTraining):
         context = self.batch_context(batch)  # exemplars, captions => tokens (B, L, D)
         context = self.drop_condition(context, dropped)  # the null token with probability p_uncond
         # || eps - eps_theta([x_t, z_masked, keep_mask], t, context) ||^2 with x_t = alpha_t z_0 + sigma_t eps
-        return self.loss(z_0, z_masked, batch["keep_mask"], context, t, eps), t
+        distance = self.perceptual_distance if self.options.perceptual_weight > 0 else None
+        return self.loss(z_0, z_masked, batch["keep_mask"], context, t, eps, distance), t
+
+    def perceptual_distance(self, z_pred: Tensor, z_0: Tensor) -> Tensor:
+        """Compute the weighted perceptual distance (B,) of scaled latents (B, Z, h, w), decoded by the linear path.
+
+        Source: Lin & Yang 2024 (Diffusion Model with Perceptual Loss), here with a classifier's features of x_0.
+        """
+        pixels = (self.first_stage_model.decode_linear(z / self.config.scale_factor) for z in (z_pred, z_0))
+        return self.options.perceptual_weight * self.perceptual(*pixels).float()
 
     def posterior_noise(self, generators: list[torch.Generator]) -> Tensor:
         """Draw the noise of B images' posteriors, then that of the masked images', on the CPU: (2 B, Z, h, w)."""

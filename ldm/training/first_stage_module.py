@@ -106,7 +106,7 @@ class FirstStageTraining(TrainingModule):
             terms["colour"] = F.mse_loss(F.avg_pool2d(reconstruction, cell), F.avg_pool2d(image, cell))
             loss = loss + options.colour_weight * terms["colour"]
         if self.perceptual is not None and self.global_step >= options.perceptual_start:
-            terms["perceptual"] = self.perceptual(reconstruction, image)
+            terms["perceptual"] = self.perceptual(reconstruction, image).mean()
             loss = loss + options.perceptual_weight * terms["perceptual"]
         terms["psnr"] = -10.0 * torch.log10(F.mse_loss(reconstruction.clamp(-1, 1), image) / 4.0)
         terms["loss"] = loss
@@ -167,7 +167,7 @@ class PerceptualDistance:
     network: Any = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the distance (a scalar) of pixels (B, 3, H, W) in [-1, 1], differentiable in both; 0 if equal."""
+        """Return the distances (B,) of pixels (B, 3, H, W) in [-1, 1], differentiable in both; 0 if equal."""
         self.network = self.network or load_feature_network(x.device)
         stages = (efficientnet_stages(self.network, pixels)[1:] for pixels in (x, y))
-        return torch.stack([F.l1_loss(a, b) for a, b in zip(*stages, strict=True)]).mean()
+        return torch.stack([(a - b).abs().flatten(1).mean(1) for a, b in zip(*stages, strict=True)]).mean(0)

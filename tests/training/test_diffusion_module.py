@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.keys import TOWER
-from ldm.config import Config
+from ldm.config import Config, ConfigError
 from ldm.training.denoising import LossAwareTimesteps
 from ldm.training.diffusion_module import DiffusionTraining
 from ldm.training.run import Run
@@ -90,6 +90,40 @@ def test_min_snr_weights_scale_the_optimised_loss_and_not_the_logged_one(
     assert optimised[0] == pytest.approx(losses.mean().item(), rel=1e-6)
     assert optimised[1] == pytest.approx((losses * snr.clamp(max=5) / snr).mean().item(), rel=1e-5)  # predicts eps
     assert logged == pytest.approx([optimised[0]] * 2, rel=1e-6)
+
+
+def test_the_perceptual_term_adds_to_the_loss_and_trains_the_unet(
+    make_module: Callable[..., DiffusionTraining], batch: Batch
+) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    model = ("model.image_size=32", "model.first_stage.linear_path=true")
+    plain, perceptual = (make_module(*model, f"training.perceptual_weight={weight}") for weight in (0, 0.5))
+    doubled = {name: batch[name].repeat(1, 1, 2, 2) for name in ("image", "masked_image", "keep_mask")}
+    batch = {**batch, **doubled}
+    assert perceptual.state_dict().keys() == plain.state_dict().keys()
+    difference = perceptual.losses(batch)[0] - plain.losses(batch)[0]
+    assert (difference > 0).all()
+    gradient = torch.autograd.grad(difference.sum(), perceptual.unet.out[-1].weight)[0]
+    assert gradient.any()
+    z = torch.randn(2, 4, 16, 16)
+    assert not perceptual.perceptual_distance(z, z).any()
+    torch.testing.assert_close(  # of images, in pixels
+        perceptual.perceptual_distance(z, 0 * z),
+        0.5 * perceptual.perceptual(*(plain.first_stage_model.decode_linear(x / 0.18215) for x in (z, 0 * z))),
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.image_size=32"],
+        ["model.first_stage.linear_path=true"],  # of 16 px
+        ["model.image_size=32", "model.first_stage.linear_path=true", "model.kind=pixel"],
+    ],
+)
+def test_the_perceptual_term_needs_a_linear_path(make_config: MakeConfig, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"training\.perceptual_weight"):
+        make_config("training.perceptual_weight=1", *overrides)
 
 
 def test_frozen_parts_stay_and_trained_parts_move(
