@@ -216,6 +216,7 @@ class ModelConfig(Section, prefix="model."):
     # standard deviations of the scaled latents' channels, for preconditioning; []: none, as if all were 1
     latent_std: list[float] = setting([], gt=0)
     crop_margin: float = setting(0.5, ge=0)  # context around a hole when editing, relative to the hole's longer side
+    guidance_scale: float = setting(5.0, ge=-1000, le=1000)  # of edits that do not ask for another
     parameterization: str = setting("eps", choices=("eps", "v", "x0"))  # the UNet's prediction
     last_level: float = setting(0.0, ge=0, lt=1)  # noise level t / T at which sampling takes the predicted x_0
     variance: str = setting("posterior", choices=VARIANCES)  # pixel: of a step back; learned_range doubles out_channels
@@ -302,6 +303,7 @@ class TrainingConfig(Section, prefix="training."):
     min_snr_gamma: float = setting(0.0, ge=0)  # weight x_0 errors by min(SNR, gamma); 0: no weights, as the paper
     # adds to the error the distance of an ImageNet classifier's features between predicted and true x_0
     perceptual_weight: float = setting(0.0, ge=0)
+    perceptual_start: int = setting(0, ge=0)  # first step with it
     ema_decay: float = setting(0.0, ge=0, lt=1)  # 0: no EMA; the paper trains with 0.9999
     more_ema_decays: list[float] = setting([], gt=0, lt=1)  # further averages that checkpoints hold beside it
     train_tower: bool = False  # train the image or text tower too (for models without a pretrained one)

@@ -229,7 +229,7 @@ class LatentDiffusion(DiffusionModel):
         null_context: Tensor | None = None,
         sampler: str = "dpm_solver_pp",
         num_steps: int = 20,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         eta: float = 0.0,
@@ -245,6 +245,7 @@ class LatentDiffusion(DiffusionModel):
         Args:
             c_concat, context: (B, C - Z, h, w), the UNet's channels behind x_t, and (B, L, D).
             null_context: (1, L or 1, D) or (B, L, D), from which guidance leads away; None: the model's own.
+            guidance_scale: 1 is without guidance; None: the model's.
             x_T: (B, Z, h, w) start noise; drawn when None.
             z_0: (B, Z, h, w) scaled latent to which noise is added as the start; None: noise alone.
             strength: of that noise, as the share of the timesteps, in (0, 1]; all steps are taken from there on.
@@ -264,6 +265,7 @@ class LatentDiffusion(DiffusionModel):
         if z_0 is not None:
             x = q_sample(z_0.to(device, torch.float32), timesteps[0], x, self.ac)
         tokens = context.to(self.weight_dtype)
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if guidance_scale != 1.0:  # both branches are one batch: first "no condition", then the condition
             tokens = torch.cat([null.to(tokens).expand_as(tokens), tokens])
         unet, steer = self.unet.prepare(timesteps, tokens), steering and steering.prepare(timesteps, tokens)

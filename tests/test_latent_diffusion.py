@@ -393,6 +393,17 @@ def test_rescaled_guidance_has_the_contrast_of_no_guidance(
     torch.testing.assert_close(rescaled, plain, rtol=1e-3, atol=0)  # float32, divided by a small alpha
 
 
+def test_guidance_is_the_models_unless_asked_for(
+    golden: dict[str, Tensor], tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_model.config, "guidance_scale", 3.0)
+    options: dict[str, Any] = {**scene(golden, 2), "num_steps": 2, "x_T": golden["sample/x_T"]}
+    scales = [{}, {"guidance_scale": 3.0}, {"guidance_scale": 5.0}]
+    default, three, five = (tiny_model.sample(**options, **scale) for scale in scales)
+    assert torch.equal(default, three)
+    assert not torch.equal(default, five)
+
+
 @pytest.mark.parametrize("sampler", ["dpm_solver_pp", "ddim"])
 def test_sampling_ends_at_the_last_level(golden: dict[str, Tensor], tiny_config: Config, sampler: str) -> None:
     model = LatentDiffusion(load_config(tiny_config, overrides=["model.last_level=0.4"]).model)

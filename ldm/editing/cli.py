@@ -322,8 +322,7 @@ def edit(args: argparse.Namespace, settings: EditSettings) -> int:
         with edit_progress(rounds * ceil(num_seeds / size), settings.steps) as progress:
             results = editor.edit_request(request, controls=controls, batch_size=size, **progress)
     record = settings.record() | {name: getattr(args, name) for name in RECORDED} | metadata.result()
-    if settings.crop_margin is None:
-        record["crop_margin"] = editor.model.config.crop_margin
+    record |= {k: getattr(editor.model.config, k) for k in ("crop_margin", "guidance_scale") if record[k] is None}
     record |= {"mask": args.mask or "drawn", "reference": args.reference or [], "device": editor.device.type}
     seeds, safe = drop_unsafe(content_filter, settings.seeds, results, request.hole)
     if not safe:

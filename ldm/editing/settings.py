@@ -61,8 +61,13 @@ class EditSettings:
     num_steps: int | None = _set(
         None, "more is slower and finer", "--steps --num-steps", low=1, high=10_000, default_text=_STEPS
     )
-    guidance_scale: float = _set(
-        5.0, "1 is without; the paper uses 5, the original's script 1", "--scale", low=-1000, high=1000
+    guidance_scale: float | None = _set(
+        None,
+        "1 is without; the paper uses 5, the original's script 1",
+        "--scale",
+        low=-1000,
+        high=1000,
+        default_text="the model's",
     )
     guidance_interval: tuple[float, float] = _set(
         (0.0, 1.0), "noise levels with guidance, 0, data, to 1, noise", nargs=2, low=0, high=1

@@ -123,7 +123,8 @@ class DiffusionTraining(LatentDiffusion, DenoisingTraining):
         context = self.batch_context(batch)  # exemplars, captions => tokens (B, L, D)
         context = self.drop_condition(context, dropped)  # the null token with probability p_uncond
         # || eps - eps_theta([x_t, z_masked, keep_mask], t, context) ||^2 with x_t = alpha_t z_0 + sigma_t eps
-        distance = self.perceptual_distance if self.options.perceptual_weight > 0 else None
+        perceptual = self.options.perceptual_weight > 0 and self.global_step >= self.options.perceptual_start
+        distance = self.perceptual_distance if perceptual else None
         return self.loss(z_0, z_masked, batch["keep_mask"], context, t, eps, distance), t
 
     def perceptual_distance(self, z_pred: Tensor, z_0: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def offered_settings(model: LatentDiffusion, samples: int) -> dict[str, dict[str
     A minimum below the setting's own stands for None, automatic, because sliders cannot be empty.
     """
     defaults = DEFAULTS | dict.fromkeys(PROMPTS, "") | {"n_samples": min(2, samples), "num_steps": EditSettings().steps}
-    defaults["crop_margin"] = float(model.config.crop_margin)
+    defaults |= {name: float(getattr(model.config, name)) for name in ("crop_margin", "guidance_scale")}
     unused = () if model.reads_text else PROMPTS
     unused += () if model.reads_exemplars else ("reference_background", "reference_fit")
     schemas, sliders = {}, SLIDERS | {"n_samples": (1, samples, 1)}

@@ -101,6 +101,9 @@ def test_the_perceptual_term_adds_to_the_loss_and_trains_the_unet(
     doubled = {name: batch[name].repeat(1, 1, 2, 2) for name in ("image", "masked_image", "keep_mask")}
     batch = {**batch, **doubled}
     assert perceptual.state_dict().keys() == plain.state_dict().keys()
+    perceptual.options.perceptual_start = 1
+    assert torch.equal(perceptual.losses(batch)[0], plain.losses(batch)[0])  # step 0
+    perceptual.options.perceptual_start = 0
     difference = perceptual.losses(batch)[0] - plain.losses(batch)[0]
     assert (difference > 0).all()
     gradient = torch.autograd.grad(difference.sum(), perceptual.unet.out[-1].weight)[0]

@@ -96,7 +96,7 @@ def test_api_errors_are_one_line(client: Any, files: dict[str, Path]) -> None:
         ({"scene": bad}, {}, "bad.png: "),
         ({"exemplar": large}, {}, "large.png: 2000 x 2000"),
         ({}, {"num_steps": "abc"}, "num_steps: got 'abc'"),
-        ({}, {"guidance_scale": None}, "guidance_scale: got None"),
+        ({}, {"sampler": None}, "sampler: got None"),
         ({}, {"scene": None}, "scene: got None"),
         ({}, {"hole_mask": "/etc/hostname"}, "hole_mask: got '/etc/hostname'"),
         ({}, {"exemplar": {"path": "/etc/hostname"}}, "exemplar: got {'path': '/etc/hostname'}"),

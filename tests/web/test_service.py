@@ -96,7 +96,8 @@ def test_settings_out_of_bounds(service: EditService, name: str, value: Any) -> 
 def test_settings_are_those_of_the_controls(service: EditService) -> None:
     prompts = {"prompt", "negative_prompt"}  # for models that read text
     assert service.settings.keys() == set(CONTROLS) - prompts
-    assert service.settings["crop_margin"]["default"] == service.editor.model.config.crop_margin
+    for name in ("crop_margin", "guidance_scale"):
+        assert service.settings[name]["default"] == getattr(service.editor.model.config, name)
     for name, schema in service.settings.items():
         check(name, schema["default"], schema)
 
